@@ -1,0 +1,9 @@
+"""The one exception that is meant for the person at the terminal."""
+
+
+class UserError(Exception):
+    """Something the user can put right: a bad file, row, flag or model.
+
+    The message is one line, ``WHERE: what is wrong and what would be right``. Scripts print it
+    as ``error: MESSAGE`` on standard error and exit with status 2; no traceback.
+    """
