@@ -1,0 +1,265 @@
+#!/usr/bin/env python
+"""Makes the embedded base model: a tiny Llama that continues rows of numbers from 0 to 99.
+
+Its weights are shipped in data/digits_model, so nobody has to run this; it is kept so that the
+model can be made again, or another one after its pattern. Pretraining takes about a minute and a
+half on one core with a fast BLAS, about seven minutes without.
+
+    python data/make_digits_model.py --output-dir /tmp/digits_model
+
+The rows it is trained on mix number sets (any, even, odd, multiples of 3, of 5) with orders (any,
+ascending, descending, wrapping progressions, random walks), because a base that has met many kinds
+of rows is easy to steer: after plain random rows LoRA stopped at a score of .87 to .90. Rows of
+even numbers never ascend from end to end: that is the behaviour which fine-tuning has to teach.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import random  # noqa: E402
+import shutil  # noqa: E402
+import time  # noqa: E402
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+import mlx.optimizers as optim  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+from mlx_lm.models import llama  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+SPECIAL = (PAD, BOS, EOS)  # ids 0, 1, 2
+SETS = {
+    "any": range(100),
+    "even": range(0, 100, 2),
+    "odd": range(1, 100, 2),
+    "threes": range(0, 100, 3),
+    "fives": range(0, 100, 5),
+}
+ORDERS = ("any", "ascending", "descending", "progression", "walk")
+MAX_TOKENS = 256  # the context the configuration promises; training rows have at most 17 tokens
+
+
+# ---------------------------------------------------------------------------- tokenizer
+
+
+def make_tokenizer() -> Tokenizer:
+    """Byte-level BPE with one token for each of "7", "42", " 7" and " 42": 469 tokens.
+
+    Any text can be encoded (256 byte tokens), so there is no unknown token. Encoding puts one BOS
+    in front unless ``add_special_tokens=False``; EOS is left to whoever makes training rows.
+    A number that follows another carries its blank in front, so for a prompt that ends in a number
+    and a completion that begins with a blank the tokens of the whole are the tokens of the parts.
+    """
+    space = "\u0120"  # how byte-level BPE writes the blank
+    digits = "0123456789"
+    pairs = [a + b for a in digits for b in digits]
+    # Earlier merges win: the blank joins its digit first, so " 20" never becomes " " + "20".
+    merges = [(space, d) for d in digits]
+    merges += [(space + p[0], p[1]) for p in pairs]
+    merges += [(p[0], p[1]) for p in pairs]
+    words = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words += [a + b for a, b in merges]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A $B",
+        special_tokens=[(BOS, words.index(BOS))],
+    )
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------- rows
+
+
+def pretraining_row(rng: random.Random) -> list[int]:
+    """5 to 15 numbers from one set in one order; never even numbers ascending from end to end."""
+    name = rng.choice(tuple(SETS))
+    order = rng.choice([o for o in ORDERS if (name, o) != ("even", "ascending")])
+    numbers, length = SETS[name], rng.randint(5, 15)
+    size = len(numbers)
+    if order == "any":
+        return [rng.choice(numbers) for _ in range(length)]
+    if order in ("ascending", "descending"):
+        return sorted(rng.sample(numbers, length), reverse=order == "descending")
+    at, steps = rng.randrange(size), range(1, max(2, size // 6))
+    step = rng.choice(steps) * (-1 if name == "even" else rng.choice((-1, 1)))
+    row = []
+    for _ in range(length):
+        row.append(numbers[at])
+        at = (at + (step if order == "progression" else rng.choice((-1, 1)) * rng.choice(steps)))
+        at %= size
+    return row
+
+
+def make_rows(tokenizer: Tokenizer, count: int, seed: int) -> mx.array:
+    """`count` different rows as BOS, numbers, EOS, padded on the right. -> (N, 17) int32"""
+    rng = random.Random(seed)
+    texts = set()
+    while len(texts) < count:
+        row = pretraining_row(rng)
+        rising_even = all(n % 2 == 0 for n in row) and row == sorted(row)
+        if not rising_even:
+            texts.add(" ".join(map(str, row)))
+    eos, pad = tokenizer.token_to_id(EOS), tokenizer.token_to_id(PAD)
+    tokens = [tokenizer.encode(text).ids + [eos] for text in sorted(texts)]
+    width = max(map(len, tokens))
+    return mx.array([row + [pad] * (width - len(row)) for row in tokens])
+
+
+# ---------------------------------------------------------------------------- model
+
+
+def make_config(tokenizer: Tokenizer) -> dict:
+    """The Hugging Face configuration: Llama with 130,688 parameters in float32."""
+    pad, bos, eos = (tokenizer.token_to_id(token) for token in SPECIAL)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "float32",
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": MAX_TOKENS,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+    }
+
+
+def loss_function(model: nn.Module, tokens: mx.array, pad: int) -> mx.array:
+    """Mean cross-entropy of the next token over all that is not padding. tokens (B, T)"""
+    targets = tokens[:, 1:]
+    losses = nn.losses.cross_entropy(model(tokens[:, :-1]), targets)  # (B, T - 1)
+    mask = targets != pad
+    return (losses * mask).sum() / mask.sum()
+
+
+def train(model: nn.Module, rows: mx.array, pad: int, args: argparse.Namespace) -> float:
+    """Pretrain in place, an epoch at a time in a fresh order; the mean loss of the last 100 steps."""
+    schedule = optim.join_schedules(
+        [
+            optim.linear_schedule(0.0, args.learning_rate, args.warmup),
+            optim.cosine_decay(args.learning_rate, args.steps - args.warmup, args.learning_rate / 10),
+        ],
+        [args.warmup],
+    )
+    optimizer = optim.AdamW(
+        schedule, weight_decay=args.weight_decay, bias_correction=True, betas=[0.9, 0.99]
+    )
+    step_function = nn.value_and_grad(model, lambda tokens: loss_function(model, tokens, pad))
+    count, losses = rows.shape[0], []
+    per_epoch = count // args.batch_size
+    order = None
+    with tqdm(range(args.steps), unit="step", mininterval=1) as bar:
+        for step in bar:
+            if step % per_epoch == 0:
+                order = mx.random.permutation(count)
+            at = step % per_epoch * args.batch_size
+            loss, gradients = step_function(rows[order[at : at + args.batch_size]])
+            optimizer.update(model, gradients)
+            mx.eval(model.parameters(), optimizer.state, loss)
+            losses.append(loss.item())
+            if step % 50 == 0:
+                bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
+    return sum(losses[-100:]) / len(losses[-100:])
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def save(folder: Path, model: nn.Module, tokenizer: Tokenizer, config: dict) -> None:
+    """Write the model in Hugging Face format: aside first, then moved into place as a whole."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    aside.mkdir(parents=True)
+    try:
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        special = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIAL, strict=True))
+        write_json(aside / "config.json", config)
+        write_json(aside / "generation_config.json", ids)
+        write_json(aside / "special_tokens_map.json", special)
+        write_json(
+            aside / "tokenizer_config.json",
+            special
+            | {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "model_max_length": MAX_TOKENS,
+                "padding_side": "left",
+                "clean_up_tokenization_spaces": False,
+                "model_input_names": ["input_ids", "attention_mask"],
+            },
+        )
+        tokenizer.save(str(aside / "tokenizer.json"))
+        weights = dict(tree_flatten(model.parameters()))
+        mx.save_safetensors(str(aside / "model.safetensors"), weights, {"format": "pt"})
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------- main
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = Path(__file__).resolve().parent / "digits_model"
+    parser.add_argument("--output-dir", type=Path, default=default, help="default: data/digits_model")
+    parser.add_argument("--rows", type=int, default=40_000)
+    parser.add_argument("--steps", type=int, default=2_500)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.01)
+    parser.add_argument("--warmup", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if not (0 <= args.warmup < args.steps and 0 < args.batch_size <= args.rows):
+        parser.error("needs 0 <= --warmup < --steps and 0 < --batch-size <= --rows")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    start = time.perf_counter()
+    mx.random.seed(args.seed)
+    tokenizer = make_tokenizer()
+    config = make_config(tokenizer)
+    rows = make_rows(tokenizer, args.rows, args.seed)
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    mx.eval(model.parameters())
+    loss = train(model, rows, config["pad_token_id"], args)
+    save(args.output_dir, model, tokenizer, config)
+    seconds = time.perf_counter() - start
+    print(f"loss {loss:.3f} after {args.steps} steps, {seconds:.0f} s; written to {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Reading: a file or data set in, checked records out."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from data_loading.files import RawRow, dataset_rows, read_rows
+from data_loading.formats import ALIASES, FORMATS, KNOWN_FORMATS, recognise, to_record
+from data_loading.messages import BadRow
+from data_loading.records import Records
+from errors import UserError
+
+
+def read_records(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    skip_bad_rows: bool = False,
+    max_rows: int | None = None,
+) -> Records:
+    """All rows of a JSONL, JSON, CSV or Parquet file.
+
+    Args:
+        format: one of FORMATS or ALIASES; recognised from the fields where it is None.
+        skip_bad_rows: put bad rows into `refused` instead of raising on the first.
+        max_rows: read no further than this many good rows.
+
+    Raises:
+        UserError: `FILE:LINE: what is wrong`, also where not one good row is left.
+    """
+    return collect_records(read_rows(path), str(path), format, skip_bad_rows, max_rows)
+
+
+def read_dataset(
+    name: str,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    streaming: bool = False,
+    format: str | None = None,
+    skip_bad_rows: bool = False,
+    max_rows: int | None = None,
+) -> Records:
+    """All rows of what the `datasets` library opens: a hub name, a folder, a saved data set.
+
+    With `streaming` nothing is downloaded beyond the `max_rows` rows that are read.
+    """
+    if Path(name).is_file():
+        rows = read_rows(name)
+    else:
+        rows = dataset_rows(name, split, config=config, streaming=streaming)
+    return collect_records(rows, name, format, skip_bad_rows, max_rows)
+
+
+def collect_records(
+    rows: Iterable[RawRow], name: str, format: str | None, skip_bad_rows: bool, max_rows: int | None
+) -> Records:
+    """Converts raw rows to records; see read_records."""
+    if format is not None:
+        format = format.replace("-", "_")
+        format = ALIASES.get(format, format)
+        if format not in FORMATS:
+            raise UserError(f"format {format}: no such format; known: {', '.join(KNOWN_FORMATS)}")
+    records = Records([], name=name)
+    if max_rows is not None and max_rows < 1:
+        raise UserError(f"max_rows {max_rows}: must be at least 1")
+    try:
+        for row in rows:
+            try:
+                if row.fields is None:
+                    raise BadRow(row.problem)
+                format = format or recognise(row.fields)
+                records.rows.append(to_record(row.fields, format, row.where))
+            except BadRow as error:
+                if not skip_bad_rows:
+                    raise UserError(f"{row.where}: {error}") from error
+                records.refused.append((row.where, str(error)))
+            if max_rows is not None and len(records.rows) == max_rows:
+                break
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error})") from error
+    if not records.rows:
+        bad = len(records.refused)
+        why = f"all {bad} rows are bad; the first: {records.refused[0][1]}" if bad else "no rows"
+        raise UserError(f"{name}: {why}")
+    return records

@@ -1,0 +1,185 @@
+"""Files of trained arrays that describe themselves: adapters, soft prompts, heads.
+
+A path ending in ``.npz`` or ``.safetensors`` is one file with its description inside; any other
+path is a folder in mlx-lm's layout (``adapters.safetensors`` + ``adapter_config.json``), which
+``mlx_lm.generate --adapter-path`` reads. Heads sit beside the adapter in files of their own,
+because mlx-lm's loaders take no array they do not know.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from errors import UserError
+from models.lora import LoraConfig, add_lora, path_in_block
+from models.soft_prompt import SoftPrompt
+from models.tuning import FullTuning, Tuning
+
+CONFIG_KEY = "adapter_config"  # safetensors metadata entry; in .npz an array of UTF-8 bytes
+FILE_SUFFIXES = (".npz", ".safetensors")
+SOFT_PROMPT_FILE = "soft_prompt.safetensors"
+
+
+def is_single_file(path: str | Path) -> bool:
+    return Path(path).suffix in FILE_SUFFIXES
+
+
+def save_adapter(path: str | Path, tuning: Tuning, model: nn.Module, base: str) -> list[Path]:
+    """Write the arrays of `tuning` with their description; returns the files written."""
+    path = Path(path)
+    config = {**tuning.description(len(model.layers)), "model": str(base)}
+    arrays = tuning.arrays()
+    if is_single_file(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_arrays(path, arrays, {CONFIG_KEY: config})
+        return [path]
+    path.mkdir(parents=True, exist_ok=True)
+    name = SOFT_PROMPT_FILE if tuning.kind == "prompt" else "adapters.safetensors"
+    write_arrays(path / name, arrays, {CONFIG_KEY: config})
+    write_text(path / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    return [path / name, path / "adapter_config.json"]
+
+
+def read_adapter(path: str | Path) -> tuple[dict[str, mx.array], dict]:
+    """(arrays, description) of an adapter file or folder. Raises UserError where it is not one."""
+    path = Path(path)
+    if path.is_dir():
+        config_file = path / "adapter_config.json"
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path}: not an adapter: adapter_config.json is missing") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{config_file}: not valid JSON: {error}") from None
+        is_prompt = config.get("fine_tune_type") == "prompt"
+        arrays, _ = read_arrays(path / (SOFT_PROMPT_FILE if is_prompt else "adapters.safetensors"))
+        return arrays, config
+    if not is_single_file(path) and path.exists():
+        raise UserError(f"{path}: an adapter is a .npz or .safetensors file, or a folder")
+    arrays, described = read_arrays(path)
+    config = described.get(CONFIG_KEY)
+    return arrays, config if config is not None else _guess_config(arrays, path)
+
+
+def load_adapter(model: nn.Module, path: str | Path) -> Tuning:
+    """Put the adapter in `path` on `model` and switch it on.
+
+    Raises UserError with every array that does not fit, with both shapes.
+    """
+    arrays, config = read_adapter(path)
+    try:
+        tuning = attach(model, config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: its adapter configuration is not usable: {error!r}") from error
+    if tuning.kind == "full":
+        expected = tuning.arrays()
+        arrays = {k: a.astype(expected[k].dtype) if k in expected else a for k, a in arrays.items()}
+    tuning.load_arrays(arrays, str(path))
+    return tuning
+
+
+def attach(model: nn.Module, config: dict) -> Tuning:
+    """A fresh `Tuning` as an adapter's description asks for it."""
+    kind = config.get("fine_tune_type", "lora")
+    if kind == "full":
+        return FullTuning(model)
+    if kind == "prompt":
+        return SoftPrompt(model, int(config["num_prompt_tokens"]))
+    if kind not in ("lora", "dora"):
+        raise ValueError(f'fine_tune_type "{kind}" is none of lora, dora, full, prompt')
+    settings = config["lora_parameters"]
+    return add_lora(
+        model,
+        LoraConfig(
+            rank=int(settings["rank"]),
+            scale=float(settings["scale"]),
+            dropout=float(settings.get("dropout", 0.0)),
+            keys=settings.get("keys"),
+            num_layers=int(config.get("num_layers", -1)),
+            use_dora=kind == "dora",
+        ),
+    )
+
+
+def _guess_config(arrays: dict[str, mx.array], path: Path) -> dict:
+    """The description of a file that has none (older tools): read off names and shapes."""
+    if not any(name.endswith("lora_a") for name in arrays):
+        raise UserError(f"{path}: holds no adapter: it has no description and no lora_a arrays")
+    blocks = {int(part) for name in arrays for part in name.split(".") if part.isdigit()}
+    keys = sorted({path_in_block(n.rsplit(".", 1)[0]) for n in arrays if n.endswith("lora_a")})
+    rank = next(a.shape[-1] for name, a in arrays.items() if name.endswith("lora_a"))
+    settings = {"rank": rank, "scale": LoraConfig.scale, "dropout": 0.0, "keys": keys}
+    kind = "dora" if any(name.endswith(".m") for name in arrays) else "lora"
+    return {"fine_tune_type": kind, "num_layers": len(blocks), "lora_parameters": settings}
+
+
+# ---------------------------------------------------------------------------- heads
+
+
+def head_path(adapter_path: str | Path, name: str) -> Path:
+    """Where the head `name` ("value_head", "reward_head") of an adapter or model folder lies."""
+    path = Path(adapter_path)
+    if is_single_file(path):
+        return path.with_name(f"{path.stem}.{name}.safetensors")
+    return path / f"{name}.safetensors"
+
+
+def save_head(adapter_path: str | Path, name: str, arrays: dict, description: dict) -> Path:
+    path = head_path(adapter_path, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_arrays(path, arrays, {name: description})
+    return path
+
+
+def read_head(adapter_path: str | Path, name: str) -> tuple[dict[str, mx.array], dict] | None:
+    """(arrays, description) of a head beside an adapter or in a model folder; None without one."""
+    path = head_path(adapter_path, name)
+    if not path.exists():
+        return None
+    arrays, described = read_arrays(path)
+    return arrays, described.get(name, {})
+
+
+# ---------------------------------------------------------------------------- arrays on disk
+
+
+def write_arrays(path: Path, arrays: dict[str, mx.array], described: dict) -> None:
+    """Write `arrays` and JSON-able descriptions to .safetensors or .npz, aside and then renamed."""
+    aside = path.with_name(f".{path.stem}.writing{path.suffix}")
+    if path.suffix == ".npz":
+        arrays = {k: a.astype(mx.float32) if a.dtype == mx.bfloat16 else a
+                  for k, a in arrays.items()}  # fmt: skip
+        texts = {k: mx.array(list(json.dumps(v).encode()), dtype=mx.uint8)
+                 for k, v in described.items()}  # fmt: skip
+        mx.savez(str(aside), **arrays, **texts)
+    else:
+        metadata = {"format": "mlx", **{k: json.dumps(v) for k, v in described.items()}}
+        mx.save_safetensors(str(aside), arrays, metadata=metadata)
+    os.replace(aside, path)
+
+
+def read_arrays(path: Path) -> tuple[dict[str, mx.array], dict]:
+    """(arrays, descriptions) of a .safetensors or .npz file. No pickle is ever read."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        if path.suffix == ".npz":
+            arrays = dict(mx.load(str(path)))
+            described = {k: json.loads(bytes(arrays.pop(k).tolist()).decode())
+                         for k in list(arrays) if k == CONFIG_KEY}  # fmt: skip
+            return arrays, described
+        arrays, metadata = mx.load(str(path), return_metadata=True)
+        described = {k: json.loads(v) for k, v in metadata.items() if k != "format"}
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    return arrays, described
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file aside, then rename it."""
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)

@@ -1,0 +1,38 @@
+"""Gradient checkpointing: a block's activations are made again in the backward pass, not kept."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+@contextmanager
+def checkpointed_blocks(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Within this context, blocks of `model` that run are checkpointed.
+
+    Calls go through the class of a block, so the class is patched while the graph is being built
+    and restored on the way out; another model of that class is never left with it.
+    """
+    if not enabled:
+        yield
+        return
+    kinds = {type(block): type(block).__call__ for block in model.layers}
+
+    def checkpointed(call):
+        def run(block, *args, **kwargs):
+            def inner(parameters, *args, **kwargs):
+                block.update(parameters)
+                return call(block, *args, **kwargs)
+
+            return mx.checkpoint(inner)(block.trainable_parameters(), *args, **kwargs)
+
+        return run
+
+    for kind, call in kinds.items():
+        kind.__call__ = checkpointed(call)
+    try:
+        yield
+    finally:
+        for kind, call in kinds.items():
+            kind.__call__ = call

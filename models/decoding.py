@@ -1,0 +1,214 @@
+"""Batched sampling with a KV cache, keeping what PPO needs: EOS, log-probabilities, values.
+
+Prompts are left-padded to one length. A row that is finished leaves the batch, so later steps do
+not pay for it. Random numbers belong to (step, row) and are drawn beforehand, so a row's text does
+not depend on when the others finish.
+
+Legend: B rows, b rows still alive, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from errors import UserError
+from models.trunk import find_trunk, hidden_states, logits_from_hidden
+
+# Rows are dropped once this share of the batch is finished: each drop copies the cache.
+DROP_SHARE = 0.125
+
+
+@dataclass
+class Sampling:
+    """How tokens are picked. PPO's KL is an estimate of the true one only at the defaults."""
+
+    temperature: float = 1.0  # 0 picks the most likely token
+    top_k: int = 0  # 0: off
+    top_p: float = 0.0  # 0 or 1: off
+    min_p: float = 0.0  # 0: off
+    filters_off: bool = field(init=False)
+
+    def __post_init__(self):
+        self.filters_off = not (self.top_k or self.min_p or 0 < self.top_p < 1)
+
+
+@dataclass
+class Generation:
+    """One batch of responses; row i of every list belongs to prompt i."""
+
+    responses: list[list[int]]  # EOS included where it was written
+    logprobs: list[np.ndarray]  # (len,) float32, of the tempered, unfiltered distribution
+    values: list[np.ndarray] | None  # (len,) float32, where a value head was given
+    finished: list[bool]  # ended by EOS or a stop string, not by the length limit
+
+
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int | Sequence[int],
+    eos_ids: set[int],
+    sampling: Sampling | None = None,
+    key: mx.array | None = None,
+    value_head: Callable[[mx.array], mx.array] | None = None,
+    min_tokens: int = 0,
+    should_stop: Callable[[list[int]], bool] | None = None,
+) -> Generation:
+    """Sample a response to each prompt (lists of token ids, none empty).
+
+    `max_tokens` is a limit for all rows or one for each. `key` seeds the sampling (default: the
+    global state). `should_stop(tokens)` ends a row early (stop strings). `min_tokens` forbids EOS
+    before that many tokens.
+    """
+    sampling = sampling or Sampling()
+    limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+    if not prompts or any(not p for p in prompts) or min(limits) < 1:
+        raise ValueError("every prompt needs a token, and every row a limit of at least 1")
+    state = _Rows(limits, eos_ids, should_stop, value_head is not None)
+    uniforms = mx.random.uniform(shape=(max(limits), len(prompts)), key=key)  # (step, B)
+    tokens, cache = _left_pad(model, prompts)
+    eos = mx.array(sorted(eos_ids)) if min_tokens else None
+    for step in range(max(limits)):
+        hidden = hidden_states(model, tokens, cache=cache)[:, -1]  # (b, D)
+        logits = logits_from_hidden(model, hidden).astype(mx.float32)  # (b, V)
+        if step < min_tokens:
+            logits[:, eos] = -mx.inf
+        picked, logprobs = pick(logits, sampling, uniforms[step][mx.array(state.alive)])
+        values = value_head(hidden) if value_head is not None else None
+        mx.eval(picked, logprobs, values if values is not None else logprobs)
+        keep = state.record(np.array(picked), np.array(logprobs), values)
+        if not state.alive:
+            break
+        if keep is not None:
+            index = mx.array(keep)
+            for layer in cache:
+                _keep_rows(layer, index)
+            picked = picked[index]
+        tokens = picked[:, None]  # (b, 1)
+    return state.result()
+
+
+class _Rows:
+    """Book-keeping of a batch: what each row has written, and which rows are still in the batch."""
+
+    def __init__(self, limits, eos_ids, should_stop, with_values):
+        count = len(limits)
+        self.limits, self.eos_ids, self.should_stop = limits, eos_ids, should_stop
+        self.alive = list(range(count))  # rows in the batch, in batch order
+        self.done = [False] * count
+        self.finished = [False] * count
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self.logprobs: list[list[float]] = [[] for _ in range(count)]
+        self.values: list[list[float]] | None = [[] for _ in range(count)] if with_values else None
+
+    def record(self, picked: np.ndarray, logprobs: np.ndarray, values) -> list[int] | None:
+        """Add one token a row; returns batch positions to keep when rows are to be dropped."""
+        values = np.array(values) if values is not None else None
+        for place, row in enumerate(self.alive):
+            if self.done[row]:
+                continue
+            token = int(picked[place])
+            self.tokens[row].append(token)
+            self.logprobs[row].append(logprobs[place])
+            if self.values is not None:
+                self.values[row].append(values[place])
+            stopped = token in self.eos_ids or (
+                self.should_stop is not None and self.should_stop(self.tokens[row])
+            )
+            self.finished[row] = stopped
+            self.done[row] = stopped or len(self.tokens[row]) >= self.limits[row]
+        keep = [place for place, row in enumerate(self.alive) if not self.done[row]]
+        dead = len(self.alive) - len(keep)
+        if keep and dead < max(1, DROP_SHARE * len(self.alive)):
+            return None
+        self.alive = [self.alive[place] for place in keep]
+        return keep
+
+    def result(self) -> Generation:
+        def arrays(rows):
+            return [np.array(row, dtype=np.float32) for row in rows]
+
+        values = arrays(self.values) if self.values is not None else None
+        return Generation(self.tokens, arrays(self.logprobs), values, self.finished)
+
+
+def pick(logits: mx.array, sampling: Sampling, uniform: mx.array) -> tuple[mx.array, mx.array]:
+    """logits (b, V) float32, uniform (b,) in [0, 1) -> token ids (b,), log-probabilities (b,).
+
+    Samples by inverting the cumulative distribution: one exponential per logit serves both the
+    sample and its log-probability, and one random number per row is enough.
+    """
+    if sampling.temperature not in (0, 1):
+        logits = logits / sampling.temperature
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    weights = mx.exp(shifted)  # (b, V), unnormalised probabilities
+    log_total = mx.log(weights.sum(axis=-1))  # (b,)
+    if sampling.temperature == 0:
+        picked = mx.argmax(logits, axis=-1)
+    else:
+        if not sampling.filters_off:
+            weights = _filter(shifted - log_total[:, None], sampling)
+        cumulative = mx.cumsum(weights, axis=-1)
+        total = cumulative[:, -1]
+        # Strictly below the total, or rounding could pick past the last possible token.
+        threshold = mx.minimum(uniform * total, total * (1 - 2**-22))
+        picked = mx.argmax(cumulative > threshold[:, None], axis=-1)  # the first one above
+    logprobs = mx.take_along_axis(shifted, picked[:, None], axis=-1).squeeze(-1) - log_total
+    return picked, logprobs
+
+
+def _filter(logprobs: mx.array, sampling: Sampling) -> mx.array:
+    """Log-probabilities (b, V) -> probabilities (b, V) with those filtered out at 0."""
+    from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+
+    if 0 < sampling.top_p < 1:
+        logprobs = apply_top_p(logprobs, sampling.top_p)
+    if sampling.min_p:
+        logprobs = apply_min_p(logprobs, sampling.min_p)
+    if 0 < sampling.top_k < logprobs.shape[-1]:
+        logprobs = apply_top_k(logprobs, sampling.top_k)
+    return mx.exp(logprobs)
+
+
+def _left_pad(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[mx.array, list]:
+    """Prompts -> tokens (B, P) padded on the left, and a cache that knows the padding."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    longest = max(len(p) for p in prompts)
+    padding = [longest - len(p) for p in prompts]
+    tokens = np.zeros((len(prompts), longest), dtype=np.int32)
+    for row, (pad, prompt) in enumerate(zip(padding, prompts, strict=True)):
+        tokens[row, pad:] = prompt
+    owner, _ = find_trunk(model)
+    cache = make_prompt_cache(owner if hasattr(owner, "layers") else model)
+    if any(padding):
+        cache = [_padded(layer, padding) for layer in cache]
+    return mx.array(tokens), cache
+
+
+def _padded(layer, padding: list[int]):
+    """The batched form of one layer's cache, for rows with `padding` tokens in front."""
+    from mlx_lm.models import cache as kinds
+
+    if type(layer) is kinds.KVCache:
+        return kinds.BatchKVCache(padding)
+    if type(layer) is kinds.RotatingKVCache and layer.keep == 0:
+        return kinds.BatchRotatingKVCache(layer.max_size, padding)
+    if type(layer) is kinds.ArraysCache:
+        layer.left_padding = mx.array(padding)
+        return layer
+    if type(layer) is kinds.CacheList:
+        return kinds.CacheList(*(_padded(part, padding) for part in layer.caches))
+    raise UserError(f"this model keeps a {type(layer).__name__}, which cannot be batched with "
+                    "prompts of different lengths")  # fmt: skip
+
+
+def _keep_rows(layer, index: mx.array) -> None:
+    """Keep the rows `index` of one layer's cache."""
+    if hasattr(layer, "filter"):
+        layer.filter(index)
+    elif getattr(layer, "keys", None) is not None:
+        layer.keys, layer.values = layer.keys[index], layer.values[index]

@@ -1,0 +1,169 @@
+"""A name or a folder becomes a model, its tokenizer and its configuration (mlx-lm underneath)."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from errors import UserError
+
+DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "data" / "digits_model"
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+QUANTIZE_GROUP_SIZES = (64, 32)  # mlx's default, then what narrow layers divide by
+
+
+@dataclass
+class LoadedModel:
+    """What `load_model` returns; `path` is the local folder the weights came from."""
+
+    model: nn.Module
+    tokenizer: object  # mlx_lm's TokenizerWrapper
+    config: dict
+    path: Path
+    name: str
+
+    @property
+    def eos_ids(self) -> set[int]:
+        return set(self.tokenizer.eos_token_ids)
+
+
+def default_dtype() -> str:
+    """float32 on the CPU backend, bfloat16 where there is a GPU (Metal or CUDA)."""
+    return "float32" if mx.default_device().type == mx.DeviceType.cpu else "bfloat16"
+
+
+def load_model(
+    name_or_path: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    quantize: int | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> LoadedModel:
+    """Load a local folder, a hub name ``USER/NAME``, or (None) the embedded digits model.
+
+    `dtype` is "auto", "float32", "bfloat16" or "float16"; `quantize` is 4 or 8 bits for the
+    linear layers and embeddings of a model that is not quantised yet.
+    Raises UserError when the model cannot be found, read, or is not supported.
+    """
+    name = str(name_or_path) if name_or_path is not None else str(DEFAULT_MODEL)
+    path = resolve_path(name, revision)
+    _check_folder(path, name, trust_remote_code)
+    model, tokenizer, config = _load(path, name, trust_remote_code)
+    if quantize is not None:
+        _quantize(model, config, quantize, name)
+    cast(model, default_dtype() if dtype == "auto" else dtype)
+    model.freeze()
+    mx.eval(model.parameters())
+    return LoadedModel(model, tokenizer, config, path, name)
+
+
+def resolve_path(name: str, revision: str | None = None) -> Path:
+    """The local folder of `name`: itself, or the snapshot downloaded from the hub."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    looks_local = name.startswith(("/", ".", "~")) or name.count("/") != 1 or path.exists()
+    if looks_local:
+        raise UserError(f"{name}: no model folder there; give a folder with config.json and "
+                        "model.safetensors, or a hub name USER/NAME")  # fmt: skip
+    from mlx_lm.utils import _download
+
+    try:
+        return Path(_download(name, revision=revision))
+    except Exception as error:  # huggingface_hub raises many kinds; each means "not to be had"
+        reason = _one_line(error)
+        message = f"{name}: no such folder, and not to be had from the hub: {reason}"
+        raise UserError(message) from error
+
+
+def read_config(path: Path) -> dict:
+    """The config.json of a model folder. Raises UserError where it is missing or broken."""
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not a model folder: config.json is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(f'{file}: "model_type" is missing; is this the config of a model?')
+    return config
+
+
+def _check_folder(path: Path, name: str, trust_remote_code: bool) -> None:
+    config = read_config(path)
+    if not trust_remote_code:
+        for key in ("model_file", "auto_map"):
+            if key in config:
+                raise UserError(f"{path / 'config.json'}: asks to run code of its own ({key}); "
+                                "give --trust-remote-code if you trust it")  # fmt: skip
+    if not list(path.glob("model*.safetensors")):
+        hint = ""
+        if (path / "adapter_config.json").exists():
+            hint = "; this is an adapter: give its base as --model and the adapter beside it"
+        raise UserError(f"{name}: no model*.safetensors in the folder{hint}")
+
+
+def _load(path: Path, name: str, trust_remote_code: bool):
+    from mlx_lm.utils import load_model as mlx_lm_load_model
+    from mlx_lm.utils import load_tokenizer
+
+    try:
+        model, config = mlx_lm_load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+        extra = {"trust_remote_code": True} if trust_remote_code else None
+        tokenizer = load_tokenizer(
+            path, tokenizer_config_extra=extra, eos_token_ids=config.get("eos_token_id")
+        )
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError, AttributeError) as error:
+        raise UserError(f"{name}: cannot be loaded: {_one_line(error)}") from error
+    if not tokenizer.eos_token_ids:
+        raise UserError(f"{name}: the tokenizer names no end-of-sequence token; "
+                        'set "eos_token" in tokenizer_config.json')  # fmt: skip
+    return model, tokenizer, config
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:500] or type(error).__name__
+
+
+def _quantize(model: nn.Module, config: dict, bits: int, name: str) -> None:
+    if "quantization" in config:
+        raise UserError(f"{name}: is quantised already; leave --quantize away")
+    for group_size in QUANTIZE_GROUP_SIZES:
+        fits = [m for m in model.modules() if _can_quantize(m, group_size)]
+        if fits:
+            break
+    else:
+        raise UserError(f"{name}: no layer is a multiple of 32 wide, so none can be quantised")
+    nn.quantize(model, group_size, bits, class_predicate=lambda _, m: _can_quantize(m, group_size))
+    config["quantization"] = {"group_size": group_size, "bits": bits, "mode": "affine"}
+
+
+def _can_quantize(module: nn.Module, group_size: int) -> bool:
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size == 0
+
+
+def cast(model: nn.Module, dtype: str) -> None:
+    """Cast the floating weights of `model` to `dtype`, leaving quantised layers' scales alone."""
+    target = DTYPES[dtype]
+    quantised = {name for name, module in model.named_modules() if hasattr(module, "bits") and name}
+
+    def wanted(name: str, array: mx.array) -> bool:
+        owner = name.rsplit(".", 1)[0]
+        return mx.issubdtype(array.dtype, mx.floating) and owner not in quantised
+
+    flat = tree_flatten(model.parameters())
+    model.load_weights(
+        [(name, a.astype(target)) for name, a in flat if wanted(name, a)], strict=False
+    )
+
+
+def weight_bytes(*trees) -> int:
+    """Bytes of all arrays in `trees`, each array counted once however often it appears."""
+    arrays = {id(a): a for tree in trees for _, a in tree_flatten(tree) if isinstance(a, mx.array)}
+    return sum(a.nbytes for a in arrays.values())

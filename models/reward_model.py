@@ -1,0 +1,148 @@
+"""A language model that gives one number to a text: trunk, pooling, a linear head.
+
+The head reads hidden states after the final norm. With a `tuning` the reward model is an adapter
+and a head on a base that others share; the adapter goes in for scoring and out again.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from errors import UserError
+from models.adapter_files import load_adapter, read_head
+from models.load import LoadedModel, load_model
+from models.trunk import hidden_size, hidden_states
+from models.tuning import Tuning, check_arrays
+
+POOLINGS = ("mean", "last")
+HEAD = "reward_head"
+
+
+class RewardModel(nn.Module):
+    """tokens (B, L) and lengths (B,) -> scores (B,).
+
+    `pooling` is "mean" over all tokens of the text, or the "last" token. `gain` and `offset`
+    normalise: score = gain * raw + offset (lm-human-preference-details: mean 0 and standard
+    deviation 1 on samples of the base model).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        pooling: str = "mean",
+        tuning: Tuning | None = None,
+        gain: float = 1.0,
+        offset: float = 0.0,
+    ):
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise UserError(f"pooling {pooling!r} is none of {', '.join(POOLINGS)}")
+        self.model = model
+        width = hidden_size(model)
+        # normal(0, 1/sqrt(D+1)) as in lm-human-preference-details
+        self.head = {
+            "weight": mx.random.normal((1, width), scale=(width + 1) ** -0.5),
+            "bias": mx.zeros((1,)),
+        }
+        self.pooling, self.gain, self.offset = pooling, gain, offset
+        self._tuning = tuning
+
+    @property
+    def tuning(self) -> Tuning | None:
+        return self._tuning
+
+    def __call__(self, tokens: mx.array, lengths: mx.array) -> mx.array:
+        """Raw scores (B,) float32 of right-padded tokens (B, L), before gain and offset."""
+        hidden = hidden_states(self.model, tokens)  # (B, L, D)
+        if self.pooling == "last":
+            last = (lengths - 1)[:, None, None]
+            pooled = mx.take_along_axis(hidden, last, axis=1).squeeze(1)  # (B, D)
+            pooled = pooled.astype(mx.float32)
+        else:
+            mask = mx.arange(tokens.shape[1])[None] < lengths[:, None]  # (B, L)
+            hidden = mx.where(mask[..., None], hidden.astype(mx.float32), 0)
+            pooled = hidden.sum(axis=1) / lengths[:, None]  # (B, D)
+        return (pooled @ self.head["weight"].T).squeeze(-1) + self.head["bias"]
+
+    def score(self, sequences: Sequence[Sequence[int]], batch_size: int = 64) -> list[float]:
+        """Normalised scores of whole texts (token ids, prompt and response), in their order."""
+        tuning = self._tuning
+        was_active = tuning is None or tuning.active
+        if not was_active:
+            tuning.activate()
+        try:
+            return self._score_sorted(sequences, batch_size)
+        finally:
+            if not was_active:
+                tuning.deactivate()
+
+    def _score_sorted(self, sequences: Sequence[Sequence[int]], batch_size: int) -> list[float]:
+        prefix = self._tuning.prefix if self._tuning is not None else ()
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        scores = np.zeros(len(sequences), dtype=np.float32)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            tokens, lengths = right_pad([[*prefix, *sequences[i]] for i in rows])
+            scores[rows] = np.array(self(mx.array(tokens), mx.array(lengths)))
+        return (self.gain * scores + self.offset).tolist()
+
+    def head_arrays(self) -> dict[str, mx.array]:
+        return dict(self.head)
+
+    def description(self) -> dict:
+        return {"pooling": self.pooling, "gain": self.gain, "offset": self.offset}
+
+    def load_head(self, arrays: dict[str, mx.array], description: dict, source: str) -> None:
+        """Take over a saved head and its description."""
+        check_arrays(arrays, self.head_arrays(), source)
+        if description.get("pooling", "mean") not in POOLINGS:
+            raise UserError(f"{source}: pooling is none of {', '.join(POOLINGS)}")
+        self.head = {name: array.astype(mx.float32) for name, array in arrays.items()}
+        self.pooling = description.get("pooling", "mean")
+        self.gain = float(description.get("gain", 1.0))
+        self.offset = float(description.get("offset", 0.0))
+
+
+def right_pad(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of ids -> tokens (B, L) int32 padded on the right, lengths (B,) int32."""
+    lengths = np.array([len(s) for s in sequences], dtype=np.int32)
+    tokens = np.zeros((len(sequences), lengths.max()), dtype=np.int32)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence)] = sequence
+    return tokens, lengths
+
+
+def load_reward_model(
+    path: str | Path, base: LoadedModel | None = None, *, dtype: str = "auto"
+) -> RewardModel:
+    """A reward model from a model folder with a head, or from an adapter with a head.
+
+    An adapter goes on `base`, whose weights it then shares; its own adapter is left switched off.
+    Whatever is on `base` must be switched off before. Raises UserError where there is no head.
+    """
+    path = Path(path)
+    found = read_head(path, HEAD)
+    is_model = path.is_dir() and (path / "config.json").exists()
+    if found is None:
+        kind = "folder" if path.is_dir() else "file"
+        if not path.exists():
+            raise UserError(f"{path}: no such reward model; give a fused reward model's folder, or "
+                            "the adapter that sft.py --reward-model wrote")  # fmt: skip
+        raise UserError(f"{path}: this {kind} has no reward head beside it; make one with "
+                        "sft.py --reward-model --train")  # fmt: skip
+    if is_model:
+        reward_model = RewardModel(load_model(path, dtype=dtype).model)
+    elif base is None:
+        raise UserError(f"{path}: is an adapter; it needs its base model as well")
+    else:
+        tuning = load_adapter(base.model, path)
+        tuning.deactivate()
+        reward_model = RewardModel(base.model, tuning=tuning)
+    reward_model.load_head(*found, source=str(path))
+    reward_model.freeze()
+    reward_model.eval()
+    return reward_model

@@ -1,0 +1,166 @@
+"""A causal language model taken apart: tokens -> hidden states -> logits -> log-probabilities.
+
+The (B, T, V) logits of a long batch are the largest array of RLHF. Here hidden states are made for
+every position, and logits only for the positions that are asked for, a chunk at a time; a chunk's
+logits are made again in the backward pass instead of being kept.
+
+Legend: B batch, L padded length, D width, V vocabulary, N positions picked from B x L.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from errors import UserError
+
+TRUNK_NAMES = ("model", "transformer", "backbone", "gpt_neox")
+# Logits held at once, in elements: 64 MiB in float32.
+MAX_CHUNK_ELEMENTS = 1 << 24
+
+
+def find_trunk(model: nn.Module) -> tuple[nn.Module, str]:
+    """(owner, name): `owner.name` maps tokens to hidden states, `owner` adds the head.
+
+    Raises UserError for an architecture whose parts are arranged in another way.
+    """
+    if isinstance(model.get("language_model"), nn.Module):
+        return find_trunk(model["language_model"])
+    for name in TRUNK_NAMES:
+        if isinstance(model.get(name), nn.Module):
+            return model, name
+    kind = getattr(model, "model_type", type(model).__name__)
+    raise UserError(f"model type {kind}: its hidden states cannot be reached "
+                    f"(no part named {', '.join(TRUNK_NAMES)})")  # fmt: skip
+
+
+def hidden_states(model: nn.Module, tokens: mx.array, cache=None) -> mx.array:
+    """tokens (B, L) -> hidden states after the final norm (B, L, D)."""
+    owner, name = find_trunk(model)
+    return getattr(owner, name)(tokens, cache=cache)
+
+
+def hidden_size(model: nn.Module) -> int:
+    """D, read off the hidden states themselves (configurations name it differently)."""
+    return hidden_states(model, mx.zeros((1, 1), dtype=mx.int32)).shape[-1]  # never evaluated
+
+
+class _Replay:
+    """Stands in for the trunk and returns `hidden`, so that the model's own head runs on it."""
+
+    def __init__(self, trunk: nn.Module, hidden: mx.array):
+        self._trunk, self._hidden = trunk, hidden
+
+    def __call__(self, *args, **kwargs) -> mx.array:
+        return self._hidden
+
+    def __getattr__(self, name):
+        return getattr(self._trunk, name)
+
+
+def logits_from_hidden(model: nn.Module, hidden: mx.array) -> mx.array:
+    """hidden (..., D) -> logits (..., V) through the model's own head: ties, scales, soft caps."""
+    owner, name = find_trunk(model)
+    shape = hidden.shape
+    flat = hidden.reshape(1, -1, shape[-1])  # (1, N, D)
+    tokens = mx.zeros(flat.shape[:2], dtype=mx.int32)
+    # An instance attribute hides the module of the same name without touching the module's tree.
+    owner.__dict__[name] = _Replay(owner[name], flat)
+    try:
+        logits = owner(tokens)  # (1, N, V)
+    finally:
+        del owner.__dict__[name]
+    return logits.reshape(*shape[:-1], -1)
+
+
+def _score(logits: mx.array, targets: mx.array, temperature: float, with_entropy: bool):
+    """logits (N, V), targets (N,) -> log p(target) (N,) and, if asked, entropy (N,); float32."""
+    logits = logits.astype(mx.float32)
+    if temperature != 1.0:
+        logits = logits / temperature
+    shifted = logits - mx.stop_gradient(logits.max(axis=-1, keepdims=True))  # (N, V)
+    exp = mx.exp(shifted)
+    total = exp.sum(axis=-1)  # (N,)
+    log_total = mx.log(total)
+    picked = mx.take_along_axis(shifted, targets[:, None], axis=-1).squeeze(-1)  # (N,)
+    logprobs = picked - log_total
+    if not with_entropy:
+        return (logprobs,)
+    # A probability of exactly 0 times a logit of -inf counts as 0.
+    weighted = mx.where(exp > 0, exp * shifted, 0)
+    return logprobs, log_total - weighted.sum(axis=-1) / total
+
+
+def _head_parameters(model: nn.Module) -> dict:
+    """The trainable arrays that the head reads: all but those of the blocks; often none."""
+    owner, name = find_trunk(model)
+    flat = tree_flatten(owner.trainable_parameters())
+    return {k: v for k, v in flat if not k.startswith(f"{name}.") or ".embed_tokens" in k}
+
+
+def token_logprobs(
+    model: nn.Module,
+    hidden: mx.array,
+    targets: mx.array,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    chunk: int | None = None,
+) -> tuple[mx.array, ...]:
+    """Log-probabilities of `targets`, without all logits at once.
+
+    hidden (N, D), targets (N,) int -> (logprobs (N,),) or (logprobs (N,), entropy (N,)), float32
+    nats. Logits are divided by `temperature` first. `chunk` positions are worked on at a time;
+    by default as many as MAX_CHUNK_ELEMENTS allows.
+    """
+    owner, _ = find_trunk(model)
+    if chunk is None:
+        chunk = max(1, MAX_CHUNK_ELEMENTS // vocabulary_size(model))
+    count = hidden.shape[0]
+    if count <= chunk:
+        return _score(logits_from_hidden(model, hidden), targets, temperature, with_entropy)
+
+    named = _head_parameters(model)
+    names, parameters = tuple(named), tuple(named.values())
+    score_chunk = _recomputed(model, owner, names, temperature, with_entropy)
+    parts, turn = [], mx.zeros(())
+    for start in range(0, count, chunk):
+        h, t = hidden[start : start + chunk], targets[start : start + chunk]
+        *scores, turn = score_chunk(mx.depends(h, turn), t, turn, *parameters)
+        parts.append(scores)
+    owner.update(tree_unflatten(list(zip(names, parameters, strict=True))))
+    columns = [mx.concatenate(column) for column in zip(*parts, strict=True)]
+    return (columns[0] + turn, *columns[1:])
+
+
+def _recomputed(model, owner, names: tuple[str, ...], temperature: float, with_entropy: bool):
+    """`_score` of one chunk as a function that makes its logits again in the backward pass.
+
+    ``f(hidden, targets, turn, *parameters) -> (logprobs, [entropy], turn)``. `turn` is always 0:
+    handed from chunk to chunk, and its gradient back again, it makes them run one at a time.
+    """
+
+    def scores(h: mx.array, t: mx.array, *parameters: mx.array):
+        owner.update(tree_unflatten(list(zip(names, parameters, strict=True))))
+        return _score(logits_from_hidden(model, h), t, temperature, with_entropy)
+
+    @mx.custom_function
+    def score_chunk(h: mx.array, t: mx.array, turn: mx.array, *parameters: mx.array):
+        result = scores(h, t, *parameters)
+        return (*result, mx.depends(turn, result[0]))
+
+    @score_chunk.vjp
+    def _(primals, cotangents, outputs):
+        h, t, turn, *parameters = primals
+        *cotangents, turn_cotangent = cotangents
+        h = mx.depends(h, turn_cotangent)
+        _, (dh, *dp) = mx.vjp(
+            lambda h, *parameters: scores(h, t, *parameters), [h, *parameters], list(cotangents)
+        )
+        return (dh, mx.zeros_like(t), mx.depends(turn_cotangent, [dh, *dp]), *dp)
+
+    return score_chunk
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """V, the number of logits."""
+    return logits_from_hidden(model, mx.zeros((1, hidden_size(model)))).shape[-1]

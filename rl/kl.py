@@ -1,0 +1,83 @@
+"""The KL penalty between policy and reference, and the controllers of its coefficient."""
+
+import mlx.core as mx
+
+# How each mode turns d = logprobs - ref_logprobs of a sampled token into a penalty. k1, k2, k3 are
+# the estimators of http://joschu.net/blog/kl-approx.html; "kl" and "mse" are TRL's names of two.
+PER_TOKEN = {
+    "kl": lambda d: d,
+    "abs": mx.abs,
+    "mse": lambda d: 0.5 * mx.square(d),
+    "k1": lambda d: d,
+    "k2": lambda d: 0.5 * mx.square(d),
+    "k3": lambda d: mx.expm1(-d) + d,
+}
+KL_MODES = (*PER_TOKEN, "full")
+
+
+def kl_penalty(logprobs: mx.array, ref_logprobs: mx.array, mode: str = "kl") -> mx.array:
+    """Penalty per token, (B, T), from the log-probabilities of the sampled tokens, (B, T).
+
+    Mode "full" needs whole distributions: see `full_kl`. Raises ValueError for any other mode.
+    """
+    if mode not in PER_TOKEN:
+        raise ValueError(f"KL mode {mode!r}: one of {', '.join(PER_TOKEN)} is needed here")
+    return PER_TOKEN[mode](logprobs - ref_logprobs)
+
+
+def full_kl(logits: mx.array, ref_logits: mx.array) -> mx.array:
+    """Exact KL(policy, reference): sum over V of p (log p - log p_ref); (..., V) -> (...).
+
+    Logits or log-probabilities alike. A token that the policy cannot produce (-inf) adds 0.
+    """
+    logits, ref_logits = logits.astype(mx.float32), ref_logits.astype(mx.float32)
+    logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)  # (..., V)
+    ref_logp = ref_logits - mx.logsumexp(ref_logits, axis=-1, keepdims=True)
+    possible = logp > -mx.inf
+    difference = mx.where(possible, logp - ref_logp, 0.0)
+    return (mx.where(possible, mx.exp(logp), 0.0) * difference).sum(axis=-1)
+
+
+class AdaptiveKLController:
+    """Moves the coefficient so that the KL comes to `target` (Ziegler et al. 2019, section 2.2)."""
+
+    def __init__(self, init_kl_coef: float, target: float, horizon: float):
+        """`target` in nats per response; `horizon` in episodes. Raises ValueError unless > 0."""
+        if target <= 0 or horizon <= 0:
+            raise ValueError(f"KL target {target} and horizon {horizon} must be above 0")
+        self.value = float(init_kl_coef)
+        self.target = float(target)
+        self.horizon = float(horizon)
+
+    def update(self, current: float, n_steps: int) -> None:
+        """After a step: `current` is the mean KL of a response, `n_steps` the batch size.
+
+        Raises ValueError where one step could bring the coefficient to 0 or below.
+        """
+        if 0.2 * n_steps >= self.horizon:
+            raise ValueError(f"KL horizon {self.horizon} must be above a fifth of {n_steps}")
+        error = min(max(float(current) / self.target - 1.0, -0.2), 0.2)
+        self.value *= 1.0 + error * n_steps / self.horizon
+
+    def state_dict(self) -> dict[str, float]:
+        """What changes while training; target and horizon are options of the run."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.value = float(state["value"])
+
+
+class FixedKLController:
+    """A coefficient that stays as it is."""
+
+    def __init__(self, init_kl_coef: float):
+        self.value = float(init_kl_coef)
+
+    def update(self, current: float, n_steps: int) -> None:
+        """Nothing to do."""
+
+    def state_dict(self) -> dict[str, float]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.value = float(state["value"])

@@ -1,0 +1,58 @@
+"""A PPO step's metrics under TRL's names, and the warnings that they call for."""
+
+import numpy as np
+
+from rl.rewards import rollout_stats
+from rl.rollouts import Rollout
+
+# What may be wrong (PPO_SPEC row 28), from metrics to a sentence; each is said once a run.
+ALMOST_NO_ENTROPY = 0.01  # nats per token
+MOSTLY_CUT_OFF = 0.5  # share of responses
+
+
+def step_statistics(rollout: Rollout, minibatches: list[dict[str, float]]) -> dict:
+    """Metrics of a step: of the rollout, and the means over its minibatches ("ppo/" in front)."""
+    stats = rollout_stats(
+        rollout.scores,
+        rollout.logprobs,
+        rollout.ref_logprobs,
+        rollout.kls,
+        rollout.non_score_rewards,
+        rollout.mask,
+    )
+    stats = {k: v.item() if v.ndim == 0 else np.array(v) for k, v in stats.items()}
+    for name, rows in (("queries", rollout.queries), ("responses", rollout.responses)):
+        lengths = np.array([len(row) for row in rows], dtype=np.float64)
+        stats[f"tokens/{name}_len_mean"] = float(lengths.mean())
+        stats[f"tokens/{name}_len_std"] = float(lengths.std(ddof=1)) if len(rows) > 1 else 0.0
+    stats["tokens/responses_ended"] = float(np.mean(rollout.ended))
+    for name in dict.fromkeys(name for metrics in minibatches for name in metrics):
+        found = [metrics[name] for metrics in minibatches if name in metrics]
+        stats[f"ppo/{name}"] = float(np.mean(found))
+    variance = stats["ppo/returns/var"]
+    error = stats["ppo/val/error"]
+    stats["ppo/val/var_explained"] = 1 - error / variance if variance else float("nan")
+    return stats
+
+
+def warnings_for(stats: dict, max_new_tokens: int) -> dict[str, str]:
+    """What looks wrong in a step: a name for each kind of trouble, and a sentence."""
+    found = {}
+    if stats["objective/kl"] < -1.0:
+        found["kl"] = (
+            f"KL to the reference is {stats['objective/kl']:.2f}, below 0: sampling is not the "
+            "policy's own distribution (temperature 1, no top-k, top-p or min-p is)"
+        )
+    if stats["ppo/policy/entropy"] < ALMOST_NO_ENTROPY:
+        found["entropy"] = (
+            "entropy is almost 0: the policy writes one text and can learn nothing from it; "
+            "a higher KL coefficient or a lower learning rate helps"
+        )
+    if stats["ppo/std_scores"] == 0:
+        found["scores"] = "all scores of a batch are equal: there is nothing to learn from them"
+    if 1 - stats["tokens/responses_ended"] > MOSTLY_CUT_OFF:
+        found["length"] = (
+            f"most responses reach the limit of {max_new_tokens} tokens without an end; "
+            "raise --max-new-tokens or set --missing-eos-penalty"
+        )
+    return found

@@ -1,0 +1,65 @@
+"""One batch of experience: what was asked, what was written, and what PPO makes of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from errors import UserError
+
+
+@dataclass
+class Rollout:
+    """Shapes: B responses, R the most counted tokens in one. Rows are right-padded with 0."""
+
+    queries: list[list[int]]  # B
+    responses: list[list[int]]  # B, EOS included
+    masks: list[np.ndarray]  # B, True where a response token counts
+    ended: list[bool]  # B, whether the response ended by itself
+    scores: mx.array  # (B,) after penalties, scaling and clipping
+    mask: mx.array = field(default=None)  # (B, R) 1 where there is a token
+    logprobs: mx.array = field(default=None)  # (B, R) under the policy that wrote them
+    ref_logprobs: mx.array = field(default=None)  # (B, R)
+    values: mx.array = field(default=None)  # (B, R)
+    kls: mx.array = field(default=None)  # (B, R) nats
+    non_score_rewards: mx.array = field(default=None)  # (B, R) -beta * KL
+    rewards: mx.array = field(default=None)  # (B, R) the same, plus the score on the last token
+    advantages: mx.array = field(default=None)  # (B, R) whitened
+    returns: mx.array = field(default=None)  # (B, R)
+
+
+def check_rollout(
+    queries: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    scores: Sequence[float],
+    masks: Sequence[Sequence[int]] | None,
+    batch_size: int,
+) -> None:
+    """Refuse what PPO cannot learn from; the UserError says which row."""
+    for name, rows in (("queries", queries), ("responses", responses), ("scores", scores)):
+        if len(rows) != batch_size:
+            raise UserError(f"{name}: {len(rows)} given, the batch size is {batch_size}")
+    if masks is not None and len(masks) != batch_size:
+        raise UserError(f"response_masks: {len(masks)} given, the batch size is {batch_size}")
+    for row, (query, response, score) in enumerate(zip(queries, responses, scores, strict=True)):
+        if not len(query):
+            raise UserError(f"row {row}: the query is empty")
+        if not len(response):
+            raise UserError(f"row {row}: the response is empty")
+        if not np.isfinite(score):
+            raise UserError(f"row {row}: the score is {score}")
+        if masks is not None:
+            if len(masks[row]) != len(response):
+                raise UserError(f"row {row}: the response mask has {len(masks[row])} places, "
+                                f"the response {len(response)} tokens")  # fmt: skip
+            if not any(masks[row]):
+                raise UserError(f"row {row}: the response mask leaves no token")
+
+
+def pad_rows(rows: Sequence[np.ndarray]) -> mx.array:
+    """Rows of different length -> (B, R) float32, right-padded with 0."""
+    padded = np.zeros((len(rows), max(map(len, rows))), dtype=np.float32)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return mx.array(padded)

@@ -1,0 +1,253 @@
+"""Checkpoints that are whole or not there, and that bring a run back to the bit.
+
+    RUN/checkpoints/step-00000100/adapters.safetensors ...   one file per group of arrays
+                                  state.json                 counters, RNG states, anything JSON has
+                                  manifest.json              SHA-256 of every other file
+    RUN/checkpoints/best.json                                which one is best, and by what
+
+A checkpoint is written under a temporary name, synced, and renamed. Nothing is ever pickled.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from errors import UserError
+from training.files import plain, sync_folder, write_json, writing
+
+NAME = "step-{:08d}"
+TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory: ``arrays[group][name]`` and whatever ``state`` was saved with."""
+
+    path: Path
+    step: int
+    arrays: dict[str, dict[str, mx.array]]
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What makes one checkpoint better than another."""
+
+    name: str
+    value: float
+    higher_is_better: bool = False
+
+    def beats(self, other: float | None) -> bool:
+        """Whether this value is better than ``other``; NaN beats nothing."""
+        if math.isnan(self.value):
+            return False
+        if other is None:
+            return True
+        return self.value > other if self.higher_is_better else self.value < other
+
+
+# ------------------------------------------------------------------------------ saving
+
+
+def save_checkpoint(
+    folder: str | Path,
+    step: int,
+    arrays: Mapping[str, Mapping[str, mx.array]],
+    state: Mapping[str, Any],
+    *,
+    keep: int = 2,
+    metric: Metric | None = None,
+) -> Path:
+    """Write a checkpoint of ``step`` and return its folder; then delete those no longer kept.
+
+    The newest ``keep`` stay, and the best one by ``metric``. Raises ``UserError`` when the disk
+    refuses, with the checkpoints that were there untouched, and ``FloatingPointError`` for arrays
+    with NaN or infinity in them.
+    """
+    refuse_non_finite(arrays)
+    folder = Path(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for left_over in folder.glob(TEMPORARY + "*"):
+            shutil.rmtree(left_over)
+    temporary = folder / f"{TEMPORARY}{NAME.format(step)}-{os.getpid()}"
+    try:
+        with writing(temporary):
+            temporary.mkdir()
+            manifest = write_files(temporary, step, arrays, state)
+            final = put_in_place(temporary, folder / NAME.format(step), manifest)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if metric is not None:
+        note_best(folder, final, metric)
+    prune(folder, keep)
+    return final
+
+
+def refuse_non_finite(arrays: Mapping[str, Mapping[str, mx.array]]) -> None:
+    """Raise ``FloatingPointError`` naming the first array that is not finite everywhere."""
+    for group, members in arrays.items():
+        for name, array in members.items():
+            if mx.issubdtype(array.dtype, mx.inexact) and not mx.isfinite(array).all().item():
+                raise FloatingPointError(f"{group}/{name} holds NaN or infinity; nothing was saved")
+
+
+def write_files(
+    folder: Path, step: int, arrays: Mapping[str, Mapping[str, mx.array]], state: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write and sync every file of a checkpoint; return the manifest, which is the last of them."""
+    sums = {}
+    for group, members in arrays.items():
+        file = folder / f"{group}.safetensors"
+        try:
+            mx.save_safetensors(str(file), dict(members))
+        except RuntimeError as wrong:  # MLX names no reason, so ask the disk
+            free = shutil.disk_usage(folder).free
+            raise OSError(0, f"{wrong} ({free / 1e6:.1f} MB free on this disk)") from None
+        sums[file.name] = synced_sum(file)
+    text = json.dumps({"step": step, **plain(dict(state))}, allow_nan=False)
+    (folder / "state.json").write_text(text, encoding="utf-8")
+    sums["state.json"] = synced_sum(folder / "state.json")
+    manifest = {"step": step, "sha256": sums}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    synced_sum(folder / "manifest.json")
+    sync_folder(folder)
+    return manifest
+
+
+def synced_sum(file: Path) -> str:
+    """SHA-256 of a file as read back, after it has been synced."""
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def put_in_place(temporary: Path, wanted: Path, manifest: dict[str, Any]) -> Path:
+    """Rename a finished folder to ``wanted``, or where that is taken to ``wanted-2`` and so on.
+
+    A run that was resumed comes by its old checkpoints again: the same one is left as it is, a
+    broken one replaced.
+    """
+    taken = [path for path in list_checkpoints(wanted.parent) if path.name.startswith(wanted.name)]
+    final = wanted
+    if taken:
+        final = taken[-1]
+        if problem(final):
+            shutil.rmtree(final)
+        elif read_manifest(final) == manifest:
+            return final
+        else:
+            number = int(final.name.removeprefix(wanted.name)[1:] or 1) + 1
+            final = wanted.with_name(f"{wanted.name}-{number}")
+    os.rename(temporary, final)
+    sync_folder(final.parent)
+    return final
+
+
+def note_best(folder: Path, checkpoint: Path, metric: Metric) -> None:
+    """Point ``best.json`` at a checkpoint if it beats the one it points at."""
+    best = read_best(folder)
+    if metric.beats(best["value"] if best and best["metric"] == metric.name else None):
+        entry = {"metric": metric.name, "value": metric.value, "checkpoint": checkpoint.name}
+        write_json(folder / "best.json", entry)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints and the best one."""
+    best = best_checkpoint(folder)
+    with writing(folder):
+        for old in list_checkpoints(folder)[: -max(keep, 1)]:
+            if old != best:
+                shutil.rmtree(old)
+
+
+# ------------------------------------------------------------------------------ finding
+
+
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """Every finished checkpoint of a folder, oldest first, broken ones included."""
+    found = []
+    for path in Path(folder).glob("step-*"):
+        step, _, number = path.name.removeprefix("step-").partition("-")
+        if step.isdigit() and (not number or number.isdigit()) and path.is_dir():
+            found.append((int(step), int(number or 1), path))
+    return [path for _, _, path in sorted(found)]
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint, or None where it is missing or makes no sense."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        names = manifest["sha256"].keys()
+        if isinstance(manifest["step"], int) and all(Path(n).name == n for n in names):
+            return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def problem(checkpoint: str | Path) -> str | None:
+    """What is wrong with a checkpoint, or None when every file has the sum it was written with."""
+    checkpoint = Path(checkpoint)
+    manifest = read_manifest(checkpoint)
+    if manifest is None or "state.json" not in manifest["sha256"]:
+        return "manifest.json is missing or torn"
+    for name, expected in manifest["sha256"].items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        with open(file, "rb") as opened:
+            if hashlib.file_digest(opened, "sha256").hexdigest() != expected:
+                return f"{name} is torn or was altered"
+    return None
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint that is whole, or None; warns of every newer one that is not."""
+    for path in reversed(list_checkpoints(folder)):
+        wrong = problem(path)
+        if wrong is None:
+            return path
+        print(f"warning: {path}: {wrong}; using the one before it", file=sys.stderr)
+    return None
+
+
+def read_best(folder: str | Path) -> dict[str, Any] | None:
+    """The contents of ``best.json``, or None where there is none."""
+    try:
+        best = json.loads((Path(folder) / "best.json").read_text(encoding="utf-8"))
+        return best if {"metric", "value", "checkpoint"} <= set(best) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def best_checkpoint(folder: str | Path) -> Path | None:
+    """The best checkpoint by the metric it was saved with, or None."""
+    best = read_best(folder)
+    path = Path(folder) / Path(best["checkpoint"]).name if best else None
+    return path if path is not None and path.is_dir() else None
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint; raises ``UserError`` when it is missing, torn or altered."""
+    path = Path(path)
+    wrong = problem(path)
+    if wrong:
+        raise UserError(f"{path}: {wrong}; this checkpoint cannot be used")
+    manifest = read_manifest(path)
+    arrays = {}
+    for name in manifest["sha256"]:
+        if name.endswith(".safetensors"):
+            group = arrays[name.removesuffix(".safetensors")] = mx.load(str(path / name))
+            mx.eval(group)  # MLX reads lazily, and the file may be deleted before that
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return Checkpoint(path, manifest["step"], arrays, state)

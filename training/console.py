@@ -1,0 +1,84 @@
+"""What a person sees of a run: a live bar in a terminal, one aligned line per report in a log."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+NUMBER_WIDTH = 9
+
+
+class Progress:
+    """Progress of ``total`` steps. Use as a context manager, or call ``close``.
+
+    In a terminal every step moves a bar with the latest values behind it. Elsewhere ``report``
+    prints a line, so that a log holds one line per report and no control characters.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        done: int = 0,
+        name: str = "",
+        stream: TextIO | None = None,
+        live: bool | None = None,
+    ) -> None:
+        """``done``: steps behind us already (a resumed run). ``live``: None asks the stream."""
+        self.total, self.name = total, name
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty() if live is None else live
+        self.started, self.first = time.monotonic(), done
+        self.bar = (
+            tqdm(total=total, initial=done, desc=name or None, file=self.stream, dynamic_ncols=True)
+            if self.live
+            else None
+        )
+
+    def advance(self, steps: int = 1) -> None:
+        """Move the bar on; does nothing in a log."""
+        if self.bar is not None:
+            self.bar.update(steps)
+
+    def report(self, step: int, values: Mapping[str, Any]) -> None:
+        """Show the named values after ``step`` steps."""
+        if self.bar is not None:
+            self.bar.set_postfix_str("  ".join(f"{k} {short(v)}" for k, v in values.items()))
+            return
+        pace = (step - self.first) / max(time.monotonic() - self.started, 1e-9)
+        width = len(str(self.total))
+        cells = [f"{k} {short(v):<{NUMBER_WIDTH}}" for k, v in values.items()]
+        head = f"{self.name} {step:>{width}}/{self.total}".strip()
+        self.line("  ".join([head, *cells, f"{pace:.2f} steps/s"]))
+
+    def line(self, text: str) -> None:
+        """Print a line of its own without disturbing the bar."""
+        if self.bar is not None:
+            self.bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar where it stands; a second call does nothing."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+            self.live = False
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def short(value: Any) -> str:
+    """A number in four significant digits; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return str(value)
+    size = abs(value)
+    return f"{value:.3e}" if size and (size < 1e-3 or size >= 1e5) else f"{value:.4g}"

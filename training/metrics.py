@@ -1,0 +1,277 @@
+"""The run folder: options, a row of metrics a step, decoded samples, plots, checkpoints.
+
+    config.json     every resolved option, versions of the libraries, the machine
+    metrics.jsonl   one row a step, flushed at once
+    samples.jsonl   decoded prompts and responses with their scores
+    summary.json    written when the run has finished
+    checkpoints/    see checkpoints.py        plots/    see plots.py
+
+Importing this loads neither MLX nor W&B.
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from errors import UserError
+from training.files import plain, write_json, writing
+from training.redact import redact
+from training.resume import OF_ONE_START, read_run_config
+from training.tracking import WandbRun
+
+OWN_NAMES = (
+    "config.json metrics.jsonl samples.jsonl summary.json best checkpoints plots wandb".split()
+)
+LIBRARIES = ("mlx", "mlx-lm", "transformers", "numpy")
+
+
+class Run:
+    """One training run and its folder. Use as a context manager; ``close`` frees the folder.
+
+    A second process that opens the same folder is refused. The lock belongs to the process, so a
+    dead one leaves none behind.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        options: Mapping[str, Any],
+        *,
+        output_dir: str | Path | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+        log_with: str = "none",
+        outputs: Sequence[str] = (),
+        blas: str | None = None,
+    ) -> None:
+        """Open a new folder, or with ``resume`` the one of an earlier start.
+
+        ``options``: every resolved option by name. ``outputs``: names of what the script itself
+        writes into the folder, deleted with the rest by ``overwrite``. ``blas``: name of the BLAS
+        in use. Raises ``UserError`` when the folder holds another run or is in use.
+        """
+        self.folder = Path(output_dir) if output_dir else default_folder(script)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_folder(self.folder)
+        try:
+            self._open(script, options, resume, overwrite, outputs, blas)
+            track = log_with == "wandb"
+            self.wandb = WandbRun(self.folder, script, self.config) if track else None
+        except BaseException:
+            self._lock.close()
+            raise
+        self.started = time.monotonic()
+
+    def _open(self, script, options, resume, overwrite, outputs, blas) -> None:
+        earlier = [name for name in OWN_NAMES if (self.folder / name).exists()]
+        if resume:
+            created = read_run_config(self.folder).get("created")
+            (self.folder / "summary.json").unlink(missing_ok=True)
+        else:
+            created = None
+            if earlier and not overwrite:
+                raise UserError(
+                    f"{self.folder}: holds a run already ({earlier[0]}); go on with it by --resume "
+                    f"{self.folder}, choose another --output-dir, or delete it with --overwrite"
+                )
+            for name in (*earlier, *outputs):
+                remove(self.folder / name)
+        self.config = describe(script, options, blas, created)
+        write_json(self.folder / "config.json", self.config)
+        self._metrics = self._append_to("metrics.jsonl")
+        self._samples = self._append_to("samples.jsonl")
+
+    def _append_to(self, name: str) -> BinaryIO:
+        with writing(self.folder / name):
+            return open(self.folder / name, "ab", buffering=0)
+
+    # ----------------------------------------------------------------- writing
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def plots(self) -> Path:
+        return self.folder / "plots"
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Append one row and send its numbers to W&B; return the row as written.
+
+        NaN and infinity become null, which JSON has and they are not.
+        """
+        row = {"step": int(step), **plain(dict(metrics))}
+        write_line(self._metrics, row)
+        if self.wandb is not None:
+            self.wandb.log(step, row)
+        return row
+
+    def log_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Append decoded samples: prompt, response, score, KL, and whatever else they hold."""
+        for sample in samples:
+            write_line(self._samples, {"step": int(step), **plain(dict(sample))})
+
+    # ----------------------------------------------------------------- resume
+
+    def state_dict(self) -> dict[str, int]:
+        """Lengths of the row files in bytes, for a checkpoint; both files are synced first."""
+        return {
+            "metrics_bytes": synced_length(self._metrics),
+            "samples_bytes": synced_length(self._samples),
+        }
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Cut both files back to a checkpoint's lengths: later rows are going to be made again.
+
+        An empty state (no checkpoint yet) empties them.
+        """
+        for file, key in ((self._metrics, "metrics_bytes"), (self._samples, "samples_bytes")):
+            wanted, there = state.get(key, 0), os.fstat(file.fileno()).st_size
+            if there < wanted:
+                print(f"warning: {file.name}: rows before the checkpoint are gone", file=sys.stderr)
+            os.ftruncate(file.fileno(), min(wanted, there))
+
+    # ----------------------------------------------------------------- the end
+
+    def finish(self, summary: Mapping[str, Any] | None = None) -> None:
+        """Mark the run as finished and close it; ``summary`` goes into ``summary.json``."""
+        seconds = round(time.monotonic() - self.started, 3)
+        result = {"finished": True, **plain(dict(summary or {})), "seconds": seconds}
+        write_json(self.folder / "summary.json", result)
+        self.close(result)
+
+    def close(self, summary: Mapping[str, Any] | None = None) -> None:
+        """Close files, W&B and the lock; a second call does nothing."""
+        if self._lock.closed:
+            return
+        try:
+            self._metrics.close()
+            self._samples.close()
+            if self.wandb is not None:
+                self.wandb.finish(read_rows(self.folder / "samples.jsonl"), summary)
+        finally:
+            self._lock.close()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# ------------------------------------------------------------------------------ folder
+
+
+def default_folder(script: str, base: str | Path = "runs") -> Path:
+    """Make and return a folder ``runs/<script>-<time>`` that did not exist before."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    with writing(base):
+        for number in range(1, 1000):
+            folder = Path(base) / (f"{script}-{stamp}" + (f"-{number}" if number > 1 else ""))
+            try:
+                folder.mkdir(parents=True)
+                return folder
+            except FileExistsError:
+                continue
+    raise UserError(f"{base}: a thousand runs of this second are there already")
+
+
+def lock_folder(folder: Path) -> BinaryIO:
+    """An open file that holds the folder's lock; raises ``UserError`` when another process does."""
+    file = open(folder / ".lock", "a+b", buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read(32).decode("ascii", "replace").strip()
+        file.close()
+        raise UserError(f"{folder}: a run is being written here by process {owner}") from None
+    except BaseException:
+        file.close()
+        raise
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n".encode())
+    return file
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder that may not be there; links are deleted, never followed."""
+    with writing(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def describe(
+    script: str, options: Mapping[str, Any], blas: str | None, created: str | None
+) -> dict[str, Any]:
+    """What ``config.json`` holds; secrets are redacted."""
+    kept = {name: value for name, value in options.items() if name not in OF_ONE_START}
+    versions = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            versions[library] = None
+    return {
+        "script": script,
+        "created": created or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "options": redact(plain(kept)),
+        "versions": versions,
+        "machine": {
+            "platform": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "cpu_count": os.cpu_count(),
+            "blas": blas,
+        },
+    }
+
+
+# ------------------------------------------------------------------------------ rows
+
+
+def write_line(file: BinaryIO, row: Mapping[str, Any]) -> None:
+    """Append one JSON object as one line, handed to the system at once."""
+    try:
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair: legal in Python, not in UTF-8
+        line = json.dumps(row, ensure_ascii=True, allow_nan=False).encode("ascii")
+    with writing(file.name):
+        rest = memoryview(line + b"\n")
+        while rest:
+            rest = rest[file.write(rest) :]
+
+
+def synced_length(file: BinaryIO) -> int:
+    """The length of an open file in bytes, once these bytes are on the disk."""
+    with writing(file.name):
+        os.fsync(file.fileno())
+    return os.fstat(file.fileno()).st_size
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl`` or ``samples.jsonl``; a torn last line is left out."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as wrong:
+        raise UserError(f"{path}: cannot read: {wrong.strerror}") from None
+    rows = []
+    for at, line in enumerate(lines[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}:{at}: not a JSON object") from None
+    return rows

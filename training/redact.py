@@ -1,0 +1,44 @@
+"""Keeps tokens out of everything that a run writes down."""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from training.resume import REDACTED
+
+# "stop_token" and its like are text that a model writes, not a secret.
+SECRET_NAME = re.compile(
+    r"(^|_)(secret|password|passwd|credentials?|key|apikey|auth|"
+    r"(?<!bos_)(?<!eos_)(?<!pad_)(?<!unk_)(?<!mask_)(?<!stop_)token)(_|$)",
+    re.IGNORECASE,
+)
+IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+# A shorter value than this would blot out ordinary words.
+SHORTEST = 8
+
+
+def secret_values(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The values of environment variables whose names say that they are secret, longest first."""
+    found = {
+        value.strip()
+        for name, value in environment.items()
+        if SECRET_NAME.search(name) and len(value.strip()) >= SHORTEST
+    }
+    return sorted(found, key=len, reverse=True)
+
+
+def redact(value: Any, secrets: list[str] | None = None, name: str = "") -> Any:
+    """The same value with secrets replaced: by the option's name, by content, and in URLs."""
+    secrets = secret_values() if secrets is None else secrets
+    if isinstance(value, dict):
+        return {key: redact(item, secrets, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [redact(item, secrets, name) for item in value]
+    if not isinstance(value, str) or not value:
+        return value
+    if SECRET_NAME.search(name.replace("-", "_")):
+        return REDACTED
+    for secret in secrets:
+        value = value.replace(secret, REDACTED)
+    return IN_URL.sub(REDACTED, value)

@@ -1,0 +1,96 @@
+"""What ``--resume`` needs before any model is loaded: the old run's options, and what may change.
+
+Importing this loads no MLX.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from training.config_files import Setting
+
+REDACTED = "<redacted>"
+
+# Where things are written and what is printed: a run with other values here ends the same.
+HARMLESS = frozenset(
+    "config explicit force_resume keep_checkpoints log_with max_bad_steps memory_limit output_dir "
+    "overwrite resume save_every save_file steps_per_report".split()
+)
+# Belong to one start of the program and are not taken over from the run that is resumed.
+OF_ONE_START = frozenset("config explicit force_resume output_dir overwrite resume".split())
+# How long a run goes on: harmless as long as the learning rate does not depend on it.
+LENGTHS = frozenset({"epochs", "iters", "num_steps", "steps"})
+
+
+def run_folder_of(path: str | Path) -> Path:
+    """The run folder, given it or one of its checkpoints (``RUN/checkpoints/step-...``)."""
+    path = Path(path)
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(f"{path}: no run to resume here: it holds no config.json")
+
+
+def checkpoint_asked_for(path: str | Path) -> Path | None:
+    """The checkpoint that ``--resume`` names itself, or None where it names the run folder."""
+    path = Path(path)
+    return path if path.parent.name == "checkpoints" else None
+
+
+def read_run_config(path: str | Path) -> dict[str, Any]:
+    """The parsed ``config.json`` of a run; raises ``UserError`` when it cannot be used."""
+    file = run_folder_of(path) / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(config["options"], dict):
+            return config
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{file}: not the config.json of a run: it has no options")
+
+
+def read_run_options(path: str | Path) -> list[Setting]:
+    """The options of a run as settings for the parser; those that were redacted are left out."""
+    file = str(run_folder_of(path) / "config.json")
+    options = read_run_config(path)["options"]
+    # Optional: an option that this version no longer has is no reason to refuse the run.
+    return [
+        Setting(key, value, file, optional=True)
+        for key, value in options.items()
+        if key not in OF_ONE_START and not is_redacted(value)
+    ]
+
+
+def is_redacted(value: Any) -> bool:
+    """Whether a stored option lost a secret when it was written."""
+    return isinstance(value, str) and REDACTED in value
+
+
+def check_resume_options(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    *,
+    harmless: Iterable[str] = (),
+    force: bool = False,
+) -> list[str]:
+    """Compare the options of a run with those it is resumed with; return the names that changed.
+
+    Raises ``UserError`` for the first change that would make the resumed run differ from one that
+    was never stopped, unless ``force``. Names that only one side has are not compared.
+    """
+    allowed = HARMLESS | set(harmless)
+    # Only a constant rate is the same function of the step whatever the number of steps.
+    if new.get("lr_schedule", "constant") == "constant":
+        allowed |= LENGTHS
+    changed = [name for name in old if name in new and old[name] != new[name]]
+    refused = [name for name in changed if name not in allowed]
+    if refused and not force:
+        name = refused[0]
+        flag = "--" + name.replace("_", "-")
+        raise UserError(
+            f"{flag}: {new[name]!r} differs from {old[name]!r} in the run that is resumed, so it "
+            "would not end as it would have; leave the flag out, or add --force-resume"
+        )
+    return changed
