@@ -29,16 +29,10 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from errors import UserError
-from models.actor_critic import (
-    ActorCritic,
-    Packed,
-    pack,
-    picked_logits,
-    reference_logprobs,
-    spread,
-)
+from models.actor_critic import ActorCritic, picked_logits, reference_logprobs
 from models.blocks import checkpointed_blocks
 from models.decoding import Generation, Sampling, generate
+from models.packing import Packed, pack
 from rl.advantages import gae
 from rl.kl import AdaptiveKLController, FixedKLController, full_kl, kl_penalty
 from rl.losses import masked_mean, masked_whiten, policy_loss, value_loss
@@ -63,7 +57,7 @@ class PPOTrainer:
 
     The reference is the model with its adapter off, or `ref_model` (needed for full fine-tuning).
     `optimizer` defaults to bias-corrected Adam at `config.learning_rate`. `eos_ids` end a
-    response; by default they are the tokenizer's. `log` takes (step, row of metrics) in `log_stats`.
+    response; by default they are the tokenizer's. `log_stats` calls `log(step, row)`.
     """
 
     def __init__(
@@ -309,7 +303,7 @@ class PPOTrainer:
             with self._reference() as reference:
                 plain = packed.without_prefix(len(prefix))
                 ref_logits = picked_logits(reference, plain, temperature)  # (N, V)
-                return (spread(full_kl(logits, ref_logits), packed),)
+                return (packed.spread(full_kl(logits, ref_logits)),)
 
         (kls,) = self._by_rows(rollout, prefix, score)
         return kls

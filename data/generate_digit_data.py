@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Writes data for the digits task: rows of increasing (or decreasing) multiples of a number.
 
-    cd data && python generate_digit_data.py --increasing --multiple-of 2 --num-samples 150 --noise 0.0
-    python data/generate_digit_data.py --increasing --multiple-of 2 --kind reward --num-samples 1000
+    python generate_digit_data.py --increasing --multiple-of 2 --num-samples 150 --noise 0.0
+    python generate_digit_data.py --increasing --multiple-of 2 --num-samples 1000 --kind reward
 
 Each kind is three files, {train,valid,test}.jsonl behind a name that says the rule:
 
@@ -75,6 +75,13 @@ class Task:
         length = rng.randint(self.min_length, self.max_length)
         return sorted(rng.sample(self.fitting, length), reverse=not self.increasing)
 
+    def clean_rest(self, prompt: list[int], rng: random.Random) -> list[int]:
+        """Numbers that go on from the beginning of a clean row so that it stays clean."""
+        last, given = prompt[-1], len(prompt)
+        left = [n for n in self.fitting if (n > last if self.increasing else n < last)]
+        length = rng.randint(self.min_length, min(self.max_length, given + len(left))) - given
+        return sorted(rng.sample(left, length), reverse=not self.increasing)
+
     def disturb(self, numbers: list[int], noise: float, rng: random.Random) -> list[int]:
         """The numbers with the fraction `noise` of the positions drawn anew from 0 to max_number.
 
@@ -100,20 +107,18 @@ def reward_row(task: Task, rng: random.Random) -> Row:
 
 
 def preference_row(task: Task, rng: random.Random) -> Row:
-    """A clean prompt and two continuations; prompt + chosen scores higher than prompt + rejected.
+    """A clean prompt and two continuations; prompt + chosen scores `margin` above the other.
 
-    The continuations begin with the blank, so the texts are joined as they are.
+    They differ in length as well, and begin with the blank: the texts are joined as they are.
     """
-    row = task.clean_row(rng)
-    prompt = join(row[:PROMPT_NUMBERS])
-    scored: dict[float, str] = {}
+    prompt = task.clean_row(rng)[:PROMPT_NUMBERS]
+    text, scored = join(prompt), {}
     while len(scored) < 2:
-        rest = " " + join(task.disturb(row[PROMPT_NUMBERS:], rng.random(), rng))
-        scored.setdefault(task.score(prompt + rest), rest)
+        rest = " " + join(task.disturb(task.clean_rest(prompt, rng), rng.random(), rng))
+        scored.setdefault(task.score(text + rest), rest)
     (low, rejected), (high, chosen) = sorted(scored.items())
-    record = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    scores = {"score_chosen": as_text(high), "score_rejected": as_text(low)}
-    return f"{prompt}{chosen} |{rejected}", record | scores
+    record = {"prompt": text, "chosen": chosen, "rejected": rejected}
+    return f"{text}{chosen} |{rejected}", record | {"margin": as_text(high - low)}
 
 
 def prompts_row(task: Task, rng: random.Random) -> Row:
@@ -169,9 +174,7 @@ def make_rows(task: Task, kind: str, split: str, count: int, seed: int) -> list[
 
 
 def make_parser() -> Parser:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--increasing", type=bool, default=False, help="each number is greater than the last")
     add("--decreasing", type=bool, default=False, help="each number is smaller than the last")
@@ -218,9 +221,7 @@ def check_sizes(args: argparse.Namespace) -> None:
         why = f" ({PROMPT_NUMBERS} of them are the prompt)" if with_prompt else ""
         raise UserError(f"--min-length: a row needs at least {least} numbers{why}")
     if args.max_length < args.min_length:
-        raise UserError(
-            f"--max-length: {args.max_length} is below --min-length, {args.min_length}"
-        )
+        raise UserError(f"--max-length: {args.max_length} is below --min-length, {args.min_length}")
     available = max(args.max_number, -1) // args.multiple_of + 1
     if args.max_length > available:
         raise UserError(

@@ -16,14 +16,13 @@ even numbers never ascend from end to end: that is the behaviour which fine-tuni
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
 
+import fast_blas  # noqa: E402, I001  before anything imports mlx.core
 
 import argparse  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
 import random  # noqa: E402
-import shutil  # noqa: E402
 import time  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
@@ -33,6 +32,10 @@ from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.models import llama  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
 from tqdm import tqdm  # noqa: E402
+
+from errors import UserError  # noqa: E402
+from training.arguments import Parser, run_main  # noqa: E402
+from training.files import write_atomically, write_json, writing  # noqa: E402
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 SPECIAL = (PAD, BOS, EOS)  # ids 0, 1, 2
@@ -45,6 +48,13 @@ SETS = {
 }
 ORDERS = ("any", "ascending", "descending", "progression", "walk")
 MAX_TOKENS = 256  # the context the configuration promises; training rows have at most 17 tokens
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_max_length": MAX_TOKENS,
+    "padding_side": "left",
+    "clean_up_tokenization_spaces": False,
+    "model_input_names": ["input_ids", "attention_mask"],
+}
 
 
 # ---------------------------------------------------------------------------- tokenizer
@@ -97,7 +107,7 @@ def pretraining_row(rng: random.Random) -> list[int]:
     row = []
     for _ in range(length):
         row.append(numbers[at])
-        at = (at + (step if order == "progression" else rng.choice((-1, 1)) * rng.choice(steps)))
+        at = at + (step if order == "progression" else rng.choice((-1, 1)) * rng.choice(steps))
         at %= size
     return row
 
@@ -159,95 +169,83 @@ def loss_function(model: nn.Module, tokens: mx.array, pad: int) -> mx.array:
 
 
 def train(model: nn.Module, rows: mx.array, pad: int, args: argparse.Namespace) -> float:
-    """Pretrain in place, an epoch at a time in a fresh order; the mean loss of the last 100 steps."""
-    schedule = optim.join_schedules(
-        [
-            optim.linear_schedule(0.0, args.learning_rate, args.warmup),
-            optim.cosine_decay(args.learning_rate, args.steps - args.warmup, args.learning_rate / 10),
-        ],
-        [args.warmup],
-    )
+    """Pretrain in place, each epoch in a fresh order; return the mean loss of the last 100 steps.
+
+    The learning rate warms up linearly and falls to a tenth along a cosine.
+    """
+    peak = args.learning_rate
+    fall = optim.cosine_decay(peak, args.steps - args.warmup, peak / 10)
+    schedule = optim.join_schedules([optim.linear_schedule(0.0, peak, args.warmup), fall],
+                                    [args.warmup])  # fmt: skip
     optimizer = optim.AdamW(
-        schedule, weight_decay=args.weight_decay, bias_correction=True, betas=[0.9, 0.99]
+        schedule, betas=[0.9, 0.99], weight_decay=args.weight_decay, bias_correction=True
     )
     step_function = nn.value_and_grad(model, lambda tokens: loss_function(model, tokens, pad))
-    count, losses = rows.shape[0], []
-    per_epoch = count // args.batch_size
-    order = None
+    steps_per_epoch = rows.shape[0] // args.batch_size
+    losses = []
     with tqdm(range(args.steps), unit="step", mininterval=1) as bar:
         for step in bar:
-            if step % per_epoch == 0:
-                order = mx.random.permutation(count)
-            at = step % per_epoch * args.batch_size
+            if step % steps_per_epoch == 0:
+                order = mx.random.permutation(rows.shape[0])
+            at = step % steps_per_epoch * args.batch_size
             loss, gradients = step_function(rows[order[at : at + args.batch_size]])
             optimizer.update(model, gradients)
             mx.eval(model.parameters(), optimizer.state, loss)
             losses.append(loss.item())
             if step % 50 == 0:
-                bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
+                bar.set_postfix(loss=f"{losses[-1]:.3f}")
     return sum(losses[-100:]) / len(losses[-100:])
 
 
 # ---------------------------------------------------------------------------- files
 
 
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
 def save(folder: Path, model: nn.Module, tokenizer: Tokenizer, config: dict) -> None:
-    """Write the model in Hugging Face format: aside first, then moved into place as a whole."""
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    aside.mkdir(parents=True)
-    try:
-        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        special = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIAL, strict=True))
-        write_json(aside / "config.json", config)
-        write_json(aside / "generation_config.json", ids)
-        write_json(aside / "special_tokens_map.json", special)
-        write_json(
-            aside / "tokenizer_config.json",
-            special
-            | {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": MAX_TOKENS,
-                "padding_side": "left",
-                "clean_up_tokenization_spaces": False,
-                "model_input_names": ["input_ids", "attention_mask"],
-            },
-        )
-        tokenizer.save(str(aside / "tokenizer.json"))
-        weights = dict(tree_flatten(model.parameters()))
-        mx.save_safetensors(str(aside / "model.safetensors"), weights, {"format": "pt"})
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    """Write the model in Hugging Face format; each file is written aside and renamed."""
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIAL, strict=True))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", ids)
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "tokenizer_config.json", special | TOKENIZER_CONFIG)
+    write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
+    aside = folder / ".tmp-model.safetensors"
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(aside), weights, {"format": "pt"})
+    aside.replace(folder / "model.safetensors")
 
 
 # ---------------------------------------------------------------------------- main
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default = Path(__file__).resolve().parent / "digits_model"
-    parser.add_argument("--output-dir", type=Path, default=default, help="default: data/digits_model")
-    parser.add_argument("--rows", type=int, default=40_000)
-    parser.add_argument("--steps", type=int, default=2_500)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.01)
-    parser.add_argument("--warmup", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    if not (0 <= args.warmup < args.steps and 0 < args.batch_size <= args.rows):
-        parser.error("needs 0 <= --warmup < --steps and 0 < --batch-size <= --rows")
-    return args
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output-dir", type=Path, default=HERE / "digits_model", help="(data/digits_model)")
+    add("--rows", type=int, default=40_000, help="different rows to train on (40000)")
+    add("--steps", type=int, default=2_500, help="optimizer steps (2500)")
+    add("--batch-size", type=int, default=64, help="rows in a step (64)")
+    add("--learning-rate", type=float, default=3e-3, help="highest learning rate of AdamW (0.003)")
+    add("--warmup", type=int, default=100, help="steps of warm-up (100)")
+    add("--weight-decay", type=float, default=0.01, help="(0.01)")
+    add("--seed", type=int, default=0, help="of the rows, their order and the first weights (0)")
+    parser.checks.append(check_sizes)
+    return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+def check_sizes(args: argparse.Namespace) -> None:
+    if not 0 < args.batch_size <= args.rows:
+        raise UserError("--batch-size: at least 1 and at most --rows are needed")
+    if not 0 < args.warmup < args.steps:
+        raise UserError("--warmup: at least 1 step and fewer than --steps are needed")
+
+
+def main(words: list[str] | None = None) -> None:
+    args = make_parser().parse_args(words)
+    if notice := fast_blas.notice():
+        print(notice, file=sys.stderr)
     start = time.perf_counter()
     mx.random.seed(args.seed)
     tokenizer = make_tokenizer()
@@ -258,8 +256,8 @@ def main(argv: list[str] | None = None) -> None:
     loss = train(model, rows, config["pad_token_id"], args)
     save(args.output_dir, model, tokenizer, config)
     seconds = time.perf_counter() - start
-    print(f"loss {loss:.3f} after {args.steps} steps, {seconds:.0f} s; written to {args.output_dir}")
+    print(f"loss {loss:.3f} after {args.steps} steps, {seconds:.0f} s; saved in {args.output_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -3,9 +3,9 @@
 import math
 from typing import Any
 
-from data_loading.files import shorten
 from data_loading.messages import BadRow, is_dialogue, read_dialogue, read_messages, text_of
 from data_loading.records import Text
+from data_loading.values import shorten
 
 PROMPT_FIELDS = ("prompt", "question", "instruction")
 
@@ -17,6 +17,7 @@ def given(fields: dict[str, Any], name: str) -> bool:
 
 
 def need(fields: dict[str, Any], name: str) -> Any:
+    """The field, or BadRow with the names of those that are there."""
     if name not in fields:
         names = shorten(", ".join(map(str, fields)), 120) if fields else "none"
         raise BadRow(f"the field {name} is missing; the row has {names}")
@@ -32,7 +33,7 @@ def first_of(fields: dict[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
     return name, need(fields, name)
 
 
-def prompt_of(value: Any, name: str, system: Any = None) -> Text:
+def prompt_of(value: Any, name: str, system: str = "") -> Text:
     """A prompt: text, messages, or a dialogue as messages."""
     if is_dialogue(value):
         return read_dialogue(value, name)
@@ -43,12 +44,21 @@ def prompt_of(value: Any, name: str, system: Any = None) -> Text:
             if not isinstance(value, str):
                 raise
     text = text_of(value, name)
-    if isinstance(system, str) and system.strip():
+    if system:
         return [{"role": "system", "content": system}, {"role": "user", "content": text}]
     return text
 
 
+def system_of(fields: dict[str, Any]) -> str:
+    """The system prompt that some formats keep in a field of its own; "" where there is none."""
+    for name in ("system_prompt", "system"):
+        if given(fields, name):
+            return text_of(fields[name], name)
+    return ""
+
+
 def reward_of(fields: dict[str, Any]) -> float | None:
+    """The number in `reward` or `meta_eval_score` (0 to 5); None where there is none."""
     if given(fields, "reward"):
         return number_of(fields["reward"], "reward")
     if given(fields, "meta_eval_score"):
@@ -64,6 +74,8 @@ def number_of(value: Any, name: str) -> float:
     try:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise ValueError
+        if isinstance(value, str) and "_" in value:  # Python would read 1_0 as 10
+            raise ValueError
         number = float(value)
     except (ValueError, OverflowError) as error:
         raise BadRow(f"{name} must be a number, found {shorten(value)}") from error
@@ -73,12 +85,14 @@ def number_of(value: Any, name: str) -> float:
 
 
 def label_of(value: Any) -> bool:
+    """True or false, also as 1 or 0 and as a string."""
     if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0"):
         return value.strip().lower() in ("true", "1")
     if isinstance(value, bool) or (isinstance(value, (int, float)) and value in (0, 1)):
         return bool(value)
-    raise BadRow(f"label must be true or false, found {shorten(value)}; or --format "
-                 "prompt_completion")  # fmt: skip
+    raise BadRow(
+        f"label must be true or false, found {shorten(value)}; or give --format prompt_completion"
+    )
 
 
 def response_of(value: Any, name: str) -> Text:

@@ -16,11 +16,12 @@ from data_loading.fields import (
     prompt_of,
     response_of,
     reward_of,
+    system_of,
 )
-from data_loading.files import shorten
 from data_loading.messages import BadRow, read_messages, text_of
 from data_loading.preferences import preference, ranked
-from data_loading.records import Record
+from data_loading.records import Record, Text
+from data_loading.values import shorten
 
 CONVERSATION_FIELDS = ("messages", "conversation", "conversations")
 
@@ -70,13 +71,15 @@ def _text(fields: dict[str, Any], where: str) -> Record:
 
 def _prompt(fields: dict[str, Any], where: str) -> Record:
     name, value = first_of(fields, PROMPT_FIELDS)
-    return Record("prompt", where, fields, prompt=prompt_of(value, name, fields.get("system")))
+    return Record("prompt", where, fields, prompt=prompt_of(value, name, system_of(fields)))
 
 
 def _prompt_completion(fields: dict[str, Any], where: str) -> Record:
-    prompt = prompt_of(need(fields, "prompt"), "prompt", fields.get("system"))
+    prompt = prompt_of(need(fields, "prompt"), "prompt", system_of(fields))
     name, value = first_of(fields, ("completion", "response"))
-    completion = response_of(value, name)
+    completion: Text = text_of(value, name) if isinstance(value, str) else response_of(value, name)
+    if isinstance(completion, list) and completion[0]["role"] != "assistant":
+        raise BadRow(f"{name} must begin with an assistant message")
     if isinstance(prompt, str) and isinstance(completion, list):
         prompt = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, list) and isinstance(completion, str):
@@ -95,31 +98,28 @@ def _instruction(fields: dict[str, Any], where: str) -> Record:
     for name in ("context", "input"):
         if given(fields, name):
             asked = f"{asked}\n\n{text_of(fields[name], name)}"
-    name, value = first_of(fields, ("response", "output"))
-    system = fields.get("system_prompt", fields.get("system"))
-    return _single_turn(fields, where, asked, text_of(value, name), system)
+    return _single_turn(fields, where, asked, ("response", "output"))
 
 
 def _question_answer(fields: dict[str, Any], where: str) -> Record:
     asked = text_of(need(fields, "question"), "question")
-    name, value = first_of(fields, ("response", "answer"))
-    system = fields.get("system_prompt", fields.get("system"))
-    return _single_turn(fields, where, asked, text_of(value, name), system)
+    return _single_turn(fields, where, asked, ("response", "answer"))
 
 
-def _single_turn(fields: dict, where: str, asked: str, answer: str, system: Any) -> Record:
+def _single_turn(
+    fields: dict[str, Any], where: str, asked: str, answers: tuple[str, str]
+) -> Record:
+    name, value = first_of(fields, answers)
+    completion = [{"role": "assistant", "content": text_of(value, name)}]
     prompt = [{"role": "user", "content": asked}]
-    if system is not None and not isinstance(system, str):
-        raise BadRow(f"the system prompt must be a string, found {shorten(system)}")
-    if system and system.strip():
+    if system := system_of(fields):
         prompt.insert(0, {"role": "system", "content": system})
-    completion = [{"role": "assistant", "content": answer}]
     return Record("prompt_completion", where, fields, prompt=prompt, completion=completion)
 
 
 def _conversation(fields: dict[str, Any], where: str) -> Record:
     name, value = first_of(fields, CONVERSATION_FIELDS)
-    messages = read_messages(value, name, fields.get("system"))
+    messages = read_messages(value, name, system_of(fields))
     return Record("conversation", where, fields, messages=messages)
 
 

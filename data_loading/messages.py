@@ -1,10 +1,10 @@
 """Conversations in the shapes that tools write them, as one shape: [{"role", "content"}, ...]."""
 
-import json
 import re
 from typing import Any
 
-from data_loading.files import shorten
+from data_loading.json_files import decode_json
+from data_loading.values import shorten
 
 Message = dict[str, Any]
 
@@ -42,9 +42,9 @@ def list_of(value: Any, name: str) -> list[Any]:
     """`value` as a list; a string that holds a JSON list (as in CSV cells) is decoded."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise BadRow(f"{name} is not a valid JSON list: {shorten(value)}") from error
+            value = decode_json(value)
+        except ValueError as error:
+            raise BadRow(f"{name} is not a valid JSON list: {error}") from error
     if not isinstance(value, (list, tuple)):
         raise BadRow(f"{name} must be a list, found {shorten(value)}")
     if not value:
@@ -52,13 +52,13 @@ def list_of(value: Any, name: str) -> list[Any]:
     return list(value)
 
 
-def read_messages(value: Any, name: str, system: Any = None) -> list[Message]:
+def read_messages(value: Any, name: str, system: str = "") -> list[Message]:
     """Messages of OpenAI's shape (role, content) or ShareGPT's (from, value).
 
     An empty system message is left out; keys that chat templates know (tool_calls, name) stay.
     """
     messages = [read_message(item, f"{name}[{i}]") for i, item in enumerate(list_of(value, name))]
-    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+    if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
     if not any(m["role"] != "system" for m in messages):

@@ -2,21 +2,31 @@
 
 from typing import Any
 
-from data_loading.fields import PROMPT_FIELDS, given, need, number_of, prompt_of, response_of
+from data_loading.fields import (
+    PROMPT_FIELDS,
+    given,
+    need,
+    number_of,
+    prompt_of,
+    response_of,
+    system_of,
+)
 from data_loading.messages import BadRow, Message, list_of
 from data_loading.records import Record, Text
 
 
 def preference(fields: dict[str, Any], where: str) -> Record:
+    """A row with chosen and rejected; rejected may be a list of answers."""
     chosen, rejected = need(fields, "chosen"), need(fields, "rejected")
     losers = rejected if _is_list_of_responses(rejected) else [rejected]
-    names = ["chosen"] + [f"rejected[{i}]" if losers is rejected else "rejected" for i in
-                          range(len(losers))]  # fmt: skip
-    ranks = [0] + [1] * len(losers)
-    return _record(fields, where, [chosen, *losers], names, ranks)
+    names = ["chosen", *(f"rejected[{i}]" for i in range(len(losers)))]
+    if len(losers) == 1:
+        names[1] = "rejected"
+    return _record(fields, where, [chosen, *losers], names, [0] + [1] * len(losers))
 
 
 def ranked(fields: dict[str, Any], where: str) -> Record:
+    """A row with responses, best first, or in any order with scores; equal scores are ties."""
     responses = list_of(need(fields, "responses"), "responses")
     if len(responses) < 2:
         raise BadRow("responses needs two or more, best first")
@@ -39,7 +49,7 @@ def _record(
     prompt: Text = ""
     for name in PROMPT_FIELDS:
         if given(fields, name):
-            prompt = prompt_of(fields[name], name, fields.get("system"))
+            prompt = prompt_of(fields[name], name, system_of(fields))
             break
     responses = [response_of(v, n) for v, n in zip(values, names, strict=True)]
     whole = [isinstance(r, list) and r[0]["role"] != "assistant" for r in responses]

@@ -3,10 +3,12 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from data_loading.files import RawRow, dataset_rows, read_rows
+from data_loading.files import read_rows
 from data_loading.formats import ALIASES, FORMATS, KNOWN_FORMATS, recognise, to_record
 from data_loading.messages import BadRow
 from data_loading.records import Records
+from data_loading.tables import dataset_rows
+from data_loading.values import RawRow
 from errors import UserError
 
 

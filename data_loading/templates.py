@@ -4,16 +4,19 @@ The result is a list of pieces, (text, is the model's answer), in order; joined 
 that the model sees. Answers come without their header and with their end-of-turn marker.
 """
 
-import string
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from typing import Any
 
-from data_loading.files import shorten
 from data_loading.messages import BadRow, Message
+from data_loading.prompt_templates import fill, placeholders
 from data_loading.records import Record, Text
+from data_loading.values import shorten
 from errors import UserError
 
 Piece = tuple[str, bool]
+
+MARK = "@@the answer stands here@@"  # stands in for an answer, to see what a template adds
 
 TOKEN_FORMATS = {
     "standard": "the tokenizer's chat template; without one, the turns with a blank line between",
@@ -97,7 +100,7 @@ class Template:
         prompt = record.messages if record.kind == "conversation" else record.prompt
         if isinstance(prompt, str):
             if prompt and self.uses_chat_template:
-                return self._chat([{"role": "user", "content": prompt}], True)
+                return self._before_answer([{"role": "user", "content": prompt}])
             return prompt
         asks = [i for i, m in enumerate(prompt) if m["role"] in ("user", "tool")]
         last = max(asks, default=-1)
@@ -128,8 +131,8 @@ class Template:
                 pieces.append((header + space + message["content"] + gap, False))
         if answer_next:
             pieces.append((self._marks("assistant")[0], False))
-        elif pieces[-1][1] is False and messages[-1]["role"] == "assistant":
-            pieces.pop()  # the gap after the last answer
+        elif messages[-1]["role"] == "assistant":
+            pieces.pop()  # the gap after it
         return [piece for piece in _joined(pieces) if piece[0]]
 
     def _marks(self, role: str) -> tuple[str, str, str]:
@@ -142,36 +145,54 @@ class Template:
         return "", "", "\n\n"
 
     def _chat_pieces(self, messages: list[Message], answer_next: bool) -> list[Piece]:
-        whole = self._chat(messages, answer_next)
+        if answer_next:
+            return [(self._before_answer(messages), False)]
+        whole = self._chat(messages)
         pieces: list[Piece] = []
         at = 0
         for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            start, end = self._answer_span(messages, i, whole, at)
-            pieces += [(whole[at:start], False), (whole[start:end], True)]
-            at = end
+            if message["role"] == "assistant":
+                start, end = self._answer_span(messages, i, whole, at)
+                pieces += [(whole[at:start], False), (whole[start:end], True)]
+                at = end
         return [piece for piece in [*pieces, (whole[at:], False)] if piece[0]]
+
+    def _before_answer(self, messages: list[Message]) -> str:
+        """The text that an answer to `messages` follows: with its header, whoever writes that."""
+        asked = self._chat(messages, add_generation_prompt=True)
+        if asked != self._chat(messages):
+            return asked
+        # The template knows no generation prompt; where it writes an answer shows the header.
+        answered = self._chat([*messages, {"role": "assistant", "content": MARK}])
+        before = answered.partition(MARK)[0]
+        header = before.removeprefix(asked)
+        return before if before.startswith(asked) and header.strip() else asked
 
     def _answer_span(self, messages: list[Message], i: int, whole: str, at: int) -> tuple[int, int]:
         """Where in the whole text the answer `messages[i]` stands, its header left out."""
-        upto = self._chat(messages[: i + 1], False)
-        before = self._chat(messages[:i], True) if i else ""
-        if i and upto.startswith(before) and whole.startswith(upto) and len(before) >= at:
-            return len(before), len(upto)
+        if i:
+            before = self._before_answer(messages[:i])
+            upto = self._chat(messages[: i + 1])
+            if upto.startswith(before) and whole.startswith(upto) and len(before) >= at:
+                return len(before), len(upto)
         # Some templates render a turn differently once others follow it (they drop thoughts).
-        content = message_text(messages[i])
-        start = whole.find(content, at)
-        if not content or start < 0:
+        marked = [*messages]
+        marked[i] = {**messages[i], "content": MARK}
+        head, _, rest = self._chat(marked).partition(MARK)
+        end = len(whole) - len(rest)
+        fits = whole.startswith(head) and whole.endswith(rest) and at <= len(head) < end
+        if not fits or MARK in whole:
             raise BadRow("the chat template changes an assistant turn; its tokens cannot be told")
-        tail = upto[upto.rfind(content) + len(content) :]
-        end = start + len(content)
-        return start, end + (len(tail) if whole.startswith(tail, end) else 0)
+        tail = self._chat(marked[: i + 1]).partition(MARK)[2]
+        return len(head), end + len(commonprefix([rest, tail]))
 
-    def _chat(self, messages: list[Message], answer_next: bool) -> str:
+    def _chat(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer_next, **self.chat_options
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self.chat_options,
             )
         except Exception as error:  # whatever the template's own code raises
             reason = shorten(str(error).partition("\n")[0], 120)
@@ -181,11 +202,6 @@ class Template:
 def as_turn(answer: Text) -> Message:
     """An answer as an assistant message."""
     return {"role": "assistant", "content": answer} if isinstance(answer, str) else answer[-1]
-
-
-def message_text(message: Message) -> str:
-    """The content as templates write it: most strip it."""
-    return message["content"].strip()
 
 
 def plain_text(answer: Text) -> str:
@@ -208,40 +224,3 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
             text = joined.pop()[0] + text
         joined.append((text, answer))
     return joined
-
-
-# Prompt templates ---------------------------------------------------------------------------
-
-
-def placeholders(template: str) -> list[str]:
-    """Names in braces; UserError where a brace is open or names more than a plain field."""
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise UserError(f"prompt template {shorten(template)}: {error}; {{{{ is a brace") from error
-    names = []
-    for _, name, spec, conversion in parts:
-        if name is None:
-            continue
-        # Attributes and indices would reach into Python objects.
-        if spec or conversion or not name or set(name) & set(".[]"):
-            raise UserError(
-                f"prompt template {shorten(template)}: a field name such as {{question}} "
-                f"was expected in the braces, found {shorten(name)}"
-            )
-        names.append(name)
-    return names
-
-
-def fill(template: str, record: Record) -> str:
-    """The template with the fields of the row in it; BadRow for an unknown or empty field."""
-    known = dict(record.fields)
-    if isinstance(record.prompt, str) and record.prompt:
-        known.setdefault("prompt", record.prompt)
-    for name in placeholders(template):
-        if name not in known:
-            names = ", ".join(sorted(map(str, known)))
-            raise BadRow(f"the prompt template asks for {name}; the row has {names}")
-        if not isinstance(known[name], (str, int, float)):
-            raise BadRow(f"the prompt template needs text in {name}, found {shorten(known[name])}")
-    return template.format_map(known)

@@ -45,7 +45,7 @@ def load_model(
 ) -> LoadedModel:
     """Load a local folder, a hub name ``USER/NAME``, or (None) the embedded digits model.
 
-    `dtype` is "auto", "float32", "bfloat16" or "float16"; `quantize` is 4 or 8 bits for the
+    `dtype` is "auto", "stored" (as in the file), "float32", "bfloat16" or "float16"; `quantize` is 4 or 8 bits for the
     linear layers and embeddings of a model that is not quantised yet.
     Raises UserError when the model cannot be found, read, or is not supported.
     """
@@ -55,7 +55,8 @@ def load_model(
     model, tokenizer, config = _load(path, name, trust_remote_code)
     if quantize is not None:
         _quantize(model, config, quantize, name)
-    cast(model, default_dtype() if dtype == "auto" else dtype)
+    if dtype != "stored":
+        cast(model, default_dtype() if dtype == "auto" else dtype)
     model.freeze()
     mx.eval(model.parameters())
     return LoadedModel(model, tokenizer, config, path, name)

@@ -44,8 +44,13 @@ class Adapter(Tuning):
         self.config, self.kind = config, config.kind
         self._places = {path: _parent(model, path) for path in layers}
         self._adapted = layers
-        self._base = {path: _wrapped(layer) for path, layer in layers.items()}
+        self._base = {path: base_layer(layer) for path, layer in layers.items()}
         self.active = True
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """The adapted layers by their path in the model, whether switched on or not."""
+        return dict(self._adapted)
 
     def activate(self) -> None:
         """Put the adapted layers into the model."""
@@ -138,7 +143,7 @@ def _match_keys(model: nn.Module, config: LoraConfig) -> list[str]:
     return matched
 
 
-def _wrapped(layer: nn.Module) -> nn.Module:
+def base_layer(layer: nn.Module) -> nn.Module:
     """The base layer inside a LoRA or DoRA layer."""
     for name in ("linear", "embedding"):
         if name in layer:

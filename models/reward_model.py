@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from errors import UserError
-from models.adapter_files import load_adapter, read_head
+from models.adapter_files import head_path, load_adapter, read_head, save_head
 from models.load import LoadedModel, load_model
 from models.trunk import hidden_size, hidden_states
 from models.tuning import Tuning, check_arrays
@@ -107,6 +107,21 @@ class RewardModel(nn.Module):
         self.offset = float(description.get("offset", 0.0))
 
 
+def save_reward_head(adapter_path: str | Path, model: RewardModel) -> Path:
+    """Write head, pooling and normalisation beside an adapter, or into a model folder."""
+    return save_head(adapter_path, HEAD, model.head_arrays(), model.description())
+
+
+def load_reward_head(model: RewardModel, adapter_path: str | Path) -> None:
+    """Take over the head beside an adapter, or in a model folder. UserError where none is."""
+    found = read_head(adapter_path, HEAD)
+    if found is None:
+        raise UserError(f"{adapter_path}: has no reward head beside it "
+                        f"({head_path(adapter_path, HEAD)}); make one with sft.py --reward-model "
+                        "--train")  # fmt: skip
+    model.load_head(*found, source=str(head_path(adapter_path, HEAD)))
+
+
 def right_pad(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Lists of ids -> tokens (B, L) int32 padded on the right, lengths (B,) int32."""
     lengths = np.array([len(s) for s in sequences], dtype=np.int32)
@@ -114,6 +129,21 @@ def right_pad(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarra
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence)] = sequence
     return tokens, lengths
+
+
+def normalise(model: RewardModel, texts: Sequence[Sequence[int]]) -> None:
+    """Set gain and offset so that the scores of `texts` have mean 0 and standard deviation 1.
+
+    lm-human-preference-details does so on samples of the base model. Raises UserError where all
+    scores are equal.
+    """
+    model.gain, model.offset = 1.0, 0.0
+    scores = np.array(model.score(texts), dtype=np.float64)
+    if not scores.std() > 0:
+        raise UserError("--normalize-samples: all samples have the same score, so there is no "
+                        "deviation to divide by")  # fmt: skip
+    model.gain = float(1 / scores.std())
+    model.offset = float(-scores.mean() / scores.std())
 
 
 def load_reward_model(
@@ -125,16 +155,10 @@ def load_reward_model(
     Whatever is on `base` must be switched off before. Raises UserError where there is no head.
     """
     path = Path(path)
-    found = read_head(path, HEAD)
-    is_model = path.is_dir() and (path / "config.json").exists()
-    if found is None:
-        kind = "folder" if path.is_dir() else "file"
-        if not path.exists():
-            raise UserError(f"{path}: no such reward model; give a fused reward model's folder, or "
-                            "the adapter that sft.py --reward-model wrote")  # fmt: skip
-        raise UserError(f"{path}: this {kind} has no reward head beside it; make one with "
-                        "sft.py --reward-model --train")  # fmt: skip
-    if is_model:
+    if not path.exists():
+        raise UserError(f"{path}: no such reward model; give a fused reward model's folder, or the "
+                        "adapter that sft.py --reward-model wrote")  # fmt: skip
+    if path.is_dir() and (path / "config.json").exists():
         reward_model = RewardModel(load_model(path, dtype=dtype).model)
     elif base is None:
         raise UserError(f"{path}: is an adapter; it needs its base model as well")
@@ -142,7 +166,7 @@ def load_reward_model(
         tuning = load_adapter(base.model, path)
         tuning.deactivate()
         reward_model = RewardModel(base.model, tuning=tuning)
-    reward_model.load_head(*found, source=str(path))
+    load_reward_head(reward_model, path)
     reward_model.freeze()
     reward_model.eval()
     return reward_model

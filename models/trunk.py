@@ -72,8 +72,8 @@ def logits_from_hidden(model: nn.Module, hidden: mx.array) -> mx.array:
     return logits.reshape(*shape[:-1], -1)
 
 
-def _score(logits: mx.array, targets: mx.array, temperature: float, with_entropy: bool):
-    """logits (N, V), targets (N,) -> log p(target) (N,) and, if asked, entropy (N,); float32."""
+def _score(logits: mx.array, targets: mx.array, temperature: float, extras: tuple[str, ...]):
+    """logits (N, V), targets (N,) -> log p(target) and each of `extras`; all (N,), float32."""
     logits = logits.astype(mx.float32)
     if temperature != 1.0:
         logits = logits / temperature
@@ -82,12 +82,17 @@ def _score(logits: mx.array, targets: mx.array, temperature: float, with_entropy
     total = exp.sum(axis=-1)  # (N,)
     log_total = mx.log(total)
     picked = mx.take_along_axis(shifted, targets[:, None], axis=-1).squeeze(-1)  # (N,)
-    logprobs = picked - log_total
-    if not with_entropy:
-        return (logprobs,)
-    # A probability of exactly 0 times a logit of -inf counts as 0.
-    weighted = mx.where(exp > 0, exp * shifted, 0)
-    return logprobs, log_total - weighted.sum(axis=-1) / total
+    found = [picked - log_total]
+    for extra in extras:
+        if extra == "entropy":
+            # A probability of exactly 0 times a logit of -inf counts as 0.
+            weighted = mx.where(exp > 0, exp * shifted, 0)
+            found.append(log_total - weighted.sum(axis=-1) / total)
+        elif extra == "top1":
+            found.append((picked == 0).astype(mx.float32))
+        else:
+            raise ValueError(f"{extra!r} is neither entropy nor top1")
+    return tuple(found)
 
 
 def _head_parameters(model: nn.Module) -> dict:
@@ -103,25 +108,26 @@ def token_logprobs(
     targets: mx.array,
     *,
     temperature: float = 1.0,
-    with_entropy: bool = False,
+    extras: tuple[str, ...] = (),
     chunk: int | None = None,
 ) -> tuple[mx.array, ...]:
     """Log-probabilities of `targets`, without all logits at once.
 
-    hidden (N, D), targets (N,) int -> (logprobs (N,),) or (logprobs (N,), entropy (N,)), float32
-    nats. Logits are divided by `temperature` first. `chunk` positions are worked on at a time;
-    by default as many as MAX_CHUNK_ELEMENTS allows.
+    hidden (N, D), targets (N,) int -> (logprobs (N,), *extras), float32. Extras: "entropy" (N,) in
+    nats, and "top1" (N,), 1 where the target is the most likely token. Logits are divided by
+    `temperature` first. `chunk` positions are worked on at a time; by default as many as
+    MAX_CHUNK_ELEMENTS allows.
     """
     owner, _ = find_trunk(model)
     if chunk is None:
         chunk = max(1, MAX_CHUNK_ELEMENTS // vocabulary_size(model))
     count = hidden.shape[0]
     if count <= chunk:
-        return _score(logits_from_hidden(model, hidden), targets, temperature, with_entropy)
+        return _score(logits_from_hidden(model, hidden), targets, temperature, extras)
 
     named = _head_parameters(model)
     names, parameters = tuple(named), tuple(named.values())
-    score_chunk = _recomputed(model, owner, names, temperature, with_entropy)
+    score_chunk = _recomputed(model, owner, names, temperature, extras)
     parts, turn = [], mx.zeros(())
     for start in range(0, count, chunk):
         h, t = hidden[start : start + chunk], targets[start : start + chunk]
@@ -132,16 +138,16 @@ def token_logprobs(
     return (columns[0] + turn, *columns[1:])
 
 
-def _recomputed(model, owner, names: tuple[str, ...], temperature: float, with_entropy: bool):
+def _recomputed(model, owner, names: tuple[str, ...], temperature: float, extras):
     """`_score` of one chunk as a function that makes its logits again in the backward pass.
 
-    ``f(hidden, targets, turn, *parameters) -> (logprobs, [entropy], turn)``. `turn` is always 0:
+    ``f(hidden, targets, turn, *parameters) -> (logprobs, *extras, turn)``. `turn` is always 0:
     handed from chunk to chunk, and its gradient back again, it makes them run one at a time.
     """
 
     def scores(h: mx.array, t: mx.array, *parameters: mx.array):
         owner.update(tree_unflatten(list(zip(names, parameters, strict=True))))
-        return _score(logits_from_hidden(model, h), t, temperature, with_entropy)
+        return _score(logits_from_hidden(model, h), t, temperature, extras)
 
     @mx.custom_function
     def score_chunk(h: mx.array, t: mx.array, turn: mx.array, *parameters: mx.array):

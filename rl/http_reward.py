@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 RETRIED_STATUS = {408, 425, 429}  # and every 5xx
 LONGEST_WAIT = 60.0  # seconds, whatever the service's Retry-After says
 LARGEST_REPLY = 1 << 26  # bytes
+PLAIN_HEADERS = ("Content-Type", "Accept")
+SHORTEST_SECRET = 4  # characters; "?v=2" must not blot every 2 out of a message
 
 
 class HTTPReward:
@@ -55,12 +57,14 @@ class HTTPReward:
         self.retries, self.backoff = retries, backoff
         self.shown_url = urllib.parse.urlunsplit((parts.scheme, host, parts.path, "", ""))
         self._url = urllib.parse.urlunsplit((parts.scheme, host, parts.path, parts.query, ""))
-        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        self._headers = dict.fromkeys(PLAIN_HEADERS, "application/json")
         self._headers |= _basic_authorization(parts)
         self._headers |= dict(headers or {})
         values = [value for _, value in urllib.parse.parse_qsl(parts.query)]
-        known = [parts.query, parts.password, *values, *(headers or {}).values()]
-        self._secrets = sorted({s for s in known if s}, key=len, reverse=True)
+        password = parts.password or ""
+        known = [parts.query, *values, password, urllib.parse.unquote(password)]
+        known += [value for name, value in self._headers.items() if name not in PLAIN_HEADERS]
+        self._secrets = sorted({s for s in known if len(s) >= SHORTEST_SECRET}, key=len)[::-1]
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def __repr__(self) -> str:
@@ -112,9 +116,7 @@ class HTTPReward:
             with self._opener.open(request, timeout=self.timeout) as reply:
                 return _read(reply, deadline)
         except urllib.error.HTTPError as error:
-            with error:
-                said = " ".join(error.read(2000).decode(errors="replace").split())
-            problem = f"status {error.code} {error.reason}" + (f": {shorten(said)}" if said else "")
+            problem = f"status {error.code} {error.reason}{_error_text(error)}"
             if error.code >= 500 or error.code in RETRIED_STATUS:
                 raise _Passing(problem, _retry_after(error.headers)) from error
             raise _Failed(problem) from error
@@ -206,7 +208,19 @@ def _read(reply: http.client.HTTPResponse, deadline: float) -> bytes:
             raise TimeoutError
         if len(body) > LARGEST_REPLY:
             raise _Failed(f"the reply is longer than {LARGEST_REPLY} bytes")
+    if reply.length:  # announced by Content-Length and never sent
+        raise http.client.IncompleteRead(bytes(body), reply.length)
     return bytes(body)
+
+
+def _error_text(error: urllib.error.HTTPError) -> str:
+    """``: what the service says`` on one line, or nothing."""
+    try:
+        with error:
+            said = " ".join(error.read(2000).decode(errors="replace").split())
+    except (OSError, http.client.HTTPException):
+        return ""
+    return f": {shorten(said)}" if said else ""
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:

@@ -131,23 +131,34 @@ def value_loss(
 
 
 def pairwise_loss(
-    chosen: mx.array, rejected: mx.array, margin: mx.array | None = None, *, centering: float = 0.0
+    chosen: mx.array,
+    rejected: mx.array,
+    margin: mx.array | None = None,
+    *,
+    centering: float = 0.0,
+    weights: mx.array | None = None,
 ) -> tuple[mx.array, Metrics]:
     """Bradley-Terry: mean of -log sigmoid(chosen - rejected - margin); all (B,).
 
     `margin` (B,): by how much the chosen one should win (Llama 2, eq. 2). `centering` adds that
     multiple of mean((chosen + rejected)^2), which keeps scores around 0 (Eisenstein et al. 2023).
+    `weights` (B,) weigh the pairs: with 1 / pairs of the same prompt, a ranked list of any length
+    counts like one pair (InstructGPT, eq. 1).
     """
     difference = chosen - rejected
-    loss = -nn.log_sigmoid(difference if margin is None else difference - margin).mean()
+
+    def mean(x: mx.array) -> mx.array:
+        return x.mean() if weights is None else (x * weights).sum() / weights.sum()
+
+    loss = mean(-nn.log_sigmoid(difference if margin is None else difference - margin))
     if centering:
-        loss = loss + centering * mx.square(chosen + rejected).mean()
+        loss = loss + centering * mean(mx.square(chosen + rejected))
     metrics = {
         "loss": loss,
-        "accuracy": (difference > 0).astype(mx.float32).mean(),
-        "score_difference": difference.mean(),
-        "chosen": chosen.mean(),
-        "rejected": rejected.mean(),
+        "accuracy": mean((difference > 0).astype(mx.float32)),
+        "score_difference": mean(difference),
+        "chosen": mean(chosen),
+        "rejected": mean(rejected),
     }
     return loss, _detached(metrics)
 

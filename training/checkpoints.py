@@ -109,7 +109,8 @@ def write_files(
     for group, members in arrays.items():
         file = folder / f"{group}.safetensors"
         try:
-            mx.save_safetensors(str(file), dict(members))
+            # MLX lays names out in hash order of their arrival: sorted, the bytes are the same.
+            mx.save_safetensors(str(file), dict(sorted(members.items())))
         except RuntimeError as wrong:  # MLX names no reason, so ask the disk
             free = shutil.disk_usage(folder).free
             raise OSError(0, f"{wrong} ({free / 1e6:.1f} MB free on this disk)") from None
@@ -142,7 +143,7 @@ def put_in_place(temporary: Path, wanted: Path, manifest: dict[str, Any]) -> Pat
     if taken:
         final = taken[-1]
         if problem(final):
-            shutil.rmtree(final)
+            discard(final)
         elif read_manifest(final) == manifest:
             return final
         else:
@@ -167,7 +168,14 @@ def prune(folder: Path, keep: int) -> None:
     with writing(folder):
         for old in list_checkpoints(folder)[: -max(keep, 1)]:
             if old != best:
-                shutil.rmtree(old)
+                discard(old)
+
+
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint so that a stop half-way leaves nothing that looks like one."""
+    doomed = checkpoint.with_name(f"{TEMPORARY}old-{checkpoint.name}")
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed)
 
 
 # ------------------------------------------------------------------------------ finding

@@ -102,7 +102,7 @@ def choose_flag(setting: Setting, keys: set[str], flags: Mapping[str, Action]) -
         if action and (action.type is not bool or isinstance(setting.value, bool | int)):
             return name
     known = setting.key in OURS or setting.key in NO_COUNTERPART or own in OUR_NAMES
-    return None if known else own
+    return None if known else setting.key
 
 
 OUR_NAMES = {name for names in OURS.values() for name in names} | {

@@ -238,3 +238,20 @@ def at_least(args: argparse.Namespace, least: float, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"{flag_of(name)}: {value} is below {least:g}")
+
+
+def adapter_description(args: argparse.Namespace) -> dict[str, Any]:
+    """What the adapter flags ask for, in the form of mlx-lm's adapter_config.json."""
+    if args.prompt_tuning:
+        return {"fine_tune_type": "prompt", "num_prompt_tokens": args.num_prompt_tokens}
+    settings = {
+        "rank": args.lora_rank,
+        "scale": args.lora_scale,
+        "dropout": args.lora_dropout,
+        "keys": args.lora_keys,
+    }
+    return {
+        "fine_tune_type": args.fine_tune_type,
+        "num_layers": args.lora_layers,
+        "lora_parameters": settings,
+    }

@@ -32,6 +32,6 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    # In place: compiled functions hold on to this very list.
-    for index, key in enumerate(state["mlx"]):
-        mx.random.state[index] = mx.array(key, dtype=mx.uint32)
+    # MLX's key is its 64-bit seed in two words, and seeding is the only way to set it in place.
+    ((high, low),) = state["mlx"]
+    mx.random.seed(high << 32 | low)

@@ -52,7 +52,7 @@ class WandbRun:
         except ImportError:
             raise UserError("--log-with wandb: not installed; pip install wandb") from None
         self.wandb = wandb
-        mode, note = choose_mode(wandb.Settings().base_url)
+        mode, note = choose_mode(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url)
         if note:
             print(note, file=sys.stderr)
         try:

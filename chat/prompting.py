@@ -1,0 +1,51 @@
+"""What has been said so far becomes the tokens that the model is given, as in training."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from data_utils import Record, Template, tokenise_prompts
+from errors import UserError
+
+NO_LIMIT = 1 << 40  # tokens; a chat is never cut silently
+
+
+@dataclass
+class Prompting:
+    """Prompts for one tokenizer.
+
+    With a chat template (or a token format with turns) a prompt is the whole conversation; for
+    other models it is the last text alone, which they continue.
+    """
+
+    tokenizer: Any
+    token_format: str = "standard"
+    prompt_template: str | None = None
+
+    def __post_init__(self):
+        template = Template(self.tokenizer, self.prompt_template, self.token_format)
+        markers = template.token_format != "standard"
+        if markers and self.prompt_template is not None:
+            raise UserError("--prompt-template and --token-format both say how a prompt is "
+                            "written; leave one of them out")  # fmt: skip
+        self.has_turns = self.prompt_template is None and (markers or template.uses_chat_template)
+
+    def tokens(self, messages: list[dict]) -> tuple[list[int], str]:
+        """(token ids with one BOS where the tokenizer writes one, the text they stand for).
+
+        `messages` end with the user's. Raises UserError where the template refuses them.
+        """
+        last = messages[-1]["content"]
+        if not last.strip():
+            raise UserError("the prompt is empty")
+        if self.has_turns:
+            record = Record("conversation", "conversation", {}, messages=messages)
+        else:
+            record = Record("prompt", "prompt", {"prompt": last}, prompt=last)
+        rows = tokenise_prompts(
+            [record],
+            self.tokenizer,
+            max_length=NO_LIMIT,
+            prompt_template=self.prompt_template,
+            token_format=self.token_format,
+        )
+        return rows[0].tokens, rows[0].text

@@ -1,0 +1,75 @@
+"""How a reply is written: the options of the command line that ``/set`` changes while chatting."""
+
+from dataclasses import dataclass, field, fields, replace
+
+from errors import UserError
+from training.flag_types import number, whole_number
+
+
+def option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Checked values; each field is a flag of talk_to_model.py and a name for ``/set``."""
+
+    max_tokens: int = option(256, "longest reply, in tokens")
+    temp: float = option(0.0, "sampling temperature; 0 takes the likeliest token")
+    top_p: float = option(1.0, "sample from the likeliest tokens that make up this probability")
+    top_k: int = option(0, "sample from this many likeliest tokens; 0: all")
+    min_p: float = option(0.0, "drop tokens less likely than this share of the likeliest")
+    repetition_penalty: float = option(1.0, "above 1: makes tokens that occurred less likely")
+    repetition_context_size: int = option(20, "how many tokens back the penalty looks")
+    num_beams: int = option(1, "beams of a beam search, which needs --temp 0; 1: none")
+    length_penalty: float = option(1.0, "beam search: above 0 favours long replies, below short")
+    seed: int | None = option(None, "makes sampled replies repeatable (default: a new one)")
+
+    def __post_init__(self):
+        for name, fits, wanted in (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temp", self.temp >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("repetition_context_size", self.repetition_context_size >= 1, "at least 1"),
+            ("num_beams", self.num_beams >= 1, "at least 1"),
+            ("seed", self.seed is None or self.seed >= 0, "0 or more"),
+        ):
+            if not fits:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag}: {getattr(self, name):g} is not {wanted}")
+
+    def changed(self, name: str, text: str) -> "Settings":
+        """A copy with one value replaced, as ``/set NAME TEXT`` asks. Raises UserError."""
+        name = name.lstrip("-").replace("-", "_")
+        name = {"temperature": "temp"}.get(name, name)
+        kinds = {f.name: f.type for f in fields(self)}
+        if name not in kinds:
+            raise UserError(f"/set {name}: no such setting; there are {', '.join(kinds)}")
+        if kinds[name] == int | None and text.lower() == "none":
+            return replace(self, **{name: None})
+        convert = number if kinds[name] is float else whole_number
+        try:
+            return replace(self, **{name: convert(text)})
+        except ValueError as wrong:  # argparse's own exception is none of these
+            raise UserError(f"/set {name}: {wrong}") from None
+
+    def check_flags(self, explicit: set[str]) -> None:
+        """Refuse flags given on the command line that would change nothing."""
+        if self.num_beams > 1 and self.temp > 0:
+            raise UserError("--num-beams: beam search does not sample; leave --temp at 0")
+        sampling = {"top_p": self.top_p < 1, "top_k": self.top_k > 0, "min_p": self.min_p > 0}
+        for name, is_on in sampling.items():
+            if is_on and name in explicit and self.temp == 0:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} has no effect at --temp 0; add --temp 0.7, for example")
+        if "length_penalty" in explicit and self.num_beams == 1:
+            raise UserError("--length-penalty has no effect without --num-beams 2 or more")
+        if "repetition_context_size" in explicit and self.repetition_penalty == 1:
+            raise UserError("--repetition-context-size has no effect without --repetition-penalty")
+
+    def describe(self) -> str:
+        """Every setting with its value, one line."""
+        return "  ".join(f"{f.name} {getattr(self, f.name)}" for f in fields(self))

@@ -1,0 +1,233 @@
+"""A model that replies: streaming by mlx-lm or by beam search, its KV cache kept between turns."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from chat.prompting import Prompting
+from chat.settings import Settings
+from models.beam_search import beam_search
+from models.load import LoadedModel
+from models.trunk import find_trunk, vocabulary_size
+from models.tuning import Tuning
+
+
+@dataclass
+class Reply:
+    """One reply and what it took."""
+
+    prompt_tokens: list[int]  # without virtual tokens
+    prompt_text: str
+    tokens: list[int]  # EOS included where it was written
+    text: str  # as it continues the prompt, leading space and all; no EOS
+    ended: str  # "stop": by EOS, "length": by --max-tokens, "interrupted"
+    seconds: float  # for all tokens after the first
+    first_seconds: float  # to the first token
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the tokens after the first, which waits for the prompt to be read."""
+        if len(self.tokens) > 1:
+            return (len(self.tokens) - 1) / max(self.seconds, 1e-9)
+        return len(self.tokens) / max(self.first_seconds, 1e-9)
+
+
+class Speaker:
+    """A base model with a tuning switched on, or with none.
+
+    `tunings` lists all that share the base's weights, so that the others can be switched off.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        loaded: LoadedModel,
+        prompting: Prompting,
+        tuning: Tuning | None = None,
+        tunings: list[Tuning] | None = None,
+    ):
+        self.name, self.loaded, self.prompting, self.tuning = name, loaded, prompting, tuning
+        self.tunings = tunings if tunings is not None else [tuning] if tuning else []
+        self._cached: list[int] = []  # the tokens whose keys and values are in the cache
+        self._cache = None
+        self._vocabulary = vocabulary_size(loaded.model)
+
+    @property
+    def tokenizer(self):
+        return self.loaded.tokenizer
+
+    def step_forward(self) -> None:
+        """Switch this speaker's tuning on and every other one on the same base off."""
+        for tuning in self.tunings:
+            if tuning is not self.tuning and tuning.active:
+                tuning.deactivate()
+        if self.tuning is not None and not self.tuning.active:
+            self.tuning.activate()
+
+    def reply(
+        self,
+        messages: list[dict],
+        settings: Settings,
+        *,
+        show: Callable[[str], None] = lambda text: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Reply:
+        """Answer `messages`; `show` gets the text piece by piece as it is written."""
+        self.step_forward()
+        prompt, prompt_text = self.prompting.tokens(messages)
+        prefix = self.tuning.prefix if self.tuning is not None else ()
+        write = self._beams if settings.num_beams > 1 else self._stream
+        started = time.perf_counter()
+        first = started
+        tokens, ended = [], "length"
+        for token, piece in write([*prefix, *prompt], settings, should_stop):
+            if token is not None:
+                first = time.perf_counter() if not tokens else first
+                tokens.append(token)
+            show(piece)
+        if tokens and tokens[-1] in self.loaded.eos_ids:
+            ended = "stop"
+        elif should_stop():
+            ended = "interrupted"
+        now = time.perf_counter()
+        if settings.num_beams > 1:  # nothing is shown before the search is over
+            first = started
+        text = continuation(self.tokenizer, prompt, tokens, self.loaded.eos_ids)
+        return Reply(prompt, prompt_text, tokens, text, ended, now - first, first - started)
+
+    # ----------------------------------------------------------------- ways to write
+
+    def _stream(self, prompt: list[int], settings: Settings, should_stop) -> Iterator:
+        """(token, text) one after the other; (None, text) for text that was held back."""
+        from mlx_lm import stream_generate
+        from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+        def stop_reading(*_):  # called between pieces of a long prompt
+            if should_stop():
+                raise _Stopped
+
+        known = self._reuse_cache(prompt)
+        penalty = settings.repetition_penalty
+        processors = make_logits_processors(
+            repetition_penalty=penalty if penalty != 1 else None,
+            repetition_context_size=settings.repetition_context_size,
+        )
+        top_k = settings.top_k if settings.top_k < self._vocabulary else 0
+        pieces = stream_generate(
+            self.loaded.model,
+            self.tokenizer,
+            prompt[known:],
+            max_tokens=settings.max_tokens,
+            sampler=make_sampler(settings.temp, settings.top_p, settings.min_p, top_k=top_k),
+            logits_processors=[self._over_all(p, prompt, known) for p in processors],
+            prompt_cache=self._cache,
+            prompt_progress_callback=stop_reading,
+        )
+        written = []
+        try:
+            for piece in pieces:
+                new = piece.finish_reason is None or piece.generation_tokens > len(written)
+                written += [piece.token] if new else []
+                yield piece.token if new else None, piece.text
+                if should_stop():
+                    break
+        except _Stopped:
+            self._forget()
+        except BaseException:
+            self._forget()  # whatever has happened, the cache's contents are not known
+            raise
+        else:
+            self._cached = prompt + written
+        finally:
+            pieces.close()
+
+    def _beams(self, prompt: list[int], settings: Settings, should_stop) -> Iterator:
+        """The best reply of a beam search, all at once."""
+        from mlx_lm.sample_utils import make_repetition_penalty
+
+        processor = None
+        if settings.repetition_penalty != 1:
+            penalise = make_repetition_penalty(
+                settings.repetition_penalty, settings.repetition_context_size
+            )
+
+            def processor(tokens: list[int], logprobs: mx.array) -> mx.array:
+                return penalise(self._real(tokens), logprobs)
+
+        best = beam_search(
+            self.loaded.model,
+            prompt,
+            num_beams=settings.num_beams,
+            max_tokens=settings.max_tokens,
+            eos_ids=self.loaded.eos_ids,
+            length_penalty=settings.length_penalty,
+            processor=processor,
+            should_stop=should_stop,
+        )[0]
+        for token in best.tokens:
+            yield token, ""
+        yield None, continuation(self.tokenizer, prompt, best.tokens, self.loaded.eos_ids)
+
+    def _over_all(self, processor, prompt: list[int], known: int):
+        """`processor` on all tokens so far: mlx-lm knows neither cached nor virtual ones apart."""
+        head = self._real(prompt)
+        unread = len(prompt) - known
+
+        def on_all(tokens: mx.array, logits: mx.array) -> mx.array:
+            return processor(mx.concatenate([head, tokens[unread:].astype(head.dtype)]), logits)
+
+        return on_all
+
+    def _real(self, tokens: list[int]) -> mx.array:
+        return mx.array([t for t in tokens if t < self._vocabulary], dtype=mx.uint32)
+
+    # ----------------------------------------------------------------- cache
+
+    def _reuse_cache(self, prompt: list[int]) -> int:
+        """How many tokens of `prompt` the cache holds, after it has been cut back to those."""
+        from mlx_lm.models.cache import (
+            can_trim_prompt_cache,
+            make_prompt_cache,
+            trim_prompt_cache,
+        )
+
+        known = 0
+        # The last token is always read: its logits are the first that are needed.
+        for here, there in zip(self._cached, prompt[:-1], strict=False):
+            if here != there:
+                break
+            known += 1
+        surplus = len(self._cached) - known
+        if self._cache is not None and known and (not surplus or can_trim_prompt_cache(self._cache)):
+            if surplus:
+                trim_prompt_cache(self._cache, surplus)
+        else:
+            owner, _ = find_trunk(self.loaded.model)
+            whole = self.loaded.model
+            self._cache = make_prompt_cache(owner if hasattr(owner, "layers") else whole)
+            known = 0
+        self._cached = prompt[:known]
+        return known
+
+    def _forget(self) -> None:
+        self._cache, self._cached = None, []
+
+
+class _Stopped(Exception):
+    """The person has stopped the reply while the prompt was still being read."""
+
+
+def continuation(tokenizer, prompt: list[int], tokens: list[int], eos_ids: set[int]) -> str:
+    """The text of `tokens` as it stands after the prompt's: a leading space is not lost."""
+    if tokens and tokens[-1] in eos_ids:
+        tokens = tokens[:-1]
+    limit = len(tokenizer) if hasattr(tokenizer, "__len__") else None
+    before = [t for t in prompt if limit is None or t < limit]
+
+    def text(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    head, whole = text(before), text(before + tokens)
+    return whole[len(head) :] if whole.startswith(head) else text(tokens)

@@ -1,0 +1,131 @@
+"""Rows of one kind to padded arrays, and packing."""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_loading.rows import PreferenceRow, ScalarRow, TextRow
+from errors import UserError
+
+
+@dataclass
+class TextBatch:
+    """B rows, right-padded to L tokens."""
+
+    tokens: np.ndarray  # (B, L) int32
+    mask: np.ndarray  # (B, L) float32, 1 on targets
+    lengths: np.ndarray  # (B,) int32
+
+
+@dataclass
+class ScalarBatch:
+    """B rows with their rewards."""
+
+    tokens: np.ndarray  # (B, L) int32
+    lengths: np.ndarray  # (B,) int32
+    rewards: np.ndarray  # (B,) float32
+
+
+@dataclass
+class PreferenceBatch:
+    """All N responses of some preference rows, for one forward pass, and the pairs among them."""
+
+    tokens: np.ndarray  # (N, L) int32
+    lengths: np.ndarray  # (N,) int32
+    better: np.ndarray  # (P,) int32, row of `tokens` that wins
+    worse: np.ndarray  # (P,) int32, row of `tokens` that loses
+    margins: np.ndarray  # (P,) float32, 0 where the data gives none
+    weights: np.ndarray  # (P,) float32, 1 / pairs of the same prompt, so that prompts count alike
+
+
+Batch = TextBatch | ScalarBatch | PreferenceBatch
+
+
+def make_batch(
+    rows: Sequence[TextRow] | Sequence[ScalarRow] | Sequence[PreferenceRow],
+    *,
+    pad_id: int = 0,
+    pad_to_multiple: int = 1,
+) -> Batch:
+    """Pads rows of one kind to arrays; the kind of batch follows from the kind of row."""
+    if isinstance(rows[0], PreferenceRow):
+        return _preference_batch(rows, pad_id, pad_to_multiple)
+    tokens, lengths = pad_rows([row.tokens for row in rows], pad_id, pad_to_multiple)
+    if isinstance(rows[0], ScalarRow):
+        return ScalarBatch(tokens, lengths, np.array([row.reward for row in rows], np.float32))
+    mask, _ = pad_rows([row.mask for row in rows], 0, pad_to_multiple)
+    return TextBatch(tokens, mask.astype(np.float32), lengths)
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad_id: int = 0, pad_to_multiple: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens (B, L) int32, padded on the right to a multiple; lengths (B,) int32)."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    width = -(-int(lengths.max()) // pad_to_multiple) * pad_to_multiple
+    tokens = np.full((len(rows), width), pad_id, np.int32)
+    for target, row in zip(tokens, rows, strict=True):
+        target[: len(row)] = row
+    return tokens, lengths
+
+
+def _preference_batch(
+    rows: Sequence[PreferenceRow], pad_id: int, pad_to_multiple: int
+) -> PreferenceBatch:
+    flat = [tokens for row in rows for tokens in row.responses]
+    tokens, lengths = pad_rows(flat, pad_id, pad_to_multiple)
+    pairs: list[tuple[int, int, float, float]] = []
+    start = 0
+    for row in rows:
+        n = len(row.responses)
+        own = [(i, j) for i in range(n) for j in range(n) if row.ranks[i] < row.ranks[j]]
+        margin = row.margin or 0.0
+        pairs += [(start + i, start + j, margin, 1 / len(own)) for i, j in own]
+        start += n
+    better, worse, margins, weights = zip(*pairs, strict=True)
+    return PreferenceBatch(
+        tokens,
+        lengths,
+        np.array(better, np.int32),
+        np.array(worse, np.int32),
+        np.array(margins, np.float32),
+        np.array(weights, np.float32),
+    )
+
+
+# Packing ------------------------------------------------------------------------------------
+
+
+def pack_rows(rows: Sequence[TextRow], length: int) -> list[TextRow]:
+    """Puts whole rows together into rows of at most `length` tokens, with little left over.
+
+    The longest first, each into the fullest pack that has room. The first token of each document
+    is no target. Attention does cross from a document to those before it in the same pack, as
+    in other trainers' packing without a block mask: use it where rows are alike, not where that
+    would matter.
+
+    Raises:
+        UserError: a row longer than `length`.
+    """
+    packs: list[list[int]] = []  # row numbers
+    room: list[tuple[int, int]] = []  # (tokens left, number of the pack), sorted
+    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens)):
+        need = len(rows[i].tokens)
+        if need > length:
+            raise UserError(f"{rows[i].where}: {need} tokens do not fit into packs of {length}")
+        at = bisect_left(room, (need, -1))
+        left, pack = room.pop(at) if at < len(room) else (length, len(packs))
+        if pack == len(packs):
+            packs.append([])
+        packs[pack].append(i)
+        if left > need:
+            insort(room, (left - need, pack))
+    return [_packed([rows[i] for i in sorted(pack)]) for pack in packs]
+
+
+def _packed(rows: list[TextRow]) -> TextRow:
+    tokens = [token for row in rows for token in row.tokens]
+    mask = [bit for row in rows for bit in (0, *row.mask[1:])]
+    return TextRow(tokens, mask, rows[0].where)

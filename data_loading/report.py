@@ -1,0 +1,95 @@
+"""What is about to be trained on, as text for the terminal."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+import numpy as np
+
+from data_loading.records import Records
+from data_loading.rows import PreferenceRow, PromptRow, ScalarRow, TextRow, Tokenised
+
+GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
+SHOWN_PLACES = 3  # places named for each reason why rows were refused
+
+
+def use_colour(stream: TextIO) -> bool:
+    """Colour for a person at a terminal, unless NO_COLOR is set (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def data_report(name: str, records: Records, tokenised: Tokenised) -> str:
+    """Rows by kind, token lengths, rows cut or refused and why."""
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in records.kinds.most_common())
+    refused = [*records.refused, *tokenised.refused]
+    lines = [
+        f"{name}: {len(tokenised):,} rows ({kinds} read; {len(refused):,} refused, "
+        f"{tokenised.cut:,} cut)",
+        *(f"  {note}" for note in records.notes),
+        *(f"  {line}" for line in histogram(tokenised.lengths).splitlines()),
+        *(f"  {line}" for line in refusals(refused)),
+    ]
+    return "\n".join(lines)
+
+
+def refusals(refused: Sequence[tuple[str, str]]) -> list[str]:
+    """A line for each reason: how many rows, why, and where the first of them stand."""
+    lines = []
+    for why, count in Counter(why for _, why in refused).most_common():
+        places = [where for where, reason in refused if reason == why][:SHOWN_PLACES]
+        more = ", ..." if count > len(places) else ""
+        lines.append(f"refused {count:,}: {why} ({', '.join(places)}{more})")
+    return lines
+
+
+def histogram(lengths: Sequence[int], bins: int = 8, width: int = 40) -> str:
+    """Token lengths as bars of text, a line a bin, with the count at its end."""
+    values = np.asarray(lengths)
+    low, high = int(values.min()), int(values.max())
+    step = max(1, -(-(high - low + 1) // bins))
+    starts = range(low, high + 1, step)
+    counts = [int(((values >= start) & (values < start + step)).sum()) for start in starts]
+    digits = len(str(high))
+    lines = [
+        f"tokens a row: {low} to {high}, mean {values.mean():.1f}, median "
+        f"{np.median(values):g}, {int(values.sum()):,} in all"
+    ]
+    for start, count in zip(starts, counts, strict=True):
+        bar = "#" * -(-count * width // max(counts))
+        end = min(start + step - 1, high)
+        lines.append(f"{start:>{digits}} to {end:>{digits}} {bar} {count:,}".replace("  ", " "))
+    return "\n".join(lines)
+
+
+def preview(
+    row: TextRow | ScalarRow | PreferenceRow | PromptRow, tokenizer: Any, colour: bool
+) -> str:
+    """One row decoded: trained tokens in green, the others dim; without colour, in [[ ]]."""
+    if isinstance(row, PreferenceRow):
+        shown = [
+            f"rank {rank}: {tokenizer.decode(tokens)}"
+            for rank, tokens in zip(row.ranks, row.responses, strict=True)
+        ]
+        return "\n".join([f"{row.where}: preference, best first", *shown])
+    if isinstance(row, ScalarRow):
+        return f"{row.where}: reward {row.reward:g}\n{tokenizer.decode(row.tokens)}"
+    if isinstance(row, PromptRow):
+        return f"{row.where}: prompt of {len(row.tokens)} tokens\n{tokenizer.decode(row.tokens)}"
+    trained = sum(row.mask)
+    parts = []
+    for start, end in _runs(row.mask):
+        text = tokenizer.decode(row.tokens[start:end])
+        if colour:
+            parts.append(f"{GREEN if row.mask[start] else DIM}{text}{RESET}")
+        else:
+            parts.append(f"[[{text}]]" if row.mask[start] else text)
+    key = "green" if colour else "in [[ ]]"
+    head = f"{row.where}: {len(row.tokens)} tokens, {trained} trained ({key})"
+    return head + "\n" + "".join(parts)
+
+
+def _runs(mask: Sequence[int]) -> list[tuple[int, int]]:
+    """(start, end) of each stretch of equal values."""
+    cuts = [0, *(i for i in range(1, len(mask)) if mask[i] != mask[i - 1]), len(mask)]
+    return list(zip(cuts[:-1], cuts[1:], strict=True))

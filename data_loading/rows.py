@@ -1,0 +1,78 @@
+"""Tokenised rows, ready for batches."""
+
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+
+@dataclass
+class TextRow:
+    """A row for SFT: `mask[t]` is 1 where `tokens[t]` is a target. Same length."""
+
+    tokens: list[int]
+    mask: list[int]
+    where: str = ""
+
+
+@dataclass
+class ScalarRow:
+    """A row for reward regression."""
+
+    tokens: list[int]
+    reward: float
+    where: str = ""
+
+
+@dataclass
+class PreferenceRow:
+    """Two or more responses to one prompt, best first; equal ranks are ties."""
+
+    responses: list[list[int]]  # each: the prompt's tokens, then the response's
+    ranks: list[int]
+    margin: float | None = None
+    where: str = ""
+
+    @property
+    def chosen(self) -> list[int]:
+        """The best response."""
+        return self.responses[0]
+
+    @property
+    def rejected(self) -> list[int]:
+        """The worst response."""
+        return self.responses[-1]
+
+
+@dataclass
+class PromptRow:
+    """A prompt for PPO, as tokens and as the text they stand for, and the row's other fields."""
+
+    tokens: list[int]
+    text: str
+    columns: dict[str, Any]
+    where: str = ""
+
+
+Row = TypeVar("Row", TextRow, ScalarRow, PreferenceRow, PromptRow)
+
+
+@dataclass
+class Tokenised(Generic[Row]):
+    """Rows ready for batches, how many were cut, and which were refused: [(where, why), ...]."""
+
+    rows: list[Row] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    cut: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row; of a preference row, those of its longest response."""
+        return [
+            max(map(len, r.responses)) if isinstance(r, PreferenceRow) else len(r.tokens)
+            for r in self.rows
+        ]

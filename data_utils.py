@@ -1,0 +1,88 @@
+"""Data: read any record format, check it, template it, tokenise it, make batches.
+
+Pure Python and numpy; the tokenizer may be Hugging Face's or mlx-lm's wrapper of it. Anything a
+person can put right raises errors.UserError, `FILE:LINE: what is wrong`. In the usual order:
+
+    records = load_data(data="data", data_base="increasing_mult_2_")["train"]
+    rows = tokenise_sft(records, tokenizer, max_length=512)
+    print(data_report("train", records, rows), preview(rows[0], tokenizer, colour=False))
+    plan = BatchPlan(rows.lengths, batch_size=32, seed=0)
+    for batch in BatchIterator(rows.rows, plan):  # without end; .state_dict() is the position
+        ...
+"""
+
+from data_loading.batching import (
+    BatchIterator,  # batches without end, from any (epoch, index)
+    BatchPlan,  # which rows in which batch of which epoch; padding_efficiency()
+    epoch_batches,  # the batches of one epoch, for evaluation
+    prompt_batch,  # which prompts a PPO step takes
+)
+from data_loading.collate import (
+    PreferenceBatch,  # all responses in one array, pairs (better, worse), margins, weights
+    ScalarBatch,  # tokens, lengths, rewards
+    TextBatch,  # tokens, mask, lengths
+    make_batch,  # rows of one kind to padded arrays
+    pack_rows,  # several rows into rows of constant length
+    pad_rows,  # token lists to (B, L) and lengths
+)
+from data_loading.formats import ALIASES, FORMATS, KNOWN_FORMATS  # names for --format
+from data_loading.reading import read_dataset, read_records  # rows of a file, of a data set
+from data_loading.records import Record, Records  # one row; rows with what was refused
+from data_loading.report import data_report, histogram, preview, use_colour  # strings to print
+from data_loading.rows import PreferenceRow, PromptRow, ScalarRow, TextRow, Tokenised
+from data_loading.sources import (
+    load_data,  # train, valid and test rows from the choices of the command line
+    mix_records,  # several data sets as one, by weights
+    split_records,  # a percentage for validation
+)
+from data_loading.templates import TOKEN_FORMATS, Template  # prompts and conversations to text
+from data_loading.tokenise import (
+    columns_of,  # columns for a reward function
+    encode_prompt,  # one prompt, text or messages, as a script gives it to the model
+    first_words,  # the prompt in a plain text
+    tokenise_preferences,  # chosen and rejected, for reward models
+    tokenise_prompts,  # prompts for PPO
+    tokenise_scalar,  # text and reward, for reward models
+    tokenise_sft,  # tokens and loss mask
+)
+
+__all__ = [
+    "ALIASES",
+    "FORMATS",
+    "KNOWN_FORMATS",
+    "TOKEN_FORMATS",
+    "BatchIterator",
+    "BatchPlan",
+    "PreferenceBatch",
+    "PreferenceRow",
+    "PromptRow",
+    "Record",
+    "Records",
+    "ScalarBatch",
+    "ScalarRow",
+    "Template",
+    "TextBatch",
+    "TextRow",
+    "Tokenised",
+    "columns_of",
+    "data_report",
+    "encode_prompt",
+    "epoch_batches",
+    "first_words",
+    "histogram",
+    "load_data",
+    "make_batch",
+    "mix_records",
+    "pack_rows",
+    "pad_rows",
+    "preview",
+    "prompt_batch",
+    "read_dataset",
+    "read_records",
+    "split_records",
+    "tokenise_preferences",
+    "tokenise_prompts",
+    "tokenise_scalar",
+    "tokenise_sft",
+    "use_colour",
+]

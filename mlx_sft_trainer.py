@@ -1,0 +1,185 @@
+"""Supervised training of language models and reward models: loss, update, evaluation.
+
+A task says what a batch's loss is, as a sum and the weight it is divided by, so that gradients of
+several batches add up to the gradient of one large batch: 8 x 1 = 1 x 8.
+"""
+
+import fast_blas  # noqa: F401
+
+from collections.abc import Iterable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_map
+
+from data_utils import PreferenceBatch, ScalarBatch, TextBatch
+from models.blocks import checkpointed_blocks
+from models.packing import pick_targets, round_up
+from models.reward_model import HEAD, RewardModel
+from models.trunk import hidden_states, token_logprobs
+from models.tuning import Tuning
+from rl.losses import pairwise_loss, regression_loss
+from training.loop import Group
+from training.optimizers import clip_gradients
+
+Batch = TextBatch | ScalarBatch | PreferenceBatch
+Sums = dict[str, mx.array]  # sums over a batch; "weight" is what each of them is divided by
+
+
+class LanguageModelTask:
+    """Cross-entropy of the target tokens, nats per token; the weight is their number."""
+
+    def __init__(self, model: nn.Module, tuning: Tuning, pad_to_multiple: int = 1):
+        self.model, self.trained, self.tuning = model, model, tuning
+        self.pad_to_multiple = pad_to_multiple
+
+    def groups(self) -> dict[str, Group]:
+        """What a checkpoint holds of this task."""
+        return {"adapters": Group(self.tuning.arrays, self.tuning.load_arrays)}
+
+    def arrays(self, batch: TextBatch) -> list[mx.array]:
+        """What of a batch goes into `loss`: inputs (B, L), index, targets and weights (N,)."""
+        prefix = np.array(self.tuning.prefix, dtype=np.int32)
+        shape = (len(batch.tokens), len(prefix))
+        tokens = np.concatenate([np.broadcast_to(prefix, shape), batch.tokens], axis=1)
+        mask = np.concatenate([np.zeros(shape), batch.mask], axis=1)
+        inputs, index, targets = pick_targets(tokens, mask)
+        weights = np.ones(len(index), dtype=np.float32)
+        if self.pad_to_multiple > 1:
+            spare = round_up(len(index), 16 * self.pad_to_multiple) - len(index)
+            index, targets, weights = (np.pad(a, (0, spare)) for a in (index, targets, weights))
+        return [mx.array(a) for a in (inputs, index, targets, weights)]
+
+    def loss(self, arrays: Sequence[mx.array]) -> tuple[mx.array, Sums]:
+        inputs, index, targets, weights = arrays
+        hidden = hidden_states(self.model, inputs)  # (B, L, D)
+        hidden = hidden.reshape(-1, hidden.shape[-1])[index]  # (N, D)
+        logprobs, top1 = token_logprobs(self.model, hidden, targets, extras=("top1",))
+        loss = -(logprobs * weights).sum()
+        return loss, {"loss": loss, "accuracy": (top1 * weights).sum(), "weight": weights.sum()}
+
+    @staticmethod
+    def summary(metrics: dict[str, float]) -> dict[str, float]:
+        """Means -> what is reported: with the perplexity."""
+        return {**metrics, "perplexity": float(np.exp(min(metrics["loss"], 80.0)))}
+
+
+class RewardModelTask:
+    """Regression on rewards, or Bradley-Terry on preferences; the weight is rows or prompts."""
+
+    def __init__(self, model: RewardModel, *, centering: float = 0.0, use_margin: bool = True):
+        self.model, self.trained = model.model, model
+        self.reward_model, self.tuning = model, model.tuning
+        self.centering, self.use_margin = centering, use_margin
+
+    def groups(self) -> dict[str, Group]:
+        """What a checkpoint holds of this task."""
+        model = self.reward_model
+        return {
+            "adapters": Group(self.tuning.arrays, self.tuning.load_arrays),
+            HEAD: Group(model.head_arrays, lambda a: model.load_head(a, model.description(), HEAD)),
+        }
+
+    def arrays(self, batch: ScalarBatch | PreferenceBatch) -> list[mx.array]:
+        prefix = np.array(self.tuning.prefix, dtype=np.int32)
+        front = np.broadcast_to(prefix, (len(batch.tokens), len(prefix)))
+        tokens = np.concatenate([front, batch.tokens], axis=1)
+        columns = [tokens, batch.lengths + len(prefix)]
+        if isinstance(batch, ScalarBatch):
+            columns += [batch.rewards]
+        else:
+            columns += [batch.better, batch.worse, batch.margins, batch.weights]
+        return [mx.array(column) for column in columns]
+
+    def loss(self, arrays: Sequence[mx.array]) -> tuple[mx.array, Sums]:
+        tokens, lengths, *rest = arrays
+        scores = self.reward_model(tokens, lengths)  # (N,)
+        if len(rest) == 1:
+            weight = mx.array(float(scores.size))
+            loss, metrics = regression_loss(scores, rest[0])
+        else:
+            better, worse, margins, weights = rest
+            weight = weights.sum()
+            loss, metrics = pairwise_loss(
+                scores[better],
+                scores[worse],
+                margins if self.use_margin else None,
+                centering=self.centering,
+                weights=weights,
+            )
+        return loss * weight, {**{k: v * weight for k, v in metrics.items()}, "weight": weight}
+
+    @staticmethod
+    def summary(metrics: dict[str, float]) -> dict[str, float]:
+        return metrics
+
+
+class SupervisedTrainer:
+    """One optimizer update at a time on a task; no data, files or printing here."""
+
+    def __init__(
+        self,
+        task: LanguageModelTask | RewardModelTask,
+        optimizer: optim.Optimizer,
+        *,
+        max_grad_norm: float | None = None,
+        grad_checkpoint: bool = False,
+        compile: bool | None = None,
+    ):
+        self.task, self.optimizer = task, optimizer
+        self.max_grad_norm, self.grad_checkpoint = max_grad_norm, grad_checkpoint
+        optimizer.init(task.trained.trainable_parameters())
+        on_gpu = mx.default_device().type == mx.DeviceType.gpu
+        self._loss_and_grad = nn.value_and_grad(task.trained, task.loss)
+        if on_gpu if compile is None else compile:
+            # Dropout draws from the global random state, so that is an input and an output.
+            state = [task.trained.state, mx.random.state]
+            self._loss_and_grad = mx.compile(
+                self._loss_and_grad, inputs=state, outputs=[mx.random.state]
+            )
+
+    def step(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """One update from one or more batches, weighted by their tokens (or rows).
+
+        Returns means over all of them, with grad_norm. Weights stay as they are, and "not_finite"
+        is 1, where loss or gradient is NaN or infinite.
+        """
+        self.task.trained.train()
+        sums, gradient = None, None
+        for batch in batches:
+            with checkpointed_blocks(self.task.model, self.grad_checkpoint):
+                (_, found), part = self._loss_and_grad(self.task.arrays(batch))
+            gradient = part if gradient is None else tree_map(mx.add, gradient, part)
+            sums = found if sums is None else tree_map(mx.add, sums, found)
+            mx.eval(gradient, sums)
+        weight = sums["weight"]
+        gradient = tree_map(lambda g: g / weight, gradient)
+        gradient, norm = clip_gradients(gradient, self.max_grad_norm)
+        metrics = {k: (v / weight).item() for k, v in sums.items() if k != "weight"}
+        metrics["grad_norm"] = norm.item()
+        metrics["weight"] = weight.item()
+        metrics["not_finite"] = float(
+            not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+        )
+        if not metrics["not_finite"]:
+            self.optimizer.update(self.task.trained, gradient)
+            mx.eval(self.task.trained.trainable_parameters(), self.optimizer.state)
+        return self.task.summary(metrics)
+
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        return evaluate(self.task, batches)
+
+
+def evaluate(task: LanguageModelTask | RewardModelTask, batches: Iterable[Batch]) -> dict:
+    """Mean loss and metrics over `batches`, dropout off."""
+    task.trained.eval()
+    sums: dict[str, float] = {}
+    for batch in batches:
+        _, found = task.loss(task.arrays(batch))
+        mx.eval(found)
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+    weight = sums.pop("weight")
+    return task.summary({name: total / weight for name, total in sums.items()})

@@ -1,0 +1,59 @@
+"""Two models that should compute the same: run on a few sequences, and compared."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+CHECK_TEXTS = ("2 4 6 8 10", "The quick brown fox jumps over the lazy dog.", "Question: why?")
+RANDOM_ROWS, RANDOM_LENGTH, LONGEST = 3, 12, 32
+
+
+def check_sequences(tokenizer, vocabulary: int) -> list[list[int]]:
+    """A few texts as token ids, and a few rows of ids drawn evenly from the vocabulary."""
+    texts = [tokenizer.encode(text)[:LONGEST] for text in CHECK_TEXTS]
+    drawn = np.random.default_rng(0).integers(0, vocabulary, (RANDOM_ROWS, RANDOM_LENGTH))
+    return [ids for ids in texts if ids] + drawn.tolist()
+
+
+def all_logits(
+    model: nn.Module, sequences: Sequence[Sequence[int]], prefix: Sequence[int] = ()
+) -> list[np.ndarray]:
+    """Logits (T, V) float32 of each sequence, those of the prefix left out."""
+    model.eval()
+    found = []
+    for ids in sequences:
+        logits = model(mx.array([[*prefix, *ids]]))[0, len(prefix) :]
+        found.append(np.array(logits.astype(mx.float32)))
+    return found
+
+
+@dataclass
+class Difference:
+    """How far apart two models are on the same sequences."""
+
+    largest: float  # of the absolute differences of logits or scores
+    same_choice: int  # positions where both find the same token most likely
+    positions: int
+
+    def __str__(self) -> str:
+        text = f"{self.largest:.1e}"
+        if self.positions:
+            text += f"; the most likely token is the same at {self.same_choice} of {self.positions}"
+        return text
+
+
+def compare_logits(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> Difference:
+    """Lists of (T, V) logits, compared over the columns that both have."""
+    width = min(ours[0].shape[-1], theirs[0].shape[-1])
+    largest = max(abs(a[:, :width] - b[:, :width]).max() for a, b in zip(ours, theirs, strict=True))
+    same = sum((a.argmax(-1) == b.argmax(-1)).sum() for a, b in zip(ours, theirs, strict=True))
+    return Difference(float(largest), int(same), sum(len(a) for a in ours))
+
+
+def compare_scores(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
+    """Scores of the same texts."""
+    largest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    return Difference(float(largest), 0, 0)

@@ -1,0 +1,120 @@
+"""Model folders in Hugging Face format, written whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from errors import UserError
+from models.adapter_files import write_text
+from models.load import LoadedModel
+
+# What a tokenizer may be made of; weights and config.json are written anew.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "*.tiktoken",
+    "tiktoken.model", "chat_template.*", "additional_chat_templates/*",
+)  # fmt: skip
+GENERATION_CONFIG = "generation_config.json"
+
+
+@contextmanager
+def new_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """A folder beside `path` to write into; it becomes `path` when the block ends well.
+
+    Raises UserError where something is at `path` already. With `force` a model or adapter folder
+    there is replaced; nothing else is.
+    """
+    path = Path(path).expanduser().absolute()
+    check_free(path, force)
+    aside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        _replace(aside, path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot write: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_free(path: Path, force: bool) -> None:
+    """Raise UserError unless a folder may be written at `path`."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not force:
+        raise UserError(f"{path}: exists already; give another name, or --force to replace it")
+    if not path.is_dir() or not any(
+        (path / n).is_file() for n in ("config.json", "adapter_config.json")
+    ):
+        raise UserError(f"{path}: is not a model or adapter folder, so --force does not replace it")
+
+
+def _replace(aside: Path, path: Path) -> None:
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    if path.exists():
+        os.replace(path, old)
+    os.replace(aside, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_model(folder: Path, loaded: LoadedModel) -> None:
+    """Write weights, config.json, tokenizer and generation settings of `loaded` into `folder`."""
+    from mlx_lm.utils import save_config, save_model
+
+    save_model(folder, loaded.model)
+    config = {**loaded.config, "dtype": stored_dtype(loaded)}
+    config.pop("torch_dtype", None)
+    save_config(config, folder / "config.json")
+    copy_tokenizer(loaded.path, folder)
+
+
+def stored_dtype(loaded: LoadedModel) -> str:
+    """The floating type of most weights, as config.json names it."""
+    sizes: dict[str, int] = {}
+    for _, array in tree_flatten(loaded.model.parameters()):
+        if mx.issubdtype(array.dtype, mx.floating):
+            name = str(array.dtype).removeprefix("mlx.core.")
+            sizes[name] = sizes.get(name, 0) + array.size
+    return max(sizes, key=sizes.get)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the files of the tokenizer and generation_config.json as they are."""
+    for pattern in (*TOKENIZER_FILES, GENERATION_CONFIG):
+        for file in sorted(source.glob(pattern)):
+            check_inside(file, source)
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+
+
+def check_inside(file: Path, folder: Path) -> None:
+    """Raise UserError for a link that leads out of `folder` (the hub's cache links to blobs/)."""
+    real, root = file.resolve(), folder.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise UserError(f"{file}: is a link to {real}, outside of the folder; copy the file there")
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object from a file; UserError where it is none."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: holds no JSON object")
+    return value
+
+
+def write_json(file: Path, value: dict) -> None:
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

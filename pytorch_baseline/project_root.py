@@ -1,0 +1,8 @@
+"""Importing this lets the baseline find the modules it shares: data, flags, run folders."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))

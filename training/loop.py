@@ -1,0 +1,169 @@
+"""The loop of supervised training: update, report, validate, checkpoint, stop, resume.
+
+It works on a trainer with ``step``, ``evaluate`` and ``optimizer`` (mlx_sft_trainer), and on a
+table of array groups that belong into a checkpoint, each with a way to get and to set them.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from errors import UserError
+from training.checkpoints import Metric, load_checkpoint, save_checkpoint
+from training.console import Progress
+from training.memory import check_memory
+from training.metrics import Run
+from training.optimizers import optimizer_arrays, restore_optimizer
+from training.seeds import rng_state, set_rng_state
+from training.signals import GracefulStop
+
+Arrays = dict[str, mx.array]
+
+
+@dataclass
+class Group:
+    """Arrays of a checkpoint: `get()` gives them by name, `put(arrays)` takes them back."""
+
+    get: Callable[[], Arrays]
+    put: Callable[[Arrays], None]
+
+
+@dataclass
+class Schedule:
+    """Numbers of updates; 0 means never (checkpoints: at the end alone)."""
+
+    steps: int
+    report_every: int
+    eval_every: int
+    save_every: int
+    accumulation: int = 1
+    keep_checkpoints: int = 2
+    patience: int | None = None
+    max_bad_steps: int = 5
+    memory_limit: float | None = None
+
+
+@dataclass
+class Loop:
+    """`run()` trains from where it stands to `schedule.steps`, or until it is told to stop."""
+
+    run_folder: Run
+    trainer: Any
+    groups: Mapping[str, Group]
+    batches: Any  # an iterator with state_dict and load_state_dict
+    schedule: Schedule
+    validation: Callable[[], Iterable] | None = None
+    after_validation: Callable[[int], None] = lambda step: None
+    step: int = 0
+    best: float | None = None
+    since_best: int = 0
+    bad_in_a_row: int = 0
+    totals: dict[str, float] = field(default_factory=lambda: {"tokens": 0.0, "skipped": 0.0})
+
+    def resume(self, path) -> None:
+        """Go back to a checkpoint (None: to the start)."""
+        if path is None:
+            self.run_folder.load_state_dict({})
+            return
+        saved = load_checkpoint(path)
+        for name, group in self.groups.items():
+            group.put(saved.arrays[name])
+        trained = self.trainer.task.trained.trainable_parameters()
+        restore_optimizer(self.trainer.optimizer, saved.arrays["optimizer"], trained)
+        self.step, self.best = saved.step, saved.state["best"]
+        self.since_best, self.totals = saved.state["since_best"], saved.state["totals"]
+        self.bad_in_a_row = saved.state["bad_in_a_row"]
+        self.batches.load_state_dict(saved.state["batches"])
+        self.run_folder.load_state_dict(saved.state["run"])
+        set_rng_state(saved.state["rng"])
+
+    def run(self, stop: GracefulStop, name: str) -> None:
+        """Train. Ends with a checkpoint, also when `stop` was requested."""
+        plan = self.schedule
+        with Progress(plan.steps, done=self.step, name=name) as progress:
+            if self.step == 0 and plan.eval_every and self.validation:
+                self.validate(progress)
+            while self.step < plan.steps and not stop.requested:
+                self.update(progress)
+                metric = None
+                if plan.eval_every and self.step % plan.eval_every == 0 and self.validation:
+                    metric = self.validate(progress)
+                due = plan.save_every and self.step % plan.save_every == 0
+                if due or (metric is not None and self.since_best == 0):
+                    self.checkpoint(metric)
+                if plan.patience is not None and self.since_best >= plan.patience:
+                    progress.line(f"stopped early: no gain in {plan.patience} validations")
+                    break
+        self.checkpoint()
+
+    def update(self, progress: Progress) -> None:
+        """One update of the weights, logged."""
+        batches = [next(self.batches) for _ in range(self.schedule.accumulation)]
+        metrics = self.trainer.step(batches)
+        self.step += 1
+        self.totals["tokens"] += metrics.pop("weight")
+        bad = metrics.pop("not_finite")
+        self.totals["skipped"] += bad
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+        if bad:
+            self.set_aside(batches)
+        rate = float(self.trainer.optimizer.learning_rate)
+        row = {f"train/{key}": value for key, value in metrics.items()}
+        self.run_folder.log(self.step, row | {"train/learning_rate": rate, **self.totals_row()})
+        progress.advance()
+        if self.step % self.schedule.report_every == 0:
+            progress.report(self.step, {"loss": metrics["loss"], "lr": rate})
+        check_memory(self.schedule.memory_limit)
+        if self.bad_in_a_row >= self.schedule.max_bad_steps:
+            raise UserError(
+                f"{self.run_folder.folder}: loss or gradient was NaN or infinite in "
+                f"{self.bad_in_a_row} steps in a row; the rows are in bad_rows.jsonl, and "
+                "--resume goes on from the last checkpoint; try a lower --learning-rate"
+            )
+
+    def totals_row(self) -> dict[str, float]:
+        return {f"train/{key}_total": value for key, value in self.totals.items()}
+
+    def set_aside(self, batches: list) -> None:
+        """Write the token ids of rows that gave no finite gradient to bad_rows.jsonl."""
+        with open(self.run_folder.folder / "bad_rows.jsonl", "a", encoding="utf-8") as file:
+            for batch in batches:
+                for tokens, length in zip(batch.tokens, batch.lengths, strict=True):
+                    row = {"step": self.step, "tokens": tokens[:length].tolist()}
+                    file.write(json.dumps(row) + "\n")
+
+    def validate(self, progress: Progress) -> Metric:
+        """Validate, log, and note whether this is the best so far."""
+        metrics = self.trainer.evaluate(self.validation())
+        self.run_folder.log(self.step, {f"valid/{key}": v for key, v in metrics.items()})
+        shown = {key: metrics[key] for key in ("loss", "perplexity", "accuracy") if key in metrics}
+        progress.report(self.step, {f"valid {key}": value for key, value in shown.items()})
+        gained = self.best is None or metrics["loss"] < self.best
+        if gained:
+            self.best = metrics["loss"]
+        self.since_best = 0 if gained else self.since_best + 1
+        self.after_validation(self.step)
+        return Metric("valid/loss", metrics["loss"])
+
+    def checkpoint(self, metric: Metric | None = None) -> None:
+        arrays = {name: group.get() for name, group in self.groups.items()}
+        state = {
+            "best": self.best,
+            "since_best": self.since_best,
+            "bad_in_a_row": self.bad_in_a_row,
+            "totals": self.totals,
+            "batches": self.batches.state_dict(),
+            "run": self.run_folder.state_dict(),
+            "rng": rng_state(),
+        }
+        save_checkpoint(
+            self.run_folder.checkpoints,
+            self.step,
+            arrays | {"optimizer": optimizer_arrays(self.trainer.optimizer)},
+            state,
+            keep=self.schedule.keep_checkpoints,
+            metric=metric,
+        )
