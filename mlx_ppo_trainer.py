@@ -49,7 +49,7 @@ from rl.rollouts import Rollout, check_rollout, pad_rows
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 
-SAMPLING, ORDER, LENGTHS = range(3)  # what a step's random streams are for
+SAMPLING, ORDER, LENGTHS, EVALUATION = range(4)  # what a step's random streams are for
 
 
 class PPOTrainer:
@@ -122,20 +122,27 @@ class PPOTrainer:
         if max_tokens is None:
             max_tokens = self.response_limits(len(queries))
         sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
-        made = self.sample(queries, max_tokens, sampling, should_stop, self.model.value_head)
+        made = self._sample(
+            queries, max_tokens, sampling, should_stop, SAMPLING, self.model.value_head
+        )
         rows = zip(queries, made.responses, made.logprobs, made.values, made.finished, strict=True)
         self._generated = {(tuple(q), tuple(r)): (lp, v, end) for q, r, lp, v, end in rows}
         return made.responses
 
-    def sample(
+    def sample_for_evaluation(
         self,
         queries: Sequence[Sequence[int]],
-        max_tokens: int | Sequence[int],
-        sampling: Sampling,
+        greedy: bool,
         should_stop: Callable[[list[int]], bool] | None = None,
-        value_head: nn.Module | None = None,
     ) -> Generation:
-        """Sample without keeping anything for `step`, for evaluation too."""
+        """Responses, the most likely ones or sampled; nothing is kept, no random state moves."""
+        temperature = 0.0 if greedy else self.config.temperature
+        limit = self.config.max_new_tokens
+        return self._sample(queries, limit, Sampling(temperature), should_stop, EVALUATION)
+
+    def _sample(
+        self, queries, max_tokens, sampling, should_stop, purpose: int, value_head=None
+    ) -> Generation:
         prefix = self.model.tuning.prefix
         return generate(
             self.model.model,
@@ -143,7 +150,7 @@ class PPOTrainer:
             max_tokens=max_tokens,
             eos_ids=self.eos_ids,
             sampling=sampling,
-            key=mx.random.key(int(self._random(SAMPLING).integers(2**63))),
+            key=mx.random.key(int(self._random(purpose).integers(2**63))),
             value_head=value_head,
             should_stop=should_stop,
         )
@@ -200,11 +207,11 @@ class PPOTrainer:
         if response_masks is None:
             response_masks = [[1] * len(r) for r in responses]
         masks = [np.asarray(m, dtype=bool) for m in response_masks]
-        ended = [self._has_ended(q, r) for q, r in zip(queries, responses, strict=True)]
+        ended = [self.has_ended(q, r) for q, r in zip(queries, responses, strict=True)]
         shaped = self.shape_scores(scores, responses, ended)
         return Rollout(queries, responses, masks, ended, mx.array(shaped, dtype=mx.float32))
 
-    def _has_ended(self, query: list[int], response: list[int]) -> bool:
+    def has_ended(self, query: list[int], response: list[int]) -> bool:
         """Whether a response ended by itself: with EOS, or at a stop string while sampling."""
         kept = self._generated.get((tuple(query), tuple(response)))
         return response[-1] in self.eos_ids or (kept is not None and kept[2])

@@ -83,24 +83,24 @@ class Speaker:
         first = started
         tokens, ended = [], "length"
         for token, piece in write([*prefix, *prompt], settings, should_stop):
-            if token is not None:
-                first = time.perf_counter() if not tokens else first
-                tokens.append(token)
+            first = time.perf_counter() if not tokens else first
+            tokens.append(token)
             show(piece)
         if tokens and tokens[-1] in self.loaded.eos_ids:
             ended = "stop"
         elif should_stop():
             ended = "interrupted"
         now = time.perf_counter()
-        if settings.num_beams > 1:  # nothing is shown before the search is over
-            first = started
         text = continuation(self.tokenizer, prompt, tokens, self.loaded.eos_ids)
+        if settings.num_beams > 1:  # nothing comes before the search is over
+            first = started
+            show(text)
         return Reply(prompt, prompt_text, tokens, text, ended, now - first, first - started)
 
     # ----------------------------------------------------------------- ways to write
 
     def _stream(self, prompt: list[int], settings: Settings, should_stop) -> Iterator:
-        """(token, text) one after the other; (None, text) for text that was held back."""
+        """(token, text) one after the other."""
         from mlx_lm import stream_generate
         from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
@@ -128,9 +128,8 @@ class Speaker:
         written = []
         try:
             for piece in pieces:
-                new = piece.finish_reason is None or piece.generation_tokens > len(written)
-                written += [piece.token] if new else []
-                yield piece.token if new else None, piece.text
+                written.append(piece.token)
+                yield piece.token, piece.text
                 if should_stop():
                     break
         except _Stopped:
@@ -144,7 +143,7 @@ class Speaker:
             pieces.close()
 
     def _beams(self, prompt: list[int], settings: Settings, should_stop) -> Iterator:
-        """The best reply of a beam search, all at once."""
+        """(token, "") of the best reply that a beam search finds."""
         from mlx_lm.sample_utils import make_repetition_penalty
 
         processor = None
@@ -168,7 +167,6 @@ class Speaker:
         )[0]
         for token in best.tokens:
             yield token, ""
-        yield None, continuation(self.tokenizer, prompt, best.tokens, self.loaded.eos_ids)
 
     def _over_all(self, processor, prompt: list[int], known: int):
         """`processor` on all tokens so far: mlx-lm knows neither cached nor virtual ones apart."""
@@ -223,11 +221,9 @@ def continuation(tokenizer, prompt: list[int], tokens: list[int], eos_ids: set[i
     """The text of `tokens` as it stands after the prompt's: a leading space is not lost."""
     if tokens and tokens[-1] in eos_ids:
         tokens = tokens[:-1]
-    limit = len(tokenizer) if hasattr(tokenizer, "__len__") else None
-    before = [t for t in prompt if limit is None or t < limit]
 
     def text(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    head, whole = text(before), text(before + tokens)
+    head, whole = text(prompt), text(prompt + tokens)
     return whole[len(head) :] if whole.startswith(head) else text(tokens)

@@ -20,3 +20,6 @@ class ValueHead(nn.Module):
     def __call__(self, hidden: mx.array) -> mx.array:
         hidden = hidden.astype(mx.float32)
         return (hidden @ self.weight.T).squeeze(-1) + self.bias
+
+    def arrays(self) -> dict[str, mx.array]:
+        return {"weight": self.weight, "bias": self.bias}

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from errors import UserError
 from models.adapter_files import write_text
+from models.file_checks import check_inside
 from models.load import LoadedModel
 
 # What a tokenizer may be made of; weights and config.json are written anew.
@@ -93,16 +94,6 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             target = folder / file.relative_to(source)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
-
-
-def check_inside(file: Path, folder: Path) -> None:
-    """Raise UserError for a link that leads out of `folder` (the hub's cache links to blobs/)."""
-    real, root = file.resolve(), folder.resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
-    if not any(real.is_relative_to(place) for place in allowed):
-        raise UserError(f"{file}: is a link to {real}, outside of the folder; copy the file there")
 
 
 def read_json(file: Path) -> dict:

@@ -4,7 +4,7 @@ The head reads hidden states after the final norm. With a `tuning` the reward mo
 and a head on a base that others share; the adapter goes in for scoring and out again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -50,6 +50,7 @@ class RewardModel(nn.Module):
         }
         self.pooling, self.gain, self.offset = pooling, gain, offset
         self._tuning = tuning
+        self.source: LoadedModel | None = None  # where it was loaded from, with its tokenizer
 
     @property
     def tuning(self) -> Tuning | None:
@@ -146,8 +147,22 @@ def normalise(model: RewardModel, texts: Sequence[Sequence[int]]) -> None:
     model.offset = float(-scores.mean() / scores.std())
 
 
+def retokeniser(policy, reward) -> Callable[[str, bool], list[int]] | None:
+    """``encode(text, ended)`` for a reward model whose tokenizer (`reward`) is not the policy's.
+
+    None where both have one vocabulary, so that the policy's tokens can be scored as they are.
+    """
+    if policy is reward or policy.get_vocab() == reward.get_vocab():
+        return None
+    return lambda text, ended: reward.encode(text) + [reward.eos_token_id] * bool(ended)
+
+
 def load_reward_model(
-    path: str | Path, base: LoadedModel | None = None, *, dtype: str = "auto"
+    path: str | Path,
+    base: LoadedModel | None = None,
+    *,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> RewardModel:
     """A reward model from a model folder with a head, or from an adapter with a head.
 
@@ -159,13 +174,15 @@ def load_reward_model(
         raise UserError(f"{path}: no such reward model; give a fused reward model's folder, or the "
                         "adapter that sft.py --reward-model wrote")  # fmt: skip
     if path.is_dir() and (path / "config.json").exists():
-        reward_model = RewardModel(load_model(path, dtype=dtype).model)
+        source = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        reward_model = RewardModel(source.model)
     elif base is None:
         raise UserError(f"{path}: is an adapter; it needs its base model as well")
     else:
         tuning = load_adapter(base.model, path)
         tuning.deactivate()
-        reward_model = RewardModel(base.model, tuning=tuning)
+        source, reward_model = base, RewardModel(base.model, tuning=tuning)
+    reward_model.source = source
     load_reward_head(reward_model, path)
     reward_model.freeze()
     reward_model.eval()

@@ -4,7 +4,7 @@ PPO arrays are (B, T), float32; `mask` (B, T) is 1 on the tokens that count and 
 stands at a masked place, NaN included, changes no loss, no gradient and no metric. Metric names
 are TRL's without their "ppo/" prefix. Nothing here branches on a value, so all of it compiles.
 
-Legend: B batch, T tokens, G groups of ranked responses, K responses in a group.
+Legend: B batch, T tokens.
 """
 
 import mlx.core as mx
@@ -159,33 +159,6 @@ def pairwise_loss(
         "score_difference": mean(difference),
         "chosen": mean(chosen),
         "rejected": mean(rejected),
-    }
-    return loss, _detached(metrics)
-
-
-def ranked_loss(
-    scores: mx.array, mask: mx.array, *, centering: float = 0.0
-) -> tuple[mx.array, Metrics]:
-    """Bradley-Terry over all pairs of each ranked list, `scores` (G, K) with the best one first.
-
-    `mask` (G, K) is 1 where a list has a response, 0 on padding. A list's pairs are averaged, then
-    the lists (InstructGPT, eq. 1), so a long list weighs no more than a pair, and with K = 2 this
-    is `pairwise_loss`. A list with fewer than two responses has no pair: it counts as zero loss.
-    All pairs rather than Plackett-Luce, because pairwise accuracy then is what is optimised.
-    """
-    scores = _counted(scores, mask)
-    better, worse = scores[:, :, None], scores[:, None, :]  # (G, K, 1), (G, 1, K)
-    present = (mask[:, :, None] > 0) & (mask[:, None, :] > 0)  # (G, K, K)
-    pairs = mx.triu(present.astype(mx.float32), k=1)  # i before j
-    per_list = mx.maximum(pairs.sum(axis=(1, 2)), 1)  # (G,)
-    losses = -nn.log_sigmoid(better - worse)
-    if centering:
-        losses = losses + centering * mx.square(better + worse)
-    loss = ((losses * pairs).sum(axis=(1, 2)) / per_list).mean()
-    metrics = {
-        "loss": loss,
-        "accuracy": masked_mean((better > worse).astype(mx.float32), pairs),
-        "score_difference": masked_mean(better - worse, pairs),
     }
     return loss, _detached(metrics)
 

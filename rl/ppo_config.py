@@ -96,6 +96,8 @@ class PPOConfig:
             raise UserError("--cliprange-high: must not be below --cliprange")
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise UserError("--dual-clip: must be above 1")
+        if self.adap_kl_ctrl and 0.2 * self.batch_size >= self.horizon:
+            raise UserError("--horizon: must be above a fifth of --batch-size")
         if self.use_score_norm and not self.use_score_scaling:
             raise UserError("--use-score-norm needs --use-score-scaling")
 

@@ -46,7 +46,8 @@ def new_parser() -> Parser:
     parser.add_argument("--batch-size", type=int, default=4, help="rows")
     parser.add_argument("--mini-batch-size", type=int, help="rows at a time")
     parser.add_argument("--reward-model", type=bool, default=False, help="train a reward model")
-    parser.add_argument("--train-file", help="data")
+    parser.add_argument("--train-file", nargs="+", help="data")
+    parser.add_argument("--max-length", type=int, default=64, help="tokens")
     parser.add_argument("--sample-every", type=int, default=0, help="steps")
     return parser
 
@@ -290,7 +291,7 @@ BODY = """
     "General": {"base_model": "m", "seed": 7,},
     "Dataset": {
         "train_file": "t.jsonl", "max_seq_len": None,
-        "preprocessing_num_workers": 4,
+        "preprocessing_num_workers": 4, "max_seq_length": 128,
     },
     "Training": {
         "optimizer": "adamw_torch", "epochs": None, "max_steps": 30,
@@ -305,6 +306,7 @@ seed = 7  # comment, with a comma
 [Dataset]
 train_file = 't.jsonl',
 max_seq_len = None
+max_seq_length = 128
 preprocessing_num_workers = 4
 Training:
 optimizer: "adamw_torch",
@@ -325,10 +327,10 @@ ASSIGNED = textwrap.dedent(ASSIGNED)
 @pytest.mark.parametrize("text", ["{" + BODY + "}", BODY, LINES, ASSIGNED])
 def test_a_sectioned_conf_file_is_mapped_to_our_flags(tmp_path, capsys, text):
     args = parse("--config", write(tmp_path / "w.conf", text))
-    assert (args.model, args.seed, args.train_file) == ("m", 7, "t.jsonl")
+    assert (args.model, args.seed, args.train_file) == ("m", 7, ["t.jsonl"])
     assert (args.optimizer, args.lr_schedule, args.warmup_steps) == ("adamw", "constant", 3)
     assert (args.batch_size, args.mini_batch_size, args.iters) == (32, 8, 30)
-    assert "epochs" not in args.explicit
+    assert args.max_length == 128 and "epochs" not in args.explicit
     note = capsys.readouterr().out
     assert "base_model -> --model m" in note and "kl_coeff is not used here" in note
     assert "preprocessing_num_workers is not used here" in note
@@ -407,12 +409,13 @@ def test_resuming_what_is_no_run_is_refused(tmp_path, capsys):
     assert "options" in refused(capsys, "--resume", str(tmp_path))
 
 
-def test_a_redacted_option_is_not_taken_over(tmp_path):
+def test_an_option_with_a_secret_has_to_be_given_again(tmp_path, capsys):
     folder = make_run(tmp_path / "r", "--train-file", "https://me:pw@host/f")
     assert "me:pw" not in (folder / "config.json").read_text()
-    assert parse("--resume", str(folder)).train_file is None
+    err = refused(capsys, "--resume", str(folder))
+    assert "--train-file" in err and "once more" in err
     again = parse("--resume", str(folder), "--train-file", "https://me:pw@host/f")
-    assert again.train_file.startswith("https://me")
+    assert again.train_file == ["https://me:pw@host/f"]
 
 
 # ------------------------------------------------------------------------------ run_main

@@ -237,6 +237,61 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
 
 # ------------------------------------------------------------------------------ kills
 
+EVERY_STAGE = """
+    import os, shutil, signal, sys
+    import mlx.core as mx
+    from training.checkpoints import Metric, save_checkpoint
+    folder = sys.argv[1]
+
+    def save(step):
+        arrays = {"a": {"x": mx.array([step])}}
+        save_checkpoint(folder, step, arrays, {"n": step}, keep=1, metric=Metric("m", 9 - step))
+
+    def killed_at(count):
+        if os.fork() == 0:
+            left = [count]
+            def watch(event, words):
+                if event.startswith(("open", "os.", "shutil.")):
+                    left[0] -= 1
+                    if left[0] == 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+            if count == 0:
+                save(1)
+            else:
+                sys.addaudithook(watch)
+                save(2)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.wait()[1]) != 0
+
+    count = 0
+    while True:
+        shutil.rmtree(folder, ignore_errors=True)
+        killed_at(0)
+        count += 1
+        if not killed_at(count):
+            break
+        os.rename(folder, f"{folder}-{count}")
+"""
+
+
+def test_a_kill_at_every_single_step_of_a_save_leaves_a_whole_checkpoint(tmp_path):
+    """The second of two saves is killed at its first touch of the disk, its second, and so on."""
+    process = python(EVERY_STAGE, str(tmp_path / "f"))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    folders = sorted(tmp_path.glob("f-*"), key=lambda path: int(path.name[2:]))
+    assert len(folders) > 15
+    found = []
+    for folder in folders:
+        assert [problem(path) for path in list_checkpoints(folder)] in ([None], [None, None])
+        best, last = best_checkpoint(folder), load_checkpoint(latest_checkpoint(folder))
+        assert best is not None and best.exists()
+        assert last.state["n"] == last.step == last.arrays["a"]["x"].item()
+        found.append(last.step)
+    # The old one up to the rename, the new one from there on.
+    assert found == sorted(found) and set(found) == {1, 2}
+
+
 WRITER = """
     import sys
     import mlx.core as mx

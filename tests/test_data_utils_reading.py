@@ -157,7 +157,7 @@ def test_every_format_is_recognised_from_its_fields(tmp_path, row, kind, expecte
     ("format", "row", "kind"),
     [
         ("prompt", {"prompt": "a", "completion": "b"}, "prompt"),
-        ("prompt-completion", {"prompt": "a", "completion": "b", "label": "x"}, "prompt_completion"),
+        ("prompt-completion", {"prompt": "a", "completion": "b", "label": 1}, "prompt_completion"),
         ("text", {"text": "a", "prompt": "b"}, "text"),
         ("alpaca", {"instruction": "a", "output": "b"}, "prompt_completion"),
         ("sharegpt", {"conversations": [{"from": "human", "value": "a"}]}, "conversation"),
@@ -194,9 +194,8 @@ def write_csv(path, rows, delimiter=","):
 
 def write_parquet(path, rows):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
 WRITERS = {

@@ -91,12 +91,16 @@ def test_resume_cuts_the_files_back_to_the_checkpoint(folder, capsys):
         state = json.loads(json.dumps(run.state_dict()))
         run.log(2, {"x": 2})
         run.log_samples(2, [{"prompt": "b"}])
+        run.log_bad_rows(2, "loss is NaN", [{"prompt": "b", "score": float("nan")}])
+        bad = {"step": 2, "reason": "loss is NaN", "prompt": "b", "score": None}
+        assert read_rows(folder / "bad_rows.jsonl") == [bad]
     created = json.loads((folder / "config.json").read_text())["created"]
     with Run("sft", {"iters": 12}, output_dir=folder, resume=True) as run:
         run.load_state_dict(state)
         run.log(2, {"x": 3})
     assert read_rows(folder) == [{"step": 1, "x": 1}, {"step": 2, "x": 3}]
     assert [row["prompt"] for row in read_rows(folder / "samples.jsonl")] == ["a"]
+    assert read_rows(folder / "bad_rows.jsonl") == []
     config = json.loads((folder / "config.json").read_text())
     assert config["options"]["iters"] == 12 and config["created"] == created
     # Killed before its first checkpoint: everything is made again.
@@ -148,7 +152,8 @@ def test_a_folder_with_a_run_in_it_is_refused_or_overwritten_never_mixed(folder)
         Run("sft", {}, output_dir=folder)
     with Run("sft", {}, output_dir=folder, overwrite=True, outputs=("adapters.npz",)) as run:
         there = sorted(path.name for path in folder.iterdir())
-        assert there == [".lock", "config.json", "metrics.jsonl", "mine.txt", "samples.jsonl"]
+        rows = ["bad_rows.jsonl", "config.json", "metrics.jsonl", "mine.txt", "samples.jsonl"]
+        assert there == [".lock", *rows]
         assert read_rows(folder) == []
 
 

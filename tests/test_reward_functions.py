@@ -173,9 +173,10 @@ def test_a_reward_cannot_change_the_rows_of_the_next():
 
 
 def test_names_are_made_unique():
-    rewards = RewardSet([Reward("r", lengths), Reward("r", lengths), Reward("r_2", lengths)])
-    assert rewards.names == ["r", "r_2", "r_2_2"]
-    assert rewards(["p"], ["ab"]) == ([6], {"r": [2], "r_2": [2], "r_2_2": [2]})
+    rewards = RewardSet([Reward(name, lengths) for name in ("r", "r", "r_2", "r")])
+    assert rewards.names == ["r", "r_2", "r_2_2", "r_3"]
+    totals, parts = rewards(["p"], ["ab"])
+    assert totals == [8] and parts == dict.fromkeys(rewards.names, [2])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from rl.losses import (
     masked_whiten,
     pairwise_loss,
     policy_loss,
-    ranked_loss,
     regression_loss,
     value_loss,
 )
@@ -497,34 +496,23 @@ def test_one_score_has_no_spread():
 
 @settings(max_examples=30, deadline=None)
 @given(seed=seeds, centering=st.sampled_from([0.0, 0.1]))
-def test_ranked_loss_is_the_loop_over_pairs(seed, centering):
+def test_weighted_pairs_make_every_ranked_list_count_alike(seed, centering):
     rng = np.random.default_rng(seed)
-    scores, lengths = rng.normal(size=(4, 5)), rng.integers(0, 6, size=4)
-    mask = (np.arange(5) < lengths[:, None]).astype(np.float32)
-    lists, right, pairs = [], 0, 0
-    for row, length in zip(scores, lengths, strict=True):
-        losses = []
-        for i in range(length):
-            for j in range(i + 1, length):
-                losses.append(
-                    np.log1p(np.exp(row[j] - row[i])) + centering * (row[i] + row[j]) ** 2
-                )
-                right, pairs = right + (row[i] > row[j]), pairs + 1
-        lists.append(np.mean(losses) if losses else 0.0)
-    spoilt = mx.where(mx.array(mask) > 0, mx.array(scores.astype(np.float32)), mx.nan)
-    loss, metrics = ranked_loss(spoilt, mx.array(mask), centering=centering)
-    np.testing.assert_allclose(loss, np.mean(lists), rtol=1e-4, atol=1e-6)
-    if pairs:
-        np.testing.assert_allclose(metrics["accuracy"], right / pairs, rtol=1e-6)
-
-
-@pytest.mark.parametrize("centering", [0.0, 0.05])
-def test_a_list_of_two_is_a_pair(centering):
-    chosen, rejected = make_batch(13, rows=2)["values"]
-    both = mx.stack([chosen, rejected], axis=1)  # (G, 2)
-    listed, _ = ranked_loss(both, mx.ones_like(both), centering=centering)
-    paired, _ = pairwise_loss(chosen, rejected, centering=centering)
-    np.testing.assert_allclose(listed, paired, rtol=1e-6)
+    ranked = [rng.normal(size=length) for length in rng.integers(2, 6, size=4)]  # best first
+    lists, better, worse, weights = [], [], [], []
+    for scores in ranked:
+        pairs = [(a, b) for i, a in enumerate(scores) for b in scores[i + 1 :]]
+        lists.append(
+            np.mean([np.log1p(np.exp(b - a)) + centering * (a + b) ** 2 for a, b in pairs])
+        )
+        better += [a for a, _ in pairs]
+        worse += [b for _, b in pairs]
+        weights += [1 / len(pairs)] * len(pairs)
+    better, worse, weights = (mx.array(x, dtype=mx.float32) for x in (better, worse, weights))
+    loss, metrics = pairwise_loss(better, worse, centering=centering, weights=weights)
+    np.testing.assert_allclose(loss, np.mean(lists), rtol=1e-5)
+    right = np.average(np.array(better) > np.array(worse), weights=np.array(weights))
+    np.testing.assert_allclose(metrics["accuracy"], right, rtol=1e-5, atol=1e-7)
 
 
 def test_pairwise_loss_tells_winner_from_loser():

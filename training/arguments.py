@@ -18,7 +18,12 @@ from typing import Any
 from errors import UserError
 from training.config_files import Setting, read_config
 from training.flag_types import HelpFormatter, boolean, number, whole_number
-from training.resume import check_resume_options, read_run_options, run_folder_of
+from training.resume import (
+    check_resume_options,
+    read_run_options,
+    redacted_options,
+    run_folder_of,
+)
 
 # Nothing a person at the terminal did wrong in the program's code: the disk is full or read-only.
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
@@ -155,6 +160,9 @@ class Parser(argparse.ArgumentParser):
         if "output_dir" in args.explicit and Path(args.output_dir) != Path(folder):
             raise UserError("--output-dir: a resumed run stays in its own folder; leave it out")
         args.output_dir = folder
+        for name in sorted(redacted_options(folder) & set(vars(args)) - args.explicit):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag}: it held a secret, which no file keeps; give it once more")
         check_resume_options(
             old, vars(args), harmless=self.harmless, force=getattr(args, "force_resume", False)
         )

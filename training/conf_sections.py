@@ -56,8 +56,11 @@ FLAGS_FOR = {
     "steps-per-report": "logging_steps log_interval",
     "log-with": "report_to",
 }
+# Our own names count as theirs, so that max_seq_length finds --max-length.
 OURS = {
-    theirs: tuple(ours.split()) for ours, names in FLAGS_FOR.items() for theirs in names.split()
+    theirs: tuple(ours.split())
+    for ours, names in FLAGS_FOR.items()
+    for theirs in (*names.split(), *ours.replace("-", "_").split())
 }
 NO_COUNTERPART = frozenset(
     "accelerate dataloader_num_workers ddp deepspeed device device_map flash_attention fsdp "
@@ -91,21 +94,22 @@ def choose_flag(setting: Setting, keys: set[str], flags: Mapping[str, Action]) -
     An unknown key comes back as it is, so that the parser names the nearest flag.
     """
     own = setting.key.replace("_", "-")
-    wanted = OURS.get(setting.key, (own,))
+    wanted = OURS.get(setting.key, ())
     if "experience_batch_size" in keys and wanted == ("batch-size",):
         # There the experience is our batch, and what they call the batch is our minibatch.
         if setting.key != "experience_batch_size":
-            wanted = ("mini-batch-size",)
-    for name in wanted:
+            wanted, own = ("mini-batch-size",), ""
+    for name in (own, *wanted):
         action = flags.get("--" + name)
         # sft.py's --reward-model is a switch where ppo_training.py's is a path.
         if action and (action.type is not bool or isinstance(setting.value, bool | int)):
             return name
-    known = setting.key in OURS or setting.key in NO_COUNTERPART or own in OUR_NAMES
+    known = setting.key in OURS or setting.key in NO_COUNTERPART or own in OTHER_NAMES
     return None if known else setting.key
 
 
-OUR_NAMES = {name for names in OURS.values() for name in names} | {
+# Flags that both sides call alike and that not every script has.
+OTHER_NAMES = {
     "adam-beta1", "adam-beta2", "adam-eps", "adap-kl-ctrl", "gamma", "ground-truth-reward",
     "horizon", "lora-alpha", "lora-dropout", "lora-layers", "lora-scale", "seed", "temperature",
     "reward-model", "top-k", "top-p", "weight-decay",

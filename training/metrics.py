@@ -3,18 +3,15 @@
     config.json     every resolved option, versions of the libraries, the machine
     metrics.jsonl   one row a step, flushed at once
     samples.jsonl   decoded prompts and responses with their scores
+    bad_rows.jsonl  what was in the batches of skipped updates
     summary.json    written when the run has finished
     checkpoints/    see checkpoints.py        plots/    see plots.py
 
 Importing this loads neither MLX nor W&B.
 """
 
-import fcntl
-import importlib.metadata
 import json
 import os
-import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,14 +20,14 @@ from typing import Any, BinaryIO
 
 from errors import UserError
 from training.files import plain, write_json, writing
-from training.redact import redact
-from training.resume import OF_ONE_START, read_run_config
+from training.resume import read_run_config
+from training.run_folder import default_folder, describe, lock_folder, remove
 from training.tracking import WandbRun
 
 OWN_NAMES = (
-    "config.json metrics.jsonl samples.jsonl summary.json best checkpoints plots wandb".split()
-)
-LIBRARIES = ("mlx", "mlx-lm", "transformers", "numpy")
+    "config.json metrics.jsonl samples.jsonl bad_rows.jsonl summary.json checkpoints plots wandb"
+).split()
+ROW_FILES = ("metrics.jsonl", "samples.jsonl", "bad_rows.jsonl")
 
 
 class Run:
@@ -87,8 +84,7 @@ class Run:
                 remove(self.folder / name)
         self.config = describe(script, options, blas, created)
         write_json(self.folder / "config.json", self.config)
-        self._metrics = self._append_to("metrics.jsonl")
-        self._samples = self._append_to("samples.jsonl")
+        self._files = {name: self._append_to(name) for name in ROW_FILES}
 
     def _append_to(self, name: str) -> BinaryIO:
         with writing(self.folder / name):
@@ -110,7 +106,7 @@ class Run:
         NaN and infinity become null, which JSON has and they are not.
         """
         row = {"step": int(step), **plain(dict(metrics))}
-        write_line(self._metrics, row)
+        write_line(self._files["metrics.jsonl"], row)
         if self.wandb is not None:
             self.wandb.log(step, row)
         return row
@@ -118,27 +114,31 @@ class Run:
     def log_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """Append decoded samples: prompt, response, score, KL, and whatever else they hold."""
         for sample in samples:
-            write_line(self._samples, {"step": int(step), **plain(dict(sample))})
+            write_line(self._files["samples.jsonl"], {"step": int(step), **plain(dict(sample))})
+
+    def log_bad_rows(self, step: int, reason: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append what an update that was skipped was to be made from, and why it was skipped."""
+        for row in rows:
+            entry = {"step": int(step), "reason": reason, **plain(dict(row))}
+            write_line(self._files["bad_rows.jsonl"], entry)
 
     # ----------------------------------------------------------------- resume
 
     def state_dict(self) -> dict[str, int]:
-        """Lengths of the row files in bytes, for a checkpoint; both files are synced first."""
-        return {
-            "metrics_bytes": synced_length(self._metrics),
-            "samples_bytes": synced_length(self._samples),
-        }
+        """Lengths of the row files in bytes, for a checkpoint; the files are synced first."""
+        return {name: synced_length(file) for name, file in self._files.items()}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Cut both files back to a checkpoint's lengths: later rows are going to be made again.
+        """Cut the row files back to a checkpoint's lengths: later rows are going to be made again.
 
         An empty state (no checkpoint yet) empties them.
         """
-        for file, key in ((self._metrics, "metrics_bytes"), (self._samples, "samples_bytes")):
-            wanted, there = state.get(key, 0), os.fstat(file.fileno()).st_size
+        for name, file in self._files.items():
+            wanted, there = state.get(name, 0), os.fstat(file.fileno()).st_size
             if there < wanted:
                 print(f"warning: {file.name}: rows before the checkpoint are gone", file=sys.stderr)
-            os.ftruncate(file.fileno(), min(wanted, there))
+            with writing(file.name):
+                os.ftruncate(file.fileno(), min(wanted, there))
 
     # ----------------------------------------------------------------- the end
 
@@ -154,8 +154,8 @@ class Run:
         if self._lock.closed:
             return
         try:
-            self._metrics.close()
-            self._samples.close()
+            for file in self._files.values():
+                file.close()
             if self.wandb is not None:
                 self.wandb.finish(read_rows(self.folder / "samples.jsonl"), summary)
         finally:
@@ -166,75 +166,6 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-# ------------------------------------------------------------------------------ folder
-
-
-def default_folder(script: str, base: str | Path = "runs") -> Path:
-    """Make and return a folder ``runs/<script>-<time>`` that did not exist before."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    with writing(base):
-        for number in range(1, 1000):
-            folder = Path(base) / (f"{script}-{stamp}" + (f"-{number}" if number > 1 else ""))
-            try:
-                folder.mkdir(parents=True)
-                return folder
-            except FileExistsError:
-                continue
-    raise UserError(f"{base}: a thousand runs of this second are there already")
-
-
-def lock_folder(folder: Path) -> BinaryIO:
-    """An open file that holds the folder's lock; raises ``UserError`` when another process does."""
-    file = open(folder / ".lock", "a+b", buffering=0)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read(32).decode("ascii", "replace").strip()
-        file.close()
-        raise UserError(f"{folder}: a run is being written here by process {owner}") from None
-    except BaseException:
-        file.close()
-        raise
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n".encode())
-    return file
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder that may not be there; links are deleted, never followed."""
-    with writing(path):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def describe(
-    script: str, options: Mapping[str, Any], blas: str | None, created: str | None
-) -> dict[str, Any]:
-    """What ``config.json`` holds; secrets are redacted."""
-    kept = {name: value for name, value in options.items() if name not in OF_ONE_START}
-    versions = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            versions[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            versions[library] = None
-    return {
-        "script": script,
-        "created": created or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "options": redact(plain(kept)),
-        "versions": versions,
-        "machine": {
-            "platform": platform.platform(),
-            "processor": platform.processor() or platform.machine(),
-            "cpu_count": os.cpu_count(),
-            "blas": blas,
-        },
-    }
 
 
 # ------------------------------------------------------------------------------ rows

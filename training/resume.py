@@ -52,20 +52,21 @@ def read_run_config(path: str | Path) -> dict[str, Any]:
 
 
 def read_run_options(path: str | Path) -> list[Setting]:
-    """The options of a run as settings for the parser; those that were redacted are left out."""
+    """The options of a run as settings for the parser; those with a secret in them are left out."""
     file = str(run_folder_of(path) / "config.json")
     options = read_run_config(path)["options"]
     # Optional: an option that this version no longer has is no reason to refuse the run.
     return [
         Setting(key, value, file, optional=True)
         for key, value in options.items()
-        if key not in OF_ONE_START and not is_redacted(value)
+        if key not in OF_ONE_START and REDACTED not in str(value)
     ]
 
 
-def is_redacted(value: Any) -> bool:
-    """Whether a stored option lost a secret when it was written."""
-    return isinstance(value, str) and REDACTED in value
+def redacted_options(path: str | Path) -> set[str]:
+    """Names of the options that had a secret in them, which is not in the file."""
+    options = read_run_config(path)["options"]
+    return {key for key, value in options.items() if REDACTED in str(value)}
 
 
 def check_resume_options(

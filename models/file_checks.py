@@ -1,0 +1,127 @@
+"""Files from strangers are looked at before a library reads them; nothing in them is ever run.
+
+What is refused: pickles inside .npz, safetensors headers that do not agree with their file (the
+rules of the safetensors format, https://github.com/huggingface/safetensors), links that lead out
+of a folder, and shard names with directories in them.
+"""
+
+import json
+import math
+import zipfile
+from pathlib import Path
+
+from numpy.lib import format as npy
+
+from errors import UserError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16,
+    "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
+    "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+
+
+def safetensors_header(file: Path) -> dict[str, dict]:
+    """Name -> {"dtype", "shape", "data_offsets"} of a .safetensors file, checked against its size.
+
+    Raises UserError for a header that is broken or that lies.
+    """
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise ValueError(f"its header claims {length} bytes, and the file has {size}")
+            header = json.loads(stream.read(length), object_pairs_hook=_without_doubles)
+        header.pop("__metadata__", None)
+        _check_ranges(header, size - 8 - length)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file}: not a sound safetensors file: {error}") from None
+    return header
+
+
+def _without_doubles(pairs: list) -> dict:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice in its header")
+    return found
+
+
+def _check_ranges(header: dict, size: int) -> None:
+    """Raise ValueError unless the arrays fill the `size` bytes of data one after the other."""
+    expected = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, end = entry["data_offsets"]
+        shape, bits = entry["shape"], BITS.get(entry["dtype"])
+        if bits is None:
+            raise ValueError(f"{name} has the unknown type {entry['dtype']!r}")
+        if any(type(n) is not int or n < 0 for n in (*shape, start, end)):
+            raise ValueError(f"{name} has a shape or place that is no list of counts")
+        if start != expected or end < start or (end - start) * 8 != math.prod(shape) * bits:
+            raise ValueError(f"{name} {tuple(shape)} {entry['dtype']} cannot lie at {start}:{end}")
+        expected = end
+    if expected != size:
+        raise ValueError(f"its arrays end at {expected}, and it has {size} bytes of data")
+
+
+def check_npz(file: Path) -> None:
+    """Raise UserError for an .npz file with pickles in it, or with anything but arrays."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for member in archive.infolist():
+                with archive.open(member) as stream:
+                    _check_npy(member.filename, stream, member.file_size)
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{file}: not a sound .npz file: {error}") from None
+
+
+def _check_npy(name: str, stream, size: int) -> None:
+    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    if not name.endswith(".npy"):
+        raise ValueError(f"{name} is no array")
+    version = npy.read_magic(stream)
+    if version not in readers:
+        raise ValueError(f"{name} has version {version} of the .npy format")
+    shape, _, dtype = readers[version](stream)
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds pickled Python objects, which could run code when read")
+    if stream.tell() + math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"{name} {shape} {dtype} does not fill its {size} bytes")
+
+
+def check_inside(file: Path, folder: Path) -> None:
+    """Raise UserError for a link that leads out of `folder` (the hub's cache links to blobs/)."""
+    real, root = file.resolve(), folder.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise UserError(f"{file}: is a link that leads out of its folder, to {real}; "
+                        "put the file itself there")  # fmt: skip
+
+
+def check_model_files(folder: Path) -> None:
+    """Check every JSON and weight file in a model folder. Raises UserError for the first fault."""
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt"):
+            check_inside(file, folder)
+        if file.suffix == ".safetensors":
+            safetensors_header(file)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        for shard in set(_weight_map(index).values()):
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise UserError(f"{index}: names the shard {shard!r}, which is no file name")
+
+
+def _weight_map(index: Path) -> dict:
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{index}: cannot be read: {error!r}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{index}: weight_map is no object")
+    return found

@@ -1,0 +1,288 @@
+"""models/load.py, lora.py, soft_prompt.py and trunk.py on transformers and peft.
+
+A model here is a `Tuned`: a transformers causal LM with what is trained on it. Its adapter can be
+switched off, which gives the reference of PPO.
+
+Legend: B batch, L padded length, D width, V vocabulary, N positions picked from B x L.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from project_root import ROOT
+from torch import Tensor, nn
+
+from errors import UserError
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+DEFAULT_MODEL = ROOT / "data" / "digits_model"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Options of configurations that act between hidden states and logits, and are not mirrored here.
+UNKNOWN_HEADS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+@dataclass
+class LoadedModel:
+    """What `load_model` returns; `name` is the folder or hub name that was asked for."""
+
+    model: nn.Module
+    tokenizer: object
+    config: dict  # config.json as it was stored
+    name: str
+    device: torch.device
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """Tokens that end a text: of the configuration and the tokenizer, as in mlx-lm."""
+        stored = self.config.get("eos_token_id")
+        ids = set(stored if isinstance(stored, list) else [stored])
+        return {i for i in ids | {self.tokenizer.eos_token_id} if i is not None}
+
+
+def pick_device(name: str) -> torch.device:
+    """cpu, mps or cuda. Raises UserError where torch cannot use it."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this PyTorch finds no CUDA device; use --device cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this PyTorch finds no Metal device; use --device cpu")
+    return torch.device(name)
+
+
+def load_model(
+    name: str | None = None,
+    *,
+    tokenizer: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """A local folder, a hub name, or (None) the embedded digits model, frozen.
+
+    `dtype` "auto" is float32 on the CPU, bfloat16 elsewhere. Dropout of the base is set to 0, as
+    the MLX side has none. Raises UserError when there is no model to be had.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    name, device = name or str(DEFAULT_MODEL), torch.device(device)
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
+    config = read_config(name, trust_remote_code)
+    options = {"trust_remote_code": trust_remote_code}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **options)
+        reader = AutoTokenizer.from_pretrained(tokenizer or name, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{name}: cannot be loaded: {reason}") from None
+    # Its own sampling settings (a repetition penalty, say) must not reach the rollouts.
+    model.generation_config = GenerationConfig()
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.requires_grad_(False)
+    model.to(device).eval()
+    return LoadedModel(model, reader, config, name, device)
+
+
+def read_config(name: str, trust_remote_code: bool = False) -> dict:
+    """config.json of a folder or hub name, with generation_config.json's EOS as mlx-lm reads it."""
+    from transformers.utils import cached_file
+
+    found = []
+    for file in ("config.json", "generation_config.json"):
+        path = Path(name).expanduser() / file
+        try:
+            if not path.parent.is_dir():
+                path = Path(cached_file(name, file))
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            if file == "config.json":
+                reason = " ".join(str(error).split())[:300]
+                raise UserError(f"{name}: no model there: {reason}") from None
+            found.append({})
+    config, generation = found
+    if "quantization" in config:
+        raise UserError(f"{name}: is quantised by MLX, which PyTorch cannot read; give its source")
+    if "auto_map" in config and not trust_remote_code:
+        raise UserError(f"{name}: asks to run code of its own; give --trust-remote-code")
+    for key in UNKNOWN_HEADS:
+        if config.get(key) not in (None, 1, 1.0):
+            raise UserError(f"{name}: scales its logits ({key}), which the baseline does not do")
+    if generation.get("eos_token_id") is not None:
+        config["eos_token_id"] = generation["eos_token_id"]
+    return config
+
+
+# ---- what is trained ---------------------------------------------------------------------------
+
+
+class Tuned(nn.Module):
+    """A causal LM with an adapter, a soft prompt or all of its weights to train.
+
+    `description` is what the MLX side writes into adapter_config.json: fine_tune_type lora, dora,
+    prompt or full, with lora_parameters or num_prompt_tokens.
+    """
+
+    def __init__(self, base: nn.Module, description: dict):
+        super().__init__()
+        self.kind = description["fine_tune_type"]
+        self.description, self.active = description, True
+        self.base = base  # peft puts LoRA layers into it, in place
+        self.peft = None if self.kind == "full" else add_peft(base, description)
+        if self.kind == "full":
+            base.requires_grad_(True)
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The part that maps tokens to hidden states."""
+        return self.base.base_model
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within this context the model is the base model."""
+        if self.kind == "full":
+            raise RuntimeError("full fine-tuning has no base to go back to; keep a reference copy")
+        was_active, self.active = self.active, False
+        try:
+            if self.kind == "prompt" or not was_active:
+                yield
+            else:
+                with self.peft.disable_adapter():
+                    yield
+        finally:
+            self.active = was_active
+
+    @property
+    def prompt_length(self) -> int:
+        """Virtual tokens that stand in front of a sequence at present."""
+        return self.description["num_prompt_tokens"] if self.kind == "prompt" and self.active else 0
+
+    def embed(self, tokens: Tensor, padding: list[int] | None = None) -> Tensor:
+        """tokens (B, L) -> embeddings (B, n + L, D) with the n virtual tokens in front.
+
+        `padding` counts the pad tokens on the left of each row; virtual tokens follow them.
+        """
+        rows = self.base.get_input_embeddings()(tokens)
+        virtual = self.peft.get_prompt(len(tokens)).to(rows.dtype)  # (B, n, D)
+        if padding is None:
+            return torch.cat([virtual, rows], dim=1)
+        return torch.stack(
+            [torch.cat([r[:p], v, r[p:]]) for r, v, p in zip(rows, virtual, padding, strict=True)]
+        )
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """Right-padded tokens (B, L) -> hidden states after the final norm (B, L, D).
+
+        Causal attention never looks at padding on the right, so no mask is needed.
+        """
+        count = self.prompt_length
+        fed = {"inputs_embeds": self.embed(tokens)} if count else {"input_ids": tokens}
+        hidden = self.trunk(**fed, use_cache=False).last_hidden_state
+        return hidden[:, count:]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., D) -> logits (..., V) float32, through the model's own head."""
+        logits = self.base.get_output_embeddings()(hidden).float()
+        cap = getattr(self.base.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def arrays(self) -> dict[str, Tensor]:
+        """The trained tensors under the names of the MLX side's adapter files."""
+        if self.kind == "full":
+            tied = {"lm_head.weight"} if self.base.config.tie_word_embeddings else set()
+            weights = self.base.state_dict(keep_vars=True)
+            return {name: weight for name, weight in weights.items() if name not in tied}
+        if self.kind == "prompt":
+            return {"soft_prompt": self.peft.prompt_encoder["default"].embedding.weight}
+        found = {}
+        for name, weight in self.base.named_parameters():
+            if mlx_name := lora_name(name):
+                found[mlx_name] = weight
+        return found
+
+    def load_arrays(self, arrays: dict[str, Tensor], source: str) -> None:
+        """Take over `arrays` (in the layout of `mlx_layout`); UserError lists every mismatch."""
+        expected, problems = self.arrays(), []
+        for name in sorted(arrays.keys() | expected.keys()):
+            there = tuple(arrays[name].shape) if name in arrays else None
+            here = tuple(mlx_layout(name, expected[name]).shape) if name in expected else None
+            if there != here:
+                problems.append(f"{name} is {there} in the file and {here} in the model")
+        if problems:
+            raise UserError(f"{source}: does not fit the model: " + "; ".join(problems))
+        with torch.no_grad():
+            for name, target in expected.items():
+                target.copy_(mlx_layout(name, arrays[name]))
+
+
+def add_peft(base: nn.Module, description: dict):
+    """A peft model around `base`, its adapter ready to train."""
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    if description["fine_tune_type"] == "prompt":
+        return get_peft_model(base, PromptTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=description["num_prompt_tokens"],
+            prompt_tuning_init="SAMPLE_VOCAB",
+        ))  # fmt: skip
+    settings = description["lora_parameters"]
+    targets = lora_targets(base, settings.get("keys"), description["num_layers"])
+    return get_peft_model(base, LoraConfig(
+        r=settings["rank"],
+        lora_alpha=settings["scale"] * settings["rank"],  # mlx-lm's scale is alpha / rank
+        lora_dropout=settings.get("dropout", 0.0),
+        use_dora=description["fine_tune_type"] == "dora",
+        target_modules=targets,
+    ))  # fmt: skip
+
+
+def lora_targets(base: nn.Module, keys: list[str] | None, num_layers: int) -> list[str]:
+    """Full names of the linear layers that `keys` (None: all) pick in the last blocks.
+
+    Raises UserError for a key that picks none.
+    """
+    inside = re.compile(r".*\.\d+\.(.+)")  # a block's number, then the path inside the block
+    linear = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and inside.fullmatch(n)]
+    paths = sorted({inside.fullmatch(name)[1] for name in linear})
+    for key in keys or ():
+        if not any(path == key or path.endswith(f".{key}") for path in paths):
+            raise UserError(f"--lora-keys {key}: no such layer; this model has {', '.join(paths)}")
+    blocks = base.config.num_hidden_layers
+    first = 0 if num_layers <= 0 else max(blocks - num_layers, 0)
+
+    def wanted(name: str) -> bool:
+        path, block = inside.fullmatch(name)[1], int(re.search(r"\.(\d+)\.", name)[1])
+        fits = keys is None or any(path == k or path.endswith(f".{k}") for k in keys)
+        return fits and block >= first
+
+    return [name for name in linear if wanted(name)]
+
+
+LEAVES = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
+
+
+def lora_name(name: str) -> str | None:
+    """peft's parameter name -> mlx-lm's (``model.layers.0.….lora_a``), None for other weights."""
+    for theirs, ours in LEAVES.items():
+        if f".{theirs}.default" in name:
+            return name.split(f".{theirs}.default")[0] + f".{ours}"
+    return None
+
+
+def mlx_layout(name: str, array: Tensor) -> Tensor:
+    """An array of `Tuned.arrays` as mlx-lm stores it, or back: LoRA's matrices are transposed."""
+    return array.T if name.endswith((".lora_a", ".lora_b")) else array
