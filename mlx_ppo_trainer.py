@@ -123,7 +123,7 @@ class PPOTrainer:
             max_tokens = self.response_limits(len(queries))
         sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
         made = self._sample(
-            queries, max_tokens, sampling, should_stop, SAMPLING, self.model.value_head
+            queries, max_tokens, sampling, should_stop, (SAMPLING,), self.model.value_head
         )
         rows = zip(queries, made.responses, made.logprobs, made.values, made.finished, strict=True)
         self._generated = {(tuple(q), tuple(r)): (lp, v, end) for q, r, lp, v, end in rows}
@@ -134,14 +134,19 @@ class PPOTrainer:
         queries: Sequence[Sequence[int]],
         greedy: bool,
         should_stop: Callable[[list[int]], bool] | None = None,
+        part: int = 0,
     ) -> Generation:
-        """Responses, the most likely ones or sampled; nothing is kept, no random state moves."""
+        """Responses, the most likely ones or sampled; nothing is kept, no random state moves.
+
+        `part` tells the batches of one evaluation apart, so that each draws other numbers.
+        """
         temperature = 0.0 if greedy else self.config.temperature
         limit = self.config.max_new_tokens
-        return self._sample(queries, limit, Sampling(temperature), should_stop, EVALUATION)
+        purpose = (EVALUATION, part)
+        return self._sample(queries, limit, Sampling(temperature), should_stop, purpose)
 
     def _sample(
-        self, queries, max_tokens, sampling, should_stop, purpose: int, value_head=None
+        self, queries, max_tokens, sampling, should_stop, purpose: tuple[int, ...], value_head=None
     ) -> Generation:
         prefix = self.model.tuning.prefix
         return generate(
@@ -150,7 +155,7 @@ class PPOTrainer:
             max_tokens=max_tokens,
             eos_ids=self.eos_ids,
             sampling=sampling,
-            key=mx.random.key(int(self._random(purpose).integers(2**63))),
+            key=mx.random.key(int(self._random(*purpose).integers(2**63))),
             value_head=value_head,
             should_stop=should_stop,
         )

@@ -32,9 +32,9 @@ from training.flag_groups import (
     optimizer_options,
 )
 
-LEARNING_RATES = {"lora": 3e-3, "dora": 3e-3, "full": 3e-4, "prompt": 3e-2}
+LEARNING_RATES = {"lora": 3e-3, "dora": 3e-3, "full": 3e-4, "prompt": 1e-1}
 SHARED = ("seed", "learning_rate", "max_grad_norm")  # fields of PPOConfig with a flag elsewhere
-HARMLESS = ("eval_every", "eval_samples", "samples_per_step")
+HARMLESS = ("eval_every", "eval_prompts", "eval_samples", "samples_per_step")
 
 
 # ------------------------------------------------------------------------------ arguments
@@ -50,16 +50,14 @@ def parse_arguments(words=None):
     add("--reward-weights", type=float, nargs="+", help="of the rewards, in the order above")
     add("--reward-timeout", type=float, default=120.0, help="seconds for a batch's reward")
     add("--reward-retries", type=int, default=3, help="of a request to --reward-url")
-    add(
-        "--true-score", type=bool, default=False, help="log the digits score, do not train on it"
-    )
+    add("--true-score", type=bool, default=False, help="log the digits score, do not train on it")
     add("--increasing", type=bool, default=None, help="digits score: numbers rise (the default)")
     add("--decreasing", type=bool, default=None, help="digits score: numbers fall")
     add("--multiple-of", type=int, default=2, help="digits score: of this number")
     add("--min-length", type=int, default=5, help="digits score: fewer words count as this many")
     add = parser.add_argument_group("task").add_argument
     add("--use-peft", type=bool, default=None,
-        help="train an adapter, reference = adapter off (the default); no: full fine-tuning")  # fmt: skip
+        help="train an adapter (the default), or with --no-use-peft every weight")  # fmt: skip
     add("--save-file", default="ppo_weights.npz", help=".npz, .safetensors, or a folder to write")
     add("--resume-file", help="adapter to start from; the reference is the model without it")
     add("--reference-quantize", type=int, choices=(4, 8),
@@ -67,6 +65,7 @@ def parse_arguments(words=None):
     add("--prompt-words", type=int, default=2, help="of a plain text, how many words are a prompt")
     add("--stop", nargs="+", help="texts that end a response")
     add("--eval-every", type=int, default=20, help="steps between evaluations; 0: none")
+    add("--eval-prompts", type=int, default=128, help="validation prompts to use; -1: all")
     add("--eval-samples", type=int, default=4, help="sampled responses per validation prompt")
     add("--samples-per-step", type=int, default=2, help="responses a step into samples.jsonl")
     add("--steps-per-report", type=int, default=5, help="steps between lines of metrics")
@@ -76,49 +75,45 @@ def parse_arguments(words=None):
     add_adapter_arguments(parser, lora_scale=4.0)
     add_optimizer_arguments(
         parser, learning_rate=None, lr_schedule="linear", max_grad_norm=1.0, lr_end_factor=0.1,
-        learning_rate_note="default: lora 3e-3, full 3e-4, prompt 3e-2, found on the digits task",
+        learning_rate_note="default: lora 3e-3, full 3e-4, prompt 0.1, found on the digits task",
     )  # fmt: skip
     add_run_arguments(parser)
-    parser.checks.append(check_arguments)
+    parser.checks += [check_arguments, settle_arguments]
     return parser.parse_args(words)
 
 
 def check_arguments(args) -> None:
-    """Refuse what contradicts itself, and fill in what follows from other flags."""
-    explicit = args.explicit
+    """Refuse what contradicts itself."""
     check_rewards(args)
-    if args.use_peft is False:
-        if args.prompt_tuning or {"lora_rank", "lora_layers", "lora_keys"} & explicit:
-            raise UserError("--use-peft False trains every weight; leave out the adapter's flags")
-        args.fine_tune_type = "full"
-    elif args.use_peft and args.fine_tune_type == "full":
-        raise UserError("--use-peft trains an adapter; leave out --fine-tune-type full")
     full = args.fine_tune_type == "full"
+    if args.use_peft and full:
+        raise UserError("--use-peft trains an adapter; leave out --fine-tune-type full")
+    if args.use_peft is False and not full:
+        given = {"prompt_tuning", "fine_tune_type", "lora_rank", "lora_layers", "lora_keys"}
+        if given & args.explicit:
+            raise UserError("--use-peft False trains every weight; leave out the adapter's flags")
+        full = True
     if args.reference_quantize and not full:
         raise UserError("--reference-quantize needs full fine-tuning: else there is no copy")
     if full and args.resume_file:
         raise UserError("--resume-file takes an adapter; fuse it first for full fine-tuning")
+    if args.true_score and args.ground_truth_reward:
+        raise UserError("--true-score is logged anyway with --ground-truth-reward; leave it out")
     at_least(args, 0, "eval_every", "samples_per_step", "reward_retries")
     at_least(args, 1, "eval_samples", "steps_per_report", "prompt_words", "multiple_of",
              "min_length")  # fmt: skip
-    if args.learning_rate is None:
-        args.learning_rate = LEARNING_RATES[adapter_description(args)["fine_tune_type"]]
-    dataclass_from_arguments(PPOConfig, args)  # raises for values that cannot work together
 
 
 def check_rewards(args) -> None:
+    """Refuse no reward, weights that do not fit, and rules of a score that is not used."""
     if args.increasing and args.decreasing:
         raise UserError("--increasing and --decreasing contradict each other; give one of them")
-    args.increasing = not args.decreasing if args.increasing is None else args.increasing
-    args.decreasing = not args.increasing
-    if not args.increasing and not args.decreasing:
+    if args.increasing is False and not args.decreasing:
         raise UserError("--increasing False needs --decreasing")
     for name in ("increasing", "decreasing", "multiple_of", "min_length"):
         if name in args.explicit and not (args.ground_truth_reward or args.true_score):
             raise UserError(f"--{name.replace('_', '-')} has no effect without "
                             "--ground-truth-reward or --true-score")  # fmt: skip
-    if args.true_score and args.ground_truth_reward:
-        raise UserError("--true-score is logged anyway with --ground-truth-reward; leave it out")
     count = args.ground_truth_reward + bool(args.reward_model)
     count += len(args.reward_function or ()) + len(args.reward_url or ())
     if not count:
@@ -128,6 +123,15 @@ def check_rewards(args) -> None:
         raise UserError(f"--reward-weights: {len(args.reward_weights)} for {count} rewards")
     if args.reward_timeout <= 0:
         raise UserError("--reward-timeout: give seconds above 0")
+
+
+def settle_arguments(args) -> None:
+    """Fill in what follows from other flags, and make sure of PPO's own options."""
+    if args.use_peft is False:
+        args.fine_tune_type = "full"
+    if args.learning_rate is None:
+        args.learning_rate = LEARNING_RATES[adapter_description(args)["fine_tune_type"]]
+    dataclass_from_arguments(PPOConfig, args)
 
 
 # ------------------------------------------------------------------------------ data
@@ -181,21 +185,20 @@ def make_rewards(args, loaded, policy):
     from rl.reward_sources import digits_rewards
 
     rewards = []
-    rule = {"increasing": args.increasing, "multiple_of": args.multiple_of,
+    rule = {"increasing": args.increasing or not args.decreasing, "multiple_of": args.multiple_of,
             "min_length": args.min_length}  # fmt: skip
     if args.ground_truth_reward:
-        rewards += digits_rewards(**rule)[:1]
+        rewards.append(digits_rewards(**rule)[0])
     if args.reward_model:
         rewards.append(make_learned_reward(args, loaded, policy))
     for spec in args.reward_function or ():
-        rewards.append(Reward(spec.rpartition(":")[2], load_function(spec)))
-    for url in args.reward_url or ():
+        name = spec.rpartition(":")[2]
+        rewards.append(Reward(name, load_function(spec), timeout=args.reward_timeout))
+    for url in args.reward_url or ():  # has a time limit of its own, for each request
         service = HTTPReward(url, timeout=args.reward_timeout, retries=args.reward_retries)
         rewards.append(Reward("service", service))
     for reward, weight in zip(rewards, args.reward_weights or (), strict=False):
         reward.weight = weight
-    for reward in rewards:
-        reward.timeout = None if reward.name == "service" else args.reward_timeout
     if args.ground_truth_reward or args.true_score:
         logged = digits_rewards(**rule, weight=0.0)
         rewards += logged if args.true_score else logged[1:]
@@ -294,7 +297,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     ):  # fmt: skip
         loop = PPOLoop(
             run, trainer, rewards, loaded.tokenizer, prompts["train"].rows,
-            prompts["valid"].rows if "valid" in prompts else [], groups, schedule,
+            validation_prompts(args, prompts), groups, schedule,
             stop_at(args.stop, loaded.tokenizer),
         )  # fmt: skip
         if args.resume is not None:
@@ -309,6 +312,11 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         if not stop.requested:
             finish(args, loaded, policy, run, loop)
     stop.exit_if_requested("ppo_training.py", run.folder)
+
+
+def validation_prompts(args, prompts) -> list:
+    rows = prompts["valid"].rows if "valid" in prompts else []
+    return rows if args.eval_prompts < 0 else rows[: args.eval_prompts]
 
 
 def stop_at(stops, tokenizer):

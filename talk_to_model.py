@@ -6,74 +6,186 @@
     python talk_to_model.py --model DIR --resume-file adapters.npz --max-tokens 50 --temp 0.0
 
 A model with a chat template holds a conversation; any other one continues the text it is given.
-Replies go to standard output, everything else to standard error.
+Replies go to standard output, everything else to standard error. docs/feedback.md shows how rated
+replies become a reward model.
 """
 
-import fast_blas  # noqa: F401  before anything imports mlx.core
+import fast_blas
 
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 
 from chat.settings import Settings
 from data_utils import TOKEN_FORMATS
 from errors import UserError
-from training.arguments import Parser, run_main
+from training.arguments import Parser, complain, run_main
 from training.dataclass_flags import add_dataclass_arguments, dataclass_from_arguments
 from training.flag_groups import add_model_arguments
 
+# ------------------------------------------------------------------------------ arguments
 
-def parse(words: list[str] | None = None):
-    parser = Parser(description=__doc__)
-    parser.add_argument("prompt", nargs="?", help="reply to this and leave")
+
+def parse_arguments(words: list[str] | None = None):
+    """The options; `args.settings` holds the checked `Settings`."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    text = "reply to this and leave; without it, prompts come from the terminal or a pipe"
+    parser.add_argument("prompt", nargs="*", help=text)
     add_model_arguments(parser)
     add = parser.add_argument_group("what is said").add_argument
-    add("--resume-file", help="adapter or soft prompt to put on the model (file or folder)")
-    add("--system-prompt", help="what a model with a chat template is told first")
-    add("--token-format", choices=TOKEN_FORMATS, default="standard", help="as in training")
+    add("--resume-file", help="adapter or soft prompt to put on the model (a file or a folder)")
+    add("--system-prompt", help="what the model is told before the conversation")
     add("--prompt-template", help='as in training, such as "Question: {prompt}\\n\\nAnswer:"')
+    formats = "how turns are written, as in training"
+    add("--token-format", choices=tuple(TOKEN_FORMATS), default="standard", help=formats)
     add_dataclass_arguments(parser, Settings, title="how replies are written", exclude=("temp",))
     temp = next(field for field in fields(Settings) if field.name == "temp")
     add("--temp", "--temperature", type=float, default=temp.default, help=temp.metadata["help"])
+    add = parser.add_argument_group("judging").add_argument
+    add("--compare", metavar="OTHER", help="second model, or adapter on the same one; side by side")
+    add("--reward-model", help="fused reward model, or its adapter: scores each reply")
+    add("--reward-function", nargs="+", metavar="FILE.py:NAME", help="scores each reply, too")
+    add("--rate", type=bool, default=False, help="ask for a key press that rates each reply")
+    text = "where ratings are added, as records that sft.py --reward-model reads"
+    add("--ratings-file", default="ratings.jsonl", help=text)
+    add("--blind", type=bool, default=False, help="with --compare and --rate: hide who is who")
+    parser.checks.append(check_arguments)
     return parser.parse_args(words)
 
 
-def load_speaker(args):
-    from chat.prompting import Prompting
-    from chat.speaker import Speaker
-    from models.adapter_files import load_adapter
-    from models.load import load_model
+def check_arguments(args) -> None:
+    """Refuse what contradicts itself."""
+    args.settings = dataclass_from_arguments(Settings, args)
+    args.settings.check_flags(args.explicit)
+    if "ratings_file" in args.explicit and not args.rate:
+        raise UserError("--ratings-file has no effect without --rate")
+    if args.blind and not (args.compare and args.rate):
+        raise UserError("--blind has no effect without --compare OTHER and --rate")
 
-    loaded = load_model(
-        args.model,
+
+# ------------------------------------------------------------------------------ set-up
+
+
+def make_session(args):
+    """Models, rewards and ratings as the options ask."""
+    import mlx.core as mx
+
+    from chat.keyboard import Keys
+    from chat.rating import Ratings
+    from chat.scoring import Scorer
+    from chat.screen import Screen
+    from chat.session import Session, check_system_prompt, distinct_names
+    from chat.speakers import Loader
+
+    if mx.default_device().type == mx.DeviceType.cpu:
+        mx.disable_compile()  # else mlx-lm's samplers run g++, which need not be there
+    keys = Keys() if args.rate else None
+    kind = "preference" if args.compare else "unpaired"
+    ratings = Ratings(args.ratings_file, kind) if args.rate else None
+    loader = Loader(
         dtype=args.dtype,
         quantize=args.quantize,
         trust_remote_code=args.trust_remote_code,
+        token_format=args.token_format,
+        prompt_template=args.prompt_template,
     )
-    loaded.model.eval()
-    prompting = Prompting(loaded.tokenizer, args.token_format, args.prompt_template)
-    tuning = load_adapter(loaded.model, args.resume_file) if args.resume_file else None
-    return Speaker(loaded.path.name, loaded, prompting, tuning)
+    speakers = [loader.speaker(args.model, args.resume_file)]
+    if args.compare:
+        speakers.append(loader.other(args.compare, args.model))
+    distinct_names(speakers)
+    scorer = Scorer(
+        speakers,
+        args.reward_model,
+        args.reward_function or (),
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
+    session = Session(
+        speakers,
+        args.settings,
+        Screen(),
+        system=args.system_prompt,
+        scorer=scorer,
+        ratings=ratings,
+        keys=keys,
+        blind=args.blind,
+    )
+    if args.system_prompt is not None:
+        check_system_prompt(session)
+    return session
 
 
-def main() -> None:
-    args = parse()
-    settings = dataclass_from_arguments(Settings, args)
-    settings.check_flags(args.explicit)
-    speaker = load_speaker(args)
-    if settings.seed is not None:
-        import mlx.core as mx
+# ------------------------------------------------------------------------------ prompts
 
-        mx.random.seed(settings.seed)
-    if args.prompt is not None:
-        prompts = [args.prompt]
-    elif sys.stdin.isatty():
-        prompts = iter(lambda: input("> "), None)
-    else:
-        prompts = (line.rstrip("\n") for line in sys.stdin)
+
+def answer_each(session, prompts: Iterator[str]) -> None:
+    """Reply to prompts that have nothing to do with each other."""
+    from chat.conversation import Conversation
+
     for prompt in prompts:
-        if prompt.strip():
-            reply = speaker.reply([{"role": "user", "content": prompt}], settings)
-            print(reply.text.strip(), flush=True)
+        if session.ratings is not None:
+            session.screen.note(f"> {prompt}")
+        session.start_over(Conversation(session.conversation.system))
+        session.ask(prompt, stoppable=False)
+
+
+def piped_lines() -> Iterator[str]:
+    """The lines of standard input that are not blank."""
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            text = line.decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input, line {number}: not UTF-8: {error.reason}") from None
+        if text.strip():
+            yield text
+
+
+def chat(session) -> None:
+    """Prompts and commands from the keyboard, until Ctrl-D or /quit."""
+    from chat import commands
+    from chat.keyboard import LineEditor
+
+    editor = LineEditor(commands.completions)
+    names = " and ".join(speaker.name for speaker in session.speakers)
+    how = "conversation" if session.has_turns else "type a text for it to continue"
+    session.screen.note(f"{names}: {how}; /help lists commands, Ctrl-D leaves")
+    while True:
+        try:
+            line = editor.read()
+            if line.startswith("/") and not line.startswith("//"):
+                commands.run(session, line)
+            elif line.strip():
+                session.ask(line[1:] if line.startswith("//") else line, stoppable=True)
+        except UserError as wrong:
+            complain(str(wrong))
+        except KeyboardInterrupt:
+            session.screen.note("")
+        except (EOFError, commands.Leave) as reason:
+            session.screen.note("" if isinstance(reason, EOFError) else "bye")
+            break
+    editor.save_history()
+
+
+# ------------------------------------------------------------------------------ main
+
+
+def main(words: list[str] | None = None) -> None:
+    args = parse_arguments(words)
+    if notice := fast_blas.notice():
+        print(notice, file=sys.stderr)
+    session = make_session(args)
+    try:
+        if args.prompt:
+            answer_each(session, iter([" ".join(args.prompt)]))
+        elif sys.stdin.isatty():
+            chat(session)
+        else:
+            answer_each(session, piped_lines())
+            if not session.replies_given:
+                session.screen.note("note: standard input held no prompts")
+    finally:
+        if session.ratings is not None:
+            session.screen.note(session.ratings.summary())
 
 
 if __name__ == "__main__":

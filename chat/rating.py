@@ -82,8 +82,9 @@ class Ratings:
     def summary(self) -> str:
         """One line for the end of a session."""
         total = self.counts.total()
-        parts = ", ".join(f"{count} {what}" for what, count in self.counts.most_common() if count)
-        return f"{total} rating{'s' * (total != 1)} added to {self.path}" + f" ({parts})" * (total > 0)
+        parts = [f"{count} {what}" for what, count in self.counts.most_common() if count]
+        added = f"{total} rating{'s' * (total != 1)} added to {self.path}"
+        return f"{added} ({', '.join(parts)})" if parts else added
 
 
 def cannot_rate(texts: list[str]) -> str | None:

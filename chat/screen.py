@@ -22,7 +22,9 @@ class Screen:
         self._dim = self.err.isatty() and not os.environ.get("NO_COLOR")
 
     def note(self, text: str) -> None:
-        """A line beside the conversation."""
+        """A line beside the conversation; a long one is broken between words."""
+        if self.err.isatty():
+            text = "\n".join(wrap(printable(text), shutil.get_terminal_size().columns))
         text = f"\x1b[2m{text}\x1b[0m" if self._dim else text
         print(text, file=self.err, flush=True)
 

@@ -41,10 +41,14 @@ class Settings:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"{flag}: {getattr(self, name):g} is not {wanted}")
 
+    @staticmethod
+    def full_name(name: str) -> str:
+        """`name` as a field is called, from what a person may write: top-p, temperature."""
+        name = name.lstrip("-").replace("-", "_").lower()
+        return {"temperature": "temp"}.get(name, name)
+
     def changed(self, name: str, text: str) -> "Settings":
         """A copy with one value replaced, as ``/set NAME TEXT`` asks. Raises UserError."""
-        name = name.lstrip("-").replace("-", "_")
-        name = {"temperature": "temp"}.get(name, name)
         kinds = {f.name: f.type for f in fields(self)}
         if name not in kinds:
             raise UserError(f"/set {name}: no such setting; there are {', '.join(kinds)}")
@@ -71,5 +75,8 @@ class Settings:
             raise UserError("--repetition-context-size has no effect without --repetition-penalty")
 
     def describe(self) -> str:
-        """Every setting with its value, one line."""
-        return "  ".join(f"{f.name} {getattr(self, f.name)}" for f in fields(self))
+        """Every setting with its value and meaning, a line each."""
+        values = [f"{f.name} {getattr(self, f.name)}" for f in fields(self)]
+        width = max(map(len, values))
+        helps = (f.metadata["help"] for f in fields(self))
+        return "\n".join(f"{v:{width}}  {h}" for v, h in zip(values, helps, strict=True))

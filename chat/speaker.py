@@ -1,8 +1,9 @@
 """A model that replies: streaming by mlx-lm or by beam search, its KV cache kept between turns."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -60,9 +61,7 @@ class Speaker:
 
     def step_forward(self) -> None:
         """Switch this speaker's tuning on and every other one on the same base off."""
-        for tuning in self.tunings:
-            if tuning is not self.tuning and tuning.active:
-                tuning.deactivate()
+        switch_off(t for t in self.tunings if t is not self.tuning)
         if self.tuning is not None and not self.tuning.active:
             self.tuning.activate()
 
@@ -198,9 +197,8 @@ class Speaker:
                 break
             known += 1
         surplus = len(self._cached) - known
-        if self._cache is not None and known and (not surplus or can_trim_prompt_cache(self._cache)):
-            if surplus:
-                trim_prompt_cache(self._cache, surplus)
+        if known and (not surplus or can_trim_prompt_cache(self._cache)):
+            trim_prompt_cache(self._cache, surplus)
         else:
             owner, _ = find_trunk(self.loaded.model)
             whole = self.loaded.model
@@ -227,3 +225,18 @@ def continuation(tokenizer, prompt: list[int], tokens: list[int], eos_ids: set[i
 
     head, whole = text(prompt), text(prompt + tokens)
     return whole[len(head) :] if whole.startswith(head) else text(tokens)
+
+
+def switch_off(tunings: Iterable[Tuning]) -> None:
+    """The base alone is left; a full fine-tuning replaced it and stays."""
+    for tuning in tunings:
+        if tuning.active and tuning.kind != "full":
+            tuning.deactivate()
+
+
+def is_adapter(path: str | Path) -> bool:
+    """An adapter's file or folder, and not a model's folder."""
+    path = Path(path)
+    if path.is_dir():
+        return (path / "adapter_config.json").exists() and not (path / "config.json").exists()
+    return path.suffix in (".npz", ".safetensors")

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from chat.prompting import Prompting
-from chat.scoring import is_adapter, switch_off
-from chat.speaker import Speaker
+from chat.speaker import Speaker, is_adapter, switch_off
 from models.adapter_files import load_adapter, read_adapter
-from models.load import LoadedModel, load_model, resolve_path
+from models.load import DEFAULT_MODEL, LoadedModel, load_model, resolve_path
 
 
 class Loader:
@@ -18,30 +17,35 @@ class Loader:
         self._bases: list[tuple[LoadedModel, list]] = []  # base, the tunings made on it
 
     def speaker(self, model: str | None, adapter: str | None = None) -> Speaker:
-        """The model `model` (None: the embedded one) with `adapter` on it, if there is one."""
-        full = adapter is not None and read_adapter(adapter)[1].get("fine_tune_type") == "full"
-        loaded, tunings = self._base(model, alone=full)
+        """`model` with `adapter` on it, if there is one.
+
+        None means the model that the adapter names, if it is there; else the embedded one.
+        """
+        description = read_adapter(adapter)[1] if adapter is not None else {}
+        if model is None and Path(str(description.get("model"))).is_dir():
+            model = description["model"]
+        loaded, tunings = self._base(model, alone=description.get("fine_tune_type") == "full")
         switch_off(tunings)
         tuning = load_adapter(loaded.model, adapter) if adapter is not None else None
         tunings += [tuning] if tuning is not None else []
         loaded.model.eval()
         name = loaded.path.name + (f" + {Path(adapter).name}" if adapter is not None else "")
         prompting = Prompting(loaded.tokenizer, **self._prompting)
+        prompting.stop_at_turn_end()
         return Speaker(name, loaded, prompting, tuning, tunings)
 
     def other(self, name: str, model: str | None) -> Speaker:
         """What --compare names: an adapter for `model`, or another model."""
-        if is_adapter(Path(name)):
+        if is_adapter(name):
             return self.speaker(model, name)
         return self.speaker(name)
 
     def _base(self, name: str | None, alone: bool) -> tuple[LoadedModel, list]:
         """`alone`: its weights will be replaced, so nobody else may use them."""
-        if name is not None:
-            name = str(resolve_path(name))
+        path = resolve_path(str(name if name is not None else DEFAULT_MODEL)).resolve()
         for loaded, tunings in self._bases:
-            same = loaded.path == Path(name) if name is not None else loaded.is_default
-            if same and not alone and not any(t.kind == "full" for t in tunings):
+            replaced = any(tuning.kind == "full" for tuning in tunings)
+            if loaded.path == path and not alone and not replaced:
                 return loaded, tunings
-        self._bases.append((load_model(name, **self._options), []))
+        self._bases.append((load_model(path, **self._options), []))
         return self._bases[-1]

@@ -33,11 +33,11 @@ def read_rows(path: str | Path) -> Iterator[RawRow]:
             head = file.read(4096)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{path}:1: the file is UTF-16; save it as UTF-8")
     unnamed = path.suffix not in DATA_SUFFIXES
     if path.suffix == ".parquet" or (unnamed and head[:4] == b"PAR1"):
         return parquet_rows(path)
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path}:1: the file is UTF-16; save it as UTF-8")
     if path.suffix in (".csv", ".tsv"):
         return csv_rows(path)
     if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":

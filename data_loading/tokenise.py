@@ -48,7 +48,7 @@ def tokenise_sft(
         _refuse_other_kinds(record)
         pieces = encoder.template.record(record)
         tokens, mask = encoder.encode(pieces, _ends_with_answer(record), record.kind)
-        if not mask_prompt or record.kind == "text":
+        if not mask_prompt:
             mask = [1] * len(mask)
         mask[:1] = [0]
         if len(tokens) < 2:

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from errors import UserError
+from models.file_checks import check_inside, check_npz, safetensors_header
 from models.lora import LoraConfig, add_lora, path_in_block
 from models.soft_prompt import SoftPrompt
 from models.tuning import FullTuning, Tuning
@@ -44,19 +45,25 @@ def save_adapter(path: str | Path, tuning: Tuning, model: nn.Module, base: str) 
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, mx.array], dict]:
-    """(arrays, description) of an adapter file or folder. Raises UserError where it is not one."""
+    """(arrays, description) of an adapter file or folder. Raises UserError where it is not one.
+
+    Of a PEFT adapter only the description: its arrays have other names (see interop.py).
+    """
+    from models.interop import describe_peft_adapter, is_peft_adapter
+
     path = Path(path)
+    if is_peft_adapter(path):
+        return {}, describe_peft_adapter(path)
     if path.is_dir():
         config_file = path / "adapter_config.json"
-        try:
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{path}: not an adapter: adapter_config.json is missing") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{config_file}: not valid JSON: {error}") from None
+        if not config_file.exists():
+            raise UserError(f"{path}: not an adapter: adapter_config.json is missing")
+        config = read_json(config_file)
         is_prompt = config.get("fine_tune_type") == "prompt"
-        arrays, _ = read_arrays(path / (SOFT_PROMPT_FILE if is_prompt else "adapters.safetensors"))
-        return arrays, config
+        file = path / (SOFT_PROMPT_FILE if is_prompt else "adapters.safetensors")
+        check_inside(config_file, path)
+        check_inside(file, path)
+        return read_arrays(file)[0], config
     if not is_single_file(path) and path.exists():
         raise UserError(f"{path}: an adapter is a .npz or .safetensors file, or a folder")
     arrays, described = read_arrays(path)
@@ -65,10 +72,14 @@ def read_adapter(path: str | Path) -> tuple[dict[str, mx.array], dict]:
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> Tuning:
-    """Put the adapter in `path` on `model` and switch it on.
+    """Put the adapter in `path` (ours, mlx-lm's or PEFT's) on `model` and switch it on.
 
     Raises UserError with every array that does not fit, with both shapes.
     """
+    from models.interop import is_peft_adapter, load_peft_adapter
+
+    if is_peft_adapter(path):
+        return load_peft_adapter(model, path)
     arrays, config = read_adapter(path)
     try:
         tuning = attach(model, config)
@@ -165,6 +176,7 @@ def read_arrays(path: Path) -> tuple[dict[str, mx.array], dict]:
     """(arrays, descriptions) of a .safetensors or .npz file. No pickle is ever read."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    (check_npz if path.suffix == ".npz" else safetensors_header)(path)
     try:
         if path.suffix == ".npz":
             arrays = dict(mx.load(str(path)))
@@ -172,10 +184,25 @@ def read_arrays(path: Path) -> tuple[dict[str, mx.array], dict]:
                          for k in list(arrays) if k == CONFIG_KEY}  # fmt: skip
             return arrays, described
         arrays, metadata = mx.load(str(path), return_metadata=True)
-        described = {k: json.loads(v) for k, v in metadata.items() if k != "format"}
+        described = {k: json.loads(v) for k, v in metadata.items() if v.startswith("{")}
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     return arrays, described
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; UserError where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return value
+
+
+def write_json(path: Path, value: dict) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -108,7 +108,7 @@ def check_model_files(folder: Path) -> None:
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt"):
             check_inside(file, folder)
-        if file.suffix == ".safetensors":
+        if file.name.startswith("model") and file.suffix == ".safetensors":
             safetensors_header(file)
     index = folder / "model.safetensors.index.json"
     if index.exists():

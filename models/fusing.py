@@ -68,13 +68,11 @@ def fuse_adapters(
     """Add switched-off `adapters` to the weights of `model`, in place; returns how many layers.
 
     Each sum is made in float32 and rounded once to the type of the base weight. A quantised layer
-    is quantised again, unless `dequantize` is set: then every layer of the model loses it.
+    is quantised again, unless `dequantize` is set.
     """
     found = adapted_layers(adapters, weights)
     fused = [(path, fused_layer(layers, dequantize)) for path, layers in found.items()]
     model.update_modules(tree_unflatten(fused))
-    if dequantize:
-        dequantize_model(model)
     mx.eval(model.parameters())
     return len(fused)
 

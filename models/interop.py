@@ -1,11 +1,11 @@
-"""Adapters from and for Hugging Face PEFT.
+"""Adapters from and for Hugging Face PEFT: LoRA, DoRA, rsLoRA and prompt tuning.
 
 PEFT's ``lora_A`` (r, in) and ``lora_B`` (out, r) are the transposes of mlx-lm's ``lora_a`` and
 ``lora_b``; its ``lora_alpha / r`` (or ``/ sqrt(r)``, rsLoRA) is mlx-lm's ``scale``; DoRA's
-``lora_magnitude_vector`` is ``m``.
+``lora_magnitude_vector`` is ``m``. Its ``prompt_embeddings`` are a soft prompt's rows, in front of
+the whole sequence in both.
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -13,62 +13,222 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from errors import UserError
-from models.adapter_files import read_arrays
-from models.lora import Adapter, LoraConfig, add_lora
+from models.adapter_files import read_arrays, read_json, write_json
+from models.file_checks import check_inside, safetensors_header
+from models.lora import Adapter, LoraConfig, add_lora, path_in_block
+from models.soft_prompt import SoftPrompt
+from models.tuning import Tuning
 
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PEFT_LEAVES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b",
-               "lora_magnitude_vector": "m", "lora_magnitude_vector.weight": "m"}  # fmt: skip
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+ROOT = "base_model.model."
+LEAVES = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
+NAME = re.compile(rf"(.*)\.({'|'.join(LEAVES)})(\.default)?(\.weight)?")
+# Settings that change the function in a way that LoRA here has no counterpart for.
+WITHOUT_COUNTERPART = ("modules_to_save", "layer_replication", "fan_in_fan_out", "lora_bias",
+                       "trainable_token_indices", "target_parameters", "use_qalora")  # fmt: skip
+# Starting points that subtract from the base weights, which stay behind in the program that did.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 def is_peft_adapter(path: str | Path) -> bool:
-    return (Path(path) / PEFT_WEIGHTS).is_file()
+    return any((Path(path) / name).is_file() for name in (WEIGHTS, PICKLED))
 
 
-def load_peft_adapter(model: nn.Module, path: str | Path) -> Adapter:
-    """Put a PEFT LoRA or DoRA adapter (a folder) on `model`.
+def describe_peft_adapter(path: str | Path) -> dict:
+    """The description of a PEFT adapter in the words of our own adapter files."""
+    config = read_json(Path(path) / CONFIG)
+    kind = "dora" if config.get("use_dora") else "lora"
+    if config.get("peft_type") == "PROMPT_TUNING":
+        kind = "prompt"
+    return {"fine_tune_type": kind, "model": config.get("base_model_name_or_path")}
 
-    Raises UserError for what has no counterpart here (other kinds, per-layer ranks, biases) and
-    for arrays that do not fit.
+
+# ---------------------------------------------------------------------------- in
+
+
+def load_peft_adapter(model: nn.Module, path: str | Path) -> Tuning:
+    """Put a PEFT adapter (a folder) on `model` and switch it on.
+
+    Layers may have ranks and alphas of their own, and the adapter may leave layers out. Raises
+    UserError for what has no counterpart here and for arrays that do not fit.
     """
     path = Path(path)
+    if not (path / WEIGHTS).is_file():
+        raise UserError(f"{path / PICKLED}: pickled weights can run code and are not read; save "
+                        "the adapter with safe_serialization=True")  # fmt: skip
+    for name in (CONFIG, WEIGHTS):
+        check_inside(path / name, path)
+    config = read_json(path / CONFIG)
+    arrays, _ = read_arrays(path / WEIGHTS)
     try:
-        config = json.loads((path / PEFT_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / PEFT_CONFIG}: cannot be read: {error}") from None
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: PEFT type {config.get('peft_type')}; only LORA can be read")
-    for name in ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication"):
+        if config.get("peft_type") == "PROMPT_TUNING":
+            return _soft_prompt(model, arrays, path)
+        _check_settings(config, path)
+        return _lora(model, config, arrays, path)
+    except (KeyError, TypeError, ValueError, re.error) as error:
+        raise UserError(f"{path / CONFIG}: not usable: {error!r}") from error
+
+
+def _check_settings(config: dict, path: Path) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"{path}: PEFT type {kind}; only LORA and PROMPT_TUNING can be read")
+    for name in WITHOUT_COUNTERPART:
         if config.get(name):
-            raise UserError(f"{path}: {name} has no counterpart here")
-    arrays, _ = read_arrays(path / PEFT_WEIGHTS)
-    named = {_our_name(name, path): _ours(name, array) for name, array in arrays.items()}
-    rank = int(config["r"])
-    divisor = rank**0.5 if config.get("use_rslora") else rank
-    blocks = {int(i) for name in named for i in re.findall(r"\.(\d+)\.", name)[:1]}
-    keys = sorted({re.sub(r"^.*?\.\d+\.", "", name.rsplit(".", 1)[0]) for name in named})
-    adapter = add_lora(
-        model,
-        LoraConfig(
-            rank=rank,
-            scale=config["lora_alpha"] / divisor,
-            dropout=float(config.get("lora_dropout") or 0.0),
-            keys=keys,
-            num_layers=len(model.layers) - min(blocks),
-            use_dora=bool(config.get("use_dora")),
-        ),
+            raise UserError(f"{path}: its {name} has no counterpart here; merge the adapter with "
+                            "PEFT (merge_and_unload) and give the model")  # fmt: skip
+    start = str(config.get("init_lora_weights", "")).lower()
+    if start.startswith(CHANGES_BASE):
+        raise UserError(f"{path}: was started with {start}, which changes the base weights too; "
+                        "convert it with PEFT to an adapter of the unchanged base")  # fmt: skip
+
+
+def _soft_prompt(model: nn.Module, arrays: dict[str, mx.array], path: Path) -> SoftPrompt:
+    rows = arrays["prompt_embeddings"].astype(mx.float32)
+    prompt = SoftPrompt(model, rows.shape[0])
+    prompt.load_arrays({"soft_prompt": rows}, str(path))
+    return prompt
+
+
+def _lora(model: nn.Module, config: dict, arrays: dict[str, mx.array], path: Path) -> Adapter:
+    layers = _by_layer(arrays, path)
+    scales = {layer: _scale(config, layer, found) for layer, found in layers.items()}
+    rank = max(found["lora_a"].shape[-1] for found in layers.values())
+    scale = scales[next(iter(layers))]
+    blocks = [int(number) for layer in layers for number in re.findall(r"\.(\d+)\.", layer)[:1]]
+    if len(blocks) != len(layers):
+        outside = [layer for layer in layers if not re.search(r"\.\d+\.", layer)]
+        raise UserError(f"{path}: adapts {', '.join(outside)}; only layers in blocks can be")
+    settings = LoraConfig(
+        rank=rank,
+        scale=scale,
+        dropout=float(config.get("lora_dropout") or 0.0),
+        keys=sorted({path_in_block(layer) for layer in layers}),
+        num_layers=len(model.layers) - min(blocks),
+        use_dora=bool(config.get("use_dora")),
     )
+    adapter = add_lora(model, settings)
+    # Layers that the file leaves out keep their fresh arrays, which change nothing.
+    named = adapter.arrays()
+    for layer, found in layers.items():
+        found["lora_b"] = found["lora_b"] * (scales[layer] / scale)
+        found = {**found, **_padded(found, rank)}
+        named.update({f"{layer}.{leaf}": array for leaf, array in found.items()})
     adapter.load_arrays(named, str(path))
     return adapter
 
 
-def _our_name(name: str, path: Path) -> str:
-    for theirs, ours in PEFT_LEAVES.items():
-        if name.endswith("." + theirs):
-            return name.removeprefix("base_model.model.").removesuffix(theirs) + ours
-    raise UserError(f"{path}: {name} is no part of a LoRA or DoRA adapter")
+def _by_layer(arrays: dict[str, mx.array], path: Path) -> dict[str, dict[str, mx.array]]:
+    """PEFT's arrays as layer path -> {"lora_a", "lora_b"[, "m"]}, in our orientation."""
+    layers: dict[str, dict[str, mx.array]] = {}
+    for name, array in arrays.items():
+        match = NAME.fullmatch(name.removeprefix(ROOT))
+        if match is None:
+            raise UserError(f"{path}: {name} is no part of a LoRA or DoRA adapter of layers")
+        array = array.astype(mx.float32)
+        leaf = LEAVES[match[2]]
+        if leaf != "m":
+            array = mx.contiguous(array.T)
+        layers.setdefault(match[1], {})[leaf] = array.reshape(-1) if leaf == "m" else array
+    for layer, found in layers.items():
+        if not {"lora_a", "lora_b"} <= found.keys():
+            raise UserError(f"{path}: {layer} has not both lora_A and lora_B")
+    return layers
 
 
-def _ours(name: str, array: mx.array) -> mx.array:
+def _scale(config: dict, layer: str, found: dict[str, mx.array]) -> float:
+    """alpha / r of one layer; patterns match the end of its path, as in peft's get_pattern_key."""
+    alpha = config["lora_alpha"]
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            alpha = value
+            break
+    rank = found["lora_a"].shape[-1]
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _padded(found: dict[str, mx.array], rank: int) -> dict[str, mx.array]:
+    """The two factors with zeros up to `rank`, which add nothing to their product."""
+    missing = rank - found["lora_a"].shape[-1]
+    return {
+        "lora_a": mx.pad(found["lora_a"], [(0, 0), (0, missing)]),
+        "lora_b": mx.pad(found["lora_b"], [(0, missing), (0, 0)]),
+    }
+
+
+# ---------------------------------------------------------------------------- out
+
+
+def save_peft_adapter(folder: Path, tuning: Tuning, base: str, base_folder: Path) -> None:
+    """Write `tuning` as a PEFT adapter of the transformers model `base` into `folder`.
+
+    Raises UserError where transformers has no layer of that name, and for full fine-tuning.
+    """
+    if tuning.kind == "full":
+        raise UserError("every weight was trained: PEFT has no form for that; use --format model")
+    if tuning.kind == "prompt":
+        rows = tuning.arrays()["soft_prompt"]
+        config = _prompt_config(rows, read_json(base_folder / "config.json"))
+        arrays = {"prompt_embeddings": rows}
+    else:
+        _check_layers(tuning, base_folder)
+        config = _lora_config(tuning)
+        arrays = {_peft_name(name): _theirs(name, a) for name, a in tuning.arrays().items()}
+    config["base_model_name_or_path"] = base
+    mx.save_safetensors(str(folder / WEIGHTS), arrays, metadata={"format": "pt"})
+    write_json(folder / CONFIG, config)
+
+
+def _check_layers(adapter: Adapter, base_folder: Path) -> None:
+    names = set()
+    for file in base_folder.glob("model*.safetensors"):
+        names |= safetensors_header(file).keys()
+    unknown = [layer for layer in adapter.layers if f"{layer}.weight" not in names]
+    if unknown:
+        raise UserError(f"{base_folder}: keeps {unknown[0]} under another name or in parts, so an "
+                        "adapter of it has no PEFT form")  # fmt: skip
+
+
+def _lora_config(adapter: Adapter) -> dict:
+    settings = adapter.config
+    keys = sorted({path_in_block(layer) for layer in adapter.layers})
+    every_block = adapter.num_blocks * len(keys) == len(adapter.layers)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": settings.rank,
+        "lora_alpha": settings.scale * settings.rank,
+        "lora_dropout": settings.dropout,
+        "use_dora": settings.use_dora,
+        "use_rslora": False,
+        # A short name adapts that layer in every block; otherwise each place is named in full.
+        "target_modules": keys if every_block else sorted(adapter.layers),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def _prompt_config(rows: mx.array, base: dict) -> dict:
+    return {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": rows.shape[0],
+        "token_dim": rows.shape[1],
+        "num_transformer_submodules": 1,
+        "num_attention_heads": base.get("num_attention_heads"),
+        "num_layers": base.get("num_hidden_layers"),
+        "prompt_tuning_init": "RANDOM",
+        "inference_mode": True,
+    }
+
+
+def _peft_name(name: str) -> str:
+    layer, leaf = name.rsplit(".", 1)
+    theirs = next(key for key, ours in LEAVES.items() if ours == leaf)
+    return f"{ROOT}{layer}.{theirs}" + (".weight" if leaf != "m" else "")
+
+
+def _theirs(name: str, array: mx.array) -> mx.array:
     array = array.astype(mx.float32)
-    return mx.contiguous(array.T) if "lora_magnitude_vector" not in name else array
+    return array if name.endswith(".m") else mx.contiguous(array.T)

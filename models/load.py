@@ -9,6 +9,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from errors import UserError
+from models.file_checks import check_model_files
+from models.hub_files import download, looks_like_hub_name
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "data" / "digits_model"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -45,13 +47,16 @@ def load_model(
 ) -> LoadedModel:
     """Load a local folder, a hub name ``USER/NAME``, or (None) the embedded digits model.
 
-    `dtype` is "auto", "stored" (as in the file), "float32", "bfloat16" or "float16"; `quantize` is 4 or 8 bits for the
-    linear layers and embeddings of a model that is not quantised yet.
+    `dtype` is "auto", "stored" (as in the file), "float32", "bfloat16" or "float16"; `quantize`
+    is 4 or 8 bits for the linear layers and embeddings of a model that is not quantised yet.
     Raises UserError when the model cannot be found, read, or is not supported.
     """
     name = str(name_or_path) if name_or_path is not None else str(DEFAULT_MODEL)
-    path = resolve_path(name, revision)
-    _check_folder(path, name, trust_remote_code)
+    path = resolve_path(name, revision, with_code=trust_remote_code)
+    check_folder(path, name, trust_remote_code)
+    if str((read_config(path).get("architectures") or [""])[0]).endswith("SequenceClassification"):
+        raise UserError(f"{name}: is a classifier that gives scores, not a language model; "
+                        "give it as --reward-model")  # fmt: skip
     model, tokenizer, config = _load(path, name, trust_remote_code)
     if quantize is not None:
         _quantize(model, config, quantize, name)
@@ -62,23 +67,15 @@ def load_model(
     return LoadedModel(model, tokenizer, config, path, name)
 
 
-def resolve_path(name: str, revision: str | None = None) -> Path:
+def resolve_path(name: str, revision: str | None = None, *, with_code: bool = False) -> Path:
     """The local folder of `name`: itself, or the snapshot downloaded from the hub."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    looks_local = name.startswith(("/", ".", "~")) or name.count("/") != 1 or path.exists()
-    if looks_local:
+    if path.exists() or not looks_like_hub_name(name):
         raise UserError(f"{name}: no model folder there; give a folder with config.json and "
                         "model.safetensors, or a hub name USER/NAME")  # fmt: skip
-    from mlx_lm.utils import _download
-
-    try:
-        return Path(_download(name, revision=revision))
-    except Exception as error:  # huggingface_hub raises many kinds; each means "not to be had"
-        reason = _one_line(error)
-        message = f"{name}: no such folder, and not to be had from the hub: {reason}"
-        raise UserError(message) from error
+    return download(name, revision, with_code=with_code)
 
 
 def read_config(path: Path) -> dict:
@@ -95,18 +92,31 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def _check_folder(path: Path, name: str, trust_remote_code: bool) -> None:
-    config = read_config(path)
-    if not trust_remote_code:
-        for key in ("model_file", "auto_map"):
-            if key in config:
-                raise UserError(f"{path / 'config.json'}: asks to run code of its own ({key}); "
-                                "give --trust-remote-code if you trust it")  # fmt: skip
+def check_folder(path: Path, name: str, trust_remote_code: bool) -> None:
+    """Raise UserError unless a model folder is whole, sound and asks for no code of its own."""
+    read_config(path)
+    check_model_files(path)
+    for file in ("config.json", "tokenizer_config.json"):
+        if not trust_remote_code:
+            _refuse_code(path / file)
     if not list(path.glob("model*.safetensors")):
         hint = ""
         if (path / "adapter_config.json").exists():
             hint = "; this is an adapter: give its base as --model and the adapter beside it"
+        elif list(path.glob("*.bin")):
+            hint = "; pickled *.bin weights can run code and are not read: convert them"
         raise UserError(f"{name}: no model*.safetensors in the folder{hint}")
+
+
+def _refuse_code(file: Path) -> None:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from None
+    for key in ("model_file", "auto_map"):
+        if key in settings:
+            raise UserError(f"{file}: asks to run code of its own ({key}); "
+                            "give --trust-remote-code if you trust it")  # fmt: skip
 
 
 def _load(path: Path, name: str, trust_remote_code: bool):

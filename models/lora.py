@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
 
 from errors import UserError
 from models.tuning import Tuning, check_arrays
@@ -42,6 +41,7 @@ class Adapter(Tuning):
 
     def __init__(self, model: nn.Module, config: LoraConfig, layers: dict[str, nn.Module]):
         self.config, self.kind = config, config.kind
+        self.num_blocks = len(model.layers)
         self._places = {path: _parent(model, path) for path in layers}
         self._adapted = layers
         self._base = {path: base_layer(layer) for path, layer in layers.items()}
@@ -165,12 +165,3 @@ def path_in_block(path: str) -> str:
     parts = path.split(".")
     first_number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
     return ".".join(parts[first_number + 1 :])
-
-
-def fuse_modules(model: nn.Module, dequantize: bool = False) -> int:
-    """Add every adapter in `model` to the weights it wraps, in place; returns how many layers."""
-    fused = [(path, m.fuse(dequantize=dequantize)) for path, m in model.named_modules()
-             if "lora_a" in m]  # fmt: skip
-    if fused:
-        model.update_modules(tree_unflatten(fused))
-    return len(fused)

@@ -1,6 +1,5 @@
 """Model folders in Hugging Face format, written whole or not at all."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from errors import UserError
-from models.adapter_files import write_text
 from models.file_checks import check_inside
 from models.load import LoadedModel
 
@@ -94,18 +92,3 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             target = folder / file.relative_to(source)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
-
-
-def read_json(file: Path) -> dict:
-    """A JSON object from a file; UserError where it is none."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: holds no JSON object")
-    return value
-
-
-def write_json(file: Path, value: dict) -> None:
-    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

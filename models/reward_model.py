@@ -12,7 +12,8 @@ import mlx.nn as nn
 import numpy as np
 
 from errors import UserError
-from models.adapter_files import head_path, load_adapter, read_head, save_head
+from models.adapter_files import head_path, load_adapter, read_adapter, read_head, save_head
+from models.hub_files import download, looks_like_hub_name
 from models.load import LoadedModel, load_model
 from models.trunk import hidden_size, hidden_states
 from models.tuning import Tuning, check_arrays
@@ -50,6 +51,8 @@ class RewardModel(nn.Module):
         }
         self.pooling, self.gain, self.offset = pooling, gain, offset
         self._tuning = tuning
+        self._prefix: tuple[int, ...] = ()  # of a soft prompt that is fused into the vocabulary
+        self._pad_id: int | None = None  # where given, the "last" token is the last that is not it
         self.source: LoadedModel | None = None  # where it was loaded from, with its tokenizer
 
     @property
@@ -82,20 +85,42 @@ class RewardModel(nn.Module):
                 tuning.deactivate()
 
     def _score_sorted(self, sequences: Sequence[Sequence[int]], batch_size: int) -> list[float]:
-        prefix = self._tuning.prefix if self._tuning is not None else ()
+        sequences = [self._prepared(sequence) for sequence in sequences]
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         scores = np.zeros(len(sequences), dtype=np.float32)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            tokens, lengths = right_pad([[*prefix, *sequences[i]] for i in rows])
+            tokens, lengths = right_pad([sequences[i] for i in rows])
             scores[rows] = np.array(self(mx.array(tokens), mx.array(lengths)))
         return (self.gain * scores + self.offset).tolist()
+
+    def _prepared(self, sequence: Sequence[int]) -> list[int]:
+        """What is run for a text: its tokens, behind the virtual tokens of a soft prompt."""
+        ids = list(sequence)
+        if self._pad_id is not None:
+            while len(ids) > 1 and ids[-1] == self._pad_id:
+                ids.pop()
+        prefix = list(self._tuning.prefix if self._tuning is not None else self._prefix)
+        # The tokenizer of a fused soft prompt may have put them there already.
+        return ids if prefix and ids[: len(prefix)] == prefix else prefix + ids
+
+    def settle(self, prefix: Sequence[int] | None) -> None:
+        """Its adapter was fused into the model; `prefix` holds the ids of a fused soft prompt."""
+        self._tuning = None
+        if prefix is not None:
+            self._prefix = tuple(prefix)
 
     def head_arrays(self) -> dict[str, mx.array]:
         return dict(self.head)
 
     def description(self) -> dict:
-        return {"pooling": self.pooling, "gain": self.gain, "offset": self.offset}
+        described = {"pooling": self.pooling, "gain": self.gain, "offset": self.offset}
+        prefix = self._tuning.prefix if self._tuning is not None else self._prefix
+        if prefix:
+            described["prefix"] = list(prefix)
+        if self._pad_id is not None:
+            described["pad_id"] = self._pad_id
+        return described
 
     def load_head(self, arrays: dict[str, mx.array], description: dict, source: str) -> None:
         """Take over a saved head and its description."""
@@ -106,6 +131,8 @@ class RewardModel(nn.Module):
         self.pooling = description.get("pooling", "mean")
         self.gain = float(description.get("gain", 1.0))
         self.offset = float(description.get("offset", 0.0))
+        self._prefix = tuple(int(i) for i in description.get("prefix", ()))
+        self._pad_id = description.get("pad_id")
 
 
 def save_reward_head(adapter_path: str | Path, model: RewardModel) -> Path:
@@ -166,19 +193,30 @@ def load_reward_model(
 ) -> RewardModel:
     """A reward model from a model folder with a head, or from an adapter with a head.
 
+    Hub names and *ForSequenceClassification models of transformers are read as well.
+
     An adapter goes on `base`, whose weights it then shares; its own adapter is left switched off.
     Whatever is on `base` must be switched off before. Raises UserError where there is no head.
     """
-    path = Path(path)
+    from models.classifiers import is_classifier, load_classifier
+
+    name, path = str(path), Path(path)
     if not path.exists():
-        raise UserError(f"{path}: no such reward model; give a fused reward model's folder, or the "
-                        "adapter that sft.py --reward-model wrote")  # fmt: skip
+        if not looks_like_hub_name(name):
+            raise UserError(f"{name}: no such reward model; give a fused reward model's folder, or "
+                            "the adapter that sft.py --reward-model wrote")  # fmt: skip
+        path = download(name, with_code=trust_remote_code)
+    if is_classifier(path):
+        return load_classifier(path, dtype=dtype, trust_remote_code=trust_remote_code)
     if path.is_dir() and (path / "config.json").exists():
         source = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
         reward_model = RewardModel(source.model)
     elif base is None:
         raise UserError(f"{path}: is an adapter; it needs its base model as well")
     else:
+        if read_adapter(path)[1].get("fine_tune_type") == "full":  # would overwrite the base
+            raise UserError(f"{path}: every weight was trained, so it shares none with its base; "
+                            "fuse it first (fuse.py) and give that folder")  # fmt: skip
         tuning = load_adapter(base.model, path)
         tuning.deactivate()
         source, reward_model = base, RewardModel(base.model, tuning=tuning)

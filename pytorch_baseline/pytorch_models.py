@@ -184,21 +184,32 @@ class Tuned(nn.Module):
             [torch.cat([r[:p], v, r[p:]]) for r, v, p in zip(rows, virtual, padding, strict=True)]
         )
 
-    def hidden_states(self, tokens: Tensor) -> Tensor:
+    def hidden_states(self, tokens: Tensor, with_prompt: bool = False) -> Tensor:
         """Right-padded tokens (B, L) -> hidden states after the final norm (B, L, D).
 
-        Causal attention never looks at padding on the right, so no mask is needed.
+        Causal attention never looks at padding on the right, so no mask is needed. `with_prompt`
+        keeps those of the n virtual tokens in front, (B, n + L, D).
         """
         count = self.prompt_length
         fed = {"inputs_embeds": self.embed(tokens)} if count else {"input_ids": tokens}
         hidden = self.trunk(**fed, use_cache=False).last_hidden_state
-        return hidden[:, count:]
+        return hidden if with_prompt else hidden[:, count:]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V) float32, through the model's own head."""
         logits = self.base.get_output_embeddings()(hidden).float()
         cap = getattr(self.base.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def checkpoint_blocks(self) -> None:
+        """Make activations again in the backward pass, when in training mode."""
+        self.base.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def drop_nothing(self) -> None:
+        """Switch the adapter's dropout off for good."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
 
     def arrays(self) -> dict[str, Tensor]:
         """The trained tensors under the names of the MLX side's adapter files."""

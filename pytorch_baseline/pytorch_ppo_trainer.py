@@ -52,7 +52,7 @@ from rl.ppo_config import PPOConfig
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 
-SAMPLING, ORDER, LENGTHS = range(3)  # what a step's random streams are for
+SAMPLING, ORDER, LENGTHS, EVALUATION = range(4)  # what a step's random streams are for
 
 
 class PPOTrainer:
@@ -72,6 +72,7 @@ class PPOTrainer:
         *,
         eos_ids: set[int],
         scheduler=None,
+        grad_checkpoint: bool = False,
         log: Callable[[int, dict], None] | None = None,
     ):
         if ref_model is None and model.model.kind == "full":
@@ -85,6 +86,7 @@ class PPOTrainer:
             self.parameters.values(), lr=config.learning_rate
         )
         self.scheduler = scheduler
+        self._learning_rate = self.optimizer.param_groups[0]["lr"]  # of the last update
         self.device = model.model.device
         self.kl_controller = (
             AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
@@ -94,6 +96,11 @@ class PPOTrainer:
         self.running = RunningMoments()
         self.steps_done = 0
         self.pad_to_multiple = config.pad_to_multiple or 1
+        self.grad_checkpoint = grad_checkpoint
+        if grad_checkpoint:
+            model.model.checkpoint_blocks()
+        model.model.drop_nothing()  # no dropout, in rollouts and in updates
+        model.eval()
         self._generated: dict[tuple, tuple[np.ndarray, np.ndarray, bool]] = {}
         self._warned: set[str] = set()
 
@@ -114,27 +121,34 @@ class PPOTrainer:
         if max_tokens is None:
             max_tokens = self.response_limits(len(queries))
         sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
-        made = self.sample(queries, max_tokens, sampling, should_stop, self.model.value_head)
+        made = self._sample(
+            queries, max_tokens, sampling, should_stop, SAMPLING, self.model.value_head
+        )
         rows = zip(queries, made.responses, made.logprobs, made.values, made.finished, strict=True)
         self._generated = {(tuple(q), tuple(r)): (lp, v, end) for q, r, lp, v, end in rows}
         return made.responses
 
-    def sample(
+    def sample_for_evaluation(
         self,
         queries: Sequence[Sequence[int]],
-        max_tokens: int | Sequence[int],
-        sampling: Sampling,
+        greedy: bool,
         should_stop: Callable[[list[int]], bool] | None = None,
-        value_head: torch.nn.Module | None = None,
     ) -> Generation:
-        """Sample without keeping anything for `step`, for evaluation too."""
+        """Responses, the most likely ones or sampled; nothing is kept, no random state moves."""
+        temperature = 0.0 if greedy else self.config.temperature
+        limit = self.config.max_new_tokens
+        return self._sample(queries, limit, Sampling(temperature), should_stop, EVALUATION)
+
+    def _sample(
+        self, queries, max_tokens, sampling, should_stop, purpose: int, value_head=None
+    ) -> Generation:
         return generate(
             self.model.model,
             queries,
             max_tokens=max_tokens,
             eos_ids=self.eos_ids,
             sampling=sampling,
-            seed=int(self._random(SAMPLING).integers(2**63)),
+            seed=int(self._random(purpose).integers(2**63)),
             value_head=value_head,
             should_stop=should_stop,
         )
@@ -191,11 +205,11 @@ class PPOTrainer:
         if response_masks is None:
             response_masks = [[1] * len(r) for r in responses]
         masks = [np.asarray(m, dtype=bool) for m in response_masks]
-        ended = [self._has_ended(q, r) for q, r in zip(queries, responses, strict=True)]
+        ended = [self.has_ended(q, r) for q, r in zip(queries, responses, strict=True)]
         shaped = torch.tensor(self.shape_scores(scores, responses, ended), device=self.device)
         return Rollout(queries, responses, masks, ended, shaped)
 
-    def _has_ended(self, query: list[int], response: list[int]) -> bool:
+    def has_ended(self, query: list[int], response: list[int]) -> bool:
         """Whether a response ended by itself: with EOS, or at a stop string while sampling."""
         kept = self._generated.get((tuple(query), tuple(response)))
         return response[-1] in self.eos_ids or (kept is not None and kept[2])
@@ -348,6 +362,7 @@ class PPOTrainer:
         norm = torch.nn.utils.clip_grad_norm_(
             self.parameters.values(), config.max_grad_norm or float("inf")
         )
+        self._learning_rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
@@ -361,10 +376,12 @@ class PPOTrainer:
         index, width = torch.from_numpy(rows).to(self.device), packed.mask.shape[1]
         columns = (rollout.logprobs, rollout.values, rollout.advantages, rollout.returns)
         columns = [fit_columns(column[index], width) for column in columns]  # (b, r)
+        self.model.train(self.grad_checkpoint)  # transformers recomputes in training mode alone
         loss, metrics = self._loss(packed, columns)
         gradient = torch.autograd.grad(
             loss, list(self.parameters.values()), allow_unused=True, materialize_grads=True
         )
+        self.model.eval()
         metrics = {name: value.item() for name, value in metrics.items()}
         finite = all(torch.isfinite(g).all() for g in gradient)
         bad = not (finite and np.isfinite(metrics["loss/total"]))
@@ -406,7 +423,7 @@ class PPOTrainer:
         """The step's metrics under TRL's names."""
         stats = step_statistics(rollout, minibatches)
         stats["objective/kl_coef"] = self.kl_controller.value
-        stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        stats["ppo/learning_rate"] = self._learning_rate
         return stats
 
     def _warn(self, **messages: str) -> None:

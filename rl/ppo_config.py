@@ -98,6 +98,13 @@ class PPOConfig:
             raise UserError("--dual-clip: must be above 1")
         if self.adap_kl_ctrl and 0.2 * self.batch_size >= self.horizon:
             raise UserError("--horizon: must be above a fifth of --batch-size")
+        if self.score_clip is not None and self.score_clip <= 0:
+            raise UserError("--score-clip: must be above 0")
+        if not 0 <= self.overlong_buffer <= self.max_new_tokens:
+            raise UserError("--overlong-buffer: must be from 0 to --max-new-tokens")
+        for name in ("missing_eos_penalty", "overlong_penalty", "vf_coef", "cliprange"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')}: must not be below 0")
         if self.use_score_norm and not self.use_score_scaling:
             raise UserError("--use-score-norm needs --use-score-scaling")
 

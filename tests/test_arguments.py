@@ -258,6 +258,7 @@ def test_a_json_file_gives_defaults(tmp_path):
     ("name", "text", "parts"),
     [
         ("c.yaml", "seed: 1\nitres: 5\n", ["c.yaml:2", "'itres'", "--iters"]),
+        ("c.yaml", "resume: runs/x\n", ["c.yaml:1", "'resume'", "command line"]),
         ("c.yaml", "iters: many\n", ["c.yaml:1", "iters", "not a whole number"]),
         ("c.yaml", "iters: true\n", ["c.yaml:1", "iters", "True"]),
         ("c.yaml", "iters: {a: 1}\n", ["c.yaml:1", "iters"]),

@@ -329,7 +329,7 @@ def as_csv(rows):
 
 @st.composite
 def files(draw):
-    """(suffix, bytes): a JSONL, JSON or CSV file, whole or damaged."""
+    """(suffix, bytes, rows in it): a JSONL, JSON or CSV file, whole or damaged (rows: None)."""
     rows = draw(rows_of_one_shape())
     kind = draw(st.sampled_from(["jsonl", "jsonl", "jsonl", "json", "csv"]))
     ascii_only = draw(st.booleans())
@@ -342,9 +342,10 @@ def files(draw):
         end = draw(st.sampled_from(["\n", "\r\n", "\n\n"]))
         lines = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
         data = end.join(lines).encode("utf-8", "surrogatepass")
-    for _ in range(draw(st.sampled_from([0, 0, 1, 1, 2]))):
+    accidents = draw(st.sampled_from([0, 0, 1, 1, 2]))
+    for _ in range(accidents):
         data = draw(damaged(data))
-    return kind, data
+    return kind, data, None if accidents or data == b"\r\n" else len(rows)
 
 
 @st.composite
@@ -394,7 +395,7 @@ def outcome(function, *arguments, **options):
 )
 @given(file=files())
 def test_any_file_is_rows_or_one_clean_error(tmp_path, file):
-    kind, data = file
+    kind, data, count = file
     path = tmp_path / f"rows.{kind}"
     path.write_bytes(data)
     strict, error = outcome(read_records, path)
@@ -402,7 +403,7 @@ def test_any_file_is_rows_or_one_clean_error(tmp_path, file):
     event(f"{kind}: " + ("rows" if error is None else "an error, some rows" if lenient else "none"))
     if error is None:
         assert repr(lenient.rows) == repr(strict.rows)  # NaN does not equal itself
-        assert not lenient.refused
+        assert not lenient.refused and count in (None, len(strict))
         check_tokenised(strict)
         return
     place = error.removeprefix(str(path))
@@ -412,6 +413,8 @@ def test_any_file_is_rows_or_one_clean_error(tmp_path, file):
     if lenient is None:
         assert lenient_error.startswith(str(path))
         return
+    if count is not None:
+        assert len(lenient) + len(lenient.refused) == count
     # The strict reader stops at the first row that the lenient one counts.
     assert f"{lenient.refused[0][0]}: {lenient.refused[0][1]}" == error
     if kind == "jsonl":
@@ -436,3 +439,25 @@ def check_tokenised(records):
         if done is not None:
             assert len(done) + len(done.refused) == len(records)
             assert all(0 < length <= 20 for length in done.lengths)
+
+
+PARQUET_ROWS = [{"prompt": f"what is {i}", "completion": "the answer" * i} for i in range(1, 30)]
+
+
+@settings(max_examples=max(50, FILES // 20), deadline=ONE_FILE, derandomize=True)
+@given(cuts=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=3)), min_size=1, max_size=3))
+def test_a_damaged_parquet_file_is_rows_or_one_clean_error(tmp_path_factory, cuts):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path_factory.getbasetemp() / "rows.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(PARQUET_ROWS), path, compression="none")
+    data = path.read_bytes()
+    for at, put in cuts:
+        place = int(at * len(data))
+        data = data[:place] + put + data[place + len(put) :] if put else data[:place]
+    path.write_bytes(data)
+    records, error = outcome(read_records, path)
+    if error is None:
+        assert len(records) == len(PARQUET_ROWS)
+    else:
+        assert error.startswith(f"{path}:row ") or error == f"{path}: no rows"

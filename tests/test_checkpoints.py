@@ -229,6 +229,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
     assert problem(tmp_path / "step-00000001") is None
 
 
+def test_a_run_folder_that_has_vanished_is_not_made_again(tmp_path):
+    with pytest.raises(UserError, match="cannot write"):
+        save(tmp_path / "gone" / "checkpoints", 1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):

@@ -67,7 +67,7 @@ def test_one_bos_and_a_trained_eos(bos, template, wrapped, record, mask_prompt):
 
 
 def test_bos_and_eos_that_the_text_brings_along_are_not_doubled():
-    record = Record("text", "f:1", {}, text="<s>hello</s>")
+    record = Record("text", "f:1", {}, text="<s><s>hello</s>")
     tokens = tokenise_sft([record], tiny_tokenizer())[0].tokens
     assert tokens.count(BOS) == 1 and tokens.count(EOS) == 1
 

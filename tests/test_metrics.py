@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 from errors import UserError
 from training.console import Progress
+from training.memory import check_memory, peak_memory
 from training.metrics import Run, read_rows, write_line
 from training.redact import REDACTED, redact
 
@@ -82,6 +84,13 @@ def test_a_full_disk_is_a_clear_error():
     with open("/dev/full", "ab", buffering=0) as file:
         with pytest.raises(UserError, match="/dev/full: cannot write: No space left"):
             write_line(file, {"step": 1})
+
+
+def test_a_folder_that_vanishes_is_a_clear_error(folder):
+    with Run("sft", {}, output_dir=folder) as run:
+        shutil.rmtree(folder)
+        with pytest.raises(UserError, match="metrics.jsonl: was deleted"):
+            run.log(1, {"x": 1})
 
 
 def test_resume_cuts_the_files_back_to_the_checkpoint(folder, capsys):
@@ -283,6 +292,19 @@ def test_wandb_without_a_key_or_a_terminal_asks_nothing(folder):
     files, err = tracked(folder, 2)
     assert "logging offline" in err
     assert any(path.suffix == ".wandb" for path in files)
+
+
+# ------------------------------------------------------------------------------ memory
+
+
+def test_a_memory_limit_ends_in_advice():
+    held = mx.zeros(1_000_000)
+    mx.eval(held)
+    assert peak_memory() >= 0.004
+    check_memory(None)
+    check_memory(1000.0)
+    with pytest.raises(UserError, match="--memory-limit.*0.001 allowed.*--batch-size"):
+        check_memory(0.001)
 
 
 # ------------------------------------------------------------------------------ the console

@@ -268,7 +268,7 @@ def test_policy_gradient_of_the_logits(case, chunk):
 def test_entropy_and_logprobs(case):
     logits = case["new_logits"].reshape(-1, case["new_logits"].shape[-1])
     logprobs, entropy = token_logprobs(
-        Bypass(logits.shape[-1]), logits, case["labels"].reshape(-1), with_entropy=True
+        Bypass(logits.shape[-1]), logits, case["labels"].reshape(-1), extras=("entropy",)
     )
     logprobs, entropy = logprobs.reshape(case.mask.shape), entropy.reshape(case.mask.shape)
     assert_close(entropy, case.out("entropy_per_token"))

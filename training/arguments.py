@@ -49,10 +49,8 @@ class Parser(argparse.ArgumentParser):
             self.register("type", kind, convert)
 
     def error(self, message: str) -> None:
-        text = re.sub(r"^argument (--\S+?)(/--\S+)*: ", r"\1: ", message)
         sys.stdout.flush()
-        sys.stderr.write(f"error: {text}\n")
-        raise SystemExit(2)
+        raise SystemExit(complain(re.sub(r"^argument (--\S+?)(/--\S+)*: ", r"\1: ", message)))
 
     def format_help(self) -> str:
         # The list of all flags stands below anyway; twenty lines of usage say no more.
@@ -180,6 +178,8 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(
                     f"{setting.where}: unknown key {setting.key!r}{nearest(name, flags)}"
                 )
+            if action.dest in ("config", "resume"):
+                raise UserError(f"{setting.where}: {setting.key!r} belongs on the command line")
             taken[action.dest] = self._convert(action, setting)
             action.required = False
             setattr(args, action.dest, taken[action.dest])
@@ -188,7 +188,7 @@ class Parser(argparse.ArgumentParser):
     def _convert(self, action: argparse.Action, setting: Setting) -> Any:
         """One value of a file, checked and converted as if it stood on the command line."""
         value = setting.value
-        if value is None and action.default is None:
+        if value is None and (action.default is None or setting.optional):
             return None
         many = isinstance(value, list) and action.nargs in ("+", "*")
         words = [plain_word(item, action, setting) for item in (value if many else [value])]

@@ -76,7 +76,7 @@ def save_checkpoint(
     refuse_non_finite(arrays)
     folder = Path(folder)
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # no parents: a run folder that has vanished stays away
         for left_over in folder.glob(TEMPORARY + "*"):
             shutil.rmtree(left_over)
     temporary = folder / f"{TEMPORARY}{NAME.format(step)}-{os.getpid()}"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 OWNERS = ("args", "config")
+READ_BY_PARSER = ("help", "config")
 # A flag that is only looked at to refuse it has no effect.
 CHECKERS = ("check", "__post_init__")
 
@@ -23,8 +24,8 @@ def unread_flags(
     for source in sources:
         tree = ast.parse(Path(source).read_text(encoding="utf-8"))
         read.update(names_read(tree, tuple(owners)))
-    names = {action.dest for action in parser._actions if action.dest != "help"}
-    return sorted(names - read)
+    names = {action.dest for action in parser._actions}
+    return sorted(names - read - set(READ_BY_PARSER))
 
 
 def names_read(node: ast.AST, owners: tuple[str, ...]) -> Iterator[str]:

@@ -180,7 +180,7 @@ def add_optimizer_arguments(
     add("--lr-schedule", choices=SCHEDULES, default=lr_schedule, help="course after the warm-up")
     add("--num-cycles", type=int, default=1, help="cycles of cosine_with_restarts")
     add("--warmup-steps", type=int, default=warmup_steps, help="updates that climb to the peak")
-    add("--lr-end-factor", type=float, default=lr_end_factor, help="share of the peak left at the end")
+    add("--lr-end-factor", type=float, default=lr_end_factor, help="share of the peak at the end")
     add("--weight-decay", type=float, help="(default: 0.01 for adamw and muon, else 0)")
     add("--max-grad-norm", type=float, default=max_grad_norm, help="clip gradients to this norm")
     add("--adam-beta1", type=float, default=0.9, help="decay of the mean of gradients")

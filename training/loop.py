@@ -4,7 +4,6 @@ It works on a trainer with ``step``, ``evaluate`` and ``optimizer`` (mlx_sft_tra
 table of array groups that belong into a checkpoint, each with a way to get and to set them.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,8 +90,8 @@ class Loop:
                 metric = None
                 if plan.eval_every and self.step % plan.eval_every == 0 and self.validation:
                     metric = self.validate(progress)
-                due = plan.save_every and self.step % plan.save_every == 0
-                if due or (metric is not None and self.since_best == 0):
+                best = metric is not None and self.since_best == 0
+                if plan.save_every and (best or self.step % plan.save_every == 0):
                     self.checkpoint(metric)
                 if plan.patience is not None and self.since_best >= plan.patience:
                     progress.line(f"stopped early: no gain in {plan.patience} validations")
@@ -128,12 +127,13 @@ class Loop:
         return {f"train/{key}_total": value for key, value in self.totals.items()}
 
     def set_aside(self, batches: list) -> None:
-        """Write the token ids of rows that gave no finite gradient to bad_rows.jsonl."""
-        with open(self.run_folder.folder / "bad_rows.jsonl", "a", encoding="utf-8") as file:
-            for batch in batches:
-                for tokens, length in zip(batch.tokens, batch.lengths, strict=True):
-                    row = {"step": self.step, "tokens": tokens[:length].tolist()}
-                    file.write(json.dumps(row) + "\n")
+        """Keep the token ids of rows that gave no finite gradient."""
+        rows = [
+            {"tokens": tokens[:length].tolist()}
+            for batch in batches
+            for tokens, length in zip(batch.tokens, batch.lengths, strict=True)
+        ]
+        self.run_folder.log_bad_rows(self.step, "loss or gradient not finite", rows)
 
     def validate(self, progress: Progress) -> Metric:
         """Validate, log, and note whether this is the best so far."""

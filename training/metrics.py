@@ -177,6 +177,8 @@ def write_line(file: BinaryIO, row: Mapping[str, Any]) -> None:
         line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair: legal in Python, not in UTF-8
         line = json.dumps(row, ensure_ascii=True, allow_nan=False).encode("ascii")
+    if os.fstat(file.fileno()).st_nlink == 0:
+        raise UserError(f"{file.name}: was deleted while the run was writing to it")
     with writing(file.name):
         rest = memoryview(line + b"\n")
         while rest:

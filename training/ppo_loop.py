@@ -4,7 +4,6 @@ It works on a trainer with ``generate``, ``sample``, ``step`` and ``state_dict``
 and on a reward set (rl/reward_set.py).
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,10 +139,9 @@ class PPOLoop:
             self.bad_in_a_row = 0
             return
         self.bad_in_a_row += 1
-        with open(self.run_folder.folder / "bad_rows.jsonl", "a", encoding="utf-8") as file:
-            for query, response in zip(queries, responses, strict=True):
-                row = {"step": self.step, "query": query, "response": response}
-                file.write(json.dumps(row) + "\n")
+        rows = zip(queries, responses, strict=True)
+        rows = [{"query": query, "response": response} for query, response in rows]
+        self.run_folder.log_bad_rows(self.step, "loss or gradient not finite", rows)
         if self.bad_in_a_row >= self.schedule.max_bad_steps:
             raise UserError(
                 f"{self.run_folder.folder}: loss or gradient was NaN or infinite in "
@@ -163,14 +161,12 @@ class PPOLoop:
             ("sampled", False, self.schedule.eval_samples),
         ):
             rows = [prompt for prompt in self.validation for _ in range(count)]
-            made = self.trainer.sample_for_evaluation(
-                [prompt.tokens for prompt in rows], greedy, self.should_stop
-            )
-            texts, scores, parts = self.score(rows, made.responses, made.finished)
+            responses, ended = self.sample(rows, greedy)
+            texts, scores, parts = self.score(rows, responses, ended)
             row[f"eval/{kind}/score"] = float(np.mean(scores))
             for name, column in parts.items():
                 row[f"eval/{kind}/{name}"] = float(np.mean(column))
-            row[f"eval/{kind}/response_tokens"] = float(np.mean([len(r) for r in made.responses]))
+            row[f"eval/{kind}/response_tokens"] = float(np.mean([len(r) for r in responses]))
             sample = {"prompt": rows[0].text, "response": texts[0], "score": scores[0]}
             self.run_folder.log_samples(self.step, [{"evaluation": kind, **sample}])
         self.run_folder.log(self.step, {k: v for k, v in row.items() if k != "step"})
@@ -178,6 +174,16 @@ class PPOLoop:
         progress.report(self.step, {f"held-out {name}": value for name, value in shown.items()})
         self.evaluations.append(row)
         return Metric("eval/sampled/score", row["eval/sampled/score"], higher_is_better=True)
+
+    def sample(self, rows: Sequence[PromptRow], greedy: bool) -> tuple[list[list[int]], list[bool]]:
+        """(responses, whether each ended), a batch of the training's size at a time."""
+        responses, ended = [], []
+        for start in range(0, len(rows), self.trainer.config.batch_size):
+            part = [row.tokens for row in rows[start : start + self.trainer.config.batch_size]]
+            made = self.trainer.sample_for_evaluation(part, greedy, self.should_stop, start)
+            responses += made.responses
+            ended += made.finished
+        return responses, ended
 
     # ------------------------------------------------------------------ checkpoint
 

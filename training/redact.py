@@ -14,6 +14,7 @@ SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+IN_QUERY = re.compile(r"(://[^\s?]+\?)\S+")  # a service's key often stands behind its "?"
 # A shorter value than this would blot out ordinary words.
 SHORTEST = 8
 
@@ -41,4 +42,4 @@ def redact(value: Any, secrets: list[str] | None = None, name: str = "") -> Any:
         return REDACTED
     for secret in secrets:
         value = value.replace(secret, REDACTED)
-    return IN_URL.sub(REDACTED, value)
+    return IN_QUERY.sub(rf"\1{REDACTED}", IN_URL.sub(REDACTED, value))

@@ -1,0 +1,178 @@
+"""A chat: prompts in, replies out, kept as a conversation, scored and rated."""
+
+import itertools
+import random
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from chat.conversation import Conversation
+from chat.keyboard import Keys, StopKey
+from chat.rating import Ratings, cannot_rate
+from chat.scoring import Scorer
+from chat.screen import Screen, describe
+from chat.settings import Settings
+from chat.speaker import Reply, Speaker
+from errors import UserError
+
+ONE_KEYS = {"g": "good", "b": "bad", "s": "skip"}
+TWO_KEYS = {"l": "left", "r": "right", "s": "skip", "1": "left", "2": "right",
+            "\x1b[D": "left", "\x1b[C": "right"}  # fmt: skip
+
+
+class Session:
+    """One speaker, or two that get the same prompts (`--compare`).
+
+    In a comparison both see one conversation: it goes on with the reply that was rated better,
+    and without a rating with the first speaker's.
+    """
+
+    def __init__(
+        self,
+        speakers: Sequence[Speaker],
+        settings: Settings,
+        screen: Screen,
+        *,
+        system: str | None = None,
+        scorer: Scorer | None = None,
+        ratings: Ratings | None = None,
+        keys: Keys | None = None,
+        blind: bool = False,
+    ):
+        """`blind`: who replies on which side changes from prompt to prompt and is not shown."""
+        self.speakers, self.settings, self.screen = list(speakers), settings, screen
+        self.scorer, self.ratings, self.keys = scorer, ratings, keys
+        self.conversation = Conversation(system)
+        self.replies_given = 0
+        self._blind = random.Random(settings.seed) if blind else None
+        self._rated: list[bool] = []  # for each exchange of the conversation
+        self._sides = [0, 1]  # the speakers on the left and on the right
+        self.use_seed()
+
+    @property
+    def has_turns(self) -> bool:
+        return all(speaker.prompting.has_turns for speaker in self.speakers)
+
+    def use_seed(self) -> None:
+        if self.settings.seed is not None:
+            mx.random.seed(self.settings.seed)
+
+    def start_over(self, conversation: Conversation) -> None:
+        self.conversation = conversation
+        self._rated = [False] * len(conversation.exchanges)
+
+    # ----------------------------------------------------------------- one exchange
+
+    def ask(self, prompt: str, *, stoppable: bool) -> None:
+        """Show the reply to `prompt`, score and rate it, and remember the exchange.
+
+        `stoppable`: Ctrl-C ends the reply and not the program.
+        """
+        messages = self.conversation.messages(prompt)
+        if not stoppable:
+            replies = self._replies(messages, lambda: False)
+        else:
+            with StopKey() as stop:
+                replies = self._replies(messages, stop)
+        self.replies_given += 1
+        choice = self._rate(messages, replies) if self.ratings is not None else None
+        text = replies[choice or 0].text
+        self.conversation.add(prompt, text.strip() if self.has_turns else text)
+        self._rated.append(choice is not None)
+
+    def undo(self) -> str | None:
+        """Take back the last exchange and its rating; returns its prompt, None without one."""
+        exchange = self.conversation.undo()
+        if exchange is None:
+            return None
+        if self._rated.pop() and not self.ratings.take_back():
+            self.screen.note("its rating stays in the file, which has changed since")
+        return exchange.prompt
+
+    def _replies(self, messages: list[dict], stop) -> list[Reply]:
+        if len(self.speakers) == 2:
+            return self._two_replies(messages, stop)
+        writer = self.screen.reply_writer()
+        reply = self.speakers[0].reply(messages, self.settings, show=writer, should_stop=stop)
+        writer.end()
+        self.screen.note(describe(reply, self._scores(self.speakers[0], reply)))
+        self._warn_if_long(self.speakers[0], reply)
+        return [reply]
+
+    def _two_replies(self, messages: list[dict], stop) -> list[Reply]:
+        replies, notes = [], []
+        for number, speaker in enumerate(self.speakers, 1):
+            name = f"reply {number} of 2" if self._blind else speaker.name
+            count = itertools.count(1)
+
+            def show(_, name=name, count=count):
+                self.screen.progress(f"{name}: {next(count)} tokens")
+
+            reply = speaker.reply(messages, self.settings, show=show, should_stop=stop)
+            self.screen.progress("")
+            replies.append(reply)
+            notes.append(describe(reply, self._scores(speaker, reply)))
+        if self._blind:
+            self._blind.shuffle(self._sides)
+        names = ["left", "right"] if self._blind else [s.name for s in self.speakers]
+        texts = [replies[side].text for side in self._sides]
+        self.screen.side_by_side(names, texts, [notes[side] for side in self._sides])
+        return replies
+
+    def _scores(self, speaker: Speaker, reply: Reply) -> dict[str, float]:
+        return self.scorer(speaker, reply) if self.scorer is not None else {}
+
+    def _warn_if_long(self, speaker: Speaker, reply: Reply) -> None:
+        limit = speaker.loaded.config.get("max_position_embeddings")
+        length = len(reply.prompt_tokens) + len(reply.tokens)
+        if isinstance(limit, int) and length > limit:
+            self.screen.note(f"the text has {length} tokens, the model was made for {limit}"
+                             + "; /reset starts over" * self.has_turns)  # fmt: skip
+
+    # ----------------------------------------------------------------- rating
+
+    def _rate(self, messages: list[dict], replies: list[Reply]) -> int | None:
+        """Ask for a key and write a record; returns which reply was rated, None if none was."""
+        texts = [reply.text.strip() if self.has_turns else reply.text for reply in replies]
+        problem = cannot_rate(texts)
+        if problem is not None:
+            self.screen.note(problem)
+            return None
+        prompt = messages if self.has_turns else messages[-1]["content"]
+        if len(replies) == 1:
+            answer = self._key("good (g), bad (b) or skip (s)?", ONE_KEYS)
+            if answer == "skip":
+                return None
+            self.ratings.add_label(prompt, texts[0], answer == "good")
+            return 0
+        answer = self._key("better: left (l), right (r), or skip (s)?", TWO_KEYS)
+        if self._blind:
+            names = [self.speakers[side].name for side in self._sides]
+            self.screen.note(f"left was {names[0]}, right was {names[1]}")
+        if answer == "skip":
+            return None
+        best = self._sides[0 if answer == "left" else 1]
+        winner = self.speakers[best].name
+        self.ratings.add_preference(prompt, texts[best], texts[1 - best], winner)
+        return best
+
+    def _key(self, question: str, meanings: dict[str, str]) -> str:
+        self.screen.progress(question + " ")
+        answer = self.keys.read(meanings) or "skip"
+        self.screen.progress("")
+        self.screen.note(f"rated: {answer}" if answer != "skip" else "not rated")
+        return answer
+
+
+def distinct_names(speakers: Sequence[Speaker]) -> None:
+    """Two speakers of one name are told apart by a number."""
+    if len({speaker.name for speaker in speakers}) < len(speakers):
+        for number, speaker in enumerate(speakers, 1):
+            speaker.name = f"{speaker.name} ({number})"
+
+
+def check_system_prompt(session: Session) -> None:
+    """Raises UserError where no model could be told a system prompt."""
+    if not session.has_turns:
+        raise UserError("a system prompt needs a chat template, which this model's tokenizer does "
+                        "not have; it continues the text it is given")  # fmt: skip

@@ -1,0 +1,143 @@
+"""What is fused into one model: a base, adapters with weights, a soft prompt, a reward head."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from errors import UserError
+from models.adapter_files import load_adapter, read_adapter, read_head
+from models.comparing import all_logits
+from models.fusing import blended, dequantize_model, fuse_adapters
+from models.load import LoadedModel, cast, load_model, resolve_path
+from models.lora import Adapter
+from models.reward_model import HEAD, RewardModel, load_reward_head, load_reward_model
+from models.soft_prompt import SoftPrompt
+from models.soft_vocabulary import FusedPrompt, fuse_soft_prompt
+
+
+@dataclass
+class Parts:
+    """Everything that goes into the result; all of it switched off until it is fused."""
+
+    base: LoadedModel
+    adapters: list[Adapter] = field(default_factory=list)  # LoRA and DoRA
+    weights: list[float] = field(default_factory=list)  # one for each of them
+    prompt: SoftPrompt | None = None
+    reward_model: RewardModel | None = None
+    descriptions: list[dict] = field(default_factory=list)  # of every adapter file
+    notes: list[str] = field(default_factory=list)  # for the person at the terminal
+
+    @property
+    def is_quantized(self) -> bool:
+        return "quantization" in self.base.config
+
+    def outputs(self, sequences: Sequence[Sequence[int]]) -> list:
+        """What the unfused parts compute: scores of a reward model, else logits (T, V)."""
+        if self.reward_model is not None:
+            return self.reward_model.score(sequences)
+        with ExitStack() as stack:
+            stack.enter_context(blended(self.base.model, self.adapters, self.weights))
+            prefix: tuple[int, ...] = ()
+            if self.prompt is not None:
+                self.prompt.activate()
+                stack.callback(self.prompt.deactivate)
+                prefix = self.prompt.prefix
+            return all_logits(self.base.model, sequences, prefix)
+
+    def fuse(self, *, dequantize: bool = False, dtype: str = "stored") -> FusedPrompt | None:
+        """Make the base model the sum of all parts; returns what became of the soft prompt."""
+        model, config = self.base.model, self.base.config
+        fuse_adapters(model, self.adapters, self.weights, dequantize=dequantize)
+        if dequantize:
+            dequantize_model(model)
+            config.pop("quantization", None)
+            config.pop("quantization_config", None)
+        fused = None
+        if self.prompt is not None:
+            if self.adapters:  # the output row is fitted to the model that it ends up in
+                model.eval()
+            self.prompt.activate()
+            fused = fuse_soft_prompt(self.base, self.prompt)
+        if dtype != "stored":
+            cast(model, dtype)
+        if self.reward_model is not None:
+            self.reward_model.settle(fused.ids if fused else None)
+        mx.eval(model.parameters())
+        return fused
+
+
+def load_parts(
+    model: str | None,
+    files: Sequence[str],
+    weights: Sequence[float],
+    *,
+    trust_remote_code: bool = False,
+) -> Parts:
+    """Load a base and the adapter `files` with `weights`; without a `model` the recorded base.
+
+    Raises UserError for what cannot be combined: several heads or soft prompts, weights on them or
+    on a full fine-tune, and a full fine-tune with anything else.
+    """
+    options = {"dtype": "stored", "trust_remote_code": trust_remote_code}
+    if not files:
+        return _model_alone(model, options)
+    descriptions = [read_adapter(file)[1] for file in files]
+    _check_together(files, weights, descriptions)
+    base = load_model(model or recorded_base(files[0], descriptions[0]), **options)
+    parts = Parts(base, descriptions=descriptions)
+    for file, weight in zip(files, weights, strict=True):
+        tuning = load_adapter(base.model, file)
+        if read_head(file, "value_head") is not None:
+            parts.notes.append(f"the value head beside {file} stays behind: only training uses it")
+        if read_head(file, HEAD) is not None:
+            parts.reward_model = RewardModel(base.model, tuning=tuning)
+            load_reward_head(parts.reward_model, file)
+            parts.reward_model.eval()
+        if tuning.kind != "full":
+            tuning.deactivate()
+        if tuning.kind == "prompt":
+            parts.prompt = tuning
+        elif tuning.kind != "full":
+            parts.adapters.append(tuning)
+            parts.weights.append(weight)
+    return parts
+
+
+def _model_alone(model: str | None, options: dict) -> Parts:
+    from models.classifiers import is_classifier
+
+    path = resolve_path(model) if model is not None else None
+    if path is not None and (is_classifier(path) or read_head(path, HEAD) is not None):
+        reward_model = load_reward_model(path, **options)
+        return Parts(reward_model.source, reward_model=reward_model)
+    return Parts(load_model(model, **options))
+
+
+def _check_together(files, weights, descriptions) -> None:
+    kinds = [description.get("fine_tune_type", "lora") for description in descriptions]
+    for file, weight, kind in zip(files, weights, kinds, strict=True):
+        if not np.isfinite(weight):
+            raise UserError(f"--adapter-weights: {weight} is no factor")
+        is_reward = read_head(file, HEAD) is not None
+        if is_reward and len(files) > 1:
+            raise UserError(f"{file}: a reward model is fused alone: its head fits no other sum")
+        what = {"full": "a full fine-tune", "prompt": "a soft prompt"}.get(kind)
+        what = "a reward model" if is_reward else what
+        if what and weight != 1:
+            raise UserError(f"{file}: {what} has no half measures; its weight has to be 1")
+        if kind == "full" and len(files) > 1:
+            raise UserError(f"{file}: every weight was trained, so it is no adapter of the same "
+                            "base; fuse it alone and give the result as --model")  # fmt: skip
+    if kinds.count("prompt") > 1:
+        raise UserError("two soft prompts cannot both come first; give one")
+
+
+def recorded_base(file: str, description: dict) -> str:
+    """The base model that an adapter's description names. Raises UserError without one."""
+    name = description.get("model")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{file}: does not say which model it belongs to; give --model")
+    return name

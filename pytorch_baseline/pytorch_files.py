@@ -1,0 +1,218 @@
+"""Files that both sides read: adapters and heads as the MLX side writes them, transformers folders.
+
+A path ending in ``.npz`` or ``.safetensors`` is an adapter file with its description inside
+(models/adapter_files.py); any other path is a transformers folder with the adapter merged into the
+weights, which every script loads with --model. Heads lie beside either, in files of their own.
+"""
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from pytorch_models import LoadedModel, Tuned, mlx_layout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from errors import UserError
+
+CONFIG_KEY = "adapter_config"
+FILE_SUFFIXES = (".npz", ".safetensors")
+# Copied as they are; weights and config.json are written anew.
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+                   "merges.txt", "spiece.model", "*.tiktoken", "chat_template.*",
+                   "generation_config.json")  # fmt: skip
+
+
+def is_single_file(path: str | Path) -> bool:
+    return Path(path).suffix in FILE_SUFFIXES
+
+
+# ---- adapters ----------------------------------------------------------------------------------
+
+
+def save_trained(path: str, model: Tuned, loaded: LoadedModel, tokenizer: str | None) -> list[Path]:
+    """Write what was trained: an adapter file, or a merged folder; returns what was written.
+
+    A soft prompt has no weights to be merged into: a folder then is an adapter of the MLX side.
+    """
+    path = Path(path)
+    if is_single_file(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_arrays(path, stored_arrays(model), {CONFIG_KEY: description(model, loaded)})
+    elif model.kind == "prompt":
+        path.mkdir(parents=True, exist_ok=True)
+        described = description(model, loaded)
+        file = path / "soft_prompt.safetensors"
+        write_arrays(file, stored_arrays(model), {CONFIG_KEY: described})
+        (path / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n")
+    else:
+        save_merged(path, model, loaded, tokenizer)
+    return [path]
+
+
+def stored_arrays(model: Tuned) -> dict[str, Tensor]:
+    return {name: mlx_layout(name, a.detach()) for name, a in model.arrays().items()}
+
+
+def description(model: Tuned, loaded: LoadedModel) -> dict:
+    """What an adapter file says of itself, in the form of mlx-lm's adapter_config.json."""
+    described = {**model.description, "model": loaded.name}
+    if "lora_parameters" in described:
+        inside = {name.rsplit(".", 1)[0].split(".", 3)[3] for name in model.arrays()}
+        described["lora_parameters"] = {**described["lora_parameters"], "keys": sorted(inside)}
+        blocks = {int(name.split(".")[2]) for name in model.arrays()}
+        described["num_layers"] = len(blocks)
+    return described
+
+
+def read_adapter(path: str) -> tuple[dict[str, Tensor], dict]:
+    """(arrays, description) of an adapter file or folder. Raises UserError where it is not one."""
+    path = Path(path)
+    if path.is_dir():
+        for name in ("adapters.safetensors", "soft_prompt.safetensors"):
+            if (path / name).exists():
+                arrays, _ = read_arrays(path / name)
+                return arrays, json.loads((path / "adapter_config.json").read_text())
+        raise UserError(f"{path}: no adapter there; a merged folder is given as --model")
+    if not is_single_file(path):
+        raise UserError(f"{path}: an adapter is a .npz or .safetensors file, or a folder")
+    arrays, described = read_arrays(path)
+    if CONFIG_KEY not in described:
+        raise UserError(f"{path}: does not say what kind of adapter it is")
+    return arrays, described[CONFIG_KEY]
+
+
+def load_adapter(loaded: LoadedModel, path: str) -> Tuned:
+    """The model with the adapter in `path` on it."""
+    arrays, described = read_adapter(path)
+    described.setdefault("num_layers", -1)
+    model = Tuned(loaded.model, described).to(loaded.device)
+    model.load_arrays(arrays, str(path))
+    return model
+
+
+# ---- heads -------------------------------------------------------------------------------------
+
+
+def head_path(path: str | Path, name: str) -> Path:
+    """Where the head `name` ("value_head", "reward_head") of an adapter or model folder lies."""
+    path = Path(path)
+    if is_single_file(path):
+        return path.with_name(f"{path.stem}.{name}.safetensors")
+    return path / f"{name}.safetensors"
+
+
+def save_head(path: str | Path, name: str, arrays: dict[str, Tensor], described: dict) -> Path:
+    file = head_path(path, name)
+    write_arrays(file, {k: a.detach().float() for k, a in arrays.items()}, {name: described})
+    return file
+
+
+def read_head(path: str | Path, name: str) -> tuple[dict[str, Tensor], dict] | None:
+    """(arrays, description) of a head beside an adapter or in a model folder; None without one."""
+    file = head_path(path, name)
+    if not file.exists():
+        return None
+    arrays, described = read_arrays(file)
+    return arrays, described.get(name, {})
+
+
+# ---- merged folders ----------------------------------------------------------------------------
+
+
+def merged_weights(model: Tuned) -> dict[str, Tensor]:
+    """Weights of the base under their own names with the adapter added; the model stays as it is."""
+    weights = {
+        name.replace(".base_layer.", "."): weight
+        for name, weight in model.base.state_dict().items()
+        if ".lora_" not in name
+    }
+    for path, layer in model.base.named_modules():
+        if hasattr(layer, "lora_A"):
+            layer = copy.deepcopy(layer)
+            layer.merge()
+            weights[f"{path}.weight"] = layer.get_base_layer().weight.data
+    return weights
+
+
+def check_free(path: str) -> None:
+    """Raise UserError unless a folder may be written at `path`: before the work, not after it."""
+    path = Path(path)
+    if is_single_file(path) or not path.exists():
+        return
+    known = ("config.json", "adapter_config.json")
+    if not path.is_dir() or (any(path.iterdir()) and not any((path / n).exists() for n in known)):
+        raise UserError(f"--save-file {path}: is there, and is no model folder; give another name")
+
+
+def save_merged(path: Path, model: Tuned, loaded: LoadedModel, tokenizer: str | None) -> None:
+    """A transformers folder: weights, the base's own config.json, its tokenizer.
+
+    config.json is the base's and not one that transformers writes: version 5 moves rope_theta to
+    where mlx-lm does not look for it, and would silently get the default.
+    """
+    aside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        model.base.save_pretrained(aside, state_dict=merged_weights(model))
+        config = {**loaded.config, "dtype": str(model.base.dtype).removeprefix("torch.")}
+        config.pop("torch_dtype", None)
+        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for pattern in TOKENIZER_FILES:
+            for file in model_folder(tokenizer or loaded.name).glob(pattern):
+                shutil.copyfile(file, aside / file.name)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def model_folder(name: str) -> Path:
+    """The local folder of a model: itself, or the downloaded snapshot."""
+    from transformers.utils import cached_file
+
+    path = Path(name).expanduser()
+    return path if path.is_dir() else Path(cached_file(name, "config.json")).parent
+
+
+# ---- arrays on disk ----------------------------------------------------------------------------
+
+
+def write_arrays(path: Path, arrays: dict[str, Tensor], described: dict) -> None:
+    """Write tensors and JSON-able descriptions to .safetensors or .npz, aside and then renamed."""
+    aside = path.with_name(f".{path.stem}.writing{path.suffix}")
+    arrays = {name: a.cpu().contiguous() for name, a in sorted(arrays.items())}
+    if path.suffix == ".npz":
+        texts = {k: np.frombuffer(json.dumps(v).encode(), np.uint8) for k, v in described.items()}
+        np.savez(aside, **{name: a.float().numpy() for name, a in arrays.items()}, **texts)
+    else:
+        texts = {name: json.dumps(value) for name, value in described.items()}
+        save_file(arrays, aside, metadata={"format": "pt", **texts})
+    os.replace(aside, path)
+
+
+def read_arrays(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, descriptions) of a .safetensors or .npz file. No pickle is ever read."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            texts = {k: arrays.pop(k).tobytes().decode() for k in [CONFIG_KEY] if k in arrays}
+            return {k: torch.from_numpy(a) for k, a in arrays.items()}, decoded(texts)
+        with safe_open(path, framework="pt") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            return arrays, decoded(file.metadata() or {})
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def decoded(texts: dict[str, str]) -> dict:
+    return {name: json.loads(text) for name, text in texts.items() if name != "format"}

@@ -1,0 +1,283 @@
+"""training/loop.py and training/ppo_loop.py in PyTorch: update, report, checkpoint, stop, resume."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_training import (
+    check_memory,
+    load_checkpoint,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
+
+from data_utils import PromptRow, columns_of, prompt_batch
+from errors import UserError
+from training.console import Progress
+from training.metrics import Run
+from training.signals import GracefulStop
+
+
+@dataclass
+class Schedule:
+    """Numbers of updates or PPO steps; 0 means never (checkpoints: at the end alone)."""
+
+    steps: int
+    report_every: int
+    eval_every: int
+    save_every: int
+    accumulation: int = 1
+    eval_samples: int = 4
+    samples_per_step: int = 2
+    keep_checkpoints: int = 2
+    patience: int | None = None
+    max_bad_steps: int = 5
+    memory_limit: float | None = None
+
+
+@dataclass
+class Loop:
+    """What both loops share: checkpoints of trainer, data position and run folder."""
+
+    run_folder: Run
+    trainer: Any
+    schedule: Schedule
+    device: torch.device
+    step: int = 0
+    bad_in_a_row: int = 0
+    state: dict = field(default_factory=dict)  # plain values that a checkpoint holds as well
+
+    def parts(self) -> dict[str, Any]:
+        """Objects with state_dict and load_state_dict that belong into a checkpoint."""
+        trainer = self.trainer
+        return {"optimizer": trainer.optimizer, "schedule": trainer.scheduler}
+
+    def checkpoint(self, better: bool = False) -> None:
+        trained = {name: p.detach().cpu() for name, p in self.trainer.parameters.items()}
+        saved = {name: part.state_dict() for name, part in self.parts().items()}
+        saved |= {"trained": trained, "bad_in_a_row": self.bad_in_a_row, "state": self.state}
+        saved |= {"run": self.run_folder.state_dict(), "rng": rng_state(self.device)}
+        plan = self.schedule
+        save_checkpoint(
+            self.run_folder.checkpoints, self.step, saved, keep=plan.keep_checkpoints, better=better
+        )
+
+    def resume(self, path: Path | None) -> None:
+        """Go back to a checkpoint (None: to the start)."""
+        if path is None:
+            self.run_folder.load_state_dict({})
+            return
+        saved = load_checkpoint(path)
+        self.take_weights(saved)
+        for name, part in self.parts().items():
+            part.load_state_dict(saved[name])
+        self.step, self.bad_in_a_row = saved["step"], saved["bad_in_a_row"]
+        self.state.update(saved["state"])
+        self.run_folder.load_state_dict(saved["run"])
+        set_rng_state(saved["rng"])
+
+    def take_weights(self, saved: dict) -> None:
+        """The trained weights of a checkpoint, and nothing else of it."""
+        if saved["trained"].keys() != self.trainer.parameters.keys():
+            raise UserError("--resume: the checkpoint holds other weights than are trained now")
+        with torch.no_grad():
+            for name, parameter in self.trainer.parameters.items():
+                parameter.copy_(saved["trained"][name])
+
+    def watch(self, bad: float, rows: Iterable[dict]) -> None:
+        """Count updates without a finite gradient; set their rows aside, stop after too many."""
+        check_memory(self.schedule.memory_limit, self.device)
+        if not bad:
+            self.bad_in_a_row = 0
+            return
+        self.bad_in_a_row += 1
+        folder = self.run_folder.folder
+        with open(folder / "bad_rows.jsonl", "a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps({"step": self.step, **row}) + "\n")
+        if self.bad_in_a_row >= self.schedule.max_bad_steps:
+            raise UserError(
+                f"{folder}: loss or gradient was NaN or infinite in {self.bad_in_a_row} steps in "
+                "a row; the rows are in bad_rows.jsonl, and --resume goes on from the last "
+                "checkpoint; try a lower --learning-rate"
+            )
+
+
+@dataclass
+class SupervisedLoop(Loop):
+    """`run()` trains from where it stands to `schedule.steps`, or until it is told to stop."""
+
+    batches: Any = None  # an iterator with state_dict and load_state_dict
+    validation: Callable[[], Iterable] | None = None
+    after_validation: Callable[[int], None] = lambda step: None
+
+    def __post_init__(self):
+        self.state = {"best": None, "since_best": 0, "tokens_total": 0.0, "skipped_total": 0.0}
+
+    def parts(self) -> dict[str, Any]:
+        return super().parts() | {"batches": self.batches}
+
+    def run(self, stop: GracefulStop, name: str) -> None:
+        """Train. Ends with a checkpoint, also when `stop` was requested."""
+        plan, state = self.schedule, self.state
+        with Progress(plan.steps, done=self.step, name=name) as progress:
+            if self.step == 0 and plan.eval_every and self.validation:
+                self.validate(progress)
+            while self.step < plan.steps and not stop.requested:
+                self.update(progress)
+                gained = False
+                if plan.eval_every and self.step % plan.eval_every == 0 and self.validation:
+                    gained = self.validate(progress)
+                if gained or (plan.save_every and self.step % plan.save_every == 0):
+                    self.checkpoint(better=gained)
+                if plan.patience is not None and state["since_best"] >= plan.patience:
+                    progress.line(f"stopped early: no gain in {plan.patience} validations")
+                    break
+        self.checkpoint()
+
+    def update(self, progress: Progress) -> None:
+        """One update of the weights, logged."""
+        batches = [next(self.batches) for _ in range(self.schedule.accumulation)]
+        metrics = self.trainer.step(batches)
+        self.step += 1
+        self.state["tokens_total"] += metrics.pop("weight")
+        bad = metrics.pop("not_finite")
+        self.state["skipped_total"] += bad
+        row = {f"train/{key}": value for key, value in metrics.items()}
+        row["train/learning_rate"] = self.trainer.learning_rate
+        row |= {f"train/{k}": self.state[k] for k in ("tokens_total", "skipped_total")}
+        self.run_folder.log(self.step, row)
+        progress.advance()
+        if self.step % self.schedule.report_every == 0:
+            shown = {"loss": metrics["loss"], "lr": self.trainer.learning_rate}
+            progress.report(self.step, shown)
+        rows = ((b.tokens[i], b.lengths[i]) for b in batches for i in range(len(b.tokens)))
+        self.watch(bad, ({"tokens": tokens[:length].tolist()} for tokens, length in rows))
+
+    def validate(self, progress: Progress) -> bool:
+        """Validate and log; whether this is the best so far."""
+        metrics, state = self.trainer.evaluate(self.validation()), self.state
+        self.run_folder.log(self.step, {f"valid/{key}": v for key, v in metrics.items()})
+        shown = {key: metrics[key] for key in ("loss", "perplexity", "accuracy") if key in metrics}
+        progress.report(self.step, {f"valid {key}": value for key, value in shown.items()})
+        gained = state["best"] is None or metrics["loss"] < state["best"]
+        state["best"] = metrics["loss"] if gained else state["best"]
+        state["since_best"] = 0 if gained else state["since_best"] + 1
+        self.after_validation(self.step)
+        return gained
+
+
+@dataclass
+class PPOLoop(Loop):
+    """`run()` trains from where it stands to `schedule.steps`, or until it is told to stop."""
+
+    rewards: Callable = None
+    tokenizer: Any = None
+    prompts: Sequence[PromptRow] = ()
+    validation: Sequence[PromptRow] = ()
+    should_stop: Callable[[list[int]], bool] | None = None
+
+    def __post_init__(self):
+        self.state = {"evaluations": [], "best": None}
+
+    def parts(self) -> dict[str, Any]:
+        return super().parts() | {"trainer": self.trainer}
+
+    def run(self, stop: GracefulStop) -> None:
+        """Train. Ends with a checkpoint, also when `stop` was requested."""
+        plan = self.schedule
+        with Progress(plan.steps, done=self.step, name="ppo") as progress:
+            if not self.state["evaluations"]:
+                self.evaluate(progress)
+            while self.step < plan.steps and not stop.requested:
+                self.train_step(progress)
+                last, gained = self.step == plan.steps, False
+                if plan.eval_every and (last or self.step % plan.eval_every == 0):
+                    gained = self.evaluate(progress)
+                if plan.save_every and self.step % plan.save_every == 0 and not last:
+                    self.checkpoint(better=gained)
+            self.checkpoint()
+
+    def train_step(self, progress: Progress) -> None:
+        """Prompts, responses, rewards, update, and a row of metrics."""
+        config = self.trainer.config
+        chosen = prompt_batch(len(self.prompts), config.batch_size, self.step, config.seed)
+        rows = [self.prompts[i] for i in chosen]
+        queries = [row.tokens for row in rows]
+        responses = self.trainer.generate(queries, should_stop=self.should_stop)
+        ended = [self.trainer.has_ended(q, r) for q, r in zip(queries, responses, strict=True)]
+        try:
+            texts, scores, parts = self.score(rows, responses, ended)
+        except UserError:
+            self.checkpoint()  # the weights as they were before this step
+            raise
+        stats = self.trainer.step(queries, responses, scores)
+        self.step += 1
+        self.trainer.log = self.run_folder.log
+        self.trainer.log_stats(stats, parts, scores)
+        self.write_samples(rows, texts, scores, stats["objective/kl_dist"])
+        progress.advance()
+        if self.step % self.schedule.report_every == 0:
+            means = {name: float(np.mean(column)) for name, column in parts.items()}
+            shown = {"score": float(np.mean(scores)), "kl": stats["objective/kl"], **means}
+            progress.report(self.step, shown | {"tokens": stats["tokens/responses_len_mean"]})
+        pairs = zip(queries, responses, strict=True)
+        self.watch(stats["ppo/not_finite"], ({"query": q, "response": r} for q, r in pairs))
+
+    def score(self, rows, responses, ended) -> tuple[list[str], list[float], dict]:
+        """(texts of the responses, scores, {reward: its scores})."""
+        pairs = list(zip(rows, responses, strict=True))
+        texts = [response_text(self.tokenizer, row.tokens, response) for row, response in pairs]
+        token_ids = [[*row.tokens, *response] for row, response in pairs]
+        columns = {**columns_of(rows), "token_ids": token_ids, "ended": ended}
+        scores, parts = self.rewards([row.text for row in rows], texts, **columns)
+        return texts, scores, parts
+
+    def write_samples(self, rows, texts, scores, kls) -> None:
+        samples = [
+            {"prompt": row.text, "response": text, "score": score, "kl": float(kl)}
+            for row, text, score, kl in zip(rows, texts, scores, kls, strict=True)
+        ]
+        self.run_folder.log_samples(self.step, samples[: self.schedule.samples_per_step])
+
+    def evaluate(self, progress: Progress) -> bool:
+        """Score greedy and sampled responses to the validation prompts; whether a new best."""
+        if not self.validation or not self.schedule.eval_every:
+            return False
+        row = {"step": self.step}
+        for kind, greedy, count in (
+            ("greedy", True, 1),
+            ("sampled", False, self.schedule.eval_samples),
+        ):
+            rows = [prompt for prompt in self.validation for _ in range(count)]
+            made = self.trainer.sample_for_evaluation(
+                [prompt.tokens for prompt in rows], greedy, self.should_stop
+            )
+            texts, scores, parts = self.score(rows, made.responses, made.finished)
+            row[f"eval/{kind}/score"] = float(np.mean(scores))
+            for name, column in parts.items():
+                row[f"eval/{kind}/{name}"] = float(np.mean(column))
+            row[f"eval/{kind}/response_tokens"] = float(np.mean([len(r) for r in made.responses]))
+            sample = {"prompt": rows[0].text, "response": texts[0], "score": scores[0]}
+            self.run_folder.log_samples(self.step, [{"evaluation": kind, **sample}])
+        self.run_folder.log(self.step, {k: v for k, v in row.items() if k != "step"})
+        shown = {"greedy": row["eval/greedy/score"], "sampled": row["eval/sampled/score"]}
+        progress.report(self.step, {f"held-out {name}": value for name, value in shown.items()})
+        self.state["evaluations"].append(row)
+        gained = self.state["best"] is None or shown["sampled"] > self.state["best"]
+        self.state["best"] = shown["sampled"] if gained else self.state["best"]
+        return gained
+
+
+def response_text(tokenizer, query: Sequence[int], response: Sequence[int]) -> str:
+    """The text that `response` adds to `query`, so that prompt + response is the whole text."""
+    start = tokenizer.decode(list(query), skip_special_tokens=True)
+    whole = tokenizer.decode([*query, *response], skip_special_tokens=True)
+    if whole.startswith(start):
+        return whole[len(start) :]
+    return tokenizer.decode(list(response), skip_special_tokens=True)

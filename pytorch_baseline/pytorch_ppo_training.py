@@ -1,0 +1,221 @@
+"""ppo_training.py in PyTorch: PPO against a ground-truth reward, a learned one, or your own.
+
+The flags, the prompts and their order are those of ppo_training.py. The reference is the base with
+the adapter off (peft), or a frozen copy in full fine-tuning; a reward model is a second model in
+memory, as in TRL.
+
+Within minutes on a laptop, on the embedded model:
+    python pytorch_baseline/pytorch_ppo_training.py --ground_truth_reward
+"""
+
+import project_root  # noqa: F401
+from pytorch_actor_critic import ActorCritic, ValueHead
+from pytorch_files import check_free, load_adapter, read_head, save_head, save_trained
+from pytorch_flags import parse, ppo_script
+from pytorch_loops import PPOLoop, Schedule
+from pytorch_models import Tuned, load_model, pick_device
+from pytorch_ppo_trainer import PPOTrainer
+from pytorch_reward_model import load_reward_model
+from pytorch_training import (
+    latest_checkpoint,
+    note_versions,
+    optimizer_and_schedule,
+    peak_memory,
+    seed_everything,
+)
+
+from rl.ppo_config import PPOConfig
+from rl.reward_functions import load_function
+from rl.reward_set import Reward, RewardSet
+from rl.reward_sources import GROUND_TRUTH, LEARNED, digits_rewards, learned_reward
+from training.arguments import run_main
+from training.dataclass_flags import dataclass_from_arguments
+from training.flag_groups import adapter_description, optimizer_options
+from training.metrics import Run, read_rows
+from training.plots import plot_learned_and_true, plot_ppo
+from training.resume import checkpoint_asked_for
+from training.signals import GracefulStop
+
+SCRIPT = "pytorch_baseline/pytorch_ppo_training.py"
+FULL = {"fine_tune_type": "full"}
+
+
+# ------------------------------------------------------------------------------ main
+
+
+def main(words=None) -> int:
+    args = parse(ppo_script, words)
+    if args.save_file is not None:
+        check_free(args.save_file)
+    seed_everything(args.seed)
+    loaded = load_model(args.model, **loading(args))
+    prompts = ppo_script.load_prompts(args, loaded.tokenizer)
+    policy, reference = make_policy(args, loaded)
+    rewards = make_rewards(args, loaded)
+    train(args, loaded, policy, reference, rewards, prompts)
+    print(f"peak memory {peak_memory(loaded.device):.2f} GB")
+    return 0
+
+
+# ------------------------------------------------------------------------------ model
+
+
+def loading(args) -> dict:
+    """Keyword arguments of `load_model` for every model of the run."""
+    return {
+        "tokenizer": args.tokenizer,
+        "device": pick_device(args.device),
+        "dtype": args.dtype,
+        "trust_remote_code": args.trust_remote_code,
+    }
+
+
+def make_policy(args, loaded):
+    """(policy with a value head, reference model or None for "the policy without its adapter")."""
+    head = ValueHead(loaded.model.config.hidden_size, args.value_head_init_std)
+    if args.resume_file is not None:
+        model = load_adapter(loaded, args.resume_file)
+        if (saved := read_head(args.resume_file, "value_head")) is not None:
+            head.load_state_dict(saved[0])
+    else:
+        model = Tuned(loaded.model, adapter_description(args)).to(loaded.device)
+    reference = None
+    if model.kind == "full":
+        reference = Tuned(load_model(args.model, **loading(args)).model, FULL)
+        reference.requires_grad_(False).eval()
+    return ActorCritic(model, head), reference
+
+
+def make_rewards(args, loaded) -> RewardSet:
+    """The weighted set of all rewards that were asked for."""
+    rewards = []
+    rule = {"increasing": args.increasing or not args.decreasing, "multiple_of": args.multiple_of,
+            "min_length": args.min_length}  # fmt: skip
+    if args.ground_truth_reward:
+        rewards.append(digits_rewards(**rule)[0])
+    if args.reward_model:
+        rewards.append(make_learned_reward(args, loaded))
+    for spec in args.reward_function or ():
+        name = spec.rpartition(":")[2]
+        rewards.append(Reward(name, load_function(spec), timeout=args.reward_timeout))
+    for url in args.reward_url or ():  # has a time limit of its own, for each request
+        from rl.http_reward import HTTPReward
+
+        service = HTTPReward(url, timeout=args.reward_timeout, retries=args.reward_retries)
+        rewards.append(Reward("service", service))
+    for reward, weight in zip(rewards, args.reward_weights or (), strict=False):
+        reward.weight = weight
+    if args.ground_truth_reward or args.true_score:
+        logged = digits_rewards(**rule, weight=0.0)
+        rewards += logged if args.true_score else logged[1:]
+    return RewardSet(rewards)
+
+
+def make_learned_reward(args, loaded) -> Reward:
+    """A reward model as a reward; it reads text where its tokens are not the policy's."""
+    options = {name: value for name, value in loading(args).items() if name != "tokenizer"}
+    reward_model, tokenizer = load_reward_model(args.reward_model, args.model, **options)
+    encode = None
+    if tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+        end = [tokenizer.eos_token_id]
+
+        def encode(text: str, ended: bool) -> list[int]:
+            return tokenizer.encode(text) + end * bool(ended)
+
+    return learned_reward(lambda rows: reward_model.score(rows, args.batch_size), encode)
+
+
+# ------------------------------------------------------------------------------ loop
+
+
+def train(args, loaded, policy, reference, rewards, prompts) -> None:
+    """The loop, and what is left behind at its end."""
+    config = dataclass_from_arguments(PPOConfig, args)
+    updates = config.num_steps * config.updates_per_step
+    optimizer, scheduler = optimizer_and_schedule(
+        policy.trainable(), optimizer_options(args), updates
+    )
+    trainer = PPOTrainer(
+        config,
+        policy,
+        reference,
+        loaded.tokenizer,
+        optimizer,
+        eos_ids=loaded.eos_ids,
+        scheduler=scheduler,
+        grad_checkpoint=args.grad_checkpoint,
+    )
+    schedule = Schedule(
+        steps=config.num_steps,
+        report_every=args.steps_per_report,
+        eval_every=args.eval_every,
+        save_every=args.save_every,
+        eval_samples=args.eval_samples,
+        samples_per_step=args.samples_per_step,
+        keep_checkpoints=args.keep_checkpoints,
+        max_bad_steps=args.max_bad_steps,
+        memory_limit=args.memory_limit,
+    )
+    with (
+        Run(
+            "pytorch_ppo", vars(args), output_dir=args.output_dir, resume=args.resume is not None,
+            overwrite=args.overwrite, log_with=args.log_with, outputs=("model",),
+        ) as run,
+        GracefulStop() as stop,
+    ):  # fmt: skip
+        note_versions(run)
+        loop = PPOLoop(
+            run, trainer, schedule, loaded.device,
+            rewards=rewards,
+            tokenizer=loaded.tokenizer,
+            prompts=prompts["train"].rows,
+            validation=prompts["valid"].rows if "valid" in prompts else [],
+            should_stop=ppo_script.stop_at(args.stop, loaded.tokenizer),
+        )  # fmt: skip
+        if args.resume is not None:
+            loop.resume(checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints))
+        print(
+            f"{run.folder}: {config.num_steps} steps of {config.batch_size} responses, "
+            f"{config.ppo_epochs} epochs of minibatches of {config.mini_batch_size}; "
+            f"{sum(p.numel() for p in trainer.parameters.values()):,} weights trained; rewards: "
+            + ", ".join(f"{w:g} x {n}" for n, w in zip(rewards.names, rewards.weights, strict=True))
+        )
+        loop.run(stop)
+        if not stop.requested:
+            finish(args, loaded, policy, run, loop)
+    stop.exit_if_requested(SCRIPT, run.folder)
+
+
+# ------------------------------------------------------------------------------ save
+
+
+def finish(args, loaded, policy, run, loop) -> None:
+    """Write the trained weights, plots and a summary; say where everything lies."""
+    path = args.save_file or str(run.folder / "model")
+    written = save_trained(path, policy.model, loaded, args.tokenizer)
+    written.append(save_head(path, "value_head", policy.value_head.state_dict(), {}))
+    rows = read_rows(run.folder)
+    target = args.target if args.adap_kl_ctrl else None
+    written.append(plot_ppo(rows, run.plots / "ppo.png", kl_target=target))
+    if args.reward_model and args.true_score:
+        written.append(
+            plot_learned_and_true(
+                rows,
+                run.plots / "learned_and_true.png",
+                learned=f"env/{LEARNED}_mean",
+                true=f"env/{GROUND_TRUTH}_mean",
+            )
+        )
+    last_rows = [row for row in rows if "objective/kl" in row][-10:]
+    kl = sum(row["objective/kl"] for row in last_rows) / len(last_rows)
+    found = loop.state["evaluations"]
+    memory = peak_memory(loaded.device)
+    evaluations = {"first": found[:1], "last": found[-1:]}
+    run.finish({"steps": loop.step, "kl": kl, "evaluation": evaluations, "peak_memory": memory})
+    print("wrote " + "\n      ".join(map(str, [*written, run.folder / "metrics.jsonl"])))
+    if (run.folder / "model").exists() or not path.endswith((".npz", ".safetensors")):
+        print(f"next: python talk_to_model.py --model {path}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,244 @@
+"""sft.py in PyTorch: supervised fine-tuning, and reward models with --reward-model.
+
+The flags, the data and their order are those of sft.py; the model is transformers', the adapter
+peft's. From the same weights both give the same losses (tests/test_baseline_parity.py). Why this is
+a plain loop and not TRL's SFTTrainer and RewardTrainer: pytorch_baseline/README.md.
+
+Within a minute on a laptop, on the embedded model:
+    python pytorch_baseline/pytorch_sft.py --train --iters 100 --batch-size 32 --learning-rate 3e-3
+"""
+
+import itertools
+import math
+
+import project_root  # noqa: F401
+import torch
+from pytorch_actor_critic import Sampling, generate
+from pytorch_files import check_free, load_adapter, save_trained
+from pytorch_flags import parse, sft_script
+from pytorch_loops import Schedule, SupervisedLoop
+from pytorch_models import Tuned, load_model, pick_device
+from pytorch_reward_model import RewardModel, normalise
+from pytorch_sft_trainer import LanguageModelTask, RewardModelTask, SupervisedTrainer, evaluate
+from pytorch_sft_trainer import trainable as trainable_parameters
+from pytorch_training import (
+    best_checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    note_versions,
+    optimizer_and_schedule,
+    peak_memory,
+    seed_everything,
+)
+
+from data_utils import BatchIterator, BatchPlan, epoch_batches
+from errors import UserError
+from training.arguments import run_main
+from training.flag_groups import adapter_description, optimizer_options
+from training.metrics import Run, read_rows
+from training.plots import plot_calibration, plot_distributions, plot_losses
+from training.resume import checkpoint_asked_for
+from training.reward_report import preference_report, regression_report
+from training.signals import GracefulStop
+
+SCRIPT = "pytorch_baseline/pytorch_sft.py"
+
+
+# ------------------------------------------------------------------------------ main
+
+
+def main(words=None) -> int:
+    args = parse(sft_script, words)
+    if args.save_file is not None:
+        check_free(args.save_file)
+    seed_everything(args.seed)
+    loaded = load_model(
+        args.model,
+        tokenizer=args.tokenizer,
+        device=pick_device(args.device),
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
+    rows = sft_script.load_rows(args, loaded.tokenizer)
+    if args.preview:
+        return 0
+    task = make_task(args, loaded)
+    if args.train:
+        train(args, loaded, task, rows)
+    if args.test:
+        test(args, task, rows["test"])
+    print(f"peak memory {peak_memory(loaded.device):.2f} GB")
+    return 0
+
+
+# ------------------------------------------------------------------------------ model
+
+
+def make_task(args, loaded):
+    """The model with what is trained on it, as a task of pytorch_sft_trainer."""
+    if args.resume_adapter_file is not None:
+        model = load_adapter(loaded, args.resume_adapter_file)
+        wanted = adapter_description(args)["fine_tune_type"]
+        if wanted != model.kind and {"fine_tune_type", "prompt_tuning"} & args.explicit:
+            raise UserError(f"{args.resume_adapter_file}: holds {model.kind}, not {wanted}")
+    else:
+        model = Tuned(loaded.model, adapter_description(args)).to(loaded.device)
+    if not args.reward_model:
+        return LanguageModelTask(model)
+    reward_model = RewardModel(model, pooling=args.pooling)
+    if args.resume_adapter_file is not None:
+        reward_model.load_head(args.resume_adapter_file)
+    return RewardModelTask(reward_model, centering=args.centering, use_margin=args.margins)
+
+
+# ------------------------------------------------------------------------------ loop
+
+
+def train(args, loaded, task, rows) -> None:
+    """The loop, and what is left behind at its end."""
+    plan = BatchPlan(rows["train"].lengths, args.batch_size, seed=args.seed)
+    updates_per_epoch = math.ceil(len(plan) / args.gradient_accumulation_steps)
+    steps = math.ceil(args.epochs * updates_per_epoch) if args.epochs else args.iters
+    parameters = trainable_parameters(task.trained)
+    optimizer, scheduler = optimizer_and_schedule(parameters, optimizer_options(args), steps)
+    trainer = SupervisedTrainer(
+        task,
+        optimizer,
+        scheduler,
+        max_grad_norm=args.max_grad_norm,
+        grad_checkpoint=args.grad_checkpoint,
+    )
+    schedule = Schedule(
+        steps=steps,
+        report_every=args.steps_per_report,
+        eval_every=args.steps_per_eval,
+        save_every=args.save_every,
+        accumulation=args.gradient_accumulation_steps,
+        keep_checkpoints=args.keep_checkpoints,
+        patience=args.early_stopping_patience,
+        max_bad_steps=args.max_bad_steps,
+        memory_limit=args.memory_limit,
+    )
+    name = "pytorch_reward_model" if args.reward_model else "pytorch_sft"
+    with (
+        Run(
+            name, vars(args), output_dir=args.output_dir, resume=args.resume is not None,
+            overwrite=args.overwrite, log_with=args.log_with, outputs=("model",),
+        ) as run,
+        GracefulStop() as stop,
+    ):  # fmt: skip
+        note_versions(run)
+        loop = SupervisedLoop(
+            run, trainer, schedule, loaded.device,
+            batches=BatchIterator(rows["train"].rows, plan),
+            validation=sft_script.validation(args, rows.get("valid")),
+            after_validation=lambda step: write_samples(args, loaded, task, run, step),
+        )  # fmt: skip
+        if args.resume is not None:
+            loop.resume(checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints))
+        print(
+            f"{run.folder}: {steps} updates of {args.batch_size} x "
+            f"{args.gradient_accumulation_steps} rows ({steps / updates_per_epoch:.1f} epochs), "
+            f"{sum(p.numel() for p in parameters.values()):,} weights trained"
+        )
+        loop.run(stop, name)
+        best = best_checkpoint(run.checkpoints)
+        if args.save_best and best is not None and not stop.requested:
+            loop.take_weights(load_checkpoint(best))
+        if not stop.requested:
+            finish(args, loaded, task, run, loop, rows)
+    stop.exit_if_requested(SCRIPT, run.folder)
+
+
+def write_samples(args, loaded, task, run, step) -> None:
+    """Continue --sample-prompts greedily; into samples.jsonl."""
+    if not args.sample_prompts:
+        return
+    tokenizer = loaded.tokenizer
+    task.trained.eval()
+    made = generate(
+        task.model,
+        [tokenizer.encode(text) for text in args.sample_prompts],
+        max_tokens=100,
+        eos_ids=loaded.eos_ids,
+        sampling=Sampling(temperature=0),
+    )
+    texts = [tokenizer.decode(r, skip_special_tokens=True) for r in made.responses]
+    pairs = zip(args.sample_prompts, texts, strict=True)
+    run.log_samples(step, [{"prompt": p, "response": r} for p, r in pairs])
+
+
+# ------------------------------------------------------------------------------ save
+
+
+def finish(args, loaded, task, run, loop, rows) -> None:
+    """Write the trained weights, plots and a summary; say where everything lies."""
+    summary = {"steps": loop.step, **loop.state, "peak_memory": peak_memory(loaded.device)}
+    if args.reward_model and args.normalize_samples:
+        normalise_scores(args, loaded, task, rows["train"])
+    path = args.save_file or str(run.folder / "model")
+    written = save_trained(path, task.model, loaded, args.tokenizer)
+    if args.reward_model:
+        written.append(task.reward_model.save_head(path))
+        if "valid" in rows:
+            summary |= evaluate_reward_model(task, rows["valid"], run.plots)
+    unit = "loss" if args.reward_model else "nats per token"
+    written.append(plot_losses(read_rows(run.folder), run.plots / "loss.png", unit=unit))
+    run.finish(summary)
+    print("wrote " + "\n      ".join(map(str, [*written, run.folder / "metrics.jsonl"])))
+
+
+def normalise_scores(args, loaded, task, rows) -> None:
+    """Mean 0 and deviation 1 on texts that the base model writes after the beginning of rows."""
+    starts = [getattr(row, "tokens", None) or row.chosen for row in rows.rows]
+    starts = list(itertools.islice(itertools.cycle(starts), args.normalize_samples))
+    starts = [tokens[: max(1, len(tokens) // 4)] for tokens in starts]
+    task.trained.eval()
+    if task.model.kind == "full":  # its base is gone: load it once more
+        base = Tuned(load_model(args.model, device=loaded.device, dtype=args.dtype).model,
+                     {"fine_tune_type": "full"})  # fmt: skip
+        made = write_from(base, starts, loaded)
+    else:
+        with task.model.disabled():
+            made = write_from(task.model, starts, loaded)
+    texts = [start + response for start, response in zip(starts, made.responses, strict=True)]
+    normalise(task.reward_model, texts)
+
+
+def write_from(model, starts, loaded):
+    longest = max(map(len, starts)) * 3
+    return generate(model, starts, max_tokens=longest, eos_ids=loaded.eos_ids, seed=0)
+
+
+@torch.no_grad()
+def evaluate_reward_model(task, rows, plots=None) -> dict[str, float]:
+    """Agreement of scores with rewards or preferences; with `plots`, drawn there."""
+    score = task.reward_model.score
+    if hasattr(rows[0], "reward"):
+        truth, scores = [row.reward for row in rows.rows], score([row.tokens for row in rows.rows])
+        report, groups = regression_report(scores, truth), {"reward model": scores, "truth": truth}
+        if plots is not None:
+            plot_calibration(scores, truth, plots / "calibration.png")
+    else:
+        groups = {
+            "chosen": score([row.chosen for row in rows.rows]),
+            "rejected": score([row.rejected for row in rows.rows]),
+        }
+        report = preference_report(*groups.values())
+    if plots is not None:
+        plot_distributions(groups, plots / "scores.png")
+    print("held-out rows: " + "  ".join(f"{k} {v:.3f}" for k, v in report.items()))
+    return {f"heldout/{name}": value for name, value in report.items()}
+
+
+def test(args, task, rows) -> None:
+    """Loss and agreement on the test rows."""
+    plan = BatchPlan(rows.lengths, args.batch_size, shuffle=False)
+    metrics = evaluate(task, epoch_batches(rows.rows, plan))
+    print("test: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    if args.reward_model:
+        evaluate_reward_model(task, rows)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,276 @@
+"""training/optimizers.py, checkpoints.py, seeds.py and memory.py in PyTorch."""
+
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from errors import UserError
+from training.arguments import MEMORY_ADVICE
+from training.files import plain, write_json
+
+# ---- optimizers --------------------------------------------------------------------------------
+
+DECAY = {"adamw": 0.01, "muon": 0.01}
+
+
+class Lion(torch.optim.Optimizer):
+    """Lion (Chen et al. 2023, algorithm 2), which torch has not."""
+
+    def __init__(self, params, lr: float, betas=(0.9, 0.99), weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            b1, b2 = group["betas"]
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                direction = (b1 * m + (1 - b1) * p.grad).sign()
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * direction)
+                m.mul_(b2).add_(p.grad, alpha=1 - b2)
+
+
+class Together:
+    """Several optimizers with one interface, for parameters that need different ones."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]):
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> list[dict]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+
+def is_inner_matrix(name: str, weight: torch.Tensor) -> bool:
+    """Whether Muon suits a weight: a matrix between layers, no embedding, head or prompt."""
+    outer = any(word in name for word in ("embed", "head", "score", "prompt"))
+    return weight.ndim == 2 and min(weight.shape) > 1 and not outer
+
+
+def build_optimizer(
+    parameters: dict[str, nn.Parameter],
+    name: str,
+    learning_rate: float,
+    *,
+    weight_decay: float | None = None,
+    betas: tuple[float, float | None] = (0.9, None),
+    eps: float = 1e-8,
+    momentum: float | None = None,
+) -> torch.optim.Optimizer | Together:
+    """An optimizer by name, with the defaults of training/optimizers.py."""
+    decay = DECAY.get(name, 0.0) if weight_decay is None else weight_decay
+    both = (betas[0], betas[1] if betas[1] is not None else (0.99 if name == "lion" else 0.999))
+    given, rate = list(parameters.values()), learning_rate
+    if name == "adam":
+        return torch.optim.Adam(given, rate, both, eps, decay)
+    if name == "adamw":
+        return torch.optim.AdamW(given, rate, both, eps, decay)
+    if name == "lion":
+        return Lion(given, rate, both, decay)
+    if name == "sgd":
+        return torch.optim.SGD(given, rate, momentum or 0.0, weight_decay=decay)
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(
+            given, rate, weight_decay=decay, relative_step=False, scale_parameter=False
+        )
+    if name == "muon":
+        inner = {n for n, p in parameters.items() if is_inner_matrix(n, p)}
+        muon = torch.optim.Muon(
+            [p for n, p in parameters.items() if n in inner],
+            rate,
+            weight_decay=decay,
+            momentum=0.95 if momentum is None else momentum,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        rest = [p for n, p in parameters.items() if n not in inner]
+        return Together([muon, torch.optim.AdamW(rest, rate, both, eps, decay)] if rest else [muon])
+    raise UserError(f"--optimizer: {name!r} is no optimizer this program has")
+
+
+class Scheduler:
+    """Sets the learning rate of every update; the shapes of training/optimizers.py."""
+
+    def __init__(self, optimizer, factor: Callable[[int], float]):
+        self.optimizer, self.factor, self.done = optimizer, factor, 0
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self._set()
+
+    def _set(self) -> None:
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * self.factor(self.done)
+
+    def step(self) -> None:
+        """After an update: the rate of the next one."""
+        self.done += 1
+        self._set()
+
+    def state_dict(self) -> dict:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.done = state["done"]
+        self._set()
+
+
+SHAPES: dict[str, Callable[[float, int], float]] = {
+    "constant": lambda progress, _: 1.0,
+    "linear": lambda progress, _: 1.0 - progress,
+    "cosine": lambda progress, _: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "cosine_with_restarts": lambda progress, cycles: (
+        0.0 if progress >= 1.0 else 0.5 * (1.0 + math.cos(math.pi * (progress * cycles % 1.0)))
+    ),
+}
+
+
+def learning_rate_factor(
+    name: str, *, steps: int, warmup: int = 0, cycles: int = 1, end_factor: float = 0.0
+) -> Callable[[int], float]:
+    """A function from the number of updates done so far to the next one's share of the peak."""
+    if warmup and warmup >= steps and name != "constant":
+        raise UserError(f"--warmup-steps: {warmup} updates of warm-up leave none of {steps}")
+
+    def factor(done: int) -> float:
+        if done < warmup:
+            return (done + 1) / warmup
+        progress = min((done - warmup) / max(steps - warmup, 1), 1.0)
+        shape = SHAPES[name](progress, cycles)
+        return shape if name == "constant" else end_factor + (1.0 - end_factor) * shape
+
+    return factor
+
+
+def optimizer_and_schedule(parameters: dict[str, nn.Parameter], options: dict, steps: int):
+    """Both from `training.flag_groups.optimizer_options`; `steps` counts updates."""
+    schedule = {"cycles": options.pop("cycles"), "end_factor": options.pop("end_factor")}
+    name, warmup = options.pop("schedule"), options.pop("warmup")
+    optimizer = build_optimizer(parameters, **options)
+    factor = learning_rate_factor(name, steps=steps, warmup=warmup, **schedule)
+    return optimizer, Scheduler(optimizer, factor)
+
+
+# ---- seeds and memory --------------------------------------------------------------------------
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The random states that training reads (dropout); data and sampling have seeds of their own."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type in ("cuda", "mps"):
+        state[device.type] = getattr(torch, device.type).get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    for name in ("cuda", "mps"):
+        if name in state:
+            getattr(torch, name).set_rng_state(state[name])
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory held so far, in GB: of the GPU, or of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def check_memory(gigabytes: float | None, device: torch.device) -> None:
+    """Raise UserError once the peak has passed the limit."""
+    if gigabytes is not None and peak_memory(device) > gigabytes:
+        raise UserError(
+            f"--memory-limit: {peak_memory(device):.3g} GB were needed, {gigabytes:g} allowed; "
+            + MEMORY_ADVICE
+        )
+
+
+# ---- checkpoints -------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: Path, step: int, state: dict, *, keep: int = 2, better: bool = False
+) -> Path:
+    """Write `state` (tensors and plain values) as step-…/state.pt, under another name first.
+
+    The newest `keep` stay, and the last one that was saved with `better`.
+    """
+    final = folder / f"step-{step:08d}"
+    aside = folder / f".tmp-{final.name}-{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    torch.save({"step": step, **state}, aside / "state.pt")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(aside, final)
+    if better:
+        write_json(folder / "best.json", {"checkpoint": final.name})
+    best = best_checkpoint(folder)
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        if old != best:
+            shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(path: Path) -> dict:
+    """What `save_checkpoint` was given, and the step. No pickled code is ever run."""
+    try:
+        return torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    found = sorted(folder.glob("step-*/state.pt"))
+    return found[-1].parent if found else None
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    file = folder / "best.json"
+    return folder / json.loads(file.read_text())["checkpoint"] if file.exists() else None
+
+
+def note_versions(run) -> None:
+    """Add what the baseline stands on to the run's config.json."""
+    import peft
+
+    run.config["versions"] |= {"torch": torch.__version__, "peft": peft.__version__}
+    run.config["machine"]["torch_threads"] = torch.get_num_threads()
+    write_json(run.folder / "config.json", plain(run.config))
+
+
+def finite(tensors: Iterable[torch.Tensor]) -> bool:
+    return all(torch.isfinite(t).all().item() for t in tensors)

@@ -1,0 +1,104 @@
+"""Beam search against transformers (make_beam_search_oracle.py) and against every text there is."""
+
+import itertools
+import json
+from functools import cache
+
+import mlx.core as mx
+import pytest
+from conftest import ROOT
+from mlx_lm.sample_utils import make_repetition_penalty
+from mlx_lm.utils import load_model
+
+from errors import UserError
+from models.beam_search import beam_search
+
+CASES = json.loads((ROOT / "tests/oracles/beam_search.json").read_text(encoding="utf-8"))
+MODEL = "tests/oracles/ppo_step_model"
+
+
+@cache
+def model_of(name: str):
+    return load_model(ROOT / name)[0]  # one of them has no tokenizer
+
+
+def search(case: dict, **changes):
+    options = case | changes
+    penalty = options.pop("repetition_penalty", 1.0)
+    processor = None
+    if penalty != 1:
+        penalise = make_repetition_penalty(penalty, context_size=1000)
+
+        def processor(tokens, logprobs):
+            return penalise(mx.array(tokens), logprobs)
+
+    kept = ("num_beams", "max_tokens", "length_penalty", "should_stop")
+    return beam_search(
+        model_of(options["model"]),
+        options["prompt"],
+        eos_ids=set(options["eos_ids"]),
+        processor=processor,
+        **{name: options[name] for name in kept if name in options},
+    )
+
+
+def test_the_stored_cases_cover_replies_that_end_and_that_are_cut():
+    ended = [reply[-1] in case["eos_ids"] for case in CASES for reply in case["replies"]]
+    assert len(CASES) > 50 and 0.1 < sum(ended) / len(ended) < 0.9
+
+
+@pytest.mark.parametrize("name", sorted({case["model"] for case in CASES}))
+def test_replies_and_scores_are_those_of_transformers(name):
+    for case in CASES:
+        if case["model"] == name:
+            beams = search(case)
+            assert [beam.tokens for beam in beams] == case["replies"], case
+            assert [beam.score for beam in beams] == pytest.approx(case["scores"], rel=2e-5), case
+            for beam in beams:
+                assert beam.finished == (beam.tokens[-1] in case["eos_ids"])
+
+
+def test_one_beam_is_the_greedy_reply():
+    model, prompt = model_of(MODEL), [1, 40, 41]
+    greedy = list(prompt)
+    for _ in range(8):
+        greedy.append(int(mx.argmax(model(mx.array([greedy]))[0, -1])))
+    case = {"model": MODEL, "prompt": prompt, "eos_ids": [2], "max_tokens": 8}
+    assert prompt + search(case, num_beams=1)[0].tokens == greedy
+
+
+def test_enough_beams_find_the_likeliest_of_all_texts():
+    """With 21 beams and length 2 the first step keeps more than half of the 64 tokens."""
+    model, prompt = model_of(MODEL), [1, 5]
+
+    def logprobs(tokens):
+        logits = model(mx.array([tokens]))[0, -1]
+        return (logits - mx.logsumexp(logits)).tolist()
+
+    first = logprobs(prompt)
+    second = [logprobs([*prompt, token]) for token in range(64)]
+    total, best = max((first[a] + second[a][b], [a, b])
+                      for a, b in itertools.product(range(64), range(64)) if 2 != a)  # fmt: skip
+    case = {"model": MODEL, "prompt": prompt, "eos_ids": [2], "length_penalty": 0.0}
+    found = search(case, num_beams=21, max_tokens=2)[0]
+    assert found.tokens == best or found.tokens == [2]
+    assert found.score == pytest.approx(max(total, first[2]), abs=1e-4)
+
+
+def test_a_stop_returns_what_the_beams_have_written():
+    calls = []
+
+    def stop():
+        calls.append(1)
+        return len(calls) == 3
+
+    case = {"model": MODEL, "prompt": [1, 40, 41], "eos_ids": [2]}
+    beams = search(case, num_beams=2, max_tokens=50, should_stop=stop)
+    assert {len(beam.tokens) for beam in beams if not beam.finished} == {3}
+    assert len(beams) == 2
+
+
+def test_too_many_beams_for_the_vocabulary_are_refused():
+    case = {"model": MODEL, "prompt": [1], "eos_ids": [2]}
+    with pytest.raises(UserError, match="vocabulary of 64"):
+        search(case, num_beams=40, max_tokens=3)
