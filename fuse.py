@@ -1,37 +1,46 @@
-"""Make a model of its own out of a base model and what was trained on it.
+"""Make a model of its own out of a base model and what was trained on it; export it, upload it.
 
-LoRA, DoRA and fully fine-tuned adapters, for policies and for reward models, become a folder in
-Hugging Face format that mlx-lm, transformers and every script here load. The result is loaded
-again and compared with the unfused model before it gets its name.
+LoRA, DoRA and fully fine-tuned weights, soft prompts and reward heads become a folder in Hugging
+Face format that mlx-lm, transformers and every script here load. The result is loaded again and
+compared with the unfused model before it gets its name. --format writes other forms: an adapter
+for mlx-lm or PEFT, a GGUF file, a reward model as transformers' sequence classifier.
 
     python fuse.py --adapter-file lora_weights.npz --save-path ./sft_fine_tune/
+    python fuse.py --adapter-file a.npz b.npz --adapter-weights 0.7 0.3 --save-path mixed/ \\
+        --upload-repo USER/NAME --private
 """
 
-import fast_blas  # noqa: F401
+import fast_blas
 
+import shlex
+import sys
 from pathlib import Path
 
 from errors import UserError
 from training.arguments import Parser, run_main
 
-SCRIPTS_NEXT = """next:
-  python talk_to_model.py --model {path}
-  python ppo_training.py --model {path} --ground_truth_reward"""
-SCRIPTS_NEXT_REWARD = """next:
-  python ppo_training.py --model MODEL --reward_model {path}"""
+FORMATS = ("model", "adapter", "peft", "classifier", "gguf")
+UNFUSED = ("adapter", "peft")
+SINGLE_FILES = {"adapter": (".npz", ".safetensors"), "gguf": (".gguf",)}
+SINGLE_FILES.update(model=(), peft=(), classifier=())
+UPLOAD_ONLY = ("private", "revision", "commit_message", "dry_run")
 
 
 # ------------------------------------------------------------------------------ arguments
 
 
 def parse_arguments(words=None):
+    """The command line of fuse.py; see --help."""
     parser = Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument_group("fuse").add_argument
+    add = parser.add_argument_group("what goes in").add_argument
     add("--model", help="base: local folder or hub name (default: the one the adapter names)")
-    add("--adapter-file", nargs="+", required=True, help="adapter: .npz, .safetensors or folder")
-    add("--adapter-weights", nargs="+", type=float, help="factor of each adapter (default: 1)")
-    add("--save-path", required=True, help="folder to write")
-    add("--force", type=bool, default=False, help="replace the model folder at --save-path")
+    add("--adapter-file", nargs="+", default=[], help=".npz, .safetensors, or adapter folder(s)")
+    add("--adapter-weights", nargs="+", type=float, help="a factor for each adapter (default: 1)")
+    add("--trust-remote-code", type=bool, default=False, help="run code that the model brings")
+    add = parser.add_argument_group("what comes out").add_argument
+    add("--save-path", help="folder to write; for gguf a file, for adapter also .npz, .safetensors")
+    add("--format", choices=FORMATS, default="model", help="what is written there")
+    add("--force", type=bool, default=False, help="replace the model or adapter at --save-path")
     add("--dequantize", type=bool, default=False, help="leave no quantised weight in the result")
     add(
         "--dtype",
@@ -39,128 +48,138 @@ def parse_arguments(words=None):
         default="stored",
         help="of the fused weights; stored: as the base has it",
     )
-    add("--trust-remote-code", type=bool, default=False, help="run code that the model brings")
+    add = parser.add_argument_group("upload").add_argument
+    add("--upload-repo", help="USER/NAME on the Hugging Face hub, made if it is not there")
+    add("--private", type=bool, default=False, help="make the repository private")
+    add("--revision", help="branch to upload to, made if it is not there (default: main)")
+    add("--commit-message", help="of the upload")
+    add("--dry-run", type=bool, default=False, help="show what would be uploaded; contact no hub")
+    add("--run", help="run folder for the model card (default: the one that saved the adapter)")
+    add("--license", help="for the model card, such as apache-2.0 (default: the base's)")
     parser.checks.append(check_arguments)
     return parser.parse_args(words)
 
 
 def check_arguments(args):
+    """Refuse flags that would change nothing or contradict each other; fill in the weights."""
     count = len(args.adapter_file)
     if args.adapter_weights is None:
         args.adapter_weights = [1.0] * count
     if len(args.adapter_weights) != count:
-        raise UserError(f"--adapter-weights: give {count}, one for each --adapter-file")
+        raise UserError(f"--adapter-weights: give {count} numbers, one for each --adapter-file")
+    for name in UPLOAD_ONLY:
+        if name in args.explicit and getattr(args, name) and not args.upload_repo:
+            raise UserError(f"--{name.replace('_', '-')} has no effect without --upload-repo")
+    if args.save_path is None:
+        check_upload_alone(args)
+    elif args.format in UNFUSED:
+        check_adapter_alone(args, count)
+    elif not count and args.format == "model" and not (args.dequantize or args.dtype != "stored"):
+        raise UserError("nothing to do: give --adapter-file, --dequantize, --dtype or a --format")
+
+
+def check_upload_alone(args):
+    """Without --save-path a folder is uploaded as it is."""
+    if not args.upload_repo:
+        raise UserError("--save-path: give the folder to write")
+    if args.adapter_file or args.format != "model" or args.dequantize or args.dtype != "stored":
+        raise UserError("--save-path: give the folder to write before it is uploaded")
+    if args.model is None:
+        raise UserError("--upload-repo: give --model FOLDER to upload, or --adapter-file and "
+                        "--save-path")  # fmt: skip
+    if args.force:
+        raise UserError("--force has no effect without --save-path")
+
+
+def check_adapter_alone(args, count):
+    """An adapter is written as it is: there is nothing to fuse, weigh or dequantise."""
+    if count != 1:
+        raise UserError(f"--format {args.format} writes one adapter: give one --adapter-file")
+    for name in ("adapter_weights", "dequantize", "dtype"):
+        if name in args.explicit:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} has no effect with --format {args.format}")
 
 
 # ------------------------------------------------------------------------------ main
 
 
-def main():
-    args = parse_arguments()
-    from models.model_folders import check_free, new_folder
+def main(words=None) -> None:
+    args = parse_arguments(words)
+    # MLX and what stands on it come after the command line: help and mistakes answer at once.
+    from models.model_folders import check_free
+    from publishing.hub import check_repo_name
 
-    check_free(Path(args.save_path).expanduser().absolute(), args.force)
-    base, reward_model, adapters = load_parts(args)
+    if notice := fast_blas.notice():
+        print(notice, file=sys.stderr)
+    if args.upload_repo:
+        check_repo_name(args.upload_repo)
+    if args.save_path is None:
+        return upload_alone(args)
+    path = Path(args.save_path).expanduser()
+    single = path.suffix if path.suffix in SINGLE_FILES[args.format] else None
+    check_free(path.absolute(), args.force, suffix=single)
 
-    # What the unfused model computes, then the fused one.
+    # ------ what goes in, and what it computes before anything is fused
     from models.comparing import check_sequences
-    from models.trunk import vocabulary_size
+    from models.parts import load_parts
+    from models.soft_prompt import find_embedding
 
-    sequences = check_sequences(base.tokenizer, vocabulary_size(base.model))
-    expected = unfused_outputs(base, reward_model, adapters, args.adapter_weights, sequences)
-    fuse_parts(base, adapters, args)
+    parts = load_parts(args.model, args.adapter_file, args.adapter_weights,
+                       trust_remote_code=args.trust_remote_code)  # fmt: skip
+    for note in parts.notes:
+        print(f"note: {note}")
+    vocabulary = find_embedding(parts.base.model)[2].weight.shape[0]
+    sequences = check_sequences(parts.base.tokenizer, vocabulary)
+    expected = parts.outputs(sequences)
 
-    with new_folder(args.save_path, force=args.force) as folder:
-        write(folder, base, reward_model)
-        print(check(folder, reward_model, sequences, expected))
-    print(f"wrote {args.save_path}")
-    template = SCRIPTS_NEXT if reward_model is None else SCRIPTS_NEXT_REWARD
-    print(template.format(path=args.save_path))
+    # ------ what comes out, compared and given its name
+    from publishing.export import Check, export
 
-
-def load_parts(args):
-    """The base, the reward model on it (or None) and the adapters, switched off."""
-    from models.adapter_files import load_adapter, read_adapter, read_head
-    from models.load import load_model
-    from models.reward_model import HEAD, load_reward_model
-
-    name = args.model or recorded_base(read_adapter(args.adapter_file[0])[1], args.adapter_file[0])
-    base = load_model(name, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
-    if read_head(args.adapter_file[0], HEAD) is not None:
-        if len(args.adapter_file) > 1:
-            raise UserError("a reward model is fused from one adapter: its head fits no other")
-        reward_model = load_reward_model(args.adapter_file[0], base)
-        return base, reward_model, [reward_model.tuning]
-    adapters = []
-    for path in args.adapter_file:
-        adapter = load_adapter(base.model, path)
-        if adapter.kind != "full":
-            adapter.deactivate()
-        adapters.append(adapter)
-        if read_head(path, "value_head") is not None:
-            print(f"note: the value head beside {path} stays behind; it serves training alone")
-    return base, None, adapters
+    written = export(parts, path, args.format, Check(sequences, expected), card_choices(args),
+                     force=args.force, dequantize=args.dequantize, dtype=args.dtype)  # fmt: skip
+    print("\n".join([*written.messages, f"wrote {args.save_path}"]))
+    if args.upload_repo:
+        upload(args.save_path, args)
+    elif written.next_commands:
+        print("next:")
+        for command in written.next_commands:
+            print(f"  {command}")
 
 
-def recorded_base(config, path):
-    """The base model that an adapter's description names."""
-    name = config.get("model")
-    if not isinstance(name, str):
-        raise UserError(f"{path}: does not say which model it belongs to; give --model")
-    return name
+def upload_alone(args) -> None:
+    """Upload a folder that is there already: a model, a reward model or an adapter."""
+    folder = Path(args.model).expanduser()
+    kinds = ("config.json", "adapter_config.json")
+    if not any((folder / name).is_file() for name in kinds):
+        raise UserError(f"{args.model}: no model or adapter folder to upload")
+    from publishing.export import card_of_folder
+
+    card_of_folder(folder, card_choices(args))
+    upload(folder, args)
 
 
-def unfused_outputs(base, reward_model, adapters, weights, sequences):
-    """Scores of a reward model, logits of a language model, before anything is fused."""
-    from models.comparing import all_logits
-    from models.fusing import blended
+def card_choices(args):
+    """What the command line says about the model card, and the run that saved the adapter."""
+    from publishing.export import CardChoices
+    from publishing.run_facts import find_run
 
-    if reward_model is not None:
-        return reward_model.score(sequences)
-    if adapters[0].kind == "full":
-        return all_logits(base.model, sequences)
-    with blended(base.model, adapters, weights):
-        return all_logits(base.model, sequences)
+    run = Path(args.run) if args.run else None
+    for file in args.adapter_file:
+        run = run or find_run(file)
+    name = args.upload_repo or Path(args.save_path or args.model).name
+    return CardChoices(name, run, args.license)
 
 
-def fuse_parts(base, adapters, args):
-    from models.fusing import fuse_adapters
+def upload(folder, args) -> None:
+    from publishing.hub import Upload, describe_upload, upload_folder
 
-    kinds = {adapter.kind for adapter in adapters}
-    if "full" in kinds:
-        if len(adapters) > 1 or args.adapter_weights != [1.0]:
-            raise UserError("a full fine-tune is a model of its own: fuse it alone, with weight 1")
+    wanted = Upload(args.upload_repo, args.private, args.revision, args.commit_message)
+    if args.dry_run:
+        print(describe_upload(folder, wanted))
         return
-    count = fuse_adapters(base.model, adapters, args.adapter_weights, dequantize=args.dequantize)
-    if args.dequantize:
-        base.config.pop("quantization", None)
-        base.config.pop("quantization_config", None)
-    print(f"fused {len(adapters)} adapter(s) into {count} layers of {base.name}")
-
-
-def write(folder, base, reward_model):
-    from models.adapter_files import save_head
-    from models.model_folders import write_model
-    from models.reward_model import HEAD
-
-    write_model(folder, base)
-    if reward_model is not None:
-        save_head(folder, HEAD, reward_model.head_arrays(), reward_model.description())
-
-
-def check(folder, reward_model, sequences, expected):
-    """Load what was written and say how far it is from the unfused model."""
-    from models.comparing import all_logits, compare_logits, compare_scores
-    from models.load import load_model
-    from models.reward_model import load_reward_model
-
-    if reward_model is not None:
-        scores = load_reward_model(folder, dtype="stored").score(sequences)
-        difference, what = compare_scores(expected, scores), "scores"
-    else:
-        loaded = load_model(folder, dtype="stored")
-        difference, what = compare_logits(expected, all_logits(loaded.model, sequences)), "logits"
-    return f"largest difference in {what}, fused against unfused: {difference}"
+    print(f"uploaded to {upload_folder(folder, wanted)}")
+    print(f"next:\n  python talk_to_model.py --model {shlex.quote(args.upload_repo)}")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def parse_arguments(words=None):
     add("--centering", type=float, default=0.0, help="weight of (chosen + rejected)^2 in the loss")
     add("--margins", type=bool, default=True, help="use the margins of preference rows")
     add("--normalize-samples", type=int, default=0,
-        help="scores get mean 0, deviation 1 on this many samples of the base; 0: as trained")  # fmt: skip
+        help="scores get mean 0, deviation 1 on this many samples; 0: as trained")  # fmt: skip
     add_data_arguments(parser)
     add_model_arguments(parser)
     add_adapter_arguments(parser, lora_scale=4.0)
@@ -312,10 +312,9 @@ def finish(args, loaded, task, run, loop, rows) -> None:
     from training.plots import plot_losses
 
     summary = {"steps": loop.step, "best_valid_loss": loop.best, **loop.totals}
-    base = args.model or "data/digits_model"
     if args.reward_model and args.normalize_samples:
         normalise_scores(args, loaded, task, rows["train"])
-    written = save_adapter(args.save_file, task.tuning, loaded.model, base)
+    written = save_adapter(args.save_file, task.tuning, loaded.model, loaded.name)
     if args.reward_model:
         written.append(save_reward_head(args.save_file, task.reward_model))
         if "valid" in rows:

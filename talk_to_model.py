@@ -26,8 +26,7 @@ from training.flag_groups import add_model_arguments
 # ------------------------------------------------------------------------------ arguments
 
 
-def parse_arguments(words: list[str] | None = None):
-    """The options; `args.settings` holds the checked `Settings`."""
+def make_parser() -> Parser:
     parser = Parser(description=__doc__.splitlines()[0])
     text = "reply to this and leave; without it, prompts come from the terminal or a pipe"
     parser.add_argument("prompt", nargs="*", help=text)
@@ -44,13 +43,19 @@ def parse_arguments(words: list[str] | None = None):
     add = parser.add_argument_group("judging").add_argument
     add("--compare", metavar="OTHER", help="second model, or adapter on the same one; side by side")
     add("--reward-model", help="fused reward model, or its adapter: scores each reply")
-    add("--reward-function", nargs="+", metavar="FILE.py:NAME", help="scores each reply, too")
+    text = "a function of your own that scores each reply; may be given several times"
+    add("--reward-function", action="append", metavar="FILE.py:NAME", help=text)
     add("--rate", type=bool, default=False, help="ask for a key press that rates each reply")
     text = "where ratings are added, as records that sft.py --reward-model reads"
     add("--ratings-file", default="ratings.jsonl", help=text)
     add("--blind", type=bool, default=False, help="with --compare and --rate: hide who is who")
     parser.checks.append(check_arguments)
-    return parser.parse_args(words)
+    return parser
+
+
+def parse_arguments(words: list[str] | None = None):
+    """The options; `args.settings` holds the checked `Settings`."""
+    return make_parser().parse_args(words)
 
 
 def check_arguments(args) -> None:

@@ -80,23 +80,27 @@ class Keys:
         except (OSError, ImportError):
             raise UserError("--rate reads key presses and needs a terminal") from None
 
-    def read(self, meanings: dict[str, str]) -> str | None:
-        """The meaning of the first key in `meanings`; None for Ctrl-C, Ctrl-D and Escape."""
+    def read(self, meanings: dict[str, str], ask: Callable[[], None]) -> str | None:
+        """The meaning of the first key in `meanings`; None for Ctrl-C, Ctrl-D and Escape.
+
+        What was typed before `ask` shows the question is thrown away: no stray key is a rating.
+        """
         import termios
         import tty
 
         handle = self._terminal.fileno()
         before = termios.tcgetattr(handle)
         try:
-            # Throws away what was typed before the question, so no stray key is a rating.
             tty.setcbreak(handle, termios.TCSAFLUSH)
+            ask()
             while True:
                 pressed = os.read(handle, 16).decode(errors="replace")
                 if pressed in ("", "\x04", "\x1b"):
                     return None
-                key = pressed if pressed in meanings else pressed[0].lower()
-                if key in meanings:
-                    return meanings[key]
+                # An arrow key is three characters; else each character is a key of its own.
+                for key in [pressed] if pressed.startswith("\x1b") else pressed.lower():
+                    if key in meanings:
+                        return meanings[key]
         except KeyboardInterrupt:
             return None
         finally:

@@ -1,5 +1,6 @@
 """A chat: prompts in, replies out, kept as a conversation, scored and rated."""
 
+import contextlib
 import itertools
 import random
 from collections.abc import Sequence
@@ -69,12 +70,11 @@ class Session:
         `stoppable`: Ctrl-C ends the reply and not the program.
         """
         messages = self.conversation.messages(prompt)
-        if not stoppable:
-            replies = self._replies(messages, lambda: False)
-        else:
-            with StopKey() as stop:
-                replies = self._replies(messages, stop)
+        with StopKey() if stoppable else contextlib.nullcontext(lambda: False) as stop:
+            replies = self._replies(messages, stop)
         self.replies_given += 1
+        if not any(reply.text.strip() for reply in replies) and stop():
+            return  # stopped before there was anything to remember
         choice = self._rate(messages, replies) if self.ratings is not None else None
         text = replies[choice or 0].text
         self.conversation.add(prompt, text.strip() if self.has_turns else text)
@@ -157,8 +157,7 @@ class Session:
         return best
 
     def _key(self, question: str, meanings: dict[str, str]) -> str:
-        self.screen.progress(question + " ")
-        answer = self.keys.read(meanings) or "skip"
+        answer = self.keys.read(meanings, lambda: self.screen.progress(question + " ")) or "skip"
         self.screen.progress("")
         self.screen.note(f"rated: {answer}" if answer != "skip" else "not rated")
         return answer

@@ -38,6 +38,7 @@ def load_data(
     is given, from `{data}/{data_base}train.jsonl` (or .json, .csv, .tsv, .parquet). Validation
     rows: `validation_file`, or a percentage of the training rows, or `{data}/{data_base}valid`;
     test rows: `test_file` or `{data}/{data_base}test`. Validation may be missing, the others not.
+    `max_rows` counts for each file or data set on its own.
 
     Raises:
         UserError: a file that is missing or bad, or choices that contradict each other.

@@ -160,6 +160,7 @@ def read_head(adapter_path: str | Path, name: str) -> tuple[dict[str, mx.array],
 def write_arrays(path: Path, arrays: dict[str, mx.array], described: dict) -> None:
     """Write `arrays` and JSON-able descriptions to .safetensors or .npz, aside and then renamed."""
     aside = path.with_name(f".{path.stem}.writing{path.suffix}")
+    arrays = dict(sorted(arrays.items()))  # the order is part of the bytes
     if path.suffix == ".npz":
         arrays = {k: a.astype(mx.float32) if a.dtype == mx.bfloat16 else a
                   for k, a in arrays.items()}  # fmt: skip

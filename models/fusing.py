@@ -47,11 +47,15 @@ def blended(
     model: nn.Module, adapters: Sequence[Adapter], weights: Sequence[float]
 ) -> Iterator[None]:
     """Within this context `model` computes with all `adapters` at once, without being changed."""
+    model.eval()  # no dropout
     found = adapted_layers(adapters, weights)
+    if not found:
+        yield
+        return
     base = {path: base_layer(layers[0][0]) for path, layers in found.items()}
     blends = [(path, Blend(*zip(*layers, strict=True))) for path, layers in found.items()]
     model.update_modules(tree_unflatten(blends))
-    model.eval()  # no dropout
+    model.eval()
     try:
         yield
     finally:

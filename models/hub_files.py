@@ -8,7 +8,7 @@ from errors import UserError
 WANTED = (
     "*.json", "model*.safetensors", "reward_head.safetensors", "adapters.safetensors",
     "adapter_model.safetensors", "soft_prompt.safetensors", "tokenizer.model", "*.tiktoken",
-    "tiktoken.model", "*.txt", "*.jinja",
+    "tiktoken.model", "*.txt", "*.jinja", "README.md",
 )  # fmt: skip
 CODE = "*.py"  # downloaded only where it is trusted
 

@@ -12,7 +12,8 @@ from errors import UserError
 from models.file_checks import check_model_files
 from models.hub_files import download, looks_like_hub_name
 
-DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "data" / "digits_model"
+DEFAULT_NAME = "data/digits_model"  # what files record as their base, wherever the project lies
+DEFAULT_MODEL = Path(__file__).resolve().parent.parent / DEFAULT_NAME
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 QUANTIZE_GROUP_SIZES = (64, 32)  # mlx's default, then what narrow layers divide by
 
@@ -51,7 +52,7 @@ def load_model(
     is 4 or 8 bits for the linear layers and embeddings of a model that is not quantised yet.
     Raises UserError when the model cannot be found, read, or is not supported.
     """
-    name = str(name_or_path) if name_or_path is not None else str(DEFAULT_MODEL)
+    name = str(name_or_path) if name_or_path is not None else DEFAULT_NAME
     path = resolve_path(name, revision, with_code=trust_remote_code)
     check_folder(path, name, trust_remote_code)
     if str((read_config(path).get("architectures") or [""])[0]).endswith("SequenceClassification"):
@@ -72,6 +73,8 @@ def resolve_path(name: str, revision: str | None = None, *, with_code: bool = Fa
     path = Path(name).expanduser()
     if path.is_dir():
         return path
+    if name == DEFAULT_NAME:
+        return DEFAULT_MODEL
     if path.exists() or not looks_like_hub_name(name):
         raise UserError(f"{name}: no model folder there; give a folder with config.json and "
                         "model.safetensors, or a hub name USER/NAME")  # fmt: skip

@@ -77,10 +77,12 @@ class Adapter(Tuning):
 
     def load_arrays(self, arrays: dict[str, mx.array], source: str = "adapter") -> None:
         """Take over `arrays`. Raises UserError that lists every mismatch with both shapes."""
-        check_arrays(arrays, self.arrays(), source)
+        expected = self.arrays()
+        check_arrays(arrays, expected, source)
         for name, array in arrays.items():
             path, leaf = name.rsplit(".", 1)
-            self._adapted[path][leaf] = array
+            # Other programs write half precision, in which Adam would lose small updates.
+            self._adapted[path][leaf] = array.astype(expected[name].dtype)
 
     def description(self, num_blocks: int) -> dict:
         """What an adapter file records, in the form of mlx-lm's adapter_config.json."""
@@ -115,6 +117,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> Adapter:
     layers = {path: module for path, module in model.named_modules() if "lora_a" in module}
     for layer in layers.values():
         layer.unfreeze(recurse=False, keys=list(ADAPTER_ARRAYS), strict=False)
+        layer.train(model.training)  # a loaded model is in evaluation mode: no dropout
     return Adapter(model, config, layers)
 
 

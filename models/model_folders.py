@@ -19,6 +19,7 @@ TOKENIZER_FILES = (
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "*.tiktoken",
     "tiktoken.model", "chat_template.*", "additional_chat_templates/*",
 )  # fmt: skip
+MODEL_SIGNS = ("config.json", "adapter_config.json", "model.gguf")  # a folder that may be replaced
 GENERATION_CONFIG = "generation_config.json"
 
 
@@ -43,16 +44,17 @@ def new_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def check_free(path: Path, force: bool) -> None:
-    """Raise UserError unless a folder may be written at `path`."""
+def check_free(path: Path, force: bool, *, suffix: str | None = None) -> None:
+    """Raise UserError unless a folder, or a file of that `suffix`, may be written at `path`."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not force:
         raise UserError(f"{path}: exists already; give another name, or --force to replace it")
-    if not path.is_dir() or not any(
-        (path / n).is_file() for n in ("config.json", "adapter_config.json")
-    ):
-        raise UserError(f"{path}: is not a model or adapter folder, so --force does not replace it")
+    if suffix is not None:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder, so --force does not replace it by a file")
+    elif not any((path / name).is_file() for name in MODEL_SIGNS):
+        raise UserError(f"{path}: is no model or adapter folder, so --force does not replace it")
 
 
 def _replace(aside: Path, path: Path) -> None:

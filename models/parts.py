@@ -16,6 +16,7 @@ from models.lora import Adapter
 from models.reward_model import HEAD, RewardModel, load_reward_head, load_reward_model
 from models.soft_prompt import SoftPrompt
 from models.soft_vocabulary import FusedPrompt, fuse_soft_prompt
+from models.tuning import Tuning
 
 
 @dataclass
@@ -23,7 +24,8 @@ class Parts:
     """Everything that goes into the result; all of it switched off until it is fused."""
 
     base: LoadedModel
-    adapters: list[Adapter] = field(default_factory=list)  # LoRA and DoRA
+    tunings: list[Tuning] = field(default_factory=list)  # one for each adapter file
+    adapters: list[Adapter] = field(default_factory=list)  # the LoRA and DoRA ones among them
     weights: list[float] = field(default_factory=list)  # one for each of them
     prompt: SoftPrompt | None = None
     reward_model: RewardModel | None = None
@@ -31,8 +33,9 @@ class Parts:
     notes: list[str] = field(default_factory=list)  # for the person at the terminal
 
     @property
-    def is_quantized(self) -> bool:
-        return "quantization" in self.base.config
+    def bits(self) -> int | None:
+        """Bits of a weight of a quantised base, else None."""
+        return (self.base.config.get("quantization") or {}).get("bits")
 
     def outputs(self, sequences: Sequence[Sequence[int]]) -> list:
         """What the unfused parts compute: scores of a reward model, else logits (T, V)."""
@@ -57,8 +60,6 @@ class Parts:
             config.pop("quantization_config", None)
         fused = None
         if self.prompt is not None:
-            if self.adapters:  # the output row is fitted to the model that it ends up in
-                model.eval()
             self.prompt.activate()
             fused = fuse_soft_prompt(self.base, self.prompt)
         if dtype != "stored":
@@ -90,6 +91,7 @@ def load_parts(
     parts = Parts(base, descriptions=descriptions)
     for file, weight in zip(files, weights, strict=True):
         tuning = load_adapter(base.model, file)
+        parts.tunings.append(tuning)
         if read_head(file, "value_head") is not None:
             parts.notes.append(f"the value head beside {file} stays behind: only training uses it")
         if read_head(file, HEAD) is not None:

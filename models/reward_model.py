@@ -74,13 +74,15 @@ class RewardModel(nn.Module):
 
     def score(self, sequences: Sequence[Sequence[int]], batch_size: int = 64) -> list[float]:
         """Normalised scores of whole texts (token ids, prompt and response), in their order."""
-        tuning = self._tuning
+        tuning, was_training = self._tuning, self.training
         was_active = tuning is None or tuning.active
         if not was_active:
             tuning.activate()
+        self.eval()  # no dropout; after the adapter is in, whose layers have a mode of their own
         try:
             return self._score_sorted(sequences, batch_size)
         finally:
+            self.train(was_training)
             if not was_active:
                 tuning.deactivate()
 

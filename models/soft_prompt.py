@@ -72,7 +72,7 @@ class SoftPrompt(Tuning):
 
     def load_arrays(self, arrays: dict[str, mx.array], source: str = "soft prompt") -> None:
         check_arrays(arrays, self.arrays(), source)
-        self._adapted.prompt = arrays["soft_prompt"]
+        self._adapted.prompt = arrays["soft_prompt"].astype(mx.float32)
 
     def description(self, num_blocks: int) -> dict:
         return {"fine_tune_type": "prompt", "num_prompt_tokens": self.num_tokens}

@@ -19,9 +19,9 @@ from models.load import LoadedModel
 from models.soft_prompt import SoftPrompt, find_embedding
 from models.trunk import find_trunk, hidden_states, logits_from_hidden
 
-ROWS, LENGTH = 48, 32  # contexts of each kind that the output row is fitted to, and their tokens
+ROWS, LENGTH = 128, 32  # contexts of each kind that the output row is fitted to, and their tokens
 STEPS = 2000  # of the search for the nearest point of the hull
-DEPTH = 500.0  # how far below 0 the virtual logit is put where it is nearest to 0
+DEPTH = 1000.0  # how far below 0 the virtual logit is put where it is nearest to 0
 LEAST_MARGIN = 0.01  # of a direction, as a cosine; less would need rows of excessive length
 CHUNK = 64  # hidden states whose logits are held at once
 BIAS = -1e4  # of a virtual token, for output layers that have one; fits in float16
@@ -151,7 +151,7 @@ def repelling_row(hidden: np.ndarray) -> np.ndarray | None:
     for _ in range(STEPS):
         step = point - hidden[(hidden @ point).argmin()]
         length = step @ step
-        if length == 0 or point @ step <= 0:
+        if point @ step <= 1e-3 * (point @ point):  # no corner is much nearer than the point
             break
         point = point - min(1.0, (point @ step) / length) * step
     margin = (hidden @ point).min()

@@ -96,10 +96,11 @@ def _score(logits: mx.array, targets: mx.array, temperature: float, extras: tupl
 
 
 def _head_parameters(model: nn.Module) -> dict:
-    """The trainable arrays that the head reads: all but those of the blocks; often none."""
-    owner, name = find_trunk(model)
-    flat = tree_flatten(owner.trainable_parameters())
-    return {k: v for k, v in flat if not k.startswith(f"{name}.") or ".embed_tokens" in k}
+    """The trainable arrays that the head may read: all but those of the blocks; often none."""
+    owner, _ = find_trunk(model)
+    blocks = tree_flatten([block.trainable_parameters() for block in model.layers])
+    inside = {id(array) for _, array in blocks}
+    return {k: v for k, v in tree_flatten(owner.trainable_parameters()) if id(v) not in inside}
 
 
 def token_logprobs(
@@ -120,7 +121,8 @@ def token_logprobs(
     """
     owner, _ = find_trunk(model)
     if chunk is None:
-        chunk = max(1, MAX_CHUNK_ELEMENTS // vocabulary_size(model))
+        width = logits_from_hidden(model, mx.zeros((1, hidden.shape[-1]))).shape[-1]
+        chunk = max(1, MAX_CHUNK_ELEMENTS // width)
     count = hidden.shape[0]
     if count <= chunk:
         return _score(logits_from_hidden(model, hidden), targets, temperature, extras)

@@ -72,7 +72,7 @@ def round_up(length: int, multiple: int) -> int:
 
 
 class ValueHead(nn.Module):
-    """Hidden states (..., D) -> values (...,), in float32; starts at 0, or at normal(0, init_std)."""
+    """Hidden states (..., D) -> values (...,), float32; starts at 0, or at normal(0, init_std)."""
 
     def __init__(self, width: int, init_std: float = 0.0):
         super().__init__()

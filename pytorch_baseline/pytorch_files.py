@@ -126,7 +126,7 @@ def read_head(path: str | Path, name: str) -> tuple[dict[str, Tensor], dict] | N
 
 
 def merged_weights(model: Tuned) -> dict[str, Tensor]:
-    """Weights of the base under their own names with the adapter added; the model stays as it is."""
+    """Weights of the base under its own names, the adapter added; the model stays as it is."""
     weights = {
         name.replace(".base_layer.", "."): weight
         for name, weight in model.base.state_dict().items()

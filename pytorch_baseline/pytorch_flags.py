@@ -16,8 +16,8 @@ from training.arguments import Parser
 # Importing a script loads a BLAS for MLX and limits its threads; PyTorch brings its own.
 os.environ.setdefault("MLX_RLHF_BLAS", "off")
 _threads = torch.get_num_threads()
-import ppo_training as ppo_script  # noqa: E402
-import sft as sft_script  # noqa: E402
+import ppo_training as ppo_script  # noqa: E402, F401
+import sft as sft_script  # noqa: E402, F401
 
 torch.set_num_threads(_threads)
 
@@ -44,8 +44,10 @@ class BaselineParser(Parser):
         for action in self._actions:
             if action.dest == "save_file":
                 action.default = None
-                action.help = ("folder for a transformers model with the adapter merged in, or an "
-                               ".npz or .safetensors adapter (default: model/ in the run folder)")  # fmt: skip
+                action.help = (
+                    "folder for a transformers model with the adapter merged in, or an .npz or "
+                    ".safetensors adapter (default: model/ in the run folder)"
+                )
         return super().parse_args(words, namespace)
 
 

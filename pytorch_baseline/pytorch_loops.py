@@ -1,6 +1,5 @@
-"""training/loop.py and training/ppo_loop.py in PyTorch: update, report, checkpoint, stop, resume."""
+"""training/loop.py and ppo_loop.py in PyTorch: update, report, checkpoint, stop, resume."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,15 +95,12 @@ class Loop:
             self.bad_in_a_row = 0
             return
         self.bad_in_a_row += 1
-        folder = self.run_folder.folder
-        with open(folder / "bad_rows.jsonl", "a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps({"step": self.step, **row}) + "\n")
+        self.run_folder.log_bad_rows(self.step, "loss or gradient not finite", rows)
         if self.bad_in_a_row >= self.schedule.max_bad_steps:
             raise UserError(
-                f"{folder}: loss or gradient was NaN or infinite in {self.bad_in_a_row} steps in "
-                "a row; the rows are in bad_rows.jsonl, and --resume goes on from the last "
-                "checkpoint; try a lower --learning-rate"
+                f"{self.run_folder.folder}: loss or gradient was NaN or infinite in "
+                f"{self.bad_in_a_row} steps in a row; the rows are in bad_rows.jsonl, and "
+                "--resume goes on from the last checkpoint; try a lower --learning-rate"
             )
 
 

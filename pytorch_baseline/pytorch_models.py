@@ -9,6 +9,7 @@ Legend: B batch, L padded length, D width, V vocabulary, N positions picked from
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from errors import UserError
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# peft reads a name that transformers is about to drop.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
 DEFAULT_MODEL = ROOT / "data" / "digits_model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -267,7 +270,8 @@ def lora_targets(base: nn.Module, keys: list[str] | None, num_layers: int) -> li
     Raises UserError for a key that picks none.
     """
     inside = re.compile(r".*\.\d+\.(.+)")  # a block's number, then the path inside the block
-    linear = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and inside.fullmatch(n)]
+    linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name in linear if inside.fullmatch(name)]
     paths = sorted({inside.fullmatch(name)[1] for name in linear})
     for key in keys or ():
         if not any(path == key or path.endswith(f".{key}") for path in paths):

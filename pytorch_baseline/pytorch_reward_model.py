@@ -30,7 +30,7 @@ class RewardModel(nn.Module):
         self.weight = nn.Parameter(torch.randn(1, width) * (width + 1) ** -0.5)
         self.bias = nn.Parameter(torch.zeros(1))
         self.gain, self.offset = 1.0, 0.0
-        self.prefix: list[int] = []  # virtual tokens that a fused soft prompt left in the vocabulary
+        self.prefix: list[int] = []  # tokens of a fused soft prompt
         self.pad_id: int | None = None
         self.to(model.device)
 

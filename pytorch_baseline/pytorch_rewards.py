@@ -71,7 +71,7 @@ class RunningMoments:
 def scale_scores(
     scores: Sequence[float], moments: RunningMoments, *, subtract_mean: bool = False
 ) -> list[float]:
-    """Take the scores into `moments`, then divide by its std, having subtracted its mean if asked."""
+    """Take the scores into `moments`, then (less its mean, if asked) divide them by its std."""
     moments.update(scores)
     shift = moments.mean if subtract_mean else 0.0
     return [(score - shift) / moments.std for score in scores]

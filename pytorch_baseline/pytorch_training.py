@@ -186,7 +186,7 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The random states that training reads (dropout); data and sampling have seeds of their own."""
+    """What dropout reads; the order of data, and sampling, have seeds of their own."""
     state = {"cpu": torch.get_rng_state()}
     if device.type in ("cuda", "mps"):
         state[device.type] = getattr(torch, device.type).get_rng_state()

@@ -273,7 +273,7 @@ def test_step_equals_trl(case):
     assert len(names) == len(trainer.parameters)
     for name in names:
         # Adam divides by the root of the squared gradient: a gradient near 0 costs digits.
-        close(trainer.parameters[our_name(name[len(prefix):])], STEPS[name], name, absolute=3e-6)
+        close(trainer.parameters[our_name(name[len(prefix) :])], STEPS[name], name, absolute=3e-6)
 
 
 def record_first_gradient(trainer) -> dict:

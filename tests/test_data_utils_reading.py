@@ -2,12 +2,16 @@
 
 import csv
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from data_utils import KNOWN_FORMATS, read_dataset, read_records
 from errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 SYSTEM = {"role": "system", "content": "be brief"}
 ASK = {"role": "user", "content": "hello"}
 ANSWER = {"role": "assistant", "content": "hi"}
@@ -185,8 +189,8 @@ ROWS = [
 ]
 
 
-def write_csv(path, rows, delimiter=","):
-    with open(path, "w", newline="", encoding="utf-8") as file:
+def write_csv(path, rows, delimiter=",", encoding="utf-8"):
+    with open(path, "w", newline="", encoding=encoding) as file:
         writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
         writer.writeheader()
         writer.writerows(rows)
@@ -210,6 +214,7 @@ WRITERS = {
         b"\r\n\r\n".join(json.dumps(row).encode() for row in rows)
     ),
     "rows.csv": write_csv,
+    "bom.csv": lambda path, rows: write_csv(path, rows, encoding="utf-8-sig"),
     "rows.tsv": lambda path, rows: write_csv(path, rows, "\t"),
     "rows.parquet": write_parquet,
 }
@@ -278,10 +283,21 @@ def test_datasets_library(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("library", ["pyarrow", "datasets"])
 def test_a_missing_library_is_named_with_the_command(tmp_path, monkeypatch, library):
-    monkeypatch.setitem(__import__("sys").modules, library, None)
+    monkeypatch.setitem(sys.modules, library, None)
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=f"pip install {library}"):
         if library == "pyarrow":
             read_records(tmp_path / "rows.parquet")
         else:
             read_dataset(str(tmp_path))
+
+
+def test_importing_loads_no_framework():
+    """The PyTorch baseline uses this module as well; optional libraries wait until needed."""
+    script = (
+        "import sys, data_utils; "
+        "print([m for m in ('mlx', 'torch', 'transformers', 'datasets', 'pyarrow') "
+        "if m in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout == "[]\n", ran.stderr

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from tiny_tokenizers import TEMPLATES, tiny_tokenizer
+from tiny_tokenizers import TEMPLATES, metaspace_tokenizer, tiny_tokenizer
 
 from data_utils import (
     Record,
@@ -224,6 +224,17 @@ def test_the_prompt_has_the_tokens_it_has_alone():
     assert row.tokens[: len(prompt.tokens)] == prompt.tokens
     assert tokenizer.decode(row.tokens) == "<s>world the</s>"
     assert masked(row, tokenizer) == ["rld the</s>"]
+
+
+@pytest.mark.parametrize("completion", [" the answer", "the answer"])
+def test_no_space_is_added_at_the_joint(completion):
+    """Tokenizers that put a space before every text must not put one before the completion."""
+    tokenizer = metaspace_tokenizer()
+    record = Record("prompt_completion", "f:1", {}, prompt="what is", completion=completion)
+    row = tokenise_sft([record], tokenizer, mask_prompt=True)[0]
+    assert tokenizer.decode(row.tokens[1:-1]) == "what is" + completion
+    prompt = tokenise_prompts([record], tokenizer)[0].tokens
+    assert row.tokens[: len(prompt)] == prompt and sum(row.mask) == len(row.mask) - len(prompt)
 
 
 def test_too_long_rows_are_cut_or_refused_and_counted():

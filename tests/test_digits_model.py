@@ -180,6 +180,13 @@ def test_pretraining_rows_do_not_give_the_task_away(tokenizer) -> None:
     assert rising > 200 and even > 200
 
 
+def test_padding_is_not_trained_on(loaded) -> None:
+    rows = mx.array([[BOS, 26, 289, 291, EOS], [BOS, 30, 300, 310, EOS]])
+    padded = mx.concatenate([rows, mx.full((2, 4), PAD)], axis=1)  # (2, 9)
+    losses = [maker.loss_function(loaded[0], tokens, PAD).item() for tokens in (rows, padded)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_the_script_repeats_itself_and_learns(tmp_path: Path, capsys) -> None:
     flags = ["--rows", "256", "--steps", "40", "--batch-size", "16", "--warmup", "5"]
     for name in ("one", "two"):

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.llama import Model, ModelArgs
-from tiny_tokenizers import tiny_tokenizer
+from tiny_tokenizers import SPECIAL, tiny_tokenizer
 
 
 def tiny_model_folder(
@@ -15,7 +15,8 @@ def tiny_model_folder(
 ) -> Path:
     """A random Llama with a byte-level tokenizer, written to `folder`.
 
-    `template` names one of tiny_tokenizers.TEMPLATES.
+    `template` names one of tiny_tokenizers.TEMPLATES. Special tokens are never the likeliest, so a
+    greedy reply never ends by itself.
     """
     tokenizer = tiny_tokenizer(bos=bos, template=template)
     config = {
@@ -36,6 +37,9 @@ def tiny_model_folder(
         "pad_token_id": tokenizer.pad_token_id,
     }
     weights = random_weights(Model(ModelArgs.from_dict(config)), seed)
+    head = weights["lm_head.weight"]  # (V, D)
+    special = mx.arange(len(head)) < len(SPECIAL)
+    weights["lm_head.weight"] = mx.where(special[:, None], 0, head)
     folder.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -58,3 +58,21 @@ def tiny_tokenizer(
     if template:
         made.chat_template = TEMPLATES[template]
     return TokenizerWrapper(made) if wrapped else made
+
+
+@cache
+def metaspace_tokenizer():
+    """As Llama 2's: spaces are "▁", one is put before every text that is encoded on its own."""
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    core.decoder = decoders.Metaspace(prepend_scheme="always", split=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=60, special_tokens=[*SPECIAL, "<unk>"], show_progress=False
+    )
+    core.train_from_iterator(["what is the answer to the question of the hello world"] * 4, trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )

@@ -1,0 +1,105 @@
+"""What a run folder tells about a model: options, final metrics, plots, versions."""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from training.metrics import read_rows
+from training.redact import redact
+
+# How a run was carried out, not what the model learned from.
+LEFT_OUT = {
+    "output_dir", "overwrite", "config", "resume", "force_resume", "log_with", "keep_checkpoints",
+    "save_every", "memory_limit", "max_bad_steps", "save_file", "resume_file", "preview",
+    "steps_per_report", "resume_adapter_file", "trust_remote_code",
+}  # fmt: skip
+MOST_METRICS, MOST_PLOTS = 24, 4
+
+
+@dataclass
+class RunFacts:
+    """Facts for a model card; nothing secret, no path of the machine."""
+
+    folder: Path
+    script: str
+    options: dict[str, Any]
+    metrics: dict[str, float]  # the last value of each
+    steps: int | None
+    plots: list[Path]
+    versions: dict[str, str]
+
+
+def read_run(folder: str | Path) -> RunFacts:
+    """Raises UserError where `folder` holds no run."""
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        script, options = str(config["script"]), dict(config["options"])
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a run folder: config.json is missing") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'}: cannot be read: {error!r}") from None
+    rows = read_rows(folder) if (folder / "metrics.jsonl").exists() else []
+    plots = sorted((folder / "plots").glob("*.png"))[:MOST_PLOTS]
+    return RunFacts(
+        folder=folder,
+        script=script,
+        options={k: _public(v) for k, v in redact(options).items() if _counts(k, v)},
+        metrics=_last_values(rows),
+        steps=max((row.get("step", 0) for row in rows), default=None),
+        plots=plots,
+        versions={k: v for k, v in dict(config.get("versions") or {}).items() if v},
+    )
+
+
+def find_run(adapter: str | Path, runs: str | Path = "runs") -> Path | None:
+    """The newest run whose result was saved as `adapter`, among the folders in `runs`."""
+    target = Path(adapter).resolve()
+    found = []
+    for file in Path(runs).glob("*/config.json"):
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))["options"].get("save_file")
+        except (OSError, ValueError, KeyError, AttributeError):
+            continue
+        if isinstance(saved, str) and Path(saved).resolve() == target:
+            found.append((file.stat().st_mtime, file.parent))
+    return max(found)[1] if found else None
+
+
+def copy_plots(facts: RunFacts, folder: Path) -> list[str]:
+    """Copy the run's plots into a model folder; returns their names relative to it."""
+    names = []
+    for plot in facts.plots:
+        (folder / "plots").mkdir(exist_ok=True)
+        shutil.copyfile(plot, folder / "plots" / plot.name)
+        names.append(f"plots/{plot.name}")
+    return names
+
+
+def _counts(name: str, value: Any) -> bool:
+    return name not in LEFT_OUT and value not in (None, False, [], "none")
+
+
+def _public(value: Any) -> Any:
+    """The value without the folders of the machine it was used on."""
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    if isinstance(value, str) and value.startswith(("/", "~", ".")) and "/" in value:
+        return Path(value).name or value
+    return value
+
+
+def _last_values(rows: list[dict]) -> dict[str, float]:
+    last: dict[str, float] = {}
+    for row in rows:
+        last.update({k: v for k, v in row.items() if k != "step" and _is_number(v)})
+    wanted = [k for k in last if not any(word in k for word in ("time", "total", "per_second"))]
+    return {k: last[k] for k in sorted(wanted)[:MOST_METRICS]}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,249 @@
+"""pytorch_sft.py and pytorch_ppo_training.py: commands, files that both sides read, resume."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from baseline_setup import DIGITS, ROOT, close, torch
+from pytorch_flags import BaselineParser, parse, ppo_script, sft_script
+from pytorch_models import load_model as load_torch
+from pytorch_ppo_training import main as ppo_main
+from pytorch_reward_model import load_reward_model as load_torch_reward_model
+from pytorch_sft import main as sft_main
+
+from errors import UserError
+from models.adapter_files import load_adapter
+from models.load import load_model
+from models.reward_model import load_reward_model
+from training.flag_check import unread_flags
+from training.metrics import read_rows
+
+pytestmark = pytest.mark.torch
+MODEL = str(DIGITS.relative_to(ROOT))
+SMALL = ["--iters", "4", "--batch-size", "8", "--val-batches", "2", "--steps-per-eval", "2"]
+PPO = ["--num-steps", "4", "--batch-size", "8", "--max-new-tokens", "10", "--eval-samples", "1",
+       "--ground-truth-reward"]  # fmt: skip
+SOURCES = [*(ROOT / "pytorch_baseline").glob("*.py"), ROOT / "sft.py", ROOT / "ppo_training.py",
+           *(ROOT / "training").glob("*.py"), ROOT / "rl" / "ppo_config.py"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+def sft(folder, *words: str) -> Path:
+    """A small training of its own in `folder`; its run folder."""
+    sft_main(["--train", "--output-dir", str(folder), *SMALL, *words])
+    return Path(folder)
+
+
+def ppo(folder, *words: str) -> Path:
+    ppo_main(["--output-dir", str(folder), *PPO, *words])
+    return Path(folder)
+
+
+def losses(folder) -> list[dict]:
+    """The rows of metrics, without times."""
+    return [{k: v for k, v in row.items() if not k.startswith("time")} for row in read_rows(folder)]
+
+
+# ---- flags -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [sft_script, ppo_script])
+def test_flags_are_those_of_the_mlx_script(script):
+    words = ["--train"] if script is sft_script else ["--ground_truth_reward"]
+    ours, theirs = vars(parse(script, words)), vars(script.parse_arguments(words))
+    assert ours.keys() - theirs.keys() == {"tokenizer", "device"}
+    differing = {name for name in theirs if theirs[name] != ours[name]}
+    assert differing == {"save_file"}
+
+
+@pytest.mark.parametrize("script", [sft_script, ppo_script])
+def test_every_flag_is_read(script, monkeypatch):
+    seen = []
+
+    class Kept(BaselineParser):
+        def __init__(self, **options):
+            super().__init__(**options)
+            seen.append(self)
+
+    monkeypatch.setattr(script, "Parser", Kept)
+    script.parse_arguments(["--train"] if script is sft_script else ["--ground_truth_reward"])
+    unread = unread_flags(seen[0], SOURCES, owners=("args", "config", "self", "plan", "schedule"))
+    assert set(unread) <= {"compile", "quantize", "reference_quantize"}  # refused
+
+
+@pytest.mark.parametrize(
+    "words", [["--quantize", "4"], ["--device", "cuda"], ["--model", "nowhere/at_all/x"]]
+)
+def test_refused(words, tmp_path):
+    if words[1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises((UserError, SystemExit)):
+        sft(tmp_path / "run", *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_compile_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        ppo_main([*PPO, "--compile", "True"])
+    assert "--compile" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="letter|no model folder"):
+        sft(tmp_path / "run", "--save-file", str(tmp_path / "mine"))
+    assert (tmp_path / "mine" / "letter.txt").exists()
+
+
+# ---- the commands ------------------------------------------------------------------------------
+
+
+def run_command(command: str, folder: Path) -> None:
+    words = [sys.executable, *command.split()[1:]]
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": str(folder)}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_commands_as_written(tmp_path):
+    pytest.importorskip("wandb")
+    model = tmp_path / "sft"
+    run_command(
+        f"python pytorch_baseline/pytorch_sft.py --model {MODEL} --train --iters 3 "
+        f"--save-file {model} --output-dir {tmp_path / 'a'}",
+        tmp_path,
+    )
+    run_command(
+        f"python pytorch_baseline/pytorch_ppo_training.py --model {model} --batch_size 32 "
+        "--mini_batch_size 32 --ppo_epoch 4 --log_with wandb --ground_truth_reward --tokenizer "
+        f"{MODEL} --num_steps 2 --adap_kl_ctrl True --init_kl_coef 0.2 --seed 7 "
+        f"--output-dir {tmp_path / 'b'} --eval-samples 1",
+        tmp_path,
+    )
+    assert len([row for row in read_rows(tmp_path / "b") if "objective/kl" in row]) == 2
+    options = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert options["options"]["seed"] == 7 and options["versions"]["torch"] == torch.__version__
+    assert list((tmp_path / "b" / "wandb").glob("offline-run-*"))
+
+
+# ---- files that both sides read ----------------------------------------------------------------
+
+
+def test_reward_model_and_ppo_against_it(tmp_path):
+    reward, data = tmp_path / "reward", ["--data-base", "reward_function_increasing_mult_2_"]
+    sft(tmp_path / "a", "--reward-model", "--save-file", str(reward), *data)
+    texts = [[1, 30, 40, 50, 2], [1, 60, 20, 2]]
+    ours, _ = load_torch_reward_model(str(reward))
+    theirs = load_reward_model(reward, dtype="float32")
+    close(theirs.score(texts), ours.score(texts), relative=1e-4)
+    folder = tmp_path / "b"
+    ppo_main(["--output-dir", str(folder), *PPO[:-1], "--reward_model", str(reward),
+              "--true-score", "--save-file", str(tmp_path / "ppo.npz")])  # fmt: skip
+    assert (folder / "plots" / "learned_and_true.png").exists()
+    base = load_model(DIGITS, dtype="float32")
+    tuning = load_adapter(base.model, tmp_path / "ppo.npz")
+    assert tuning.kind == "lora" and (tmp_path / "ppo.value_head.safetensors").exists()
+    assert max(np.abs(np.array(a)).max() for n, a in tuning.arrays().items() if "_b" in n) > 0
+
+
+def test_reward_adapter_on_its_base(tmp_path):
+    path, data = tmp_path / "reward.npz", ["--data-base", "preference_increasing_mult_2_"]
+    sft(tmp_path / "a", "--reward-model", "--pooling", "last", "--normalize-samples", "20",
+        "--save-file", str(path), *data)  # fmt: skip
+    texts = [[1, 30, 40, 50, 2], [1, 60, 20, 2]]
+    ours, _ = load_torch_reward_model(str(path), MODEL)
+    theirs = load_reward_model(path, load_model(DIGITS, dtype="float32"))
+    assert ours.pooling == theirs.pooling == "last" and ours.gain != 1.0
+    close(theirs.score(texts), ours.score(texts), relative=1e-4)
+
+
+def test_soft_prompt_folder(tmp_path):
+    prompt = tmp_path / "prompt"
+    run = sft(tmp_path / "a", "--prompt-tuning", "--num-prompt-tokens", "3", "--save-file",
+              str(prompt), "--sample-prompts", "2 4", "8")  # fmt: skip
+    tuning = load_adapter(load_model(DIGITS, dtype="float32").model, prompt)
+    assert tuning.kind == "prompt" and tuning.num_tokens == 3
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [sample["prompt"] for sample in samples] == ["2 4", "8"] * 3
+    again = ppo(tmp_path / "b", "--prompt_tuning", "--num-prompt-tokens", "3", "--resume-file",
+                str(prompt), "--save-file", str(tmp_path / "ppo.safetensors"))  # fmt: skip
+    assert losses(again)
+
+
+def test_full_fine_tuning_into_a_folder_that_mlx_loads(tmp_path):
+    run = ppo(tmp_path / "a", "--use_peft", "False")
+    merged, base = load_model(run / "model", dtype="float32"), load_model(DIGITS, dtype="float32")
+    tokens = mx.array([[1, 30, 40, 50]])
+    theirs = load_torch(str(run / "model")).model(torch.tensor([[1, 30, 40, 50]])).logits
+    close(merged.model(tokens), theirs, relative=1e-4)
+    assert mx.abs(merged.model(tokens) - base.model(tokens)).max().item() > 1e-3
+
+
+# ---- repeat and resume -------------------------------------------------------------------------
+
+
+def stopped_after(folder: Path, step: int) -> Path:
+    """A copy of a finished run as it stood at a checkpoint."""
+    copied = folder.with_name(folder.name + "-stopped")
+    shutil.copytree(folder, copied)
+    for checkpoint in (copied / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+    (copied / "summary.json").unlink()
+    return copied
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--lora-dropout", "0.2", "--gradient-accumulation-steps", "2", "--optimizer", "adamw"],
+        ["--fine-tune-type", "full", "--grad-checkpoint", "--warmup-steps", "1"],
+    ],
+)
+def test_sft_repeats_and_resumes_to_the_byte(words, tmp_path):
+    words = [*words, "--save-every", "2", "--keep-checkpoints", "9"]
+    first, second = sft(tmp_path / "a", *words), sft(tmp_path / "b", *words)
+    assert weights(first) == weights(second) and losses(first) == losses(second)
+    stopped = stopped_after(first, 2)
+    sft_main(["--resume", str(stopped)])
+    assert weights(stopped) == weights(first) and losses(stopped) == losses(first)
+
+
+def test_ppo_repeats_and_resumes_to_the_byte(tmp_path):
+    words = ["--save-every", "2", "--keep-checkpoints", "9", "--adap-kl-ctrl", "--target", "0.1",
+             "--horizon", "50", "--use-score-scaling", "--min-response-length", "3"]  # fmt: skip
+    first, second = ppo(tmp_path / "a", *words), ppo(tmp_path / "b", *words)
+    assert weights(first) == weights(second) and losses(first) == losses(second)
+    stopped = stopped_after(first, 2)
+    ppo_main(["--resume", str(stopped)])
+    assert weights(stopped) == weights(first) and losses(stopped) == losses(first)
+
+
+def test_recomputing_activations_changes_no_number(tmp_path):
+    plain, recomputed = sft(tmp_path / "a"), sft(tmp_path / "b", "--grad-checkpoint")
+    for a, b in zip(losses(plain), losses(recomputed), strict=True):
+        close(list(a.values()), list(b.values()), relative=1e-6)
+    a, b = ppo(tmp_path / "c"), ppo(tmp_path / "d", "--grad-checkpoint")
+    for one, other in zip(losses(a), losses(b), strict=True):
+        close(list(one.values()), list(other.values()), relative=1e-5)
+
+
+def test_memory_limit(tmp_path):
+    with pytest.raises(UserError, match="--memory-limit"):
+        sft(tmp_path / "a", "--memory-limit", "0.01")

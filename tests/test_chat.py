@@ -1,0 +1,363 @@
+"""talk_to_model.py as it is run: one-shot, in a pipe, and at a keyboard (a pseudo-terminal)."""
+
+import json
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import pexpect
+import pytest
+from conftest import ROOT
+from tiny import tiny_model_folder
+
+from chat.settings import Settings
+from data_utils import read_records, tokenise_preferences, tokenise_scalar
+from models.adapter_files import attach, save_adapter, save_head
+from models.load import DEFAULT_MODEL, load_model
+from models.reward_model import RewardModel, load_reward_model
+from talk_to_model import make_parser, parse_arguments
+from training.flag_check import unread_flags
+
+SCRIPT = str(ROOT / "talk_to_model.py")
+LORA = {"fine_tune_type": "lora", "num_layers": -1,
+        "lora_parameters": {"rank": 4, "scale": 4.0, "dropout": 0.0}}  # fmt: skip
+PROMPT = {"fine_tune_type": "prompt", "num_prompt_tokens": 3}
+ENTER, CTRL_C, CTRL_D, UP, LEFT = "\r", "\x03", "\x04", "\x1b[A", "\x1b[D"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with models, adapters, a reward model and a reward function."""
+    folder = tmp_path_factory.mktemp("chat")
+    tiny_model_folder(folder / "chatty", template="chatml", bos=False)
+    write_adapter(folder / "lora.npz", LORA)
+    write_adapter(folder / "soft.safetensors", PROMPT)
+    loaded = load_model()
+    reward_model = RewardModel(loaded.model, tuning=randomised(attach(loaded.model, LORA)))
+    save_adapter(folder / "reward.npz", reward_model.tuning, loaded.model, "digits")
+    save_head(folder / "reward.npz", "reward_head", reward_model.head_arrays(),
+              reward_model.description())  # fmt: skip
+    code = "def words(prompts, responses):\n    return [len(r.split()) for r in responses]\n"
+    (folder / "rewards.py").write_text(code, encoding="utf-8")
+    return folder
+
+
+def randomised(tuning, scale: float = 0.15):
+    """A fresh LoRA changes nothing, so every array gets random numbers."""
+    arrays = tuning.arrays()
+    keys = mx.random.split(mx.random.key(5), len(arrays))
+    tuning.load_arrays(
+        {n: mx.random.normal(a.shape, scale=scale, key=k)
+         for (n, a), k in zip(arrays.items(), keys, strict=True)}, "test"
+    )  # fmt: skip
+    return tuning
+
+
+def write_adapter(path, description):
+    loaded = load_model()
+    save_adapter(path, randomised(attach(loaded.model, description)), loaded.model, "digits")
+
+
+def run(*words, stdin=subprocess.DEVNULL, text=None, cwd=None):
+    """(stdout, stderr) of a run that must end well."""
+    done = run_any(*words, stdin=stdin, text=text, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def run_any(*words, stdin=None, text=None, cwd=None):
+    given = {"stdin": stdin} if text is None else {"input": text}
+    command = [sys.executable, SCRIPT, *map(str, words)]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=cwd, **given)
+
+
+def greedy(loaded, text: str, count: int, prefix=()) -> str:
+    """The slow way: no cache, the whole text again for every token."""
+    prompt = loaded.tokenizer.encode(text)
+    tokens = list(prompt)
+    for _ in range(count):
+        logits = loaded.model(mx.array([[*prefix, *tokens]]))[0, -1]
+        tokens.append(int(mx.argmax(logits)))
+        if tokens[-1] in loaded.eos_ids:
+            break
+    return loaded.tokenizer.decode(tokens, skip_special_tokens=True)[len(text) :].strip()
+
+
+# ------------------------------------------------------------------------------ one-shot, pipe
+
+
+def test_one_reply_with_an_adapter_is_the_greedy_continuation(files):
+    plain = load_model()
+    out, err = run("8 20 22", "--max-tokens", 9)
+    assert out == greedy(plain, "8 20 22", 9) + "\n"
+    assert "tokens/s" in err
+    base = load_model()
+    randomised(attach(base.model, LORA))
+    words = ("--model", DEFAULT_MODEL, "--resume-file", files / "lora.npz", "--temp", "0.0")
+    adapted, _ = run(*words, "--max_tokens", 9, "8 20 22")
+    assert adapted == greedy(base, "8 20 22", 9) + "\n" != out
+
+
+def test_one_reply_with_a_soft_prompt(files):
+    base = load_model()
+    prefix = randomised(attach(base.model, PROMPT)).prefix
+    words = ("--resume-file", files / "soft.safetensors", "--max-tokens", 9)
+    out, _ = run(*words, "8", "20", "22")
+    assert out == greedy(base, "8 20 22", 9, prefix) + "\n"
+
+
+def test_a_pipe_gets_a_reply_to_each_line_and_nothing_else(files):
+    model = load_model()
+    out, err = run("--max-tokens", 6, text="8 20\n\n5 7 9\n")
+    assert out == greedy(model, "8 20", 6) + "\n" + greedy(model, "5 7 9", 6) + "\n"
+    assert err.count("tokens/s") == 2
+    assert run(text="")[1] == "note: standard input held no prompts\n"
+
+
+def test_the_seed_repeats_samples():
+    words = ("--temp", 1, "--max-tokens", 8)
+    lines = "8 20\n" * 4
+    first = run(*words, "--seed", 3, text=lines)[0]
+    assert first == run(*words, "--seed", 3, text=lines)[0]
+    assert len(set(first.splitlines())) > 1  # the same prompt, sampled anew
+    assert first != run(*words, "--seed", 4, text=lines)[0]
+
+
+def test_scores_of_a_reward_model_and_a_function(files):
+    words = ("--reward_model", files / "reward.npz", "--resume-file", files / "lora.npz")
+    words += ("--max-tokens", 9)
+    own = f"{files / 'rewards.py'}:words"
+    out, err = run(*words, "--reward-function", own, "--reward-function", own, "8 20 22")
+    loaded = load_model()
+    judge = load_reward_model(files / "reward.npz", loaded)
+    tokens = loaded.tokenizer.encode("8 20 22 " + out.strip())
+    count = len(out.split())
+    score = judge.score([tokens])[0]
+    assert f"reward_model {score:.3f}, words {count:.3f}, words_2 {count:.3f}" in err
+
+
+def test_compare_without_a_terminal_names_the_replies(files):
+    out, _ = run("8 20 22", "--resume-file", files / "lora.npz", "--compare", DEFAULT_MODEL,
+                 "--max-tokens", 9)  # fmt: skip
+    base = load_model()
+    after = f"[digits_model]\n{greedy(base, '8 20 22', 9)}\n"
+    randomised(attach(base.model, LORA))
+    assert out == f"[digits_model + lora.npz]\n{greedy(base, '8 20 22', 9)}\n" + after
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--top-p", "0.9", "x"), "--top-p has no effect at --temp 0"),
+        (("--num-beams", "2", "--temp", "1", "x"), "beam search does not sample"),
+        (("--length-penalty", "2", "x"), "--length-penalty has no effect without --num-beams"),
+        (("--max-tokens", "0", "x"), "--max-tokens: 0 is not at least 1"),
+        (("--ratings-file", "r.jsonl", "x"), "--ratings-file has no effect without --rate"),
+        (("--blind", "--rate", "x"), "--blind has no effect without --compare"),
+        (("--rate", "x"), "--rate reads key presses and needs a terminal"),
+        (("--system-prompt", "be kind", "x"), "a system prompt needs a chat template"),
+        (("--resume-file", "gone.npz", "x"), "gone.npz: no such file"),
+        (("--model", "./gone", "x"), "./gone: no model folder there"),
+        ((" ",), "the prompt is empty"),
+    ],
+)
+def test_mistakes_end_in_one_line(words, message):
+    done = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_broken_text_in_a_pipe():
+    done = subprocess.run([sys.executable, SCRIPT, "--max-tokens", "3"], input=b"8 20\n\xff\n",
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == 2 and done.stdout.count(b"\n") == 1
+    assert b"error: standard input, line 2: not UTF-8" in done.stderr
+
+
+def test_every_flag_is_read():
+    sources = [SCRIPT, *(ROOT / "chat").glob("*.py")]
+    assert unread_flags(make_parser(), sources, owners=("args", "settings")) == []
+
+
+def test_the_defaults_are_those_of_the_settings():
+    assert parse_arguments(["x"]).settings == Settings()
+
+
+# ------------------------------------------------------------------------------ at a keyboard
+
+
+class Keyboard:
+    """A person at a terminal of 100 columns."""
+
+    def __init__(self, folder, *words):
+        environment = {**os.environ, "HOME": str(folder), "TERM": "dumb", "NO_COLOR": "1"}
+        self.child = pexpect.spawn(
+            sys.executable, [SCRIPT, *map(str, words)], cwd=folder, env=environment,
+            encoding="utf-8", timeout=20, dimensions=(50, 100),
+        )  # fmt: skip
+
+    def type(self, keys: str) -> None:
+        self.child.send(keys)
+
+    def see(self, text: str) -> str:
+        """Wait for `text`; what was shown before it."""
+        self.child.expect_exact(text)
+        return self.child.before
+
+    def line(self, text: str) -> str:
+        """Type a line at the prompt; what is shown until the next prompt."""
+        self.type(text + ENTER)
+        self.see(text + "\r\n")
+        return self.see("\n> ").replace("\r\n", "\n")
+
+    def leave(self, keys: str = CTRL_D) -> int:
+        self.type(keys)
+        self.child.expect(pexpect.EOF)
+        self.child.close()
+        return self.child.exitstatus
+
+
+def test_a_conversation_with_commands(files, tmp_path):
+    chat = Keyboard(tmp_path, "--model", files / "chatty", "--system-prompt", "be kind",
+                    "--max-tokens", 8)  # fmt: skip
+    chat.see("conversation; /help lists commands")
+    chat.see("> ")
+    first, second = chat.line("hello"), chat.line("what is the answer")
+    assert "8 tokens" in first and "tokens/s" in first
+    # The second turn answers the whole conversation, the first reply included.
+    assert "saved 2 exchanges" in chat.line("/save talk.json")
+    said = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))["messages"]
+    assert [m["role"] for m in said] == ["system", "user", "assistant", "user", "assistant"]
+    assert said[0]["content"] == "be kind"
+    assert said[-1]["content"] == chat_reply(files / "chatty", said[:-1], 8)
+    assert "is there already" in chat.line("/save talk.json")
+    again = chat.line("/retry")
+    assert "/set temp 0.7 samples another" in again
+    assert second.splitlines()[0] in again  # the same at temp 0
+    assert "taken back: what is the answer" in chat.line("/undo")
+    assert "taken back: hello" in chat.line("/undo")
+    assert "nothing has been said yet" in chat.line("/undo")
+    chat.type("/load talk.json" + ENTER)
+    for text in ("> hello", first.splitlines()[0], "> what is the answer", second.splitlines()[0]):
+        chat.see(text)
+    chat.see("\n> ")
+    assert "system prompt: be terse" in chat.line("/system be terse")
+    assert "max_tokens 3" in chat.line("/set max-tokens 3")
+    assert "3 tokens" in chat.line("hello")
+    assert "error: --temp: -1 is not 0 or more" in chat.line("/set temp -1")
+    assert "no such setting" in chat.line("/set tmp 1")
+    assert "the conversation is empty" in chat.line("/reset")
+    assert "/undo" in chat.line("/help")
+    assert "error: /nope: no such command" in chat.line("/nope")
+    chat.type("//help" + ENTER)  # as text
+    chat.see("3 tokens")
+    chat.see("> ")
+    chat.type("one \\" + ENTER)
+    chat.see("… ")
+    assert "3 tokens" in chat.line("two")
+    assert chat.leave("/quit" + ENTER) == 0
+    history = (tmp_path / ".mlx_rlhf_history").read_text(encoding="utf-8")
+    assert "what is the answer" in history
+
+
+def chat_reply(folder, messages, count):
+    """The slow way, for a conversation."""
+    loaded = load_model(folder)
+    prompt = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    loaded.tokenizer.add_eos_token("<|im_end|>")
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(mx.argmax(loaded.model(mx.array([tokens]))[0, -1])))
+        if tokens[-1] in loaded.eos_ids:
+            tokens.pop()
+            break
+    text = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+    return text[len(loaded.tokenizer.decode(prompt, skip_special_tokens=True)) :].strip()
+
+
+def test_ctrl_c_stops_the_reply_and_not_the_program(files, tmp_path):
+    chat = Keyboard(tmp_path, "--model", files / "chatty", "--max-tokens", 10**6)
+    chat.see("> ")
+    chat.type("hello" + ENTER)
+    chat.see("hello\r\n")
+    chat.child.expect("(?s).{40}")
+    chat.type(CTRL_C)
+    chat.see("tokens/s, stopped")
+    chat.see("> ")
+    chat.type("half a line" + CTRL_C)  # at the prompt it drops the line
+    chat.see("> ")
+    assert "max_tokens 2" in chat.line("/set max_tokens 2")
+    chat.type(UP + ENTER)  # the last line again, from the history
+    chat.see("max_tokens 2")
+    chat.see("> ")
+    assert "2 tokens" in chat.line("hello")
+    assert chat.leave() == 0
+
+
+def test_rating_replies_makes_unpaired_records(tmp_path):
+    chat = Keyboard(tmp_path, "--rate", "--max-tokens", 5)
+    chat.see("> ")
+    for prompt, key, seen in (("8 20", "g", "good"), ("5 7", "b", "bad"), ("1 2", "s", "not")):
+        chat.type(prompt + ENTER)
+        chat.see("good (g), bad (b) or skip (s)?")
+        chat.type("x" + key)  # x means nothing
+        chat.see(seen)
+        chat.see("\n> ")
+    chat.type("3 4" + ENTER)
+    chat.see("skip (s)?")
+    chat.type("b")
+    chat.see("\n> ")
+    assert "taken back: 3 4" in chat.line("/undo")  # and its rating
+    chat.type(CTRL_D)
+    chat.see("2 ratings added to ratings.jsonl (1 good, 1 bad)")
+    records = read_records(tmp_path / "ratings.jsonl")
+    assert set(records.kinds) == {"unpaired"}
+    assert [(r.prompt, r.label) for r in records] == [("8 20", True), ("5 7", False)]
+    tokenizer = load_model().tokenizer
+    rows = tokenise_scalar(records, tokenizer).rows
+    # What was rated is what is trained on: the same tokens, the leading space among them.
+    expected = tokenizer.encode("8 20" + records[0].completion)
+    assert rows[0].tokens == [*expected, tokenizer.eos_token_id]
+    assert records[0].completion.startswith(" ")
+    assert [row.reward for row in rows] == [1.0, 0.0]
+
+
+def test_rating_a_comparison_makes_preferences(files, tmp_path):
+    words = ("--compare", DEFAULT_MODEL, "--temp", 1, "--seed", 1, "--rate")
+    chat = Keyboard(tmp_path, *words, "--ratings-file", "pairs.jsonl", "--max-tokens", 6)
+    chat.see("> ")
+    shown = []
+    for prompt, key, seen in (("8 20", LEFT, "left"), ("5 7", "2", "right")):
+        chat.type(prompt + ENTER)
+        shown.append(chat.see("better: left (l), right (r), or skip (s)?"))
+        chat.type(key)
+        chat.see(f"rated: {seen}")
+        chat.see("> ")
+    chat.type(CTRL_D)
+    chat.see("2 ratings added to pairs.jsonl")
+    assert all("digits_model (1)" in text and "│  digits_model (2)" in text for text in shown)
+    records = read_records(tmp_path / "pairs.jsonl")
+    assert set(records.kinds) == {"preference"}
+    for record, text, left in zip(records, shown, (True, False), strict=True):
+        pair = record.responses if left else record.responses[::-1]
+        row = next(line for line in text.splitlines() if pair[0].strip() in line and "│" in line)
+        assert [cell.strip() for cell in row.split("│")] == [reply.strip() for reply in pair]
+    assert len(tokenise_preferences(records, load_model().tokenizer)) == 2
+
+
+def test_prompts_from_a_pipe_are_rated_at_the_terminal(tmp_path):
+    words = f"printf '8 20\\n5 7\\n' | {sys.executable} {SCRIPT} --rate --max-tokens 5 > out.txt"
+    environment = {**os.environ, "NO_COLOR": "1"}
+    child = pexpect.spawn("/bin/sh", ["-c", words], cwd=tmp_path, env=environment,
+                          encoding="utf-8", timeout=20)  # fmt: skip
+    for prompt, key in (("8 20", "b"), ("5 7", "g")):
+        child.expect_exact(f"> {prompt}")
+        child.expect_exact("good (g), bad (b) or skip (s)?")
+        child.send(key)
+    child.expect_exact("2 ratings added")
+    child.expect(pexpect.EOF)
+    assert [r.label for r in read_records(tmp_path / "ratings.jsonl")] == [False, True]
+    assert len((tmp_path / "out.txt").read_text(encoding="utf-8").splitlines()) == 2
