@@ -125,8 +125,10 @@ def main(words=None) -> None:
     from models.parts import load_parts
     from models.soft_prompt import find_embedding
 
-    parts = load_parts(args.model, args.adapter_file, args.adapter_weights,
+    parts = load_parts(args.model, args.adapter_file, args.adapter_weights, dtype=args.dtype,
                        trust_remote_code=args.trust_remote_code)  # fmt: skip
+    if path.resolve() == parts.base.path.resolve():
+        raise UserError(f"--save-path {path}: is the base model itself; give another folder")
     for note in parts.notes:
         print(f"note: {note}")
     vocabulary = find_embedding(parts.base.model)[2].weight.shape[0]
@@ -137,7 +139,7 @@ def main(words=None) -> None:
     from publishing.export import Check, export
 
     written = export(parts, path, args.format, Check(sequences, expected), card_choices(args),
-                     force=args.force, dequantize=args.dequantize, dtype=args.dtype)  # fmt: skip
+                     force=args.force, dequantize=args.dequantize)  # fmt: skip
     print("\n".join([*written.messages, f"wrote {args.save_path}"]))
     if args.upload_repo:
         upload(args.save_path, args)

@@ -91,6 +91,7 @@ class PPOTrainer:
         self.grad_checkpoint = grad_checkpoint
         self._set_up_gradient()
         self._generated: dict[tuple, tuple[np.ndarray, np.ndarray, bool]] = {}
+        self._calls = 0  # of generate() since the last step
         self._warned: set[str] = set()
         model.eval()  # no dropout, in rollouts and in updates
 
@@ -116,17 +117,21 @@ class PPOTrainer:
         """Sample a response (token ids, EOS included) to each query, as the config says.
 
         `max_tokens` replaces the config's limit, for all or for each; `should_stop(tokens)` ends a
-        response early. Log-probabilities and values are kept for the `step` that follows.
+        response early. Log-probabilities and values are kept for the `step` that follows. A batch
+        may be made in several calls; each draws other random numbers.
         """
-        config = self.config
+        config, queries = self.config, token_lists(queries)
+        # The first call of a step has the stream of the step itself.
+        call = (self._calls,) if self._calls else ()
         if max_tokens is None:
-            max_tokens = self.response_limits(len(queries))
+            max_tokens = self.response_limits(len(queries), *call)
         sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
         made = self._sample(
-            queries, max_tokens, sampling, should_stop, (SAMPLING,), self.model.value_head
+            queries, max_tokens, sampling, should_stop, (SAMPLING, *call), self.model.value_head
         )
         rows = zip(queries, made.responses, made.logprobs, made.values, made.finished, strict=True)
-        self._generated = {(tuple(q), tuple(r)): (lp, v, end) for q, r, lp, v, end in rows}
+        self._generated |= {(tuple(q), tuple(r)): (lp, v, end) for q, r, lp, v, end in rows}
+        self._calls += 1
         return made.responses
 
     def sample_for_evaluation(
@@ -160,12 +165,12 @@ class PPOTrainer:
             should_stop=should_stop,
         )
 
-    def response_limits(self, count: int) -> int | list[int]:
+    def response_limits(self, count: int, *call: int) -> int | list[int]:
         """The longest response allowed: one number, or one drawn for each response."""
         shortest, longest = self.config.min_response_length, self.config.max_new_tokens
         if shortest is None:
             return longest
-        return self._random(LENGTHS).integers(shortest, longest + 1, size=count).tolist()
+        return self._random(LENGTHS, *call).integers(shortest, longest + 1, size=count).tolist()
 
     def _random(self, *purpose: int) -> np.random.Generator:
         """Random numbers that depend on seed, step and purpose alone, so a resumed run has them."""
@@ -201,14 +206,14 @@ class PPOTrainer:
         clock.lap("calc_stats")
         self.kl_controller.update(stats["objective/kl"], self.config.batch_size)
         self.steps_done += 1
-        self._generated = {}
+        self._generated, self._calls = {}, 0
         return stats | clock.times()
 
     def prepare(self, queries, responses, scores, response_masks=None) -> Rollout:
         """Checked arguments of `step` as a `Rollout` that holds shaped scores."""
         scores = [float(score) for score in scores]
         check_rollout(queries, responses, scores, response_masks, self.config.batch_size)
-        queries, responses = [list(q) for q in queries], [list(r) for r in responses]
+        queries, responses = token_lists(queries), token_lists(responses)
         if response_masks is None:
             response_masks = [[1] * len(r) for r in responses]
         masks = [np.asarray(m, dtype=bool) for m in response_masks]
@@ -366,6 +371,7 @@ class PPOTrainer:
             metrics.append(found)
             if gradient is not None:
                 total = gradient if total is None else tree_map(mx.add, total, gradient)
+                mx.eval(total)  # or every gradient stays in memory until the last one
         if total is None:
             return metrics
         gradient = tree_map(lambda g: g / config.gradient_accumulation_steps, total)
@@ -465,6 +471,11 @@ class PPOTrainer:
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.running.load_state_dict(state["running"])
         self._warned = set(state["warned"])
+
+
+def token_lists(rows: Sequence) -> list[list[int]]:
+    """Rows of token ids, be they lists or arrays, as lists of int."""
+    return [row.tolist() if hasattr(row, "tolist") else list(row) for row in rows]
 
 
 def fit_columns(array: mx.array, width: int) -> mx.array:

@@ -16,137 +16,12 @@ import fast_blas
 import contextlib
 import sys
 
-from data_utils import data_report, load_data, tokenise_prompts
-from errors import UserError
 from rl.ppo_config import PPOConfig
-from training.arguments import Parser, run_main
-from training.data_flags import add_data_arguments, data_sources, tokenising
-from training.dataclass_flags import add_dataclass_arguments, dataclass_from_arguments
-from training.flag_groups import (
-    adapter_description,
-    add_adapter_arguments,
-    add_model_arguments,
-    add_optimizer_arguments,
-    add_run_arguments,
-    at_least,
-    optimizer_options,
-)
-
-LEARNING_RATES = {"lora": 3e-3, "dora": 3e-3, "full": 3e-4, "prompt": 1e-1}
-SHARED = ("seed", "learning_rate", "max_grad_norm")  # fields of PPOConfig with a flag elsewhere
-HARMLESS = ("eval_every", "eval_prompts", "eval_samples", "samples_per_step")
-
-
-# ------------------------------------------------------------------------------ arguments
-
-
-def parse_arguments(words=None):
-    parser = Parser(description=__doc__.splitlines()[0], harmless=HARMLESS)
-    add = parser.add_argument_group("reward").add_argument
-    add("--ground-truth-reward", type=bool, default=False, help="the digits task's true score")
-    add("--reward-model", help="fused reward model, or an adapter with a reward head on --model")
-    add("--reward-function", nargs="+", help="FILE.py:NAME, a function of your own; runs FILE")
-    add("--reward-url", nargs="+", help="services that take prompts and responses as JSON")
-    add("--reward-weights", type=float, nargs="+", help="of the rewards, in the order above")
-    add("--reward-timeout", type=float, default=120.0, help="seconds for a batch's reward")
-    add("--reward-retries", type=int, default=3, help="of a request to --reward-url")
-    add("--true-score", type=bool, default=False, help="log the digits score, do not train on it")
-    add("--increasing", type=bool, default=None, help="digits score: numbers rise (the default)")
-    add("--decreasing", type=bool, default=None, help="digits score: numbers fall")
-    add("--multiple-of", type=int, default=2, help="digits score: of this number")
-    add("--min-length", type=int, default=5, help="digits score: fewer words count as this many")
-    add = parser.add_argument_group("task").add_argument
-    add("--use-peft", type=bool, default=None,
-        help="train an adapter (the default), or with --no-use-peft every weight")  # fmt: skip
-    add("--save-file", default="ppo_weights.npz", help=".npz, .safetensors, or a folder to write")
-    add("--resume-file", help="adapter to start from; the reference is the model without it")
-    add("--reference-quantize", type=int, choices=(4, 8),
-        help="bits of the reference copy in full fine-tuning (default: as the policy)")  # fmt: skip
-    add("--prompt-words", type=int, default=2, help="of a plain text, how many words are a prompt")
-    add("--stop", nargs="+", help="texts that end a response")
-    add("--eval-every", type=int, default=20, help="steps between evaluations; 0: none")
-    add("--eval-prompts", type=int, default=128, help="validation prompts to use; -1: all")
-    add("--eval-samples", type=int, default=4, help="sampled responses per validation prompt")
-    add("--samples-per-step", type=int, default=2, help="responses a step into samples.jsonl")
-    add("--steps-per-report", type=int, default=5, help="steps between lines of metrics")
-    add_dataclass_arguments(parser, PPOConfig, title="PPO", exclude=SHARED)
-    add_data_arguments(parser, max_length=1024)
-    add_model_arguments(parser)
-    add_adapter_arguments(parser, lora_scale=4.0)
-    add_optimizer_arguments(
-        parser, learning_rate=None, lr_schedule="linear", max_grad_norm=1.0, lr_end_factor=0.1,
-        learning_rate_note="default: lora 3e-3, full 3e-4, prompt 0.1, found on the digits task",
-    )  # fmt: skip
-    add_run_arguments(parser)
-    parser.checks += [check_arguments, settle_arguments]
-    return parser.parse_args(words)
-
-
-def check_arguments(args) -> None:
-    """Refuse what contradicts itself."""
-    check_rewards(args)
-    full = args.fine_tune_type == "full"
-    if args.use_peft and full:
-        raise UserError("--use-peft trains an adapter; leave out --fine-tune-type full")
-    if args.use_peft is False and not full:
-        given = {"prompt_tuning", "fine_tune_type", "lora_rank", "lora_layers", "lora_keys"}
-        if given & args.explicit:
-            raise UserError("--use-peft False trains every weight; leave out the adapter's flags")
-        full = True
-    if args.reference_quantize and not full:
-        raise UserError("--reference-quantize needs full fine-tuning: else there is no copy")
-    if full and args.resume_file:
-        raise UserError("--resume-file takes an adapter; fuse it first for full fine-tuning")
-    if args.true_score and args.ground_truth_reward:
-        raise UserError("--true-score is logged anyway with --ground-truth-reward; leave it out")
-    at_least(args, 0, "eval_every", "samples_per_step", "reward_retries")
-    at_least(args, 1, "eval_samples", "steps_per_report", "prompt_words", "multiple_of",
-             "min_length")  # fmt: skip
-
-
-def check_rewards(args) -> None:
-    """Refuse no reward, weights that do not fit, and rules of a score that is not used."""
-    if args.increasing and args.decreasing:
-        raise UserError("--increasing and --decreasing contradict each other; give one of them")
-    if args.increasing is False and not args.decreasing:
-        raise UserError("--increasing False needs --decreasing")
-    for name in ("increasing", "decreasing", "multiple_of", "min_length"):
-        if name in args.explicit and not (args.ground_truth_reward or args.true_score):
-            raise UserError(f"--{name.replace('_', '-')} has no effect without "
-                            "--ground-truth-reward or --true-score")  # fmt: skip
-    count = args.ground_truth_reward + bool(args.reward_model)
-    count += len(args.reward_function or ()) + len(args.reward_url or ())
-    if not count:
-        raise UserError("no reward: give --ground-truth-reward, --reward-model, --reward-function "
-                        "or --reward-url")  # fmt: skip
-    if args.reward_weights is not None and len(args.reward_weights) != count:
-        raise UserError(f"--reward-weights: {len(args.reward_weights)} for {count} rewards")
-    if args.reward_timeout <= 0:
-        raise UserError("--reward-timeout: give seconds above 0")
-
-
-def settle_arguments(args) -> None:
-    """Fill in what follows from other flags, and make sure of PPO's own options."""
-    if args.use_peft is False:
-        args.fine_tune_type = "full"
-    if args.learning_rate is None:
-        args.learning_rate = LEARNING_RATES[adapter_description(args)["fine_tune_type"]]
-    dataclass_from_arguments(PPOConfig, args)
-
-
-# ------------------------------------------------------------------------------ data
-
-
-def load_prompts(args, tokenizer) -> dict:
-    """Prompts to train on and, where there are any, to validate on."""
-    found = {}
-    for split, records in load_data(splits=("train", "valid"), **data_sources(args)).items():
-        found[split] = tokenise_prompts(
-            records, tokenizer, prompt_words=args.prompt_words, **tokenising(args)
-        )
-        print(data_report(f"{split} prompts", records, found[split]))
-    return found
-
+from training.arguments import run_main
+from training.dataclass_flags import dataclass_from_arguments
+from training.flag_groups import adapter_description, optimizer_options
+from training.ppo_flags import load_prompts, parse_arguments, stop_at, validation_prompts
+from training.reward_flags import make_rewards
 
 # ------------------------------------------------------------------------------ model
 
@@ -175,34 +50,6 @@ def make_policy(args, loaded):
             trust_remote_code=args.trust_remote_code,
         ).model
     return ActorCritic(loaded.model, head, tuning), reference
-
-
-def make_rewards(args, loaded, policy):
-    """The weighted set of all rewards that were asked for."""
-    from rl.http_reward import HTTPReward
-    from rl.reward_functions import load_function
-    from rl.reward_set import Reward, RewardSet
-    from rl.reward_sources import digits_rewards
-
-    rewards = []
-    rule = {"increasing": args.increasing or not args.decreasing, "multiple_of": args.multiple_of,
-            "min_length": args.min_length}  # fmt: skip
-    if args.ground_truth_reward:
-        rewards.append(digits_rewards(**rule)[0])
-    if args.reward_model:
-        rewards.append(make_learned_reward(args, loaded, policy))
-    for spec in args.reward_function or ():
-        name = spec.rpartition(":")[2]
-        rewards.append(Reward(name, load_function(spec), timeout=args.reward_timeout))
-    for url in args.reward_url or ():  # has a time limit of its own, for each request
-        service = HTTPReward(url, timeout=args.reward_timeout, retries=args.reward_retries)
-        rewards.append(Reward("service", service))
-    for reward, weight in zip(rewards, args.reward_weights or (), strict=False):
-        reward.weight = weight
-    if args.ground_truth_reward or args.true_score:
-        logged = digits_rewards(**rule, weight=0.0)
-        rewards += logged if args.true_score else logged[1:]
-    return RewardSet(rewards)
 
 
 def make_learned_reward(args, loaded, policy):
@@ -249,7 +96,8 @@ def main(words=None) -> int:
     )
     prompts = load_prompts(args, loaded.tokenizer)
     policy, reference = make_policy(args, loaded)
-    rewards = make_rewards(args, loaded, policy)
+    learned = make_learned_reward(args, loaded, policy) if args.reward_model else None
+    rewards = make_rewards(args, learned)
     train(args, loaded, policy, reference, rewards, prompts)
     print(f"peak memory {peak_memory():.2f} GB")
     return 0
@@ -312,20 +160,6 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         if not stop.requested:
             finish(args, loaded, policy, run, loop)
     stop.exit_if_requested("ppo_training.py", run.folder)
-
-
-def validation_prompts(args, prompts) -> list:
-    rows = prompts["valid"].rows if "valid" in prompts else []
-    return rows if args.eval_prompts < 0 else rows[: args.eval_prompts]
-
-
-def stop_at(stops, tokenizer):
-    """Whether response tokens hold one of the texts `stops`; None without any."""
-    if not stops:
-        return None
-    # A token may stand for less than a character, but not for less than a byte.
-    reach = max(len(text.encode()) for text in stops) + 8
-    return lambda tokens: any(text in tokenizer.decode(tokens[-reach:]) for text in stops)
 
 
 # ------------------------------------------------------------------------------ save

@@ -17,130 +17,11 @@ import itertools
 import math
 import sys
 
-from data_utils import (
-    BatchIterator,
-    BatchPlan,
-    data_report,
-    epoch_batches,
-    load_data,
-    pack_rows,
-    preview,
-    tokenise_preferences,
-    tokenise_scalar,
-    tokenise_sft,
-    use_colour,
-)
+from data_utils import BatchIterator, BatchPlan, epoch_batches
 from errors import UserError
-from training.arguments import Parser, run_main
-from training.data_flags import add_data_arguments, data_sources, tokenising
-from training.flag_groups import (
-    adapter_description,
-    add_adapter_arguments,
-    add_model_arguments,
-    add_optimizer_arguments,
-    add_run_arguments,
-    at_least,
-    optimizer_options,
-)
-
-# May change when a run is resumed, beside what training/resume.py lists: they train nothing.
-HARMLESS = ("test", "sample_prompts", "preview")
-LEARNING_RATES = {"lora": 2e-4, "dora": 2e-4, "full": 2e-5, "prompt": 1e-2}
-
-
-# ------------------------------------------------------------------------------ arguments
-
-
-def parse_arguments(words=None):
-    parser = Parser(description=__doc__.splitlines()[0], harmless=HARMLESS)
-    add = parser.add_argument_group("task").add_argument
-    add("--train", type=bool, default=False, help="train")
-    add("--test", type=bool, default=False, help="evaluate on the test rows, after any training")
-    add("--reward-model", type=bool, default=False, help="a reward model, not a language model")
-    add("--save-file", default="peft_weights.npz", help=".npz, .safetensors, or a folder to write")
-    add("--resume-adapter-file", help="adapter to start from, or to test")
-    add("--batch-size", type=int, default=4, help="rows per gradient")
-    add("--iters", type=int, default=1000, help="updates of the weights")
-    add("--epochs", type=float, help="passes over the data, in place of --iters")
-    add("--gradient-accumulation-steps", type=int, default=1, help="gradients per update")
-    add("--steps-per-report", type=int, default=10, help="updates between lines of metrics")
-    add("--steps-per-eval", type=int, default=200, help="updates between validations; 0: none")
-    add("--val-batches", type=int, default=25, help="batches of a validation; -1: all rows")
-    add("--early-stopping-patience", type=int, help="stop after this many validations in vain")
-    add(
-        "--save-best",
-        type=bool,
-        default=False,
-        help="save the best validated weights, not the last",
-    )
-    add("--sample-prompts", nargs="+", help="prompts to continue greedily at each validation")
-    add("--mask-prompt", type=bool, default=False, help="train on answers alone")
-    add("--packing", type=bool, default=False, help="several rows in one of --max-length tokens")
-    add("--preview", type=bool, default=False, help="show the data as it is trained on, and stop")
-    add = parser.add_argument_group("reward model").add_argument
-    add(
-        "--pooling", choices=("mean", "last"), default="mean", help="of hidden states"
-    )
-    add("--centering", type=float, default=0.0, help="weight of (chosen + rejected)^2 in the loss")
-    add("--margins", type=bool, default=True, help="use the margins of preference rows")
-    add("--normalize-samples", type=int, default=0,
-        help="scores get mean 0, deviation 1 on this many samples; 0: as trained")  # fmt: skip
-    add_data_arguments(parser)
-    add_model_arguments(parser)
-    add_adapter_arguments(parser, lora_scale=4.0)
-    note = "default: lora 2e-4, full 2e-5, prompt 1e-2; the 1e-6 of old scripts teaches nothing"
-    add_optimizer_arguments(parser, learning_rate=None, max_grad_norm=1.0, learning_rate_note=note)
-    add_run_arguments(parser)
-    parser.checks.append(check_arguments)
-    return parser.parse_args(words)
-
-
-def check_arguments(args) -> None:
-    """Refuse what contradicts itself, and fill in what follows from other flags."""
-    if not (args.train or args.test or args.preview):
-        raise UserError("nothing to do: give --train, --test or both")
-    if {"iters", "epochs"} <= args.explicit:
-        raise UserError("--iters and --epochs both say how long to train; give one of them")
-    for name in ("pooling", "centering", "margins", "normalize_samples"):
-        if name in args.explicit and not args.reward_model:
-            raise UserError(f"--{name.replace('_', '-')} has no effect without --reward-model")
-    for name in ("mask_prompt", "packing", "sample_prompts"):
-        if getattr(args, name) and args.reward_model:
-            raise UserError(f"--{name.replace('_', '-')} has no effect with --reward-model")
-    if args.test and not args.train and args.resume_adapter_file is None and args.reward_model:
-        raise UserError("--test of a reward model needs --resume-adapter-file, or --train")
-    at_least(args, 1, "batch_size", "iters", "gradient_accumulation_steps", "steps_per_report",
-             "early_stopping_patience")  # fmt: skip
-    at_least(args, 0, "steps_per_eval", "centering", "normalize_samples", "epochs")
-    if args.learning_rate is None:
-        kind = adapter_description(args)["fine_tune_type"]
-        args.learning_rate = LEARNING_RATES[kind]
-
-
-# ------------------------------------------------------------------------------ data
-
-
-def load_rows(args, tokenizer) -> dict:
-    """Tokenised rows by split: train and valid when training, test when testing."""
-    splits = (["train", "valid"] if args.train or args.preview else []) + ["test"] * args.test
-    rows = {}
-    for split, records in load_data(splits=splits, **data_sources(args)).items():
-        if not args.reward_model:
-            rows[split] = tokenise_sft(
-                records, tokenizer, mask_prompt=args.mask_prompt, **tokenising(args)
-            )
-        elif set(records.kinds) == {"preference"}:
-            rows[split] = tokenise_preferences(records, tokenizer, **tokenising(args))
-        else:
-            rows[split] = tokenise_scalar(records, tokenizer, **tokenising(args))
-        print(data_report(split, records, rows[split]))
-        if args.packing:
-            rows[split].rows = pack_rows(rows[split].rows, args.max_length)
-            print(f"  packed into {len(rows[split])} rows of up to {args.max_length} tokens")
-    if args.preview:
-        print(preview(rows["train"][0], tokenizer, use_colour(sys.stdout)))
-    return rows
-
+from training.arguments import run_main
+from training.flag_groups import adapter_description, optimizer_options
+from training.sft_flags import load_rows, parse_arguments, validation
 
 # ------------------------------------------------------------------------------ main
 
@@ -267,15 +148,6 @@ def train(args, loaded, task, rows) -> None:
         if not stop.requested:
             finish(args, loaded, task, run, loop, rows)
     stop.exit_if_requested("sft.py", run.folder)
-
-
-def validation(args, rows):
-    """A function that gives the batches of a validation, or None without rows for one."""
-    if rows is None:
-        return None
-    plan = BatchPlan(rows.lengths, args.batch_size, shuffle=False)
-    count = None if args.val_batches < 0 else args.val_batches
-    return lambda: itertools.islice(epoch_batches(rows.rows, plan), count)
 
 
 def write_samples(args, loaded, task, run, step) -> None:

@@ -26,7 +26,8 @@ from training.flag_groups import add_model_arguments
 # ------------------------------------------------------------------------------ arguments
 
 
-def make_parser() -> Parser:
+def parse_arguments(words: list[str] | None = None):
+    """The options; `args.settings` holds the checked `Settings`."""
     parser = Parser(description=__doc__.splitlines()[0])
     text = "reply to this and leave; without it, prompts come from the terminal or a pipe"
     parser.add_argument("prompt", nargs="*", help=text)
@@ -50,12 +51,7 @@ def make_parser() -> Parser:
     add("--ratings-file", default="ratings.jsonl", help=text)
     add("--blind", type=bool, default=False, help="with --compare and --rate: hide who is who")
     parser.checks.append(check_arguments)
-    return parser
-
-
-def parse_arguments(words: list[str] | None = None):
-    """The options; `args.settings` holds the checked `Settings`."""
-    return make_parser().parse_args(words)
+    return parser.parse_args(words)
 
 
 def check_arguments(args) -> None:

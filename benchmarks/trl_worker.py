@@ -20,8 +20,8 @@ PROMPT_TOKENS, EPOCHS, FIRST_WORD = 16, 4, 3
 def make_trainer(folder: Path, batch_size: int) -> PPOTrainer:
     lora = LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], bias="none",
                       task_type="CAUSAL_LM")  # fmt: skip
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(folder, peft_config=lora)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(str(folder), peft_config=lora)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
     config = PPOConfig(
         batch_size=batch_size, mini_batch_size=batch_size, ppo_epochs=EPOCHS, learning_rate=1e-4,
         max_grad_norm=1.0, log_with=None, seed=0,

@@ -1,5 +1,6 @@
 """How a reply is written: the options of the command line that ``/set`` changes while chatting."""
 
+from argparse import ArgumentTypeError
 from dataclasses import dataclass, field, fields, replace
 
 from errors import UserError
@@ -57,7 +58,7 @@ class Settings:
         convert = number if kinds[name] is float else whole_number
         try:
             return replace(self, **{name: convert(text)})
-        except ValueError as wrong:  # argparse's own exception is none of these
+        except ArgumentTypeError as wrong:
             raise UserError(f"/set {name}: {wrong}") from None
 
     def check_flags(self, explicit: set[str]) -> None:

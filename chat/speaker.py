@@ -10,8 +10,9 @@ import mlx.core as mx
 from chat.prompting import Prompting
 from chat.settings import Settings
 from models.beam_search import beam_search
+from models.caches import make_cache
 from models.load import LoadedModel
-from models.trunk import find_trunk, vocabulary_size
+from models.trunk import vocabulary_size
 from models.tuning import Tuning
 
 
@@ -184,11 +185,7 @@ class Speaker:
 
     def _reuse_cache(self, prompt: list[int]) -> int:
         """How many tokens of `prompt` the cache holds, after it has been cut back to those."""
-        from mlx_lm.models.cache import (
-            can_trim_prompt_cache,
-            make_prompt_cache,
-            trim_prompt_cache,
-        )
+        from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
         known = 0
         # The last token is always read: its logits are the first that are needed.
@@ -200,10 +197,7 @@ class Speaker:
         if known and (not surplus or can_trim_prompt_cache(self._cache)):
             trim_prompt_cache(self._cache, surplus)
         else:
-            owner, _ = find_trunk(self.loaded.model)
-            whole = self.loaded.model
-            self._cache = make_prompt_cache(owner if hasattr(owner, "layers") else whole)
-            known = 0
+            self._cache, known = make_cache(self.loaded.model), 0
         self._cached = prompt[:known]
         return known
 

@@ -13,7 +13,8 @@ import mlx.nn as nn
 import numpy as np
 
 from errors import UserError
-from models.decoding import _keep_rows, _left_pad
+from models.caches import make_cache
+from models.decoding import _keep_rows
 from models.trunk import hidden_states, logits_from_hidden
 
 
@@ -45,7 +46,7 @@ def beam_search(
     """
     if num_beams < 1 or max_tokens < 1 or not prompt:
         raise ValueError("beam search needs a beam, a token to write and a token to start from")
-    tokens, cache = _left_pad(model, [prompt])  # (1, P)
+    tokens, cache = mx.array([list(prompt)]), make_cache(model)  # (1, P)
     running: list[tuple[list[int], float]] = [([], 0.0)]
     done: list[Beam] = []
     for length in range(1, max_tokens + 1):

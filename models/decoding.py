@@ -14,8 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from errors import UserError
-from models.trunk import find_trunk, hidden_states, logits_from_hidden
+from models.caches import make_cache, padded_cache
+from models.trunk import hidden_states, logits_from_hidden
 
 # Rows are dropped once this share of the batch is finished: each drop copies the cache.
 DROP_SHARE = 0.125
@@ -175,35 +175,13 @@ def _filter(logprobs: mx.array, sampling: Sampling) -> mx.array:
 
 def _left_pad(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[mx.array, list]:
     """Prompts -> tokens (B, P) padded on the left, and a cache that knows the padding."""
-    from mlx_lm.models.cache import make_prompt_cache
-
     longest = max(len(p) for p in prompts)
     padding = [longest - len(p) for p in prompts]
     tokens = np.zeros((len(prompts), longest), dtype=np.int32)
     for row, (pad, prompt) in enumerate(zip(padding, prompts, strict=True)):
         tokens[row, pad:] = prompt
-    owner, _ = find_trunk(model)
-    cache = make_prompt_cache(owner if hasattr(owner, "layers") else model)
-    if any(padding):
-        cache = [_padded(layer, padding) for layer in cache]
+    cache = padded_cache(model, padding) if any(padding) else make_cache(model)
     return mx.array(tokens), cache
-
-
-def _padded(layer, padding: list[int]):
-    """The batched form of one layer's cache, for rows with `padding` tokens in front."""
-    from mlx_lm.models import cache as kinds
-
-    if type(layer) is kinds.KVCache:
-        return kinds.BatchKVCache(padding)
-    if type(layer) is kinds.RotatingKVCache and layer.keep == 0:
-        return kinds.BatchRotatingKVCache(layer.max_size, padding)
-    if type(layer) is kinds.ArraysCache:
-        layer.left_padding = mx.array(padding)
-        return layer
-    if type(layer) is kinds.CacheList:
-        return kinds.CacheList(*(_padded(part, padding) for part in layer.caches))
-    raise UserError(f"this model keeps a {type(layer).__name__}, which cannot be batched with "
-                    "prompts of different lengths")  # fmt: skip
 
 
 def _keep_rows(layer, index: mx.array) -> None:

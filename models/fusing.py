@@ -68,14 +68,15 @@ def fuse_adapters(
     weights: Sequence[float],
     *,
     dequantize: bool = False,
+    dtype: mx.Dtype | None = None,
 ) -> int:
     """Add switched-off `adapters` to the weights of `model`, in place; returns how many layers.
 
-    Each sum is made in float32 and rounded once to the type of the base weight. A quantised layer
-    is quantised again, unless `dequantize` is set.
+    Each sum is made in float32 and rounded once, to `dtype` (default: that of the base weight). A
+    quantised layer is quantised again, unless `dequantize` is set.
     """
     found = adapted_layers(adapters, weights)
-    fused = [(path, fused_layer(layers, dequantize)) for path, layers in found.items()]
+    fused = [(path, fused_layer(layers, dequantize, dtype)) for path, layers in found.items()]
     model.update_modules(tree_unflatten(fused))
     mx.eval(model.parameters())
     return len(fused)
@@ -88,15 +89,17 @@ def dequantize_model(model: nn.Module) -> None:
     mlx_lm_dequantize_model(model)
 
 
-def fused_layer(layers: Sequence[tuple[nn.Module, float]], dequantize: bool) -> nn.Module:
+def fused_layer(
+    layers: Sequence[tuple[nn.Module, float]], dequantize: bool, dtype: mx.Dtype | None = None
+) -> nn.Module:
     """The base layer inside `layers` (adapted layer, weight) with every adapter added to it."""
     base = base_layer(layers[0][0])
     original = plain_weight(base)
     weight = original.astype(mx.float32)  # (out, in), or (experts, out, in)
     total = weight + sum(w * weight_change(layer, weight) for layer, w in layers)
-    plain = _with_weight(base, total.astype(original.dtype))
     if dequantize or not is_quantized(base):
-        return plain
+        return _with_weight(base, total.astype(dtype or original.dtype))
+    plain = _with_weight(base, total.astype(original.dtype))
     return plain.to_quantized(group_size=base.group_size, bits=base.bits, mode=base.mode)
 
 

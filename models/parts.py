@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from errors import UserError
 from models.adapter_files import load_adapter, read_adapter, read_head
 from models.comparing import all_logits
 from models.fusing import blended, dequantize_model, fuse_adapters
-from models.load import LoadedModel, cast, load_model, resolve_path
+from models.load import LoadedModel, cast, default_dtype, load_model, resolve_path
 from models.lora import Adapter
 from models.reward_model import HEAD, RewardModel, load_reward_head, load_reward_model
 from models.soft_prompt import SoftPrompt
@@ -24,6 +25,7 @@ class Parts:
     """Everything that goes into the result; all of it switched off until it is fused."""
 
     base: LoadedModel
+    dtype: str = "stored"  # of the result; "stored": every array as the base has it
     tunings: list[Tuning] = field(default_factory=list)  # one for each adapter file
     adapters: list[Adapter] = field(default_factory=list)  # the LoRA and DoRA ones among them
     weights: list[float] = field(default_factory=list)  # one for each of them
@@ -31,6 +33,17 @@ class Parts:
     reward_model: RewardModel | None = None
     descriptions: list[dict] = field(default_factory=list)  # of every adapter file
     notes: list[str] = field(default_factory=list)  # for the person at the terminal
+
+    def __post_init__(self):
+        flat = tree_flatten(self.base.model.parameters())
+        self.types = {name: array.dtype for name, array in flat}  # as stored
+        if self.working == "float32":
+            cast(self.base.model, "float32")
+
+    @property
+    def working(self) -> str:
+        """Type for sums and comparisons: float32 where it costs nothing or is asked for."""
+        return "float32" if "float32" in (self.dtype, default_dtype()) else "stored"
 
     @property
     def bits(self) -> int | None:
@@ -50,10 +63,11 @@ class Parts:
                 prefix = self.prompt.prefix
             return all_logits(self.base.model, sequences, prefix)
 
-    def fuse(self, *, dequantize: bool = False, dtype: str = "stored") -> FusedPrompt | None:
+    def fuse(self, *, dequantize: bool = False) -> FusedPrompt | None:
         """Make the base model the sum of all parts; returns what became of the soft prompt."""
         model, config = self.base.model, self.base.config
-        fuse_adapters(model, self.adapters, self.weights, dequantize=dequantize)
+        fuse_adapters(model, self.adapters, self.weights, dequantize=dequantize,
+                      dtype=mx.float32 if self.working == "float32" else None)  # fmt: skip
         if dequantize:
             dequantize_model(model)
             config.pop("quantization", None)
@@ -62,12 +76,25 @@ class Parts:
         if self.prompt is not None:
             self.prompt.activate()
             fused = fuse_soft_prompt(self.base, self.prompt)
-        if dtype != "stored":
-            cast(model, dtype)
+        self._give_types()
         if self.reward_model is not None:
             self.reward_model.settle(fused.ids if fused else None)
         mx.eval(model.parameters())
         return fused
+
+    def _give_types(self) -> None:
+        """Cast the fused weights to what the result has."""
+        if self.dtype != "stored":
+            return cast(self.base.model, self.dtype)
+        floating = [t for t in self.types.values() if mx.issubdtype(t, mx.floating)]
+        usual = max(set(floating), key=floating.count)  # for arrays that are new
+        changed = []
+        for name, array in tree_flatten(self.base.model.parameters()):
+            if mx.issubdtype(array.dtype, mx.floating):
+                stored = self.types.get(name, usual)
+                dtype = stored if mx.issubdtype(stored, mx.floating) else usual
+                changed.append((name, array.astype(dtype)))
+        self.base.model.load_weights(changed, strict=False)
 
 
 def load_parts(
@@ -75,20 +102,23 @@ def load_parts(
     files: Sequence[str],
     weights: Sequence[float],
     *,
+    dtype: str = "stored",
     trust_remote_code: bool = False,
 ) -> Parts:
     """Load a base and the adapter `files` with `weights`; without a `model` the recorded base.
+
+    `dtype` is that of the result.
 
     Raises UserError for what cannot be combined: several heads or soft prompts, weights on them or
     on a full fine-tune, and a full fine-tune with anything else.
     """
     options = {"dtype": "stored", "trust_remote_code": trust_remote_code}
     if not files:
-        return _model_alone(model, options)
+        return _model_alone(model, dtype, options)
     descriptions = [read_adapter(file)[1] for file in files]
     _check_together(files, weights, descriptions)
     base = load_model(model or recorded_base(files[0], descriptions[0]), **options)
-    parts = Parts(base, descriptions=descriptions)
+    parts = Parts(base, dtype, descriptions=descriptions)
     for file, weight in zip(files, weights, strict=True):
         tuning = load_adapter(base.model, file)
         parts.tunings.append(tuning)
@@ -108,14 +138,14 @@ def load_parts(
     return parts
 
 
-def _model_alone(model: str | None, options: dict) -> Parts:
+def _model_alone(model: str | None, dtype: str, options: dict) -> Parts:
     from models.classifiers import is_classifier
 
     path = resolve_path(model) if model is not None else None
     if path is not None and (is_classifier(path) or read_head(path, HEAD) is not None):
         reward_model = load_reward_model(path, **options)
-        return Parts(reward_model.source, reward_model=reward_model)
-    return Parts(load_model(model, **options))
+        return Parts(reward_model.source, dtype, reward_model=reward_model)
+    return Parts(load_model(model, **options), dtype)
 
 
 def _check_together(files, weights, descriptions) -> None:

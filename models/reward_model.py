@@ -54,6 +54,7 @@ class RewardModel(nn.Module):
         self._prefix: tuple[int, ...] = ()  # of a soft prompt that is fused into the vocabulary
         self._pad_id: int | None = None  # where given, the "last" token is the last that is not it
         self.source: LoadedModel | None = None  # where it was loaded from, with its tokenizer
+        self.train(model.training)
 
     @property
     def tuning(self) -> Tuning | None:

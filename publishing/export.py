@@ -59,7 +59,6 @@ def export(
     *,
     force: bool = False,
     dequantize: bool = False,
-    dtype: str = "stored",
 ) -> Exported:
     """Write `parts` to `path` as `form` (model, adapter, peft, classifier, gguf).
 
@@ -78,7 +77,7 @@ def export(
             f"note: the base has {parts.bits}-bit weights, and the sum is rounded to them again; "
             f"--dequantize avoids that, in about {16 / parts.bits:.0f} times the size"
         )
-    prompt = parts.fuse(dequantize=dequantize, dtype=dtype)
+    prompt = parts.fuse(dequantize=dequantize)
     if prompt:
         done.messages.append(_about_prompt(prompt))
     exact = not requantized and stored_dtype(parts.base) == "float32"
@@ -184,10 +183,10 @@ def _export_gguf(parts, path, check, card, *, force, exact, prompt, done) -> Non
 def _compare(folder: Path, parts: Parts, check: Check, prompt, exact: bool) -> str:
     """Load what was written; one line on how far it is from the unfused parts."""
     if parts.reward_model is not None:
-        scores = load_reward_model(folder, dtype="stored").score(check.sequences)
+        scores = load_reward_model(folder, dtype=parts.working).score(check.sequences)
         difference, what = compare_scores(check.expected, scores), "scores"
     else:
-        loaded = load_model(folder, dtype="stored")
+        loaded = load_model(folder, dtype=parts.working)
         prefix = prompt.ids if prompt else ()
         logits = all_logits(loaded.model, check.sequences, prefix)
         difference, what = compare_logits(check.expected, logits), "logits"

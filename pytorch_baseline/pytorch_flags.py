@@ -16,8 +16,10 @@ from training.arguments import Parser
 # Importing a script loads a BLAS for MLX and limits its threads; PyTorch brings its own.
 os.environ.setdefault("MLX_RLHF_BLAS", "off")
 _threads = torch.get_num_threads()
-import ppo_training as ppo_script  # noqa: E402, F401
-import sft as sft_script  # noqa: E402, F401
+import fast_blas  # noqa: E402, F401
+
+from training import ppo_flags as ppo_script  # noqa: E402, F401
+from training import sft_flags as sft_script  # noqa: E402, F401
 
 torch.set_num_threads(_threads)
 

@@ -13,7 +13,7 @@ def gae(
 
     delta_t = r_t + gamma V' - V_t,  A_t = delta_t + gamma lam A',  return_t = A_t + V_t,
     where ' is the next token of the row that counts, and V' = A' = 0 after the last one. So padding
-    on either side and holes inside a response (PPO_SPEC row 25) change nothing: TRL puts V = 0 into
+    on either side and holes inside a response change nothing: TRL puts V = 0 into
     a hole and lets the recursion run through it. No gradient flows through either result.
     """
     counted = mask > 0

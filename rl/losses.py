@@ -41,7 +41,7 @@ def masked_var(x: mx.array, mask: mx.array) -> mx.array:
 def masked_whiten(x: mx.array, mask: mx.array, shift_mean: bool = True) -> mx.array:
     """Scale to variance 1 and (with `shift_mean`) mean 0 over the mask; masked places become 0.
 
-    (x - mean) / sqrt(var + 1e-8), + mean without `shift_mean`. PPO_SPEC rows 12 and 14: TRL's
+    (x - mean) / sqrt(var + 1e-8), + mean without `shift_mean`. TRL's
     masked_whiten leaves numbers at masked places, and its GAE reads them. Equal numbers whiten to
     exactly 0: the 1e-8 would blow the mean's rounding error up ten thousand times.
     """

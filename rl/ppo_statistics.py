@@ -5,7 +5,7 @@ import numpy as np
 from rl.rewards import rollout_stats
 from rl.rollouts import Rollout
 
-# What may be wrong (PPO_SPEC row 28), from metrics to a sentence; each is said once a run.
+# What may be wrong, from metrics to a sentence; each is said once a run.
 ALMOST_NO_ENTROPY = 0.01  # nats per token
 MOSTLY_CUT_OFF = 0.5  # share of responses
 

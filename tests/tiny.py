@@ -1,45 +1,112 @@
-"""Tiny random models in Hugging Face's format, made in a second, for tests of whole scripts."""
+"""Tiny random models, in memory or in Hugging Face's format, made in a second."""
 
+import importlib
 import json
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.llama import Model, ModelArgs
 from tiny_tokenizers import SPECIAL, tiny_tokenizer
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 64,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+# Windows of 8 tokens, so that short tests run over their edge.
+GEMMA_3 = {
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8.0,
+    "sliding_window": 8,
+    "sliding_window_pattern": 2,
+}
+# model_type -> what its config.json has besides SIZES.
+ARCHITECTURES: dict[str, dict] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8.0, "tie_word_embeddings": True},
+    "gemma3_text": {**GEMMA_3, "tie_word_embeddings": True},
+    "gemma3": {"text_config": {**SIZES, "model_type": "gemma3_text", **GEMMA_3}},
+    "phi3": {},
+    "olmo2": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+OTHERS: dict[str, dict] = {
+    "mamba": {"state_size": 8, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True,
+              "time_step_rank": 4},
+    "gpt2": {"n_ctx": 128, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 128,
+             "layer_norm_epsilon": 1e-5},
+}  # fmt: skip
+
+
+def tiny_config(architecture: str = "llama", **changes) -> dict:
+    """What stands in config.json; `changes` come last."""
+    special = {**ARCHITECTURES, **OTHERS}[architecture]
+    config = {"model_type": architecture, **SIZES, **special, **changes}
+    if "text_config" in config:
+        config["text_config"] = {**config["text_config"], "vocab_size": config["vocab_size"]}
+    return config
+
+
+def tiny_model(architecture: str = "llama", *, seed: int = 0, **changes) -> nn.Module:
+    """A random model in memory, frozen, in evaluation mode, as load_model gives it."""
+    model = _empty_model(tiny_config(architecture, **changes))
+    weights = random_weights(model, seed)
+    if hasattr(model, "sanitize"):
+        weights = model.sanitize(weights)
+    model.load_weights(list(weights.items()))
+    model.freeze()
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def _empty_model(config: dict) -> nn.Module:
+    kind = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
+    module = importlib.import_module(f"mlx_lm.models.{kind}")
+    return module.Model(module.ModelArgs.from_dict(config))
 
 
 def tiny_model_folder(
-    folder: Path, *, template: str | None = None, bos: bool = True, seed: int = 0
+    folder: Path,
+    *,
+    template: str | None = None,
+    bos: bool = True,
+    seed: int = 0,
+    architecture: str = "llama",
+    **changes,
 ) -> Path:
-    """A random Llama with a byte-level tokenizer, written to `folder`.
+    """A random model with a byte-level tokenizer, written to `folder`.
 
-    `template` names one of tiny_tokenizers.TEMPLATES. Special tokens are never the likeliest, so a
-    greedy reply never ends by itself.
+    `template` names one of tiny_tokenizers.TEMPLATES; `changes` go into config.json. Special tokens
+    are never the likeliest where the output layer is not tied, so a greedy reply never ends by
+    itself.
     """
     tokenizer = tiny_tokenizer(bos=bos, template=template)
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "intermediate_size": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-5,
+    special = {
+        "architectures": [f"{architecture.title()}ForCausalLM"],
         "vocab_size": len(tokenizer),
-        "max_position_embeddings": 512,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    weights = random_weights(Model(ModelArgs.from_dict(config)), seed)
-    head = weights["lm_head.weight"]  # (V, D)
-    special = mx.arange(len(head)) < len(SPECIAL)
-    weights["lm_head.weight"] = mx.where(special[:, None], 0, head)
+    config = tiny_config(architecture, **{**special, **changes})
+    weights = random_weights(_empty_model(config), seed)
+    if config["tie_word_embeddings"]:
+        weights.pop("lm_head.weight", None)
+    elif (head := weights.get("lm_head.weight")) is not None:  # (V, D)
+        ids = mx.arange(len(head)) < len(SPECIAL)
+        weights["lm_head.weight"] = mx.where(ids[:, None], 0, head)
     folder.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -56,3 +123,7 @@ def random_weights(model: nn.Module, seed: int) -> dict[str, mx.array]:
         is_matrix = array.ndim > 1
         weights[name] = mx.random.normal(array.shape, scale=0.3, key=sub) if is_matrix else array
     return weights
+
+
+def flat(tree) -> dict[str, mx.array]:
+    return dict(tree_flatten(tree))

@@ -1,0 +1,90 @@
+"""What the tests of fusing and exporting share: the script, adapters with random arrays, logits."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from conftest import ROOT
+
+from models.adapter_files import save_adapter
+from models.decoding import Sampling, generate
+from models.load import load_model
+from models.lora import LoraConfig, add_lora
+from models.soft_prompt import SoftPrompt
+from models.tuning import FullTuning, Tuning
+
+PROMPTS = ("2 4 6", "10 8", "", "0 1 2 3 5 8 13")
+
+
+def fuse(folder: Path, *words, status: int = 0, env: dict | None = None):
+    """Run fuse.py in `folder`; standard output, or standard error where a failure is expected."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "fuse.py"), *map(str, words)],
+        cwd=folder, capture_output=True, text=True, timeout=120, env=env,
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout + done.stderr
+    if status == 0:
+        return done.stdout
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    return done.stderr
+
+
+def make_tuning(loaded, kind: str, *, seed: int = 0, **options) -> Tuning:
+    """A `Tuning` of that kind on `loaded`, with random arrays that change the logits a good deal.
+
+    `options` go to LoraConfig (lora, dora) or are `num_tokens` (prompt).
+    """
+    mx.random.seed(seed)
+    if kind == "full":
+        tuning = FullTuning(loaded.model)
+    elif kind == "prompt":
+        tuning = SoftPrompt(loaded.model, options.get("num_tokens", 3))
+    else:
+        settings = {"rank": 4, "scale": 2.0, **options}
+        tuning = add_lora(loaded.model, LoraConfig(use_dora=kind == "dora", **settings))
+    arrays = {}
+    for name, array in tuning.arrays().items():
+        noise = mx.random.normal(array.shape)
+        if name.endswith(".m"):
+            arrays[name] = array * (1 + 0.2 * noise)
+        elif kind == "full":
+            arrays[name] = array + 0.02 * noise.astype(array.dtype)
+        else:
+            arrays[name] = array + (0.3 if kind == "prompt" else 0.1) * noise
+    tuning.load_arrays(arrays, "test")
+    mx.eval(tuning.arrays())
+    return tuning
+
+
+def make_adapter(path: Path, kind: str, model=None, **options) -> tuple[object, Tuning]:
+    """Save an adapter with random arrays at `path`; returns the model and the tuning on it."""
+    loaded = load_model(model, dtype="stored")
+    tuning = make_tuning(loaded, kind, **options)
+    save_adapter(path, tuning, loaded.model, loaded.name)
+    return loaded, tuning
+
+
+def logits(model, tokenizer, prefix=(), prompts=PROMPTS) -> list[np.ndarray]:
+    """Logits (T, V) float32 of every prompt, those of the prefix left out."""
+    model.eval()
+    found = []
+    for text in prompts:
+        ids = [*prefix, *tokenizer.encode(text)]
+        out = model(mx.array([ids]))[0, len(prefix) :].astype(mx.float32)
+        found.append(np.array(out))
+    return found
+
+
+def greedy(loaded, prefix=(), prompts=PROMPTS, max_tokens: int = 12) -> list[list[int]]:
+    """The likeliest continuation of every prompt."""
+    rows = [[*prefix, *loaded.tokenizer.encode(text)] for text in prompts]
+    made = generate(loaded.model, rows, max_tokens=max_tokens, eos_ids=loaded.eos_ids,
+                    sampling=Sampling(temperature=0))  # fmt: skip
+    return made.responses
+
+
+def largest(ours, theirs) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))

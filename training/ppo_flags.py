@@ -1,0 +1,114 @@
+"""The command line of PPO, and the prompts it asks for. Loads no MLX.
+
+Shared by ppo_training.py and its PyTorch twin.
+"""
+
+from data_utils import data_report, load_data, tokenise_prompts
+from errors import UserError
+from rl.ppo_config import PPOConfig
+from training.arguments import Parser
+from training.data_flags import add_data_arguments, data_sources, tokenising
+from training.dataclass_flags import add_dataclass_arguments, dataclass_from_arguments
+from training.flag_groups import (
+    adapter_description,
+    add_adapter_arguments,
+    add_model_arguments,
+    add_optimizer_arguments,
+    add_run_arguments,
+    at_least,
+)
+from training.reward_flags import add_reward_arguments
+
+DESCRIPTION = "PPO on a language model, against a ground-truth reward, a learned one, or your own."
+LEARNING_RATES = {"lora": 3e-3, "dora": 3e-3, "full": 3e-4, "prompt": 1e-1}
+SHARED = ("seed", "learning_rate", "max_grad_norm")  # fields of PPOConfig with a flag elsewhere
+HARMLESS = ("eval_every", "eval_prompts", "eval_samples", "samples_per_step")
+
+
+# ------------------------------------------------------------------------------ arguments
+
+
+def parse_arguments(words=None):
+    """The parsed and checked command line."""
+    parser = Parser(description=DESCRIPTION, harmless=HARMLESS)
+    add_reward_arguments(parser)
+    add = parser.add_argument_group("task").add_argument
+    add("--use-peft", type=bool, default=None,
+        help="train an adapter (the default), or with --no-use-peft every weight")  # fmt: skip
+    add("--save-file", default="ppo_weights.npz", help=".npz, .safetensors, or a folder to write")
+    add("--resume-file", help="adapter to start from; the reference is the model without it")
+    add("--reference-quantize", type=int, choices=(4, 8),
+        help="bits of the reference copy in full fine-tuning (default: as the policy)")  # fmt: skip
+    add("--prompt-words", type=int, default=2, help="of a plain text, how many words are a prompt")
+    add("--stop", nargs="+", help="texts that end a response")
+    add("--eval-every", type=int, default=20, help="steps between evaluations; 0: none")
+    add("--eval-prompts", type=int, default=128, help="validation prompts to use; -1: all")
+    add("--eval-samples", type=int, default=4, help="sampled responses per validation prompt")
+    add("--samples-per-step", type=int, default=2, help="responses a step into samples.jsonl")
+    add("--steps-per-report", type=int, default=5, help="steps between lines of metrics")
+    add_dataclass_arguments(parser, PPOConfig, title="PPO", exclude=SHARED)
+    add_data_arguments(parser, max_length=1024)
+    add_model_arguments(parser)
+    add_adapter_arguments(parser, lora_scale=4.0)
+    add_optimizer_arguments(
+        parser, learning_rate=None, lr_schedule="linear", max_grad_norm=1.0, lr_end_factor=0.1,
+        learning_rate_note="default: lora 3e-3, full 3e-4, prompt 0.1, found on the digits task",
+    )  # fmt: skip
+    add_run_arguments(parser)
+    parser.checks += [check_arguments, settle_arguments]
+    return parser.parse_args(words)
+
+
+def check_arguments(args) -> None:
+    """Refuse what contradicts itself."""
+    full = args.fine_tune_type == "full"
+    if args.use_peft and full:
+        raise UserError("--use-peft trains an adapter; leave out --fine-tune-type full")
+    if args.use_peft is False and not full:
+        given = {"prompt_tuning", "fine_tune_type", "lora_rank", "lora_layers", "lora_keys"}
+        if given & args.explicit:
+            raise UserError("--use-peft False trains every weight; leave out the adapter's flags")
+        full = True
+    if args.reference_quantize and not full:
+        raise UserError("--reference-quantize needs full fine-tuning: else there is no copy")
+    if full and args.resume_file:
+        raise UserError("--resume-file takes an adapter; fuse it first for full fine-tuning")
+    at_least(args, 0, "eval_every", "samples_per_step")
+    at_least(args, 1, "eval_samples", "steps_per_report", "prompt_words")
+
+
+def settle_arguments(args) -> None:
+    """Fill in what follows from other flags, and make sure of PPO's own options."""
+    if args.use_peft is False:
+        args.fine_tune_type = "full"
+    if args.learning_rate is None:
+        args.learning_rate = LEARNING_RATES[adapter_description(args)["fine_tune_type"]]
+    dataclass_from_arguments(PPOConfig, args)
+
+
+# ------------------------------------------------------------------------------ data
+
+
+def load_prompts(args, tokenizer) -> dict:
+    """Prompts to train on and, where there are any, to validate on."""
+    found = {}
+    for split, records in load_data(splits=("train", "valid"), **data_sources(args)).items():
+        found[split] = tokenise_prompts(
+            records, tokenizer, prompt_words=args.prompt_words, **tokenising(args)
+        )
+        print(data_report(f"{split} prompts", records, found[split]))
+    return found
+
+
+def validation_prompts(args, prompts) -> list:
+    rows = prompts["valid"].rows if "valid" in prompts else []
+    return rows if args.eval_prompts < 0 else rows[: args.eval_prompts]
+
+
+def stop_at(stops, tokenizer):
+    """Whether response tokens hold one of the texts `stops`; None without any."""
+    if not stops:
+        return None
+    # A token may stand for less than a character, but not for less than a byte.
+    reach = max(len(text.encode()) for text in stops) + 8
+    return lambda tokens: any(text in tokenizer.decode(tokens[-reach:]) for text in stops)
