@@ -37,7 +37,7 @@ from rl.advantages import gae
 from rl.kl import AdaptiveKLController, FixedKLController, full_kl, kl_penalty
 from rl.losses import masked_mean, masked_whiten, policy_loss, value_loss
 from rl.ppo_config import PPOConfig
-from rl.ppo_statistics import step_statistics, warnings_for
+from rl.ppo_statistics import sampling_warnings, step_statistics, warnings_for
 from rl.rewards import (
     RunningMoments,
     clip_scores,
@@ -94,6 +94,7 @@ class PPOTrainer:
         self._calls = 0  # of generate() since the last step
         self._warned: set[str] = set()
         model.eval()  # no dropout, in rollouts and in updates
+        self._warn(**sampling_warnings(config))
 
     def _set_up_gradient(self) -> None:
         on_gpu = mx.default_device().type == mx.DeviceType.gpu

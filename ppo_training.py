@@ -110,7 +110,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     from training.loop import Group
     from training.metrics import Run
     from training.optimizers import build_optimizer
-    from training.ppo_loop import PPOLoop, PPOSchedule
+    from training.ppo_loop import PPOLoop, PPOSchedule, ScoreFilter
     from training.resume import checkpoint_asked_for
     from training.signals import GracefulStop
 
@@ -131,6 +131,8 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         max_bad_steps=args.max_bad_steps,
         memory_limit=args.memory_limit,
     )
+    score_filter = ScoreFilter()
+    score_filter.put_around(rewards)
     tuning, head = policy.tuning, policy.value_head
     groups = {
         "adapters": Group(tuning.arrays, lambda a: tuning.load_arrays(a, "checkpoint")),
@@ -146,7 +148,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         loop = PPOLoop(
             run, trainer, rewards, loaded.tokenizer, prompts["train"].rows,
             validation_prompts(args, prompts), groups, schedule,
-            stop_at(args.stop, loaded.tokenizer),
+            stop_at(args.stop, loaded.tokenizer), score_filter,
         )  # fmt: skip
         if args.resume is not None:
             loop.resume(checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints))
@@ -186,8 +188,8 @@ def finish(args, loaded, policy, run, loop) -> None:
                 true=f"env/{GROUND_TRUTH}_mean",
             )  # fmt: skip
         )
-    last_rows = [row for row in rows if "objective/kl" in row][-10:]
-    kl = sum(row["objective/kl"] for row in last_rows) / len(last_rows)
+    kls = [row["objective/kl"] for row in rows if row.get("objective/kl") is not None][-10:]
+    kl = sum(kls) / len(kls) if kls else None
     evaluations = {"first": loop.evaluations[:1], "last": loop.evaluations[-1:]}
     run.finish({"steps": loop.step, "kl": kl, "evaluation": evaluations})
     print("wrote " + "\n      ".join(map(str, [*written, run.folder / "metrics.jsonl"])))

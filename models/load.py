@@ -132,7 +132,7 @@ def _load(path: Path, name: str, trust_remote_code: bool):
         tokenizer = load_tokenizer(
             path, tokenizer_config_extra=extra, eos_token_ids=config.get("eos_token_id")
         )
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError, AttributeError) as error:
+    except Exception as error:  # mlx-lm and transformers have dozens of kinds for a broken folder
         raise UserError(f"{name}: cannot be loaded: {_one_line(error)}") from error
     if not tokenizer.eos_token_ids:
         raise UserError(f"{name}: the tokenizer names no end-of-sequence token; "

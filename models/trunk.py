@@ -7,6 +7,8 @@ logits are made again in the backward pass instead of being kept.
 Legend: B batch, L padded length, D width, V vocabulary, N positions picked from B x L.
 """
 
+import math
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
@@ -61,7 +63,7 @@ def logits_from_hidden(model: nn.Module, hidden: mx.array) -> mx.array:
     """hidden (..., D) -> logits (..., V) through the model's own head: ties, scales, soft caps."""
     owner, name = find_trunk(model)
     shape = hidden.shape
-    flat = hidden.reshape(1, -1, shape[-1])  # (1, N, D)
+    flat = hidden.reshape(1, math.prod(shape[:-1]), shape[-1])  # (1, N, D)
     tokens = mx.zeros(flat.shape[:2], dtype=mx.int32)
     # An instance attribute hides the module of the same name without touching the module's tree.
     owner.__dict__[name] = _Replay(owner[name], flat)
@@ -69,7 +71,7 @@ def logits_from_hidden(model: nn.Module, hidden: mx.array) -> mx.array:
         logits = owner(tokens)  # (1, N, V)
     finally:
         del owner.__dict__[name]
-    return logits.reshape(*shape[:-1], -1)
+    return logits.reshape(*shape[:-1], logits.shape[-1])
 
 
 def _score(logits: mx.array, targets: mx.array, temperature: float, extras: tuple[str, ...]):

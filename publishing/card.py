@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from models.load import DEFAULT_NAME
 from publishing.run_facts import RunFacts, copy_plots
 
 LIBRARIES = ("mlx", "mlx-lm", "transformers", "huggingface-hub")
@@ -218,7 +219,10 @@ def making(facts: Facts) -> str:
 
 
 def on_hub(name: str | None) -> bool:
-    return bool(name and HUB_NAME.fullmatch(name) and not Path(name).exists())
+    """Whether a base model's name is one that others can look up on the hub."""
+    if name is None or name == DEFAULT_NAME or Path(name).exists():
+        return False
+    return HUB_NAME.fullmatch(name) is not None
 
 
 def _shown(base: str) -> str:

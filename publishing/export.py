@@ -16,7 +16,7 @@ from models.parts import Parts
 from models.reward_model import load_reward_model, save_reward_head
 from models.soft_tokenizer import add_soft_prompt
 from models.soft_vocabulary import FusedPrompt
-from publishing.card import MARK, Facts, on_hub, write_card
+from publishing.card import MARK, Facts, write_card
 from publishing.run_facts import read_run
 
 # In float32 a fused model is its unfused one up to the order of sums; more is a fault.
@@ -206,7 +206,7 @@ def _refuse_broken(difference: Difference, what: str, expected: Sequence, exact:
 
 def _export_adapter(parts: Parts, path: Path, card: CardChoices, force: bool) -> Exported:
     (tuning,) = parts.tunings
-    base = _base_name(parts)
+    base = parts.base.name
     if is_single_file(path):
         check_free(path, force, suffix=path.suffix)
         save_adapter(path, tuning, parts.base.model, base)
@@ -219,7 +219,7 @@ def _export_adapter(parts: Parts, path: Path, card: CardChoices, force: bool) ->
             save_reward_head(folder, parts.reward_model)
         message = _arrays_changed(folder, tuning)
         write_card(folder, _facts("adapter", parts, card, None))
-    command = f"mlx_lm.generate --model {base} --adapter-path {path} --prompt Hello"
+    command = f"mlx_lm.generate --model {parts.base.path} --adapter-path {path} --prompt Hello"
     usable = tuning.kind != "prompt" and parts.reward_model is None
     return Exported([message], [command] if usable else [])
 
@@ -240,7 +240,7 @@ def _export_peft(parts, path: Path, check: Check, card: CardChoices, force: bool
     if parts.reward_model is not None:
         raise UserError("a PEFT adapter has no place for a reward head; --format classifier does")
     (tuning,) = parts.tunings
-    base = _base_name(parts)
+    base = parts.base.name
     with new_folder(path, force=force) as folder:
         save_peft_adapter(folder, tuning, base, parts.base.path)
         loaded = load_peft_adapter(parts.base.model, folder)
@@ -253,12 +253,6 @@ def _export_peft(parts, path: Path, check: Check, card: CardChoices, force: bool
 
 
 # ---------------------------------------------------------------------------- cards
-
-
-def _base_name(parts: Parts) -> str:
-    """The base as others can find it: its hub name, or the full path of its folder."""
-    name = parts.base.name
-    return name if on_hub(name) else str(Path(name).expanduser().resolve())
 
 
 def _facts(kind: str, parts: Parts, card: CardChoices, difference: str | None) -> Facts:

@@ -1,27 +1,15 @@
 """The command lines of the MLX scripts, with --tokenizer and --device.
 
-The flags are declared once, in sft.py and ppo_training.py, which load no MLX before they need it.
+The flags are declared once, in training/sft_flags.py and training/ppo_flags.py.
 """
 
-import os
 from types import ModuleType
 from unittest.mock import patch
 
 import project_root  # noqa: F401
-import torch
 
 from errors import UserError
 from training.arguments import Parser
-
-# Importing a script loads a BLAS for MLX and limits its threads; PyTorch brings its own.
-os.environ.setdefault("MLX_RLHF_BLAS", "off")
-_threads = torch.get_num_threads()
-import fast_blas  # noqa: E402, F401
-
-from training import ppo_flags as ppo_script  # noqa: E402, F401
-from training import sft_flags as sft_script  # noqa: E402, F401
-
-torch.set_num_threads(_threads)
 
 # Options of the MLX side that nothing here computes in the same way.
 REFUSED = {
@@ -59,7 +47,7 @@ def refuse_what_is_missing(args) -> None:
             raise UserError(f"--{name.replace('_', '-')}: {reason}; leave it out")
 
 
-def parse(script: ModuleType, words: list[str] | None = None):
-    """The parsed command line of `sft_script` or `ppo_script`."""
-    with patch.object(script, "Parser", BaselineParser):
-        return script.parse_arguments(words)
+def parse(flags: ModuleType, words: list[str] | None = None):
+    """The parsed command line; `flags` is training.sft_flags or training.ppo_flags."""
+    with patch.object(flags, "Parser", BaselineParser):
+        return flags.parse_arguments(words)

@@ -251,14 +251,12 @@ class PPOLoop(Loop):
             ("sampled", False, self.schedule.eval_samples),
         ):
             rows = [prompt for prompt in self.validation for _ in range(count)]
-            made = self.trainer.sample_for_evaluation(
-                [prompt.tokens for prompt in rows], greedy, self.should_stop
-            )
-            texts, scores, parts = self.score(rows, made.responses, made.finished)
+            responses, ended = self.sample(rows, greedy)
+            texts, scores, parts = self.score(rows, responses, ended)
             row[f"eval/{kind}/score"] = float(np.mean(scores))
             for name, column in parts.items():
                 row[f"eval/{kind}/{name}"] = float(np.mean(column))
-            row[f"eval/{kind}/response_tokens"] = float(np.mean([len(r) for r in made.responses]))
+            row[f"eval/{kind}/response_tokens"] = float(np.mean([len(r) for r in responses]))
             sample = {"prompt": rows[0].text, "response": texts[0], "score": scores[0]}
             self.run_folder.log_samples(self.step, [{"evaluation": kind, **sample}])
         self.run_folder.log(self.step, {k: v for k, v in row.items() if k != "step"})
@@ -268,6 +266,16 @@ class PPOLoop(Loop):
         gained = self.state["best"] is None or shown["sampled"] > self.state["best"]
         self.state["best"] = shown["sampled"] if gained else self.state["best"]
         return gained
+
+    def sample(self, rows: Sequence[PromptRow], greedy: bool) -> tuple[list[list[int]], list[bool]]:
+        """(responses, whether each ended), a batch of the training's size at a time."""
+        responses, ended = [], []
+        for start in range(0, len(rows), self.trainer.config.batch_size):
+            part = [row.tokens for row in rows[start : start + self.trainer.config.batch_size]]
+            made = self.trainer.sample_for_evaluation(part, greedy, self.should_stop, start)
+            responses += made.responses
+            ended += made.finished
+        return responses, ended
 
 
 def response_text(tokenizer, query: Sequence[int], response: Sequence[int]) -> str:

@@ -206,7 +206,7 @@ class Tuned(nn.Module):
 
     def checkpoint_blocks(self) -> None:
         """Make activations again in the backward pass, when in training mode."""
-        self.base.gradient_checkpointing_enable({"use_reentrant": False})
+        self.base.activation_checkpointing_enable({"use_reentrant": False})
 
     def drop_nothing(self) -> None:
         """Switch the adapter's dropout off for good."""

@@ -102,6 +102,7 @@ class PPOTrainer:
         model.model.drop_nothing()  # no dropout, in rollouts and in updates
         model.eval()
         self._generated: dict[tuple, tuple[np.ndarray, np.ndarray, bool]] = {}
+        self._calls = 0  # of generate() since the last step
         self._warned: set[str] = set()
 
     # ------------------------------------------------------------------ 1. generate
@@ -115,17 +116,21 @@ class PPOTrainer:
     ) -> list[list[int]]:
         """Sample a response (token ids, EOS included) to each query, as the config says.
 
-        Log-probabilities and values are kept for the `step` that follows.
+        Log-probabilities and values are kept for the `step` that follows. A batch may be made in
+        several calls; each draws other random numbers.
         """
-        config = self.config
+        config, queries = self.config, token_lists(queries)
+        # The first call of a step has the stream of the step itself.
+        call = (self._calls,) if self._calls else ()
         if max_tokens is None:
-            max_tokens = self.response_limits(len(queries))
+            max_tokens = self.response_limits(len(queries), *call)
         sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
         made = self._sample(
-            queries, max_tokens, sampling, should_stop, SAMPLING, self.model.value_head
+            queries, max_tokens, sampling, should_stop, (SAMPLING, *call), self.model.value_head
         )
         rows = zip(queries, made.responses, made.logprobs, made.values, made.finished, strict=True)
-        self._generated = {(tuple(q), tuple(r)): (lp, v, end) for q, r, lp, v, end in rows}
+        self._generated |= {(tuple(q), tuple(r)): (lp, v, end) for q, r, lp, v, end in rows}
+        self._calls += 1
         return made.responses
 
     def sample_for_evaluation(
@@ -133,14 +138,19 @@ class PPOTrainer:
         queries: Sequence[Sequence[int]],
         greedy: bool,
         should_stop: Callable[[list[int]], bool] | None = None,
+        part: int = 0,
     ) -> Generation:
-        """Responses, the most likely ones or sampled; nothing is kept, no random state moves."""
+        """Responses, the most likely ones or sampled; nothing is kept, no random state moves.
+
+        `part` tells the batches of one evaluation apart, so that each draws other numbers.
+        """
         temperature = 0.0 if greedy else self.config.temperature
         limit = self.config.max_new_tokens
-        return self._sample(queries, limit, Sampling(temperature), should_stop, EVALUATION)
+        purpose = (EVALUATION, part)
+        return self._sample(queries, limit, Sampling(temperature), should_stop, purpose)
 
     def _sample(
-        self, queries, max_tokens, sampling, should_stop, purpose: int, value_head=None
+        self, queries, max_tokens, sampling, should_stop, purpose: tuple[int, ...], value_head=None
     ) -> Generation:
         return generate(
             self.model.model,
@@ -148,17 +158,17 @@ class PPOTrainer:
             max_tokens=max_tokens,
             eos_ids=self.eos_ids,
             sampling=sampling,
-            seed=int(self._random(purpose).integers(2**63)),
+            seed=int(self._random(*purpose).integers(2**63)),
             value_head=value_head,
             should_stop=should_stop,
         )
 
-    def response_limits(self, count: int) -> int | list[int]:
+    def response_limits(self, count: int, *call: int) -> int | list[int]:
         """The longest response allowed: one number, or one drawn for each response."""
         shortest, longest = self.config.min_response_length, self.config.max_new_tokens
         if shortest is None:
             return longest
-        return self._random(LENGTHS).integers(shortest, longest + 1, size=count).tolist()
+        return self._random(LENGTHS, *call).integers(shortest, longest + 1, size=count).tolist()
 
     def _random(self, *purpose: int) -> np.random.Generator:
         """Random numbers that depend on seed, step and purpose alone, so a resumed run has them."""
@@ -194,14 +204,14 @@ class PPOTrainer:
         clock.lap("calc_stats")
         self.kl_controller.update(stats["objective/kl"], self.config.batch_size)
         self.steps_done += 1
-        self._generated = {}
+        self._generated, self._calls = {}, 0
         return stats | clock.times()
 
     def prepare(self, queries, responses, scores, response_masks=None) -> Rollout:
         """Checked arguments of `step` as a `Rollout` that holds shaped scores."""
         scores = [float(score) for score in scores]
         check_rollout(queries, responses, scores, response_masks, self.config.batch_size)
-        queries, responses = [list(q) for q in queries], [list(r) for r in responses]
+        queries, responses = token_lists(queries), token_lists(responses)
         if response_masks is None:
             response_masks = [[1] * len(r) for r in responses]
         masks = [np.asarray(m, dtype=bool) for m in response_masks]
@@ -460,6 +470,11 @@ class PPOTrainer:
         self.steps_done = state["steps_done"]
         self.kl_controller.value = state["kl_coef"]
         self.running.load_state_dict(state["running"])
+
+
+def token_lists(rows: Sequence) -> list[list[int]]:
+    """Rows of token ids, be they lists or tensors, as lists of int."""
+    return [row.tolist() if hasattr(row, "tolist") else list(row) for row in rows]
 
 
 def fit_columns(tensor: Tensor, width: int) -> Tensor:

@@ -11,7 +11,7 @@ Within minutes on a laptop, on the embedded model:
 import project_root  # noqa: F401
 from pytorch_actor_critic import ActorCritic, ValueHead
 from pytorch_files import check_free, load_adapter, read_head, save_head, save_trained
-from pytorch_flags import parse, ppo_script
+from pytorch_flags import parse
 from pytorch_loops import PPOLoop, Schedule
 from pytorch_models import Tuned, load_model, pick_device
 from pytorch_ppo_trainer import PPOTrainer
@@ -25,15 +25,16 @@ from pytorch_training import (
 )
 
 from rl.ppo_config import PPOConfig
-from rl.reward_functions import load_function
-from rl.reward_set import Reward, RewardSet
-from rl.reward_sources import GROUND_TRUTH, LEARNED, digits_rewards, learned_reward
+from rl.reward_set import Reward
+from rl.reward_sources import GROUND_TRUTH, LEARNED, learned_reward
+from training import ppo_flags
 from training.arguments import run_main
 from training.dataclass_flags import dataclass_from_arguments
 from training.flag_groups import adapter_description, optimizer_options
 from training.metrics import Run, read_rows
 from training.plots import plot_learned_and_true, plot_ppo
 from training.resume import checkpoint_asked_for
+from training.reward_flags import make_rewards
 from training.signals import GracefulStop
 
 SCRIPT = "pytorch_baseline/pytorch_ppo_training.py"
@@ -44,14 +45,15 @@ FULL = {"fine_tune_type": "full"}
 
 
 def main(words=None) -> int:
-    args = parse(ppo_script, words)
+    args = parse(ppo_flags, words)
     if args.save_file is not None:
         check_free(args.save_file)
     seed_everything(args.seed)
     loaded = load_model(args.model, **loading(args))
-    prompts = ppo_script.load_prompts(args, loaded.tokenizer)
+    prompts = ppo_flags.load_prompts(args, loaded.tokenizer)
     policy, reference = make_policy(args, loaded)
-    rewards = make_rewards(args, loaded)
+    learned = make_learned_reward(args, loaded) if args.reward_model else None
+    rewards = make_rewards(args, learned)
     train(args, loaded, policy, reference, rewards, prompts)
     print(f"peak memory {peak_memory(loaded.device):.2f} GB")
     return 0
@@ -84,31 +86,6 @@ def make_policy(args, loaded):
         reference = Tuned(load_model(args.model, **loading(args)).model, FULL)
         reference.requires_grad_(False).eval()
     return ActorCritic(model, head), reference
-
-
-def make_rewards(args, loaded) -> RewardSet:
-    """The weighted set of all rewards that were asked for."""
-    rewards = []
-    rule = {"increasing": args.increasing or not args.decreasing, "multiple_of": args.multiple_of,
-            "min_length": args.min_length}  # fmt: skip
-    if args.ground_truth_reward:
-        rewards.append(digits_rewards(**rule)[0])
-    if args.reward_model:
-        rewards.append(make_learned_reward(args, loaded))
-    for spec in args.reward_function or ():
-        name = spec.rpartition(":")[2]
-        rewards.append(Reward(name, load_function(spec), timeout=args.reward_timeout))
-    for url in args.reward_url or ():  # has a time limit of its own, for each request
-        from rl.http_reward import HTTPReward
-
-        service = HTTPReward(url, timeout=args.reward_timeout, retries=args.reward_retries)
-        rewards.append(Reward("service", service))
-    for reward, weight in zip(rewards, args.reward_weights or (), strict=False):
-        reward.weight = weight
-    if args.ground_truth_reward or args.true_score:
-        logged = digits_rewards(**rule, weight=0.0)
-        rewards += logged if args.true_score else logged[1:]
-    return RewardSet(rewards)
 
 
 def make_learned_reward(args, loaded) -> Reward:
@@ -169,8 +146,8 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
             rewards=rewards,
             tokenizer=loaded.tokenizer,
             prompts=prompts["train"].rows,
-            validation=prompts["valid"].rows if "valid" in prompts else [],
-            should_stop=ppo_script.stop_at(args.stop, loaded.tokenizer),
+            validation=ppo_flags.validation_prompts(args, prompts),
+            should_stop=ppo_flags.stop_at(args.stop, loaded.tokenizer),
         )  # fmt: skip
         if args.resume is not None:
             loop.resume(checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints))

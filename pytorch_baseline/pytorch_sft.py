@@ -15,7 +15,7 @@ import project_root  # noqa: F401
 import torch
 from pytorch_actor_critic import Sampling, generate
 from pytorch_files import check_free, load_adapter, save_trained
-from pytorch_flags import parse, sft_script
+from pytorch_flags import parse
 from pytorch_loops import Schedule, SupervisedLoop
 from pytorch_models import Tuned, load_model, pick_device
 from pytorch_reward_model import RewardModel, normalise
@@ -33,6 +33,7 @@ from pytorch_training import (
 
 from data_utils import BatchIterator, BatchPlan, epoch_batches
 from errors import UserError
+from training import sft_flags
 from training.arguments import run_main
 from training.flag_groups import adapter_description, optimizer_options
 from training.metrics import Run, read_rows
@@ -48,7 +49,7 @@ SCRIPT = "pytorch_baseline/pytorch_sft.py"
 
 
 def main(words=None) -> int:
-    args = parse(sft_script, words)
+    args = parse(sft_flags, words)
     if args.save_file is not None:
         check_free(args.save_file)
     seed_everything(args.seed)
@@ -59,7 +60,7 @@ def main(words=None) -> int:
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
     )
-    rows = sft_script.load_rows(args, loaded.tokenizer)
+    rows = sft_flags.load_rows(args, loaded.tokenizer)
     if args.preview:
         return 0
     task = make_task(args, loaded)
@@ -131,7 +132,7 @@ def train(args, loaded, task, rows) -> None:
         loop = SupervisedLoop(
             run, trainer, schedule, loaded.device,
             batches=BatchIterator(rows["train"].rows, plan),
-            validation=sft_script.validation(args, rows.get("valid")),
+            validation=sft_flags.validation(args, rows.get("valid")),
             after_validation=lambda step: write_samples(args, loaded, task, run, step),
         )  # fmt: skip
         if args.resume is not None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from rl.ppo_config import PPOConfig
 from rl.rewards import rollout_stats
 from rl.rollouts import Rollout
 
@@ -33,6 +34,24 @@ def step_statistics(rollout: Rollout, minibatches: list[dict[str, float]]) -> di
     error = stats["ppo/val/error"]
     stats["ppo/val/var_explained"] = 1 - error / variance if variance else float("nan")
     return stats
+
+
+def sampling_warnings(config: PPOConfig) -> dict[str, str]:
+    """What is unusual about how responses are drawn."""
+    found = {}
+    filters = {"top_k": config.top_k, "min_p": config.min_p, "top_p": config.top_p % 1}
+    used = ", ".join(f"--{name.replace('_', '-')}" for name, value in filters.items() if value)
+    if used:
+        found["filters"] = (
+            f"{used}: texts are drawn from a part of the distribution that is scored, so the KL is "
+            "no longer an estimate of the true one and can become negative"
+        )
+    if config.temperature != 1:
+        found["temperature"] = (
+            f"--temperature {config.temperature:g}: it is the policy at this temperature that is "
+            "scored and trained; the model at temperature 1 is another one"
+        )
+    return found
 
 
 def warnings_for(stats: dict, max_new_tokens: int) -> dict[str, str]:

@@ -29,3 +29,19 @@ def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         if "://" not in target and not target.startswith("mailto:"):
             assert (document.parent / target).exists(), target
+
+
+def test_the_readme_s_file_tree_is_the_disk_s():
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## Files")[1].split("```")[1]
+    listed, folder = set(), ""
+    for line in tree.strip().splitlines():
+        inside = line.startswith("  ")
+        names = re.findall(r"(?<!\S)(?:[\w.-]+\.\w+|[\w-]+/|Makefile|LICENSE)(?!\S)", line)
+        if not inside and names and names[0].endswith("/"):
+            folder = names[0]
+        listed |= {folder + name if inside else name for name in names}
+    missing = {name for name in listed if not (ROOT / name).exists()}
+    assert not missing
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    top = {name.partition("/")[0] + ("/" if "/" in name else "") for name in tracked.split()}
+    assert {name for name in top if not name.startswith(".")} - listed == set()

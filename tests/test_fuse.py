@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from fuse_setup import fuse, greedy, largest, logits, make_adapter, make_tuning
+from fuse_setup import fuse, fuse_process, greedy, largest, logits, make_adapter, make_tuning
 from mlx.utils import tree_flatten
 from mlx_lm import load as mlx_lm_load
 from tiny import tiny_model_folder
@@ -28,9 +28,10 @@ FILES = {"lora": "lora.npz", "lora_file": "lora.safetensors", "dora": "dora_fold
 
 def export_in_process(folder: Path, files, weights=None, **options):
     """What fuse.py does, without a process of its own."""
-    parts = load_parts(options.pop("model", None), [str(f) for f in files],
-                       weights or [1.0] * len(files), dtype=options.pop("dtype", "stored"))  # fmt: skip
-    sequences = check_sequences(parts.base.tokenizer, 400)
+    model, dtype = options.pop("model", None), options.pop("dtype", "stored")
+    files, weights = [str(file) for file in files], weights or [1.0] * len(files)
+    parts = load_parts(model, files, weights, dtype=dtype)
+    sequences = check_sequences(parts.base.tokenizer, parts.base.config["vocab_size"])
     check = Check(sequences, parts.outputs(sequences))
     form = options.pop("form", "model")
     return export(parts, folder, form, check, CardChoices("test"), **options)
@@ -48,7 +49,8 @@ def test_fused_computes_what_base_and_adapter_do(tmp_path, name):
     kind = name.partition("_")[0]
     loaded, tuning = make_adapter(tmp_path / FILES[name], kind)
     expected, texts = logits(loaded.model, loaded.tokenizer), greedy(loaded)
-    out = fuse(tmp_path, "--adapter-file", FILES[name], "--save-path", "./fused/")
+    run = fuse_process if name in ("lora", "full") else fuse
+    out = run(tmp_path, "--adapter-file", FILES[name], "--save-path", "./fused/")
     model, tokenizer = mlx_lm_load(str(tmp_path / "fused"))
     assert largest(expected, logits(model, tokenizer)) < 1e-4
     assert greedy(load_model(tmp_path / "fused")) == texts
@@ -101,7 +103,8 @@ def test_low_precision_base_keeps_its_type_unless_asked(tmp_path):
     write_model(tmp_path / "bf16", loaded)
     loaded, _ = make_adapter(tmp_path / "lora.npz", "lora", tmp_path / "bf16")
     for dtype in ("stored", "float32"):
-        export_in_process(tmp_path / dtype, [tmp_path / "lora.npz"], dtype=dtype)
+        done = export_in_process(tmp_path / dtype, [tmp_path / "lora.npz"], dtype=dtype)
+    assert float(done.messages[0].split("unfused: ")[1].split(";")[0]) < 1e-3
     kinds = {dtype: {str(a.dtype) for a in mx.load(str(tmp_path / dtype / "model.safetensors"))
                      .values()} for dtype in ("stored", "float32")}  # fmt: skip
     assert kinds == {"stored": {"mlx.core.bfloat16"}, "float32": {"mlx.core.float32"}}
@@ -299,14 +302,14 @@ def test_mistakes_are_one_line(tmp_path):
     def says(*words):
         return fuse(tmp_path, *words, status=2)
 
+    words = ("--adapter-file", "lora.npz", "--save-path", "x", "--format", "classifier")
+    assert "no reward head" in fuse_process(tmp_path, *words, status=2)
     assert "--save-path" in says("--adapter-file", "lora.npz")
     assert "nothing to do" in says("--save-path", "x")
     assert "no such file" in says("--adapter-file", "absent.npz", "--save-path", "x")
     assert "give 1 numbers" in says("--adapter-file", "lora.npz", "--adapter-weights", 1, 2,
                                     "--save-path", "x")  # fmt: skip
     assert "no effect" in says("--adapter-file", "lora.npz", "--save-path", "x", "--private")
-    assert "no reward head" in says("--adapter-file", "lora.npz", "--save-path", "x",
-                                    "--format", "classifier")  # fmt: skip
     assert "not a model folder" in says("--model", tmp_path, "--adapter-file", "lora.npz",
                                         "--save-path", "x")  # fmt: skip
     assert not (tmp_path / "x").exists()
@@ -335,7 +338,7 @@ def test_adapter_folders_of_mlx_lm_go_out_and_in(tmp_path, kind):
     assert largest(expected, logits(model, tokenizer)) < 1e-4
     fuse(tmp_path, "--adapter-file", "out", "--format", "adapter", "--save-path", "b.safetensors")
     arrays, config = read_adapter(tmp_path / "b.safetensors")
-    assert config["model"] == str(loaded.path)
+    assert config["model"] == loaded.name
     assert all(mx.array_equal(arrays[name], a) for name, a in tuning.arrays().items())
     err = fuse(tmp_path, "--adapter-file", "a.npz", "--format", "adapter", "--save-path",
                "b.safetensors", status=2)  # fmt: skip

@@ -24,7 +24,7 @@ SIZES = {
 # Windows of 8 tokens, so that short tests run over their edge.
 GEMMA_3 = {
     "head_dim": 8,
-    "query_pre_attn_scalar": 8.0,
+    "query_pre_attn_scalar": 8,
     "sliding_window": 8,
     "sliding_window_pattern": 2,
 }
@@ -34,13 +34,14 @@ ARCHITECTURES: dict[str, dict] = {
     "mistral": {"sliding_window": None},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 8},
-    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8.0, "tie_word_embeddings": True},
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "tie_word_embeddings": True},
     "gemma3_text": {**GEMMA_3, "tie_word_embeddings": True},
-    "gemma3": {"text_config": {**SIZES, "model_type": "gemma3_text", **GEMMA_3}},
+    "gemma3": {"text_config": {**SIZES, "model_type": "gemma3_text", **GEMMA_3},
+               "tie_word_embeddings": True},
     "phi3": {},
     "olmo2": {},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-}
+}  # fmt: skip
 OTHERS: dict[str, dict] = {
     "mamba": {"state_size": 8, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True,
               "time_step_rank": 4},
@@ -60,8 +61,9 @@ def tiny_config(architecture: str = "llama", **changes) -> dict:
 
 def tiny_model(architecture: str = "llama", *, seed: int = 0, **changes) -> nn.Module:
     """A random model in memory, frozen, in evaluation mode, as load_model gives it."""
-    model = _empty_model(tiny_config(architecture, **changes))
-    weights = random_weights(model, seed)
+    config = tiny_config(architecture, **changes)
+    model = _empty_model(config)
+    weights = _stored_weights(config, model, seed)
     if hasattr(model, "sanitize"):
         weights = model.sanitize(weights)
     model.load_weights(list(weights.items()))
@@ -69,6 +71,13 @@ def tiny_model(architecture: str = "llama", *, seed: int = 0, **changes) -> nn.M
     model.eval()
     mx.eval(model.parameters())
     return model
+
+
+def _stored_weights(config: dict, model: nn.Module, seed: int) -> dict[str, mx.array]:
+    """The weights that a file holds: no output layer where it is tied."""
+    weights = random_weights(model, seed)
+    tied = config["tie_word_embeddings"]
+    return {k: v for k, v in weights.items() if not (tied and k.endswith("lm_head.weight"))}
 
 
 def _empty_model(config: dict) -> nn.Module:
@@ -101,10 +110,8 @@ def tiny_model_folder(
         "pad_token_id": tokenizer.pad_token_id,
     }
     config = tiny_config(architecture, **{**special, **changes})
-    weights = random_weights(_empty_model(config), seed)
-    if config["tie_word_embeddings"]:
-        weights.pop("lm_head.weight", None)
-    elif (head := weights.get("lm_head.weight")) is not None:  # (V, D)
+    weights = _stored_weights(config, _empty_model(config), seed)
+    if (head := weights.get("lm_head.weight")) is not None:  # (V, D)
         ids = mx.arange(len(head)) < len(SPECIAL)
         weights["lm_head.weight"] = mx.where(ids[:, None], 0, head)
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,7 @@ def run_main(main: Callable[[], int | None]) -> None:
 
     Any other exception is a bug and keeps its traceback.
     """
+    warnings.formatwarning = one_line_warning
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -256,6 +258,12 @@ MEMORY_ADVICE = (
     "lower --batch-size, --mini-batch-size or the sequence length, or add --grad-checkpoint or "
     "--quantize 4"
 )
+
+
+def one_line_warning(message, category, filename, lineno, line=None) -> str:
+    """A warning for people in one line; one about code says where, as Python does."""
+    place = "" if category is UserWarning else f"{filename}:{lineno}: {category.__name__}: "
+    return f"warning: {place}{message}\n"
 
 
 def complain(message: str, code: int = 2) -> int:

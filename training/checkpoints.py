@@ -2,7 +2,8 @@
 
     RUN/checkpoints/step-00000100/adapters.safetensors ...   one file per group of arrays
                                   state.json                 counters, RNG states, anything JSON has
-                                  manifest.json              SHA-256 of every other file
+                                  manifest.json              SHA-256 of every other file, and
+                                                             the metric it is judged by
     RUN/checkpoints/best.json                                which one is best, and by what
 
 A checkpoint is written under a temporary name, synced, and renamed. Nothing is ever pickled.
@@ -12,10 +13,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from training.files import plain, sync_folder, write_json, writing
 
 NAME = "step-{:08d}"
 TEMPORARY = ".tmp-"
+ASIDE = "aside-"  # a checkpoint that the run went back behind; neither used nor deleted
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,11 @@ def save_checkpoint(
     try:
         with writing(temporary):
             temporary.mkdir()
-            manifest = write_files(temporary, step, arrays, state)
+            manifest = write_files(temporary, step, arrays, state, metric)
             final = put_in_place(temporary, folder / NAME.format(step), manifest)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    if metric is not None:
-        note_best(folder, final, metric)
+    note_best(folder)
     prune(folder, keep)
     return final
 
@@ -102,7 +104,11 @@ def refuse_non_finite(arrays: Mapping[str, Mapping[str, mx.array]]) -> None:
 
 
 def write_files(
-    folder: Path, step: int, arrays: Mapping[str, Mapping[str, mx.array]], state: Mapping[str, Any]
+    folder: Path,
+    step: int,
+    arrays: Mapping[str, Mapping[str, mx.array]],
+    state: Mapping[str, Any],
+    metric: Metric | None,
 ) -> dict[str, Any]:
     """Write and sync every file of a checkpoint; return the manifest, which is the last of them."""
     sums = {}
@@ -118,8 +124,8 @@ def write_files(
     text = json.dumps({"step": step, **plain(dict(state))}, allow_nan=False)
     (folder / "state.json").write_text(text, encoding="utf-8")
     sums["state.json"] = synced_sum(folder / "state.json")
-    manifest = {"step": step, "sha256": sums}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    manifest = {"step": step, "sha256": sums, "metric": asdict(metric) if metric else None}
+    (folder / "manifest.json").write_text(json.dumps(plain(manifest), indent=1), encoding="utf-8")
     synced_sum(folder / "manifest.json")
     sync_folder(folder)
     return manifest
@@ -144,7 +150,7 @@ def put_in_place(temporary: Path, wanted: Path, manifest: dict[str, Any]) -> Pat
         final = taken[-1]
         if problem(final):
             discard(final)
-        elif read_manifest(final) == manifest:
+        elif read_manifest(final)["sha256"] == manifest["sha256"]:
             return final
         else:
             number = int(final.name.removeprefix(wanted.name)[1:] or 1) + 1
@@ -154,12 +160,29 @@ def put_in_place(temporary: Path, wanted: Path, manifest: dict[str, Any]) -> Pat
     return final
 
 
-def note_best(folder: Path, checkpoint: Path, metric: Metric) -> None:
-    """Point ``best.json`` at a checkpoint if it beats the one it points at."""
+def note_best(folder: Path) -> None:
+    """Point ``best.json`` at the best of the checkpoints that are there, by the newest's metric.
+
+    All of them are asked, for a process may have been killed between a checkpoint and its note.
+    """
+    judged = [(path, metric) for path in list_checkpoints(folder) if (metric := metric_of(path))]
     best = read_best(folder)
-    if metric.beats(best["value"] if best and best["metric"] == metric.name else None):
-        entry = {"metric": metric.name, "value": metric.value, "checkpoint": checkpoint.name}
-        write_json(folder / "best.json", entry)
+    for path, metric in judged:
+        if metric.name != judged[-1][1].name:
+            continue
+        there = best and best["metric"] == metric.name and best_checkpoint(folder)
+        if metric.beats(best["value"] if there else None):
+            best = {"metric": metric.name, "value": metric.value, "checkpoint": path.name}
+            write_json(folder / "best.json", best)
+
+
+def metric_of(checkpoint: Path) -> Metric | None:
+    """What a checkpoint is judged by, or None where it was saved with no metric, or with NaN."""
+    try:
+        metric = Metric(**read_manifest(checkpoint)["metric"])
+        return metric if isinstance(metric.value, int | float) else None
+    except (TypeError, KeyError):
+        return None
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -178,17 +201,45 @@ def discard(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def set_aside_after(checkpoint: Path | None, folder: Path) -> None:
+    """Rename every checkpoint newer than the one that a run goes back to (None: all of them).
+
+    Else a torn one would count among the newest that are kept, and a whole one be gone on from.
+    """
+    last = (-1, 0)
+    if checkpoint is not None:
+        name = checkpoint.name.removeprefix(ASIDE)
+        last = place_of(name) or (read_manifest(checkpoint)["step"], 1)
+    newer = [path for path in list_checkpoints(folder) if place_of(path.name) > last]
+    with writing(folder):
+        for path in reversed(newer):
+            aside = free_name(path.with_name(ASIDE + path.name))
+            os.rename(path, aside)
+            print(f"note: {path} is not gone on from; it is now {aside}", file=sys.stderr)
+
+
+def free_name(path: Path) -> Path:
+    """``path``, or where that is taken the same with a number behind it."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}.{number}")
+    return free
+
+
 # ------------------------------------------------------------------------------ finding
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """Every finished checkpoint of a folder, oldest first, broken ones included."""
-    found = []
-    for path in Path(folder).glob("step-*"):
-        step, _, number = path.name.removeprefix("step-").partition("-")
-        if step.isdigit() and (not number or number.isdigit()) and path.is_dir():
-            found.append((int(step), int(number or 1), path))
-    return [path for _, _, path in sorted(found)]
+    found = [p for p in Path(folder).glob("step-*") if place_of(p.name) and p.is_dir()]
+    return sorted(found, key=lambda path: place_of(path.name))
+
+
+def place_of(name: str) -> tuple[int, int] | None:
+    """(step, number) of ``step-00000100`` or ``step-00000100-2``, or None for other names."""
+    found = re.fullmatch(r"step-(\d+)(?:-(\d+))?", name)
+    return (int(found[1]), int(found[2] or 1)) if found else None
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:

@@ -4,6 +4,8 @@ It works on a trainer with ``step``, ``evaluate`` and ``optimizer`` (mlx_sft_tra
 table of array groups that belong into a checkpoint, each with a way to get and to set them.
 """
 
+import contextlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +13,13 @@ from typing import Any
 import mlx.core as mx
 
 from errors import UserError
-from training.checkpoints import Metric, load_checkpoint, save_checkpoint
+from training.checkpoints import (
+    Metric,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    set_aside_after,
+)
 from training.console import Progress
 from training.memory import check_memory
 from training.metrics import Run
@@ -57,6 +65,7 @@ class Loop:
     validation: Callable[[], Iterable] | None = None
     after_validation: Callable[[int], None] = lambda step: None
     step: int = 0
+    validated: int | None = None  # the step of the last validation
     best: float | None = None
     since_best: int = 0
     bad_in_a_row: int = 0
@@ -64,15 +73,17 @@ class Loop:
 
     def resume(self, path) -> None:
         """Go back to a checkpoint (None: to the start)."""
-        if path is None:
+        saved = load_checkpoint(path) if path is not None else None
+        set_aside_after(path, self.run_folder.checkpoints)
+        if saved is None:
             self.run_folder.load_state_dict({})
             return
-        saved = load_checkpoint(path)
         for name, group in self.groups.items():
             group.put(saved.arrays[name])
         trained = self.trainer.task.trained.trainable_parameters()
         restore_optimizer(self.trainer.optimizer, saved.arrays["optimizer"], trained)
         self.step, self.best = saved.step, saved.state["best"]
+        self.validated = saved.state["validated"]
         self.since_best, self.totals = saved.state["since_best"], saved.state["totals"]
         self.bad_in_a_row = saved.state["bad_in_a_row"]
         self.batches.load_state_dict(saved.state["batches"])
@@ -83,20 +94,25 @@ class Loop:
         """Train. Ends with a checkpoint, also when `stop` was requested."""
         plan = self.schedule
         with Progress(plan.steps, done=self.step, name=name) as progress:
-            if self.step == 0 and plan.eval_every and self.validation:
+            validates = plan.eval_every and self.validation is not None
+            if validates and self.step == 0 and self.validated is None:
                 self.validate(progress)
-            while self.step < plan.steps and not stop.requested:
+            while self.step < plan.steps and not (stop.requested or self.stopped_early(progress)):
                 self.update(progress)
                 metric = None
-                if plan.eval_every and self.step % plan.eval_every == 0 and self.validation:
+                if validates and self.step % plan.eval_every == 0:
                     metric = self.validate(progress)
                 best = metric is not None and self.since_best == 0
-                if plan.save_every and (best or self.step % plan.save_every == 0):
-                    self.checkpoint(metric)
-                if plan.patience is not None and self.since_best >= plan.patience:
-                    progress.line(f"stopped early: no gain in {plan.patience} validations")
-                    break
+                due = plan.save_every and (best or self.step % plan.save_every == 0)
+                save_or_stop(self, bool(due), metric, "loss or gradient")
         self.checkpoint()
+
+    def stopped_early(self, progress: Progress) -> bool:
+        patience = self.schedule.patience
+        if patience is None or self.since_best < patience:
+            return False
+        progress.line(f"stopped early: no gain in {patience} validations")
+        return True
 
     def update(self, progress: Progress) -> None:
         """One update of the weights, logged."""
@@ -107,21 +123,14 @@ class Loop:
         bad = metrics.pop("not_finite")
         self.totals["skipped"] += bad
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
-        if bad:
-            self.set_aside(batches)
         rate = float(self.trainer.optimizer.learning_rate)
         row = {f"train/{key}": value for key, value in metrics.items()}
         self.run_folder.log(self.step, row | {"train/learning_rate": rate, **self.totals_row()})
         progress.advance()
         if self.step % self.schedule.report_every == 0:
             progress.report(self.step, {"loss": metrics["loss"], "lr": rate})
-        check_memory(self.schedule.memory_limit)
-        if self.bad_in_a_row >= self.schedule.max_bad_steps:
-            raise UserError(
-                f"{self.run_folder.folder}: loss or gradient was NaN or infinite in "
-                f"{self.bad_in_a_row} steps in a row; the rows are in bad_rows.jsonl, and "
-                "--resume goes on from the last checkpoint; try a lower --learning-rate"
-            )
+        if bad:
+            self.set_aside(batches)
 
     def totals_row(self) -> dict[str, float]:
         return {f"train/{key}_total": value for key, value in self.totals.items()}
@@ -141,7 +150,9 @@ class Loop:
         self.run_folder.log(self.step, {f"valid/{key}": v for key, v in metrics.items()})
         shown = {key: metrics[key] for key in ("loss", "perplexity", "accuracy") if key in metrics}
         progress.report(self.step, {f"valid {key}": value for key, value in shown.items()})
-        gained = self.best is None or metrics["loss"] < self.best
+        gained = math.isfinite(metrics["loss"])
+        gained = gained and (self.best is None or metrics["loss"] < self.best)
+        self.validated = self.step
         if gained:
             self.best = metrics["loss"]
         self.since_best = 0 if gained else self.since_best + 1
@@ -151,6 +162,7 @@ class Loop:
     def checkpoint(self, metric: Metric | None = None) -> None:
         arrays = {name: group.get() for name, group in self.groups.items()}
         state = {
+            "validated": self.validated,
             "best": self.best,
             "since_best": self.since_best,
             "bad_in_a_row": self.bad_in_a_row,
@@ -159,11 +171,51 @@ class Loop:
             "run": self.run_folder.state_dict(),
             "rng": rng_state(),
         }
-        save_checkpoint(
-            self.run_folder.checkpoints,
-            self.step,
-            arrays | {"optimizer": optimizer_arrays(self.trainer.optimizer)},
-            state,
-            keep=self.schedule.keep_checkpoints,
-            metric=metric,
-        )
+        try:
+            save_checkpoint(
+                self.run_folder.checkpoints,
+                self.step,
+                arrays | {"optimizer": optimizer_arrays(self.trainer.optimizer)},
+                state,
+                keep=self.schedule.keep_checkpoints,
+                metric=metric,
+            )
+        except FloatingPointError as wrong:
+            raise not_finite(self.run_folder, str(wrong)) from None
+
+
+def save_or_stop(loop: Any, due: bool, metric: Metric | None, what: str) -> None:
+    """The end of a step: a checkpoint if one is `due`; UserError where the run cannot go on.
+
+    `loop` is a Loop or a PPOLoop; `what` was not finite in its bad steps. Of bad steps in a row the
+    first is saved, its update skipped, so that the newest checkpoints are from before the others.
+    """
+    plan, bad = loop.schedule, loop.bad_in_a_row
+    if bad == 1 and plan.save_every:
+        # Weights that are not finite themselves have an older checkpoint to go back to.
+        with contextlib.suppress(NotFiniteError):
+            loop.checkpoint(metric)
+    elif due and not bad:
+        loop.checkpoint(metric)
+    if bad >= plan.max_bad_steps:
+        times = f"in {bad} steps in a row (their rows: bad_rows.jsonl)"
+        raise not_finite(loop.run_folder, f"{what} was NaN or infinite {times}")
+    try:
+        check_memory(plan.memory_limit)
+    except UserError:
+        loop.checkpoint(metric)
+        raise
+
+
+class NotFiniteError(UserError):
+    """Training went to NaN or infinity and cannot go on."""
+
+
+def not_finite(run_folder: Run, what: str) -> NotFiniteError:
+    """The error that ends a run, with the way back."""
+    last = latest_checkpoint(run_folder.checkpoints)
+    back = f"{last} is from before" if last else "no checkpoint was written before"
+    return NotFiniteError(
+        f"{run_folder.folder}: {what}; {back}; --resume with --force-resume and a lower "
+        "--learning-rate goes on from there"
+    )

@@ -4,6 +4,8 @@ It works on a trainer with ``generate``, ``sample``, ``step`` and ``state_dict``
 and on a reward set (rl/reward_set.py).
 """
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,14 +14,15 @@ import numpy as np
 
 from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
-from training.checkpoints import Metric, load_checkpoint, save_checkpoint
+from training.checkpoints import Metric, load_checkpoint, save_checkpoint, set_aside_after
 from training.console import Progress
-from training.loop import Group
-from training.memory import check_memory
+from training.loop import Group, not_finite, save_or_stop
 from training.metrics import Run
 from training.optimizers import optimizer_arrays, restore_optimizer
 from training.seeds import rng_state, set_rng_state
 from training.signals import GracefulStop
+
+LARGEST = float(np.finfo(np.float32).max)  # scores become float32
 
 
 @dataclass
@@ -37,6 +40,46 @@ class PPOSchedule:
     memory_limit: float | None = None
 
 
+class ScoreFilter:
+    """Takes scores that are NaN, infinite or beyond float32 out of what reward functions return.
+
+    A reward set would refuse them and end the run; so they cost their step alone. `rows` holds the
+    numbers of the rows that had one since it was last cleared.
+    """
+
+    def __init__(self) -> None:
+        self.rows: set[int] = set()
+
+    def put_around(self, rewards: Any) -> None:
+        """Filter what every function of a reward set returns."""
+        for reward in rewards.rewards:
+            reward.function = self.wrap(reward.function)
+
+    def wrap(self, function: Callable) -> Callable:
+        """`function` with 0 in place of such scores; anything else that is wrong stays."""
+
+        @functools.wraps(function)
+        def filtered(prompts, responses, **columns):
+            scores = function(prompts, responses, **columns)
+            scores = scores.tolist() if hasattr(scores, "tolist") else scores
+            if not isinstance(scores, list | tuple):
+                return scores
+            bad = {row for row, score in enumerate(scores) if beyond_float32(score)}
+            self.rows |= bad
+            return [0.0 if row in bad else score for row, score in enumerate(scores)]
+
+        return filtered
+
+
+def beyond_float32(score: object) -> bool:
+    """Whether this is a number, and one that float32 has no finite value for."""
+    try:
+        number = float(score) if hasattr(type(score), "__float__") else 0.0
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
+    return not abs(number) <= LARGEST
+
+
 @dataclass
 class PPOLoop:
     """`run()` trains from where it stands to `schedule.steps`, or until it is told to stop."""
@@ -50,16 +93,18 @@ class PPOLoop:
     groups: Mapping[str, Group]
     schedule: PPOSchedule
     should_stop: Callable[[list[int]], bool] | None = None
+    score_filter: ScoreFilter = field(default_factory=ScoreFilter)  # the one around the rewards
     step: int = 0
     bad_in_a_row: int = 0
     evaluations: list[dict] = field(default_factory=list)  # metrics of each, with its step
 
     def resume(self, path) -> None:
         """Go back to a checkpoint (None: to the start)."""
-        if path is None:
+        saved = load_checkpoint(path) if path is not None else None
+        set_aside_after(path, self.run_folder.checkpoints)
+        if saved is None:
             self.run_folder.load_state_dict({})
             return
-        saved = load_checkpoint(path)
         for name, group in self.groups.items():
             group.put(saved.arrays[name])
         trained = self.trainer.model.trainable_parameters()
@@ -74,17 +119,23 @@ class PPOLoop:
         """Train. Ends with a checkpoint, also when `stop` was requested."""
         plan = self.schedule
         with Progress(plan.steps, done=self.step, name="ppo") as progress:
+            metric = None
             if not self.evaluations:
                 self.evaluate(progress)
             while self.step < plan.steps and not stop.requested:
                 self.train_step(progress)
-                metric = None
-                last = self.step == plan.steps
+                metric, last = None, self.step == plan.steps
                 if plan.eval_every and (last or self.step % plan.eval_every == 0):
                     metric = self.evaluate(progress)
-                if plan.save_every and self.step % plan.save_every == 0 and not last:
-                    self.checkpoint(metric)
-            self.checkpoint()
+                best = metric is not None and self.is_best(metric.value)
+                due = plan.save_every and not last and (best or self.step % plan.save_every == 0)
+                save_or_stop(self, bool(due), metric, "score, loss or gradient")
+            self.checkpoint(metric)
+
+    def is_best(self, score: float) -> bool:
+        """Whether the last evaluation, which gave this score, is the best so far."""
+        earlier = [row["eval/sampled/score"] for row in self.evaluations[:-1]]
+        return all(score > other for other in earlier if other is not None)
 
     # ------------------------------------------------------------------ a step
 
@@ -101,19 +152,38 @@ class PPOLoop:
         except UserError:
             self.checkpoint()  # the weights as they were before this step
             raise
-        stats = self.trainer.step(queries, responses, scores)
+        stats = self.take_step(queries, responses, scores)
         self.step += 1
         self.trainer.log = self.run_folder.log
         self.trainer.log_stats(stats, parts, scores)
-        self.write_samples(rows, texts, scores, stats["objective/kl_dist"])
         progress.advance()
-        if self.step % self.schedule.report_every == 0:
-            means = {name: float(np.mean(column)) for name, column in parts.items()}
-            shown = {"score": float(np.mean(scores)), "kl": stats["objective/kl"], **means}
-            shown["tokens"] = stats["tokens/responses_len_mean"]
-            progress.report(self.step, shown)
-        check_memory(self.schedule.memory_limit)
-        self.watch(stats, queries, responses)
+        if "objective/kl" in stats:
+            self.write_samples(rows, texts, scores, stats["objective/kl_dist"])
+            if self.step % self.schedule.report_every == 0:
+                self.report(progress, stats, scores, parts)
+        self.bad_in_a_row = self.bad_in_a_row + 1 if stats["ppo/not_finite"] else 0
+        if self.bad_in_a_row:
+            self.set_aside(rows, responses, texts, scores)
+
+    def take_step(self, queries, responses, scores) -> dict:
+        """The trainer's step, or none where a score is not finite; its statistics.
+
+        What a bad step would leave in the KL controller and the running moments is taken back.
+        """
+        before = self.trainer.state_dict()
+        stats: dict = {"ppo/not_finite": 1.0}
+        if np.isfinite(scores).all():
+            stats = self.trainer.step(queries, responses, scores)
+        if stats["ppo/not_finite"]:
+            self.trainer.load_state_dict({**before, "steps_done": before["steps_done"] + 1})
+            # As `step` leaves it, or the next step would draw other numbers than a resumed run.
+            self.trainer._generated, self.trainer._calls = {}, 0
+        return stats
+
+    def report(self, progress: Progress, stats: dict, scores: list[float], parts: dict) -> None:
+        means = {name: float(np.mean(column)) for name, column in parts.items()}
+        shown = {"score": float(np.mean(scores)), "kl": stats["objective/kl"], **means}
+        progress.report(self.step, shown | {"tokens": stats["tokens/responses_len_mean"]})
 
     def score(self, rows, responses, ended) -> tuple[list[str], list[float], dict]:
         """(texts of the responses, scores, {reward: its scores})."""
@@ -123,7 +193,13 @@ class PPOLoop:
         ]
         token_ids = [[*row.tokens, *r] for row, r in zip(rows, responses, strict=True)]
         columns = {**columns_of(rows), "token_ids": token_ids, "ended": ended}
+        self.score_filter.rows.clear()
         scores, parts = self.rewards([row.text for row in rows], texts, **columns)
+        bad = self.score_filter.rows
+        scores = [
+            math.nan if row in bad or beyond_float32(score) else score
+            for row, score in enumerate(scores)
+        ]
         return texts, scores, parts
 
     def write_samples(self, rows, texts, scores, kls) -> None:
@@ -133,21 +209,15 @@ class PPOLoop:
         ]
         self.run_folder.log_samples(self.step, samples[: self.schedule.samples_per_step])
 
-    def watch(self, stats: dict, queries, responses) -> None:
-        """Count steps without a finite gradient; set their rows aside, and stop after too many."""
-        if not stats["ppo/not_finite"]:
-            self.bad_in_a_row = 0
-            return
-        self.bad_in_a_row += 1
-        rows = zip(queries, responses, strict=True)
-        rows = [{"query": query, "response": response} for query, response in rows]
-        self.run_folder.log_bad_rows(self.step, "loss or gradient not finite", rows)
-        if self.bad_in_a_row >= self.schedule.max_bad_steps:
-            raise UserError(
-                f"{self.run_folder.folder}: loss or gradient was NaN or infinite in "
-                f"{self.bad_in_a_row} steps in a row; the rows are in bad_rows.jsonl, and "
-                "--resume goes on from the last checkpoint; try a lower --learning-rate"
-            )
+    def set_aside(self, rows, responses, texts, scores) -> None:
+        """Keep the rows of a step whose update was skipped, in part or whole."""
+        reason = "loss or gradient not finite" if np.isfinite(scores).all() else "score not finite"
+        entries = [
+            {"prompt": row.text, "response": text, "score": score, "query_tokens": row.tokens,
+             "response_tokens": response}
+            for row, response, text, score in zip(rows, responses, texts, scores, strict=True)
+        ]  # fmt: skip
+        self.run_folder.log_bad_rows(self.step, reason, entries)
 
     # ------------------------------------------------------------------ evaluation
 
@@ -196,14 +266,17 @@ class PPOLoop:
             "rng": rng_state(),
         }
         arrays = {name: group.get() for name, group in self.groups.items()}
-        save_checkpoint(
-            self.run_folder.checkpoints,
-            self.step,
-            arrays | {"optimizer": optimizer_arrays(self.trainer.optimizer)},
-            state,
-            keep=self.schedule.keep_checkpoints,
-            metric=metric,
-        )
+        try:
+            save_checkpoint(
+                self.run_folder.checkpoints,
+                self.step,
+                arrays | {"optimizer": optimizer_arrays(self.trainer.optimizer)},
+                state,
+                keep=self.schedule.keep_checkpoints,
+                metric=metric,
+            )
+        except FloatingPointError as wrong:
+            raise not_finite(self.run_folder, str(wrong)) from None
 
 
 def response_text(tokenizer, query: Sequence[int], response: Sequence[int]) -> str:
