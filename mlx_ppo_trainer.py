@@ -32,6 +32,7 @@ from errors import UserError
 from models.actor_critic import ActorCritic, picked_logits, reference_logprobs
 from models.blocks import checkpointed_blocks
 from models.decoding import Generation, Sampling, generate
+from models.gradients import loss_and_gradient
 from models.packing import Packed, pack
 from rl.advantages import gae
 from rl.kl import AdaptiveKLController, FixedKLController, full_kl, kl_penalty
@@ -102,9 +103,7 @@ class PPOTrainer:
         self.compiled = on_gpu if config.compile is None else config.compile
         # Compiled code is made anew for every shape, so there lengths come in steps of 16.
         self.pad_to_multiple = config.pad_to_multiple or (16 if on_gpu or self.compiled else 1)
-        self._loss_and_grad = nn.value_and_grad(self.model, self._loss)
-        if self.compiled:
-            self._loss_and_grad = mx.compile(self._loss_and_grad, inputs=self.model.state)
+        self._loss_and_grad = loss_and_gradient(self.model, self._loss, self.compiled)
 
     # ------------------------------------------------------------------ 1. generate
 

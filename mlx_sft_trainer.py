@@ -16,6 +16,7 @@ from mlx.utils import tree_map
 
 from data_utils import PreferenceBatch, ScalarBatch, TextBatch
 from models.blocks import checkpointed_blocks
+from models.gradients import loss_and_gradient
 from models.packing import pick_targets, round_up
 from models.reward_model import HEAD, RewardModel
 from models.trunk import hidden_states, token_logprobs
@@ -132,13 +133,8 @@ class SupervisedTrainer:
         self.max_grad_norm, self.grad_checkpoint = max_grad_norm, grad_checkpoint
         optimizer.init(task.trained.trainable_parameters())
         on_gpu = mx.default_device().type == mx.DeviceType.gpu
-        self._loss_and_grad = nn.value_and_grad(task.trained, task.loss)
-        if on_gpu if compile is None else compile:
-            # Dropout draws from the global random state, so that is an input and an output.
-            state = [task.trained.state, mx.random.state]
-            self._loss_and_grad = mx.compile(
-                self._loss_and_grad, inputs=state, outputs=[mx.random.state]
-            )
+        compiled = on_gpu if compile is None else compile
+        self._loss_and_grad = loss_and_gradient(task.trained, task.loss, compiled)
 
     def step(self, batches: Iterable[Batch]) -> dict[str, float]:
         """One update from one or more batches, weighted by their tokens (or rows).

@@ -133,7 +133,8 @@ def train(args, loaded, task, rows) -> None:
             after_validation=lambda step: write_samples(args, loaded, task, run, step),
         )  # fmt: skip
         if resuming:
-            loop.resume(checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints))
+            last = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
+            loop.resume(last, force=args.force_resume)
         print(
             f"{run.folder}: {steps} updates of {args.batch_size} x "
             f"{args.gradient_accumulation_steps} rows ({steps / updates_per_epoch:.1f} epochs), "

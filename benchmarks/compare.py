@@ -48,7 +48,7 @@ LIBRARIES = ("mlx", "mlx-lm", "torch", "transformers", "peft", "numpy")
 # ------------------------------------------------------------------------------ running
 
 
-def run_seed(place: Path, seed: int, steps: int) -> None:
+def run_seed(place: Path, seed: int, steps: int, pythons: dict[str, str]) -> None:
     """Make what both start from, then every PPO run of this seed that is not there yet."""
     place.mkdir(parents=True, exist_ok=True)
     log = place / "log.txt"
@@ -63,7 +63,8 @@ def run_seed(place: Path, seed: int, steps: int) -> None:
             if (place / f"{name}.json").exists():
                 continue
             print(f"seed {seed}: {name}", flush=True)
-            figures = measured(command(backend, reward, place, seed, steps), log)
+            line = command(backend, reward, place, seed, steps)
+            figures = measured(pythons[backend], line, log)
             (place / f"{name}.json").write_text(json.dumps(figures), encoding="utf-8")
 
 
@@ -78,7 +79,7 @@ def command(backend: str, reward: str, place: Path, seed: int, steps: int) -> st
     return " ".join(parts).format(place=place)
 
 
-def measured(line: str, log: Path) -> dict[str, float]:
+def measured(python: str, line: str, log: Path) -> dict[str, float]:
     """Run a command; seconds on the clock, seconds of processor time, peak resident memory in GB.
 
     Measured from outside, so that it is the same thing for both: all of the process, with imports.
@@ -87,7 +88,7 @@ def measured(line: str, log: Path) -> dict[str, float]:
     with open(log, "a", encoding="utf-8") as file:
         file.write(f"$ {line}\n")
         file.flush()
-        words = [sys.executable, *shlex.split(line)[1:]]
+        words = [python, *shlex.split(line)[1:]]
         process = subprocess.Popen(
             words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=os.environ | ONE_THREAD
         )
@@ -141,8 +142,8 @@ def steps_to_goal(found: list[dict]) -> str:
 
 
 def table(results: dict) -> str:
-    head = ["reward", "backend", "true score before", "true score after", "worst seed",
-            f"steps to {GOAL}", "KL, nats", "seconds", "CPU seconds", "peak memory, GB"]  # fmt: skip
+    head = ["reward", "backend", "score before", "score after", "worst seed", f"steps to {GOAL}",
+            "KL, nats", "seconds", "CPU seconds", "peak memory, GB"]  # fmt: skip
     rows = [head, ["---", "---"] + ["---:"] * (len(head) - 2)]
     for reward, (title, _) in REWARDS.items():
         for backend, shown in BACKENDS.items():
@@ -223,11 +224,10 @@ def machine() -> str:
 def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or "processor unknown"
+    except OSError:
+        lines = []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or "processor unknown"
 
 
 def step_times(results: dict) -> str:
@@ -242,28 +242,28 @@ def step_times(results: dict) -> str:
 def page(results: dict, seeds: list[int], steps: int) -> str:
     return f"""# MLX and PyTorch side by side
 
-Written by `make compare` (benchmarks/compare.py), {time.strftime("%Y-%m-%d")}. The digits task, seeds
-{", ".join(map(str, seeds))}, {steps} PPO steps of 64 responses, LoRA on every linear layer, all other
-flags at their defaults. For each seed both backends start from the same fused SFT model, with the
-same prompts in the same order, against the same reward model; sampled texts differ, because their
-random numbers do. float32, CPU, one thread each.
+Written by `make compare` (benchmarks/compare.py) on {time.strftime("%Y-%m-%d")}. The digits task,
+seeds {", ".join(map(str, seeds))}: {steps} PPO steps of 64 responses, LoRA on every linear layer,
+all other flags at their defaults. For each seed both backends start from the same fused SFT model,
+with the same prompts in the same order, against the same reward model; sampled texts differ,
+because their random numbers do. float32 on a CPU, one thread each.
 
 {table(results)}
 
 Scores are true scores of sampled texts on held-out prompts, mean ± standard deviation over seeds.
 "Steps to {GOAL}" is the first step whose batch has a mean true score of {GOAL} or more: median, and
-range. Seconds, processor seconds and peak resident memory are of the whole process from outside,
-imports and the two evaluations included. Scoring and updating of one step, without sampling, took
-(median step, seconds): {step_times(results)}.
+range. Seconds, processor seconds and peak resident memory are of the whole process seen from
+outside, imports and two evaluations included. Of a step, all but sampling took (median, seconds):
+{step_times(results)}.
 
 ![Reward and KL, both backends](images/comparison.png)
 
 Each by itself: [MLX](images/mlx_reward.png), [PyTorch](images/pytorch_reward.png).
 
-**Read this as** a check that both learn the same thing, which is what the curves are for. Given the
-same rollout, a step agrees to 1e-4 in loss, KL, advantages and weights
-(tests/test_baseline_parity.py). **Not measured:** Apple GPUs, CUDA, and models of a useful size; the
-times are of a model of 130,688 parameters on a CPU, where the cost of a call outweighs arithmetic.
+**What it shows:** that both learn the same thing. Given the same rollout, a step agrees to 1e-4 in
+loss, KL, advantages and weights (tests/test_baseline_parity.py). **What it does not show:** Apple
+GPUs, CUDA, and models of a useful size were not measured. These times are of a model of 130,688
+parameters on a CPU, where the cost of a call outweighs arithmetic.
 
 Machine: {machine()}.
 """
@@ -277,9 +277,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=60, help="PPO steps of each run")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "comparison")
+    text = "interpreter without PyTorch, which mlx-lm imports where it is (default: this one)"
+    parser.add_argument("--mlx-python", default=sys.executable, help=text)
     args = parser.parse_args()
+    pythons = {"mlx": args.mlx_python, "pytorch": sys.executable}
     for seed in args.seeds:
-        run_seed(args.folder / str(seed), seed, args.steps)
+        run_seed(args.folder / str(seed), seed, args.steps, pythons)
     results = {
         reward: {
             backend: {

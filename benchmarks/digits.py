@@ -107,7 +107,7 @@ def main() -> None:
         place.mkdir(parents=True)
         results[seed] = run_seed(place, seed)
     machine = {
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cpu_count": os.cpu_count(),
         "python": platform.python_version(),
     }

@@ -2,8 +2,8 @@
 
     python benchmarks/feedback.py
 
-Good is a row of which three quarters of the numbers are even and rise; of two rows the better one
-is chosen, and none where both are as good. What is written goes to runs/feedback/, which is emptied.
+Of two rows the one is chosen of which more numbers are even and rise, and none where both are as
+good; one row alone is good if three quarters of it are. runs/feedback/ is emptied first.
 """
 
 import json
@@ -44,7 +44,7 @@ def main() -> None:
         child = start(command)
         last = rate(child, pairs="--compare" in command) if "--rate" in command else wait(child)
         print(f"{last}\n({time.monotonic() - started:.0f} s)")
-    for name in ("ppo", "choice_ppo"):
+    for name in ("ppo", "ppo_2", "label_ppo"):
         print(f"{name}: {course(FOLDER / name / 'metrics.jsonl')}")
 
 
@@ -63,7 +63,8 @@ def wait(child: pexpect.spawn) -> str:
     child.close()
     if child.exitstatus:
         sys.exit(child.before)
-    return "\n".join(child.before.replace("\r\n", "\n").strip().split("\n")[-8:])
+    lines = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", child.before).strip().split("\r\n")
+    return "\n".join(line.split("\r")[-1] for line in lines if not line.startswith("next:"))
 
 
 def rate(child: pexpect.spawn, pairs: bool) -> str:

@@ -15,7 +15,15 @@ from mlx.utils import tree_flatten
 from errors import UserError
 from models.adapter_files import read_json, write_json
 from models.file_checks import safetensors_header
-from models.load import DTYPES, LoadedModel, cast, check_folder, default_dtype, read_config
+from models.load import (
+    DTYPES,
+    LoadedModel,
+    cast,
+    check_folder,
+    default_dtype,
+    read_config,
+    unnested,
+)
 from models.model_folders import copy_tokenizer, stored_dtype
 from models.reward_model import RewardModel
 from models.trunk import find_trunk
@@ -93,10 +101,10 @@ def _load_trunk(folder: Path, config: dict, head: dict) -> LoadedModel:
 
     try:
         # Tied, so that no output layer is asked for; strict=False because of score.weight.
-        tied = {"tie_word_embeddings": True}
-        model, _ = load_model(folder, lazy=True, strict=False, model_config=tied)
+        settings = {"tie_word_embeddings": True, **unnested(config)}
+        model, _ = load_model(folder, lazy=True, strict=False, model_config=settings)
         tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError, AttributeError) as error:
+    except Exception as error:  # mlx-lm and transformers have dozens of kinds for a broken folder
         raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from error
     given: set[str] = set()
     for file in folder.glob("model*.safetensors"):
@@ -105,7 +113,7 @@ def _load_trunk(folder: Path, config: dict, head: dict) -> LoadedModel:
     if missing:
         raise UserError(f"{folder}: lacks {len(missing)} arrays, such as {min(missing)}")
     model.freeze()
-    return LoadedModel(model, tokenizer, config, folder, str(folder))
+    return LoadedModel(model, tokenizer, {**config, **unnested(config)}, folder, str(folder))
 
 
 # ---------------------------------------------------------------------------- out

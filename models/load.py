@@ -127,7 +127,12 @@ def _load(path: Path, name: str, trust_remote_code: bool):
     from mlx_lm.utils import load_tokenizer
 
     try:
-        model, config = mlx_lm_load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+        model, config = mlx_lm_load_model(
+            path,
+            lazy=True,
+            model_config=unnested(read_config(path)),
+            trust_remote_code=trust_remote_code,
+        )
         extra = {"trust_remote_code": True} if trust_remote_code else None
         tokenizer = load_tokenizer(
             path, tokenizer_config_extra=extra, eos_token_ids=config.get("eos_token_id")
@@ -138,6 +143,21 @@ def _load(path: Path, name: str, trust_remote_code: bool):
         raise UserError(f"{name}: the tokenizer names no end-of-sequence token; "
                         'set "eos_token" in tokenizer_config.json')  # fmt: skip
     return model, tokenizer, config
+
+
+def unnested(config: dict) -> dict:
+    """Settings of positions that transformers 5 nests and most models of mlx-lm read unnested.
+
+    mlx-lm takes its default where it does not find them, and computes something else in silence.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return {}
+    found = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor")
+             if name in rope and config.get(name) is None}  # fmt: skip
+    if rope.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
+        found["rope_scaling"] = rope
+    return found
 
 
 def _one_line(error: Exception) -> str:

@@ -19,6 +19,7 @@ from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
 from training.console import Progress
 from training.metrics import Run
+from training.resume import check_same_data, fingerprint
 from training.signals import GracefulStop
 
 
@@ -61,17 +62,24 @@ class Loop:
         saved = {name: part.state_dict() for name, part in self.parts().items()}
         saved |= {"trained": trained, "bad_in_a_row": self.bad_in_a_row, "state": self.state}
         saved |= {"run": self.run_folder.state_dict(), "rng": rng_state(self.device)}
+        saved |= {"data": fingerprint(self.rows())}
         plan = self.schedule
         save_checkpoint(
             self.run_folder.checkpoints, self.step, saved, keep=plan.keep_checkpoints, better=better
         )
 
-    def resume(self, path: Path | None) -> None:
-        """Go back to a checkpoint (None: to the start)."""
+    def rows(self) -> Sequence:
+        """The rows that are trained on; a resumed run must have the same."""
+        raise NotImplementedError
+
+    def resume(self, path: Path | None, *, force: bool = False) -> None:
+        """Go back to a checkpoint (None: to the start); `force` takes other data than then."""
         if path is None:
             self.run_folder.load_state_dict({})
             return
         saved = load_checkpoint(path)
+        if not force:
+            check_same_data(saved, fingerprint(self.rows()))
         self.take_weights(saved)
         for name, part in self.parts().items():
             part.load_state_dict(saved[name])
@@ -117,6 +125,9 @@ class SupervisedLoop(Loop):
 
     def parts(self) -> dict[str, Any]:
         return super().parts() | {"batches": self.batches}
+
+    def rows(self) -> Sequence:
+        return self.batches.rows
 
     def run(self, stop: GracefulStop, name: str) -> None:
         """Train. Ends with a checkpoint, also when `stop` was requested."""
@@ -183,6 +194,9 @@ class PPOLoop(Loop):
 
     def parts(self) -> dict[str, Any]:
         return super().parts() | {"trainer": self.trainer}
+
+    def rows(self) -> Sequence:
+        return self.prompts
 
     def run(self, stop: GracefulStop) -> None:
         """Train. Ends with a checkpoint, also when `stop` was requested."""

@@ -150,7 +150,8 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
             should_stop=ppo_flags.stop_at(args.stop, loaded.tokenizer),
         )  # fmt: skip
         if args.resume is not None:
-            loop.resume(checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints))
+            saved = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
+            loop.resume(saved, force=args.force_resume)
         print(
             f"{run.folder}: {config.num_steps} steps of {config.batch_size} responses, "
             f"{config.ppo_epochs} epochs of minibatches of {config.mini_batch_size}; "

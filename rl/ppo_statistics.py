@@ -67,7 +67,7 @@ def warnings_for(stats: dict, max_new_tokens: int) -> dict[str, str]:
             "entropy is almost 0: the policy writes one text and can learn nothing from it; "
             "a higher KL coefficient or a lower learning rate helps"
         )
-    if stats["ppo/std_scores"] == 0:
+    if stats["ppo/std_scores"] <= 1e-6 * abs(stats["ppo/mean_scores"]):  # less is rounding
         found["scores"] = "all scores of a batch are equal: there is nothing to learn from them"
     if 1 - stats["tokens/responses_ended"] > MOSTLY_CUT_OFF:
         found["length"] = (

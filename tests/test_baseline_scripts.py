@@ -235,6 +235,15 @@ def test_ppo_repeats_and_resumes_to_the_byte(tmp_path):
     assert weights(stopped) == weights(first) and losses(stopped) == losses(first)
 
 
+def test_resume_refuses_other_data(tmp_path):
+    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("digits_model"))
+    run = sft(tmp_path / "a", "--data", str(tmp_path / "data"))
+    rows = (tmp_path / "data" / "increasing_mult_2_train.jsonl").read_text().splitlines()
+    (tmp_path / "data" / "increasing_mult_2_train.jsonl").write_text("\n".join(rows[:-1]) + "\n")
+    with pytest.raises(UserError, match="--force-resume"):
+        sft_main(["--resume", str(run)])
+
+
 def test_recomputing_activations_changes_no_number(tmp_path):
     plain, recomputed = sft(tmp_path / "a"), sft(tmp_path / "b", "--grad-checkpoint")
     for a, b in zip(losses(plain), losses(recomputed), strict=True):

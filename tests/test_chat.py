@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -11,6 +13,9 @@ import pytest
 from conftest import ROOT
 from tiny import tiny_model_folder
 
+import ppo_training
+import sft
+from chat.rating import Ratings
 from chat.settings import Settings
 from data_utils import read_records, tokenise_preferences, tokenise_scalar
 from models.adapter_files import attach, save_adapter, save_head
@@ -356,3 +361,31 @@ def test_prompts_from_a_pipe_are_rated_at_the_terminal(tmp_path):
     child.expect(pexpect.EOF)
     assert [r.label for r in read_records(tmp_path / "ratings.jsonl")] == [False, True]
     assert len((tmp_path / "out.txt").read_text(encoding="utf-8").splitlines()) == 2
+
+
+# ------------------------------------------------------------------------------ from ratings on
+
+
+def test_ratings_train_a_reward_model_that_scores_in_the_chat(tmp_path):
+    ratings = Ratings(tmp_path / "pairs.jsonl", "preference")
+    for number in range(4):
+        ratings.add_preference(f"{number} 20", " 22 24", " 7 5 1", "left")
+    words = ("--reward-model", "--train", "--train-file", "pairs.jsonl", "--iters", "3",
+             "--save-file", "taste.npz", "--output-dir", "run")  # fmt: skip
+    trained = subprocess.run([sys.executable, str(ROOT / "sft.py"), *words], cwd=tmp_path,
+                             capture_output=True, text=True)  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    _, err = run("8 20", "--max-tokens", 5, "--reward-model", "taste.npz", cwd=tmp_path)
+    assert re.search(r"reward_model -?\d+\.\d{3}", err)
+
+
+def test_the_commands_of_the_walkthrough_parse():
+    text = (ROOT / "docs/feedback.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+             for line in block.splitlines() if line.startswith("python ")]  # fmt: skip
+    scripts = {"talk_to_model.py": parse_arguments, "sft.py": sft.parse_arguments,
+               "ppo_training.py": ppo_training.parse_arguments}  # fmt: skip
+    for line in lines:
+        _, script, *words = shlex.split(line.partition(" < ")[0])
+        scripts[script](words)
+    assert len(lines) >= 10

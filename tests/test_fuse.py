@@ -247,9 +247,7 @@ def test_dequantize_alone(tmp_path, quantized):
     export_in_process(tmp_path / "d", [], model=str(quantized), dequantize=True)
     plain = load_model(tmp_path / "d", dtype="stored")
     assert not any(hasattr(module, "bits") for module in plain.model.modules())
-    assert (
-        largest(logits(base.model, base.tokenizer), logits(plain.model, plain.tokenizer)) < 1e-4
-    )
+    assert largest(logits(base.model, base.tokenizer), logits(plain.model, plain.tokenizer)) < 1e-4
     with pytest.raises(UserError, match="not quantised"):
         export_in_process(tmp_path / "e", [], dequantize=True)
 

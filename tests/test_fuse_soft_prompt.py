@@ -89,7 +89,7 @@ def test_the_row_that_repels():
 def test_reads_on_as_a_model_of_its_own(digits, tmp_path):
     """Fused once more, with LoRA on top; and a fused prompt is no soft prompt to GGUF."""
     folder, _, prompt = digits
-    loaded, _ = make_adapter(tmp_path / "a.npz", "lora", folder / "fused")
+    loaded, _ = make_adapter(tmp_path / "a.npz", "lora", folder / "fused", scale=0.2)
     expected = [rows[:, :469] for rows in logits(loaded.model, loaded.tokenizer)]
     out = fuse(tmp_path, "--adapter-file", "a.npz", "--save-path", "twice")
     assert float(out.split("unfused: ")[1].split(";")[0]) < 1e-4

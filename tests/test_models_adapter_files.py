@@ -110,7 +110,8 @@ def test_equal_arrays_make_equal_bytes_in_whatever_order(tmp_path, place):
     adapter = add_lora(model, LoraConfig(rank=2))
     arrays = adapter.arrays()
     first = {f.name: f.read_bytes() for f in save_adapter(tmp_path / place, adapter, model, "b")}
-    time.sleep(2.1)  # zip archives keep times to 2 seconds
+    if place.endswith(".npz"):
+        time.sleep(2.1)  # zip archives keep times to 2 seconds
     adapter.arrays = lambda: dict(reversed(arrays.items()))
     again = {f.name: f.read_bytes() for f in save_adapter(tmp_path / place, adapter, model, "b")}
     assert first == again
@@ -160,7 +161,9 @@ def test_an_adapter_for_another_model_lists_what_does_not_fit(tmp_path):
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'a.npz'}: does not fit the model: ")
     for layer in (0, 1):
-        assert f"layers.{layer}.self_attn.q_proj.lora_a is (32, 2) in the file and (16, 2)" in message
+        assert (
+            f"layers.{layer}.self_attn.q_proj.lora_a is (32, 2) in the file and (16, 2)" in message
+        )
 
 
 @pytest.mark.parametrize(

@@ -92,10 +92,7 @@ def test_every_layout_holds_the_same_tokens(rows, multiple, prefix):
 
 def test_padding_makes_few_shapes():
     shapes = {
-        tuple(
-            a.shape
-            for a in pack([[1] * q, [1, 2]], [[5] * r, [6]], pad_to_multiple=16).arrays()
-        )
+        tuple(a.shape for a in pack([[1] * q, [1, 2]], [[5] * r, [6]], pad_to_multiple=16).arrays())
         for q in (3, 5, 7)
         for r in (2, 4, 9)
     }

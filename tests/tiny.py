@@ -60,7 +60,11 @@ def tiny_config(architecture: str = "llama", **changes) -> dict:
 
 
 def tiny_model(architecture: str = "llama", *, seed: int = 0, **changes) -> nn.Module:
-    """A random model in memory, frozen, in evaluation mode, as load_model gives it."""
+    """A random model in memory, frozen, in evaluation mode, as load_model gives it.
+
+    Seeds MLX's random numbers too, so that what is put on the model is the same in each test.
+    """
+    mx.random.seed(seed)
     config = tiny_config(architecture, **changes)
     model = _empty_model(config)
     weights = _stored_weights(config, model, seed)

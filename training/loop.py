@@ -8,6 +8,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +25,7 @@ from training.console import Progress
 from training.memory import check_memory
 from training.metrics import Run
 from training.optimizers import optimizer_arrays, restore_optimizer
+from training.resume import check_same_data, fingerprint
 from training.seeds import rng_state, set_rng_state
 from training.signals import GracefulStop
 
@@ -71,9 +73,11 @@ class Loop:
     bad_in_a_row: int = 0
     totals: dict[str, float] = field(default_factory=lambda: {"tokens": 0.0, "skipped": 0.0})
 
-    def resume(self, path) -> None:
-        """Go back to a checkpoint (None: to the start)."""
+    def resume(self, path, *, force: bool = False) -> None:
+        """Go back to a checkpoint (None: to the start); `force` takes other data than then."""
         saved = load_checkpoint(path) if path is not None else None
+        if saved is not None and not force:
+            check_same_data(saved.state, self.data)
         set_aside_after(path, self.run_folder.checkpoints)
         if saved is None:
             self.run_folder.load_state_dict({})
@@ -89,6 +93,10 @@ class Loop:
         self.batches.load_state_dict(saved.state["batches"])
         self.run_folder.load_state_dict(saved.state["run"])
         set_rng_state(saved.state["rng"])
+
+    @cached_property
+    def data(self) -> str:
+        return fingerprint(self.batches.rows)
 
     def run(self, stop: GracefulStop, name: str) -> None:
         """Train. Ends with a checkpoint, also when `stop` was requested."""
@@ -168,6 +176,7 @@ class Loop:
             "bad_in_a_row": self.bad_in_a_row,
             "totals": self.totals,
             "batches": self.batches.state_dict(),
+            "data": self.data,
             "run": self.run_folder.state_dict(),
             "rng": rng_state(),
         }
@@ -214,8 +223,8 @@ class NotFiniteError(UserError):
 def not_finite(run_folder: Run, what: str) -> NotFiniteError:
     """The error that ends a run, with the way back."""
     last = latest_checkpoint(run_folder.checkpoints)
-    back = f"{last} is from before" if last else "no checkpoint was written before"
+    back = f"{last} is from before" if last else "to the start: no checkpoint was written before"
     return NotFiniteError(
-        f"{run_folder.folder}: {what}; {back}; --resume with --force-resume and a lower "
-        "--learning-rate goes on from there"
+        f"{run_folder.folder}: {what}; go on with --resume {run_folder.folder} ({back}), and with "
+        "--force-resume to change --learning-rate or what else may be the cause"
     )

@@ -19,6 +19,7 @@ from training.console import Progress
 from training.loop import Group, not_finite, save_or_stop
 from training.metrics import Run
 from training.optimizers import optimizer_arrays, restore_optimizer
+from training.resume import check_same_data, fingerprint
 from training.seeds import rng_state, set_rng_state
 from training.signals import GracefulStop
 
@@ -98,9 +99,11 @@ class PPOLoop:
     bad_in_a_row: int = 0
     evaluations: list[dict] = field(default_factory=list)  # metrics of each, with its step
 
-    def resume(self, path) -> None:
-        """Go back to a checkpoint (None: to the start)."""
+    def resume(self, path, *, force: bool = False) -> None:
+        """Go back to a checkpoint (None: to the start); `force` takes other data than then."""
         saved = load_checkpoint(path) if path is not None else None
+        if saved is not None and not force:
+            check_same_data(saved.state, self.data)
         set_aside_after(path, self.run_folder.checkpoints)
         if saved is None:
             self.run_folder.load_state_dict({})
@@ -114,6 +117,10 @@ class PPOLoop:
         self.trainer.load_state_dict(saved.state["trainer"])
         self.run_folder.load_state_dict(saved.state["run"])
         set_rng_state(saved.state["rng"])
+
+    @functools.cached_property
+    def data(self) -> str:
+        return fingerprint(self.prompts)
 
     def run(self, stop: GracefulStop) -> None:
         """Train. Ends with a checkpoint, also when `stop` was requested."""
@@ -263,6 +270,7 @@ class PPOLoop:
             "bad_in_a_row": self.bad_in_a_row,
             "trainer": self.trainer.state_dict(),
             "run": self.run_folder.state_dict(),
+            "data": self.data,
             "rng": rng_state(),
         }
         arrays = {name: group.get() for name, group in self.groups.items()}

@@ -3,8 +3,9 @@
 Importing this loads no MLX.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ HARMLESS = frozenset(
 OF_ONE_START = frozenset("config explicit force_resume output_dir overwrite resume".split())
 # How long a run goes on: harmless as long as the learning rate does not depend on it.
 LENGTHS = frozenset({"epochs", "iters", "num_steps", "steps"})
+# Rows that a fingerprint of the data looks at: all of a small set, a spread of a large one.
+LOOKED_AT = 1000
 
 
 def run_folder_of(path: str | Path) -> Path:
@@ -95,3 +98,19 @@ def check_resume_options(
             "would not end as it would have; leave the flag out, or add --force-resume"
         )
     return changed
+
+
+def fingerprint(rows: Sequence[Any]) -> str:
+    """What tells one set of training rows from another: a hash of their number and of a spread."""
+    spread = range(0, len(rows), max(1, len(rows) // LOOKED_AT))
+    text = repr((len(rows), [rows[i] for i in spread]))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def check_same_data(state: Mapping[str, Any], now: str) -> None:
+    """Raise ``UserError`` unless a checkpoint was made on rows with the fingerprint ``now``."""
+    if state["data"] != now:
+        raise UserError(
+            "--resume: the training data is not what the run was started with, so it would not end "
+            "as it would have; put the files back, or add --force-resume"
+        )

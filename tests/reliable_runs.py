@@ -1,0 +1,304 @@
+"""Runs of the real scripts in processes of their own: killed, signalled, limited, compared.
+
+A script spends two seconds on imports. So one server process imports everything once, and every
+run is a fork of it that has touched no array yet; `command` runs a script from scratch instead.
+"""
+
+import fast_blas  # noqa: F401  isort: skip
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data"
+KILLS = int(os.environ.get("MLX_RLHF_KILLS", "3"))  # 20 in the long version
+TOUCHES = "touches of files:"
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "WANDB_MODE")
+
+
+def words(text: str) -> list[str]:
+    """A command line without quotes as words; DATA stands for the folder of sample data."""
+    return [word.replace("DATA", str(DATA)) for word in text.split()]
+
+
+# ------------------------------------------------------------------------------ one run
+
+
+@dataclass
+class Ended:
+    """How a run ended; `code` is negative where a signal ended it."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """What follows "error: " on the one line that stands for it."""
+        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in self.err, self.err
+        return lines[0].removeprefix("error: ")
+
+
+def command(script: str, line: list[str], folder: Path, **environment: str) -> Ended:
+    """A script as a person starts it, in `folder`."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *line],
+        cwd=folder,
+        env=clean_environment() | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def clean_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in SECRETS}
+
+
+class Running:
+    """A run that a server started; `wait` for its end, or `kill` it."""
+
+    def __init__(self, server: "Server", pid: int, out: Path, err: Path) -> None:
+        self.server, self.pid, self.out, self.err = server, pid, out, err
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def wait(self) -> Ended:
+        code = self.server.ask({"wait": self.pid})
+        return Ended(code, self.out.read_text(), self.err.read_text())
+
+    def wait_for(self, text: str) -> None:
+        """Until the run has written `text` on standard error, or has ended."""
+        while text not in self.err.read_text() and self.server.ask({"runs": self.pid}):
+            time.sleep(0.01)
+
+    def wait_for_file(self, path: Path, size: int = 1) -> None:
+        """Until a file has `size` bytes, or the run has ended."""
+        while self.server.ask({"runs": self.pid}):
+            if path.exists() and path.stat().st_size >= size:
+                return
+            time.sleep(0.005)
+
+
+class Server:
+    """A process that forks runs. Use as a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+
+    def __enter__(self) -> "Server":
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            cwd=ROOT,
+            env=clean_environment() | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stdin.close()
+        self.process.wait(30)
+
+    def ask(self, request: dict):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(
+        self,
+        script: str,
+        line: list[str],
+        folder: Path,
+        *,
+        kill_at: int | None = None,
+        prelude: str = "",
+        **environment: str,
+    ) -> Running:
+        """A run in `folder`. It kills itself at its `kill_at`-th touch of a file in `folder`; 0
+        counts them, for `touches`.
+
+        `prelude`: Python that the run executes first, with `resource` and `script` in reach.
+        """
+        self.count += 1
+        out, err = (self.folder / f"{self.count}.{name}" for name in ("out", "err"))
+        request = {
+            "script": script.removesuffix(".py"),
+            "words": line,
+            "cwd": str(folder),
+            "out": str(out),
+            "err": str(err),
+            "kill_at": kill_at,
+            "prelude": prelude,
+            "environment": environment,
+        }
+        return Running(self, self.ask(request), out, err)
+
+    def run(self, script: str, line: list[str], folder: Path, **options) -> Ended:
+        return self.start(script, line, folder, **options).wait()
+
+
+def touches(ended: Ended) -> int:
+    """How often a run with `kill_at` 0 touched a file."""
+    return int(ended.out.rpartition(TOUCHES)[2])
+
+
+# ------------------------------------------------------------------------------ what a run leaves
+
+
+def without_times(row: dict) -> dict:
+    return {name: value for name, value in row.items() if not name.startswith("time/")}
+
+
+def metrics(run: Path) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [without_times(json.loads(line)) for line in lines]
+
+
+def checkpoint_contents(path: Path) -> dict:
+    """Bytes of every array file, and the state; row files have lengths that times change."""
+    found = {file.name: file.read_bytes() for file in sorted(path.glob("*.safetensors"))}
+    state = json.loads((path / "state.json").read_text())
+    state.pop("run")
+    return found | {"state": state}
+
+
+def left_by(run: Path, saved: str) -> dict:
+    """All that has to be the same however often a run was killed; `saved`: its --save-file."""
+    from training.checkpoints import best_checkpoint, latest_checkpoint
+
+    checkpoints = run / "checkpoints"
+    summary = json.loads((run / "summary.json").read_text())
+    summary.pop("seconds")
+    found = {"metrics": metrics(run), "summary": summary}
+    for name in ("samples.jsonl", "bad_rows.jsonl"):
+        found[name] = (run / name).read_bytes()
+    found["last"] = checkpoint_contents(latest_checkpoint(checkpoints))
+    if best := best_checkpoint(checkpoints):
+        found["best"] = checkpoint_contents(best)
+        found["best.json"] = json.loads((checkpoints / "best.json").read_text())
+    stem = Path(saved).stem
+    for file in sorted(run.parent.glob(f"{stem}.*")):
+        found[file.name] = file.read_bytes()
+    assert saved in found
+    return found
+
+
+def differences(one: dict, other: dict, path: str = "") -> list[str]:
+    """Names of what differs, for a message that a person can read."""
+    found = []
+    for name in sorted(one.keys() | other.keys()):
+        a, b = one.get(name), other.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{path}{name}/")
+        elif a != b:
+            if isinstance(a, list) and isinstance(b, list):
+                at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), -1)
+                found.append(f"{path}{name}[{at}] of {len(a)} and {len(b)}")
+            else:
+                found.append(path + name)
+    return found
+
+
+# ------------------------------------------------------------------------------ the server
+
+
+def serve() -> None:
+    """Fork a run for each request on standard input; answer with its number, later its end."""
+    import matplotlib.backends.backend_agg  # noqa: F401
+    import mlx_lm.tuner.utils  # noqa: F401
+    import mlx_lm.utils  # noqa: F401
+
+    import models.reward_model  # noqa: F401
+    import training.ppo_loop  # noqa: F401
+
+    ended: dict[int, int] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            pid = request["wait"]
+            if pid not in ended:
+                ended[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            answer = ended[pid]
+        elif "runs" in request:
+            pid = request["runs"]
+            if pid not in ended and (status := os.waitpid(pid, os.WNOHANG)) != (0, 0):
+                ended[pid] = os.waitstatus_to_exitcode(status[1])
+            answer = pid not in ended
+        else:
+            answer = os.fork()
+            if answer == 0:
+                run(request)
+        print(json.dumps(answer), flush=True)
+
+
+def run(request: dict) -> None:
+    """In the child: become the script."""
+    import importlib
+    import resource  # noqa: F401
+
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.chdir(request["cwd"])
+    os.environ.update(request["environment"])
+    sys.argv = [request["script"] + ".py", *request["words"]]
+    script = importlib.import_module(request["script"])
+    exec(request["prelude"], {"script": script, "resource": resource})
+    at_the_end = die_at(request["kill_at"], request["cwd"])
+    code = 1
+    try:
+        script.run_main(script.main)
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    at_the_end()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def die_at(count: int | None, folder: str) -> Callable[[], None]:
+    """SIGKILL at the `count`-th time that a file below `folder` is touched; 0: never, but count."""
+    if count is None:
+        return lambda: None
+    seen = 0
+
+    def watch(event: str, arguments: tuple) -> None:
+        nonlocal seen
+        if not event.startswith(("open", "os.", "shutil.")) or not arguments:
+            return
+        if not isinstance(arguments[0], str | os.PathLike):
+            return
+        path = os.path.abspath(os.fspath(arguments[0]))
+        if isinstance(path, str) and path.startswith(folder + os.sep):
+            seen += 1
+            if seen == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    if count == 0:
+        return lambda: print(TOUCHES, seen)
+    return lambda: None
+
+
+if __name__ == "__main__":
+    serve()
