@@ -19,7 +19,7 @@ from models.blocks import checkpointed_blocks
 from models.gradients import loss_and_gradient
 from models.packing import pick_targets, round_up
 from models.reward_model import HEAD, RewardModel
-from models.trunk import hidden_states, token_logprobs
+from models.trunk import find_trunk, hidden_states, token_logprobs
 from models.tuning import Tuning
 from rl.losses import pairwise_loss, regression_loss
 from training.loop import Group
@@ -74,6 +74,9 @@ class RewardModelTask:
         self.model, self.trained = model.model, model
         self.reward_model, self.tuning = model, model.tuning
         self.centering, self.use_margin = centering, use_margin
+        owner, _ = find_trunk(model.model)
+        if "lm_head" in owner:
+            owner.lm_head.freeze()  # scores do not pass through it; its moments would cost memory
 
     def groups(self) -> dict[str, Group]:
         """What a checkpoint holds of this task."""

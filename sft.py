@@ -69,9 +69,7 @@ def make_task(args, loaded):
     on_gpu = mx.default_device().type == mx.DeviceType.gpu
     if args.resume_adapter_file is not None:
         tuning = load_adapter(loaded.model, args.resume_adapter_file)
-        wanted = adapter_description(args)["fine_tune_type"]
-        if wanted != tuning.kind and {"fine_tune_type", "prompt_tuning"} & args.explicit:
-            raise UserError(f"{args.resume_adapter_file}: holds {tuning.kind}, not {wanted}")
+        refuse_other_adapter(args, tuning.description(len(loaded.model.layers)))
     else:
         tuning = attach(loaded.model, adapter_description(args))
     if not args.reward_model:
@@ -79,7 +77,28 @@ def make_task(args, loaded):
     reward_model = RewardModel(loaded.model, pooling=args.pooling, tuning=tuning)
     if args.resume_adapter_file is not None:
         load_reward_head(reward_model, args.resume_adapter_file)
+        if "pooling" in args.explicit and args.pooling != reward_model.pooling:
+            raise UserError(f"--pooling {args.pooling}: {args.resume_adapter_file} has been "
+                            f"trained with {reward_model.pooling}")  # fmt: skip
     return RewardModelTask(reward_model, centering=args.centering, use_margin=args.margins)
+
+
+def refuse_other_adapter(args, there: dict) -> None:
+    """UserError where a flag asks for another adapter than --resume-adapter-file holds."""
+    file, asked = args.resume_adapter_file, adapter_description(args)
+    kind, wanted = there["fine_tune_type"], asked["fine_tune_type"]
+    if wanted != kind and {"fine_tune_type", "prompt_tuning"} & args.explicit:
+        raise UserError(f"{file}: holds {kind}, not {wanted}")
+    if kind == "full" and args.normalize_samples:
+        raise UserError(f"--normalize-samples: {file} holds every weight, and no base to sample")
+    settings, own = asked.get("lora_parameters", {}), there.get("lora_parameters", {})
+    values = {f"lora_{key}": (settings[key], own.get(key)) for key in settings if own}
+    values["num_prompt_tokens"] = (args.num_prompt_tokens, there.get("num_prompt_tokens"))
+    for name, (want, have) in values.items():
+        alias = "lora_alpha" if name == "lora_scale" and args.lora_alpha is not None else name
+        if alias in args.explicit and have is not None and want != have:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {want}: {file} has {have}; leave the flag out, or start anew")
 
 
 # ------------------------------------------------------------------------------ loop
@@ -90,7 +109,7 @@ def train(args, loaded, task, rows) -> None:
     import mlx.core as mx
 
     from mlx_sft_trainer import SupervisedTrainer
-    from training.checkpoints import best_checkpoint, latest_checkpoint, load_checkpoint
+    from training.checkpoints import best_checkpoint, latest_checkpoint
     from training.loop import Loop, Schedule
     from training.metrics import Run
     from training.optimizers import build_optimizer
@@ -101,8 +120,12 @@ def train(args, loaded, task, rows) -> None:
     plan = BatchPlan(
         rows["train"].lengths, args.batch_size, seed=args.seed, pad_to_multiple=multiple
     )
-    updates_per_epoch = math.ceil(len(plan) / args.gradient_accumulation_steps)
-    steps = math.ceil(args.epochs * updates_per_epoch) if args.epochs else args.iters
+    updates_per_epoch = len(plan) / args.gradient_accumulation_steps
+    batches = math.ceil(args.epochs * len(plan)) if args.epochs else None
+    steps = math.ceil(batches / args.gradient_accumulation_steps) if batches else args.iters
+    if steps < args.steps_per_eval and (args.save_best or args.early_stopping_patience):
+        raise UserError(f"--steps-per-eval {args.steps_per_eval}: {steps} updates have no "
+                        "validation after the first, so none could be best")  # fmt: skip
     optimizer = build_optimizer(**optimizer_options(args), steps=steps)
     trainer = SupervisedTrainer(
         task, optimizer, max_grad_norm=args.max_grad_norm, grad_checkpoint=args.grad_checkpoint
@@ -113,6 +136,7 @@ def train(args, loaded, task, rows) -> None:
         eval_every=args.steps_per_eval,
         save_every=args.save_every,
         accumulation=args.gradient_accumulation_steps,
+        batches=batches,
         keep_checkpoints=args.keep_checkpoints,
         patience=args.early_stopping_patience,
         max_bad_steps=args.max_bad_steps,
@@ -130,7 +154,7 @@ def train(args, loaded, task, rows) -> None:
         loop = Loop(
             run, trainer, task.groups(), BatchIterator(rows["train"].rows, plan), schedule,
             validation=validation(args, rows.get("valid")),
-            after_validation=lambda step: write_samples(args, loaded, task, run, step),
+            after_validation=lambda step: write_samples(args, loaded, task, rows, run, step),
         )  # fmt: skip
         if resuming:
             last = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
@@ -142,16 +166,27 @@ def train(args, loaded, task, rows) -> None:
             f"{sum(a.size for a in task.tuning.arrays().values()):,} weights trained"
         )
         loop.run(stop, script)
-        best = best_checkpoint(run.checkpoints)
-        if args.save_best and best is not None and not stop.requested:
-            for name, group in task.groups().items():
-                group.put(load_checkpoint(best).arrays[name])
+        if args.save_best and not stop.requested:
+            take_best(task, best_checkpoint(run.checkpoints))
         if not stop.requested:
             finish(args, loaded, task, run, loop, rows)
     stop.exit_if_requested("sft.py", run.folder)
 
 
-def write_samples(args, loaded, task, run, step) -> None:
+def take_best(task, checkpoint) -> None:
+    """Go back to the weights of the best validation."""
+    from training.checkpoints import load_checkpoint
+
+    if checkpoint is None:
+        print("note: no validation was better than the one before training; the last weights stay")
+        return
+    saved = load_checkpoint(checkpoint)
+    for name, group in task.groups().items():
+        group.put(saved.arrays[name])
+    print(f"the best weights are those of step {saved.step}")
+
+
+def write_samples(args, loaded, task, rows, run, step) -> None:
     """Continue --sample-prompts greedily; into samples.jsonl."""
     if not args.sample_prompts:
         return
@@ -163,7 +198,7 @@ def write_samples(args, loaded, task, run, step) -> None:
     task.trained.eval()
     made = generate(
         loaded.model,
-        [[*prefix, *tokenizer.encode(text)] for text in args.sample_prompts],
+        [[*prefix, *tokens] for tokens in rows["samples"]],
         max_tokens=100,
         eos_ids=loaded.eos_ids,
         sampling=Sampling(temperature=0),
@@ -185,13 +220,18 @@ def finish(args, loaded, task, run, loop, rows) -> None:
     from training.plots import plot_losses
 
     summary = {"steps": loop.step, "best_valid_loss": loop.best, **loop.totals}
-    if args.reward_model and args.normalize_samples:
-        normalise_scores(args, loaded, task, rows["train"])
     written = save_adapter(args.save_file, task.tuning, loaded.model, loaded.name)
     if args.reward_model:
         written.append(save_reward_head(args.save_file, task.reward_model))
+        if args.normalize_samples:  # may fail, and what was trained lies there already
+            normalise_scores(args, loaded, task, rows["train"])
+            save_reward_head(args.save_file, task.reward_model)
         if "valid" in rows:
             summary |= evaluate_reward_model(task, rows["valid"], run.plots)
+    elif "valid" in rows:
+        found = loop.trainer.evaluate(validation(args, rows["valid"])())
+        print("validation: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        summary |= {f"valid/{name}": value for name, value in found.items()}
     unit = "loss" if args.reward_model else "nats per token"
     plot = plot_losses(read_rows(run.folder), run.plots / "loss.png", unit=unit)
     run.finish(summary)
@@ -221,26 +261,12 @@ def normalise_scores(args, loaded, task, rows) -> None:
 
 def evaluate_reward_model(task, rows, plots=None) -> dict[str, float]:
     """Agreement of scores with rewards or preferences; with `plots`, drawn there."""
-    from training.plots import plot_calibration, plot_distributions
-    from training.reward_report import preference_report, regression_report
+    from training.reward_evaluation import evaluate_scores
 
-    prefix = "heldout"
-    first = rows[0]
-    if hasattr(first, "reward"):
-        rewards = [row.reward for row in rows.rows]
-        scores = task.reward_model.score([row.tokens for row in rows.rows])
-        report = regression_report(scores, rewards)
-        if plots is not None:
-            plot_calibration(scores, rewards, plots / "calibration.png")
-            plot_distributions({"reward model": scores, "truth": rewards}, plots / "scores.png")
-    else:
-        chosen = task.reward_model.score([row.chosen for row in rows.rows])
-        rejected = task.reward_model.score([row.rejected for row in rows.rows])
-        report = preference_report(chosen, rejected)
-        if plots is not None:
-            plot_distributions({"chosen": chosen, "rejected": rejected}, plots / "scores.png")
+    model = task.reward_model
+    report = evaluate_scores(model.score, rows.rows, plots, gain=model.gain, offset=model.offset)
     print("held-out rows: " + "  ".join(f"{k} {v:.3f}" for k, v in report.items()))
-    return {f"{prefix}/{name}": value for name, value in report.items()}
+    return {f"heldout/{name}": value for name, value in report.items()}
 
 
 def test(args, task, rows) -> None:

@@ -25,7 +25,7 @@ def base_stages(folder: str, seed: int = 0) -> list[Stage]:
     return [
         Stage(
             "data",
-            "python data/generate_digit_data.py --increasing --multiple-of 2 --num-samples 3000 "
+            "python data/generate_digit_data.py --increasing --multiple-of 2 --num-samples 4000 "
             f"--noise 0.4 --kind text reward prompts --output-dir {folder}/data --seed {seed}",
         ),
         Stage(
@@ -38,7 +38,7 @@ def base_stages(folder: str, seed: int = 0) -> list[Stage]:
         Stage(
             "reward model",
             f"python sft.py --reward-model --train --test --data {folder}/data "
-            "--data-base reward_function_increasing_mult_2_ --epochs 16 --batch-size 32 "
+            "--data-base reward_function_increasing_mult_2_ --epochs 8 --batch-size 32 "
             "--learning-rate 5e-3 --warmup-steps 30 --lr-schedule linear --steps-per-report 100 "
             f"--steps-per-eval 500 --save-file {folder}/reward_lora.npz "
             f"--output-dir {folder}/reward --seed {seed}",

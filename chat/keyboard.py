@@ -81,7 +81,7 @@ class Keys:
             raise UserError("--rate reads key presses and needs a terminal") from None
 
     def read(self, meanings: dict[str, str], ask: Callable[[], None]) -> str | None:
-        """The meaning of the first key in `meanings`; None for Ctrl-C, Ctrl-D and Escape.
+        """The meaning of the first key in `meanings`; None for Ctrl-D and Escape.
 
         What was typed before `ask` shows the question is thrown away: no stray key is a rating.
         """
@@ -101,8 +101,6 @@ class Keys:
                 for key in [pressed] if pressed.startswith("\x1b") else pressed.lower():
                     if key in meanings:
                         return meanings[key]
-        except KeyboardInterrupt:
-            return None
         finally:
             termios.tcsetattr(handle, termios.TCSADRAIN, before)
 

@@ -75,7 +75,7 @@ class Session:
         self.replies_given += 1
         if not any(reply.text.strip() for reply in replies) and stop():
             return  # stopped before there was anything to remember
-        choice = self._rate(messages, replies) if self.ratings is not None else None
+        choice = self._rate(messages, replies, stoppable) if self.ratings is not None else None
         text = replies[choice or 0].text
         self.conversation.add(prompt, text.strip() if self.has_turns else text)
         self._rated.append(choice is not None)
@@ -131,7 +131,7 @@ class Session:
 
     # ----------------------------------------------------------------- rating
 
-    def _rate(self, messages: list[dict], replies: list[Reply]) -> int | None:
+    def _rate(self, messages: list[dict], replies: list[Reply], stoppable: bool) -> int | None:
         """Ask for a key and write a record; returns which reply was rated, None if none was."""
         texts = [reply.text.strip() if self.has_turns else reply.text for reply in replies]
         problem = cannot_rate(texts)
@@ -140,12 +140,12 @@ class Session:
             return None
         prompt = messages if self.has_turns else messages[-1]["content"]
         if len(replies) == 1:
-            answer = self._key("good (g), bad (b) or skip (s)?", ONE_KEYS)
+            answer = self._key("good (g), bad (b) or skip (s)?", ONE_KEYS, stoppable)
             if answer == "skip":
                 return None
             self.ratings.add_label(prompt, texts[0], answer == "good")
             return 0
-        answer = self._key("better: left (l), right (r), or skip (s)?", TWO_KEYS)
+        answer = self._key("better: left (l), right (r), or skip (s)?", TWO_KEYS, stoppable)
         if self._blind:
             names = [self.speakers[side].name for side in self._sides]
             self.screen.note(f"left was {names[0]}, right was {names[1]}")
@@ -156,8 +156,15 @@ class Session:
         self.ratings.add_preference(prompt, texts[best], texts[1 - best], winner)
         return best
 
-    def _key(self, question: str, meanings: dict[str, str]) -> str:
-        answer = self.keys.read(meanings, lambda: self.screen.progress(question + " ")) or "skip"
+    def _key(self, question: str, meanings: dict[str, str], stoppable: bool) -> str:
+        """The meaning of the key; "skip" for Ctrl-C, too, where that does not end the program."""
+        try:
+            answer = self.keys.read(meanings, lambda: self.screen.progress(question + " "))
+        except KeyboardInterrupt:
+            if not stoppable:
+                raise
+            answer = None
+        answer = answer or "skip"
         self.screen.progress("")
         self.screen.note(f"rated: {answer}" if answer != "skip" else "not rated")
         return answer

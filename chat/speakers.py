@@ -22,8 +22,9 @@ class Loader:
         None means the model that the adapter names, if it is there; else the embedded one.
         """
         description = read_adapter(adapter)[1] if adapter is not None else {}
-        if model is None and Path(str(description.get("model"))).is_dir():
-            model = description["model"]
+        named = description.get("model")
+        if model is None and isinstance(named, str) and Path(named).is_dir():
+            model = named
         loaded, tunings = self._base(model, alone=description.get("fine_tune_type") == "full")
         switch_off(tunings)
         tuning = load_adapter(loaded.model, adapter) if adapter is not None else None

@@ -196,7 +196,7 @@ class Keyboard:
         environment = {**os.environ, "HOME": str(folder), "TERM": "dumb", "NO_COLOR": "1"}
         self.child = pexpect.spawn(
             sys.executable, [SCRIPT, *map(str, words)], cwd=folder, env=environment,
-            encoding="utf-8", timeout=20, dimensions=(50, 100),
+            encoding="utf-8", timeout=60, dimensions=(50, 100),
         )  # fmt: skip
 
     def type(self, keys: str) -> None:
@@ -306,6 +306,11 @@ def test_rating_replies_makes_unpaired_records(tmp_path):
         chat.type("x" + key)  # x means nothing
         chat.see(seen)
         chat.see("\n> ")
+    chat.type("5 6" + ENTER)
+    chat.see("skip (s)?")
+    chat.type(CTRL_C)  # skips
+    chat.see("not rated")
+    chat.see("\n> ")
     chat.type("3 4" + ENTER)
     chat.see("skip (s)?")
     chat.type("b")
@@ -349,18 +354,23 @@ def test_rating_a_comparison_makes_preferences(files, tmp_path):
 
 
 def test_prompts_from_a_pipe_are_rated_at_the_terminal(tmp_path):
-    words = f"printf '8 20\\n5 7\\n' | {sys.executable} {SCRIPT} --rate --max-tokens 5 > out.txt"
+    lines = "8 20\\n5 7\\n1 2\\n3 4\\n"
+    words = f"printf '{lines}' | {sys.executable} {SCRIPT} --rate --max-tokens 5 > out.txt"
     environment = {**os.environ, "NO_COLOR": "1"}
     child = pexpect.spawn("/bin/sh", ["-c", words], cwd=tmp_path, env=environment,
-                          encoding="utf-8", timeout=20)  # fmt: skip
+                          encoding="utf-8", timeout=60)  # fmt: skip
     for prompt, key in (("8 20", "b"), ("5 7", "g")):
         child.expect_exact(f"> {prompt}")
         child.expect_exact("good (g), bad (b) or skip (s)?")
         child.send(key)
+    child.expect_exact("> 1 2")
+    child.expect_exact("skip (s)?")
+    child.send(CTRL_C)  # leaves, and what is rated stays
     child.expect_exact("2 ratings added")
+    child.expect_exact("error: interrupted")
     child.expect(pexpect.EOF)
     assert [r.label for r in read_records(tmp_path / "ratings.jsonl")] == [False, True]
-    assert len((tmp_path / "out.txt").read_text(encoding="utf-8").splitlines()) == 2
+    assert len((tmp_path / "out.txt").read_text(encoding="utf-8").splitlines()) == 3
 
 
 # ------------------------------------------------------------------------------ from ratings on

@@ -393,11 +393,7 @@ def test_a_batch_made_in_several_calls_is_as_good_as_one():
     assert not calls  # log-probabilities of all of them were kept
     assert make_trainer().generate(queries[:1]) == responses[:1]
     trainer.step(queries, responses, [1.0, -1.0] * 4)
-    other = make_trainer()
-    other.steps_done = 1  # numbers depend on the step alone, not on what was called before it
-    shapes = trainer.response_limits(8), other.response_limits(8)
-    assert trainer._random(0).random() == other._random(0).random() and shapes[0] == shapes[1]
-    assert trainer._calls == 0 and not trainer._generated
+    assert trainer._calls == 0 and not trainer._generated  # a resumed run begins like this too
 
 
 def test_responses_have_the_lengths_that_are_asked_for():

@@ -8,7 +8,7 @@ Python literals; ``None`` means "not set". Nothing is evaluated but literals.
 import ast
 import re
 from argparse import Action
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from training.config_files import Setting, refuse_doubles
 # Our flag names for each of theirs, in order of preference; a script has one of them or none.
 FLAGS_FOR = {
     "model": "base_model base_model_name base_model_path model_name model_name_or_path",
-    "reward-model": "reward_model_name reward_model_path rm_path",
+    "dtype": "mixed_precision torch_dtype",
+    "reward-model": "reward_model_name reward_model_path rm_name rm_path",
     "output-dir": "output_path save_dir save_path",
     "train-file data": "train_data train_path training_file",
     "validation-file": "valid_file val_file eval_file validation_path",
@@ -36,11 +37,12 @@ FLAGS_FOR = {
     "warmup-steps": "num_warmup_steps lr_warmup_steps",
     "max-grad-norm": "grad_clip gradient_clipping clip_grad_norm",
     "epochs": "num_epochs num_train_epochs max_epochs total_epochs",
-    "iters num-steps steps": "max_steps total_steps num_iters training_steps",
+    "iters num-steps steps": "max_steps max_train_steps total_steps num_iters training_iteration "
+    "training_iterations training_steps",
     "batch-size": "train_batch_size per_device_train_batch_size experience_batch_size",
     "mini-batch-size": "ppo_mini_batch_size minibatch_size",
     "gradient-accumulation-steps": "accumulation_steps grad_accumulation_steps",
-    "grad-checkpoint": "gradient_checkpointing",
+    "grad-checkpoint": "gradient_checkpointing enable_gradient_checkpointing",
     "init-kl-coef": "kl_coeff kl_coef kl_beta",
     "target": "kl_target target_kl_value",
     "cliprange": "eps_clip clip_range clip_epsilon",
@@ -63,16 +65,21 @@ OURS = {
     for theirs in (*names.split(), *ours.replace("-", "_").split())
 }
 NO_COUNTERPART = frozenset(
-    "accelerate dataloader_num_workers ddp deepspeed device device_map flash_attention fsdp "
-    "local_rank num_gpus num_proc num_workers pin_memory preprocessing_num_workers "
-    "use_deepspeed use_flash_attention".split()
+    "accelerate accelerate_mode bias checkpoint_dir dataloader_num_workers ddp deepspeed device "
+    "device_map failure_config flash_attention fsdp gpt_base_model group inference_mode local_rank "
+    "max_failures model_pretrain num_gpus num_proc num_training_workers num_workers pin_memory "
+    "preprocessing_num_workers resources_per_worker rm_pretrain save_strategy shuffle task_type "
+    "tokenizer_name use_auth_token use_deepspeed use_flash_attention".split()
 )
+# Dictionaries inside a section whose entries count as the section's own, some under other names.
+INNER = {"config": {}, "lora_config": {"r": "lora_r"}, "peft_config": {"r": "lora_r"}}
 OPTIMIZERS = ("adamw", "adafactor", "adam", "lion", "sgd", "muon")
 
 
 def read_conf(path: Path, text: str, flags: Mapping[str, Action]) -> list[Setting]:
     """The settings of a ``.conf`` file under our names; prints what each was mapped to."""
-    settings = refuse_doubles([entry for entry in entries(path, text) if entry.value is not None])
+    found = opened(entries(path, text))
+    settings = refuse_doubles([entry for entry in found if entry.value is not None])
     keys = {setting.key for setting in settings}
     mapped, notes = [], []
     for setting in settings:
@@ -123,6 +130,9 @@ def translate(name: str, value: Any) -> Any:
     word = value.strip().lower()
     if name == "optimizer":
         return next((known for known in OPTIMIZERS if known in word), word)
+    if name == "dtype":
+        short = {"no": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+        return short.get(word, word)
     if name == "lr-schedule":
         return {"constant_with_warmup": "constant", "cosine_annealing": "cosine"}.get(word, word)
     return value
@@ -166,6 +176,17 @@ def members(path: Path, section: ast.Dict, depth: int = 0) -> Iterator[Setting]:
         if key is None:
             raise UserError(f"{where}: ** does not belong in a config file")
         yield Setting(str(literal(key, where)), literal(value, where), where)
+
+
+def opened(settings: Iterable[Setting]) -> Iterator[Setting]:
+    """The same settings, with the entries of every dictionary of INNER in its place."""
+    for setting in settings:
+        names = INNER.get(setting.key)
+        if names is None or not isinstance(setting.value, dict):
+            yield setting
+            continue
+        for key, value in setting.value.items():
+            yield Setting(names.get(key, str(key)), value, setting.where)
 
 
 def literal(node: ast.expr | str, where: str) -> Any:

@@ -16,8 +16,9 @@ import mlx.core as mx
 from errors import UserError
 from training.checkpoints import (
     Metric,
-    latest_checkpoint,
+    list_checkpoints,
     load_checkpoint,
+    problem,
     save_checkpoint,
     set_aside_after,
 )
@@ -49,6 +50,7 @@ class Schedule:
     eval_every: int
     save_every: int
     accumulation: int = 1
+    batches: int | None = None  # in all, where the last update gets fewer than `accumulation`
     keep_checkpoints: int = 2
     patience: int | None = None
     max_bad_steps: int = 5
@@ -124,7 +126,10 @@ class Loop:
 
     def update(self, progress: Progress) -> None:
         """One update of the weights, logged."""
-        batches = [next(self.batches) for _ in range(self.schedule.accumulation)]
+        plan, count = self.schedule, self.schedule.accumulation
+        if plan.batches is not None:
+            count = max(1, min(count, plan.batches - self.step * count))
+        batches = [next(self.batches) for _ in range(count)]
         metrics = self.trainer.step(batches)
         self.step += 1
         self.totals["tokens"] += metrics.pop("weight")
@@ -222,9 +227,11 @@ class NotFiniteError(UserError):
 
 def not_finite(run_folder: Run, what: str) -> NotFiniteError:
     """The error that ends a run, with the way back."""
-    last = latest_checkpoint(run_folder.checkpoints)
-    back = f"{last} is from before" if last else "to the start: no checkpoint was written before"
+    whole = [path for path in list_checkpoints(run_folder.checkpoints) if problem(path) is None]
+    back = f"from {whole[-1].name}" if whole else "from the start: no checkpoint was written before"
+    if whole[:-1]:
+        back += f" (--resume {whole[-2]}: from an older one)"
     return NotFiniteError(
-        f"{run_folder.folder}: {what}; go on with --resume {run_folder.folder} ({back}), and with "
-        "--force-resume to change --learning-rate or what else may be the cause"
+        f"{run_folder.folder}: {what}; --resume {run_folder.folder} goes on {back}; --force-resume "
+        "allows another --learning-rate, data or reward"
     )

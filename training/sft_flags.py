@@ -4,11 +4,13 @@ Shared by sft.py and its PyTorch twin.
 """
 
 import itertools
+import string
 import sys
 
 from data_utils import (
     BatchPlan,
     data_report,
+    encode_prompt,
     epoch_batches,
     load_data,
     pack_rows,
@@ -28,6 +30,7 @@ from training.flag_groups import (
     add_optimizer_arguments,
     add_run_arguments,
     at_least,
+    flag_of,
 )
 
 DESCRIPTION = (
@@ -35,6 +38,7 @@ DESCRIPTION = (
 )
 # May change when a run is resumed, beside what training/resume.py lists: they train nothing.
 HARMLESS = ("test", "sample_prompts", "preview")
+AT_VALIDATIONS = ("early_stopping_patience", "save_best", "sample_prompts")
 LEARNING_RATES = {"lora": 2e-4, "dora": 2e-4, "full": 2e-5, "prompt": 1e-2}
 
 
@@ -100,17 +104,45 @@ def check_arguments(args) -> None:
         raise UserError("--test of a reward model needs --resume-adapter-file, or --train")
     at_least(args, 1, "batch_size", "iters", "gradient_accumulation_steps", "steps_per_report",
              "early_stopping_patience")  # fmt: skip
-    at_least(args, 0, "steps_per_eval", "centering", "normalize_samples", "epochs")
+    at_least(args, 0, "steps_per_eval", "centering")
+    if args.epochs is not None and args.epochs <= 0:
+        raise UserError("--epochs: give a number above 0")
+    check_normalisation(args)
+    check_validations(args)
     if args.learning_rate is None:
         kind = adapter_description(args)["fine_tune_type"]
         args.learning_rate = LEARNING_RATES[kind]
+
+
+def check_normalisation(args) -> None:
+    """Refuse --normalize-samples where there is no base model, no training, or one sample."""
+    if not args.normalize_samples:
+        return
+    if args.fine_tune_type == "full":
+        raise UserError("--normalize-samples: samples come from the base model, of which "
+                        "--fine-tune-type full leaves nothing; leave one of them out")  # fmt: skip
+    if not args.train:
+        raise UserError("--normalize-samples has no effect without --train")
+    at_least(args, 2, "normalize_samples")
+
+
+def check_validations(args) -> None:
+    """Refuse what happens at validations where there are none."""
+    wanted = [name for name in AT_VALIDATIONS if getattr(args, name)]
+    if wanted and not args.steps_per_eval:
+        raise UserError(f"{flag_of(wanted[0])} needs validations; --steps-per-eval 0 means none")
+    if args.save_best and not args.save_every:
+        raise UserError("--save-best takes weights from a checkpoint; --save-every 0 keeps none")
 
 
 # ------------------------------------------------------------------------------ data
 
 
 def load_rows(args, tokenizer) -> dict:
-    """Tokenised rows by split: train and valid when training, test when testing."""
+    """Tokenised rows by split: train and valid when training, test when testing.
+
+    With --sample-prompts also "samples": their tokens, in the form of the training rows.
+    """
     splits = (["train", "valid"] if args.train or args.preview else []) + ["test"] * args.test
     rows = {}
     for split, records in load_data(splits=splits, **data_sources(args)).items():
@@ -126,9 +158,27 @@ def load_rows(args, tokenizer) -> dict:
         if args.packing:
             rows[split].rows = pack_rows(rows[split].rows, args.max_length)
             print(f"  packed into {len(rows[split])} rows of up to {args.max_length} tokens")
+        if args.sample_prompts and split == "train":
+            rows["samples"] = encode_samples(args, tokenizer, set(records.kinds) == {"text"})
     if args.preview:
         print(preview(rows["train"][0], tokenizer, use_colour(sys.stdout)))
+    wanted = [name for name in AT_VALIDATIONS if getattr(args, name)]
+    if args.train and wanted and "valid" not in rows:
+        raise UserError(f"{flag_of(wanted[0])} needs rows to validate on: give --validation-file "
+                        "or --validation-split-percentage")  # fmt: skip
     return rows
+
+
+def encode_samples(args, tokenizer, plain: bool) -> list[list[int]]:
+    """Tokens of --sample-prompts as the prompts of training rows have them; `plain`: as text."""
+    if plain:
+        return [list(tokenizer.encode(text)) for text in args.sample_prompts]
+    template = args.prompt_template
+    names = {name for _, name, _, _ in string.Formatter().parse(template or "") if name}
+    if len(names) == 1:  # "Question: {question}": the prompt is the question
+        template = template.replace("{" + names.pop() + "}", "{prompt}")
+    options = {"prompt_template": template, "token_format": args.token_format}
+    return [encode_prompt(text, tokenizer, **options) for text in args.sample_prompts]
 
 
 def validation(args, rows):
