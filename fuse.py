@@ -12,7 +12,6 @@ for mlx-lm or PEFT, a GGUF file, a reward model as transformers' sequence classi
 
 import fast_blas
 
-import shlex
 import sys
 from pathlib import Path
 
@@ -181,7 +180,6 @@ def upload(folder, args) -> None:
         print(describe_upload(folder, wanted))
         return
     print(f"uploaded to {upload_folder(folder, wanted)}")
-    print(f"next:\n  python talk_to_model.py --model {shlex.quote(args.upload_repo)}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from rl.ppo_config import PPOConfig
 from training.arguments import run_main
 from training.dataclass_flags import dataclass_from_arguments
 from training.flag_groups import adapter_description, optimizer_options
-from training.ppo_flags import load_prompts, parse_arguments, stop_at, validation_prompts
+from training.ppo_flags import ends, load_prompts, parse_arguments, stop_at, validation_prompts
 from training.reward_flags import make_rewards
 
 # ------------------------------------------------------------------------------ model
@@ -106,7 +106,7 @@ def main(words=None) -> int:
 def train(args, loaded, policy, reference, rewards, prompts) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_ppo_trainer import PPOTrainer
-    from training.checkpoints import latest_checkpoint
+    from training.checkpoints import latest_checkpoint, saving
     from training.loop import Group
     from training.metrics import Run
     from training.optimizers import build_optimizer
@@ -118,7 +118,13 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     updates = config.num_steps * config.updates_per_step
     optimizer = build_optimizer(**optimizer_options(args), steps=updates)
     trainer = PPOTrainer(
-        config, policy, reference, loaded.tokenizer, optimizer, grad_checkpoint=args.grad_checkpoint
+        config,
+        policy,
+        reference,
+        loaded.tokenizer,
+        optimizer,
+        eos_ids=ends(args, loaded.tokenizer),
+        grad_checkpoint=args.grad_checkpoint,
     )
     schedule = PPOSchedule(
         steps=config.num_steps,
@@ -161,7 +167,8 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         )
         loop.run(stop)
         if not stop.requested:
-            finish(args, loaded, policy, run, loop)
+            with saving(args.save_file):
+                finish(args, loaded, policy, run, loop)
     stop.exit_if_requested("ppo_training.py", run.folder)
 
 

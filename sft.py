@@ -109,7 +109,7 @@ def train(args, loaded, task, rows) -> None:
     import mlx.core as mx
 
     from mlx_sft_trainer import SupervisedTrainer
-    from training.checkpoints import best_checkpoint, latest_checkpoint
+    from training.checkpoints import best_checkpoint, latest_checkpoint, saving
     from training.loop import Loop, Schedule
     from training.metrics import Run
     from training.optimizers import build_optimizer
@@ -169,7 +169,8 @@ def train(args, loaded, task, rows) -> None:
         if args.save_best and not stop.requested:
             take_best(task, best_checkpoint(run.checkpoints))
         if not stop.requested:
-            finish(args, loaded, task, run, loop, rows)
+            with saving(args.save_file):
+                finish(args, loaded, task, run, loop, rows)
     stop.exit_if_requested("sft.py", run.folder)
 
 

@@ -253,8 +253,12 @@ because their random numbers do. float32 on a CPU, one thread each.
 Scores are true scores of sampled texts on held-out prompts, mean ± standard deviation over seeds.
 "Steps to {GOAL}" is the first step whose batch has a mean true score of {GOAL} or more: median, and
 range. Seconds, processor seconds and peak resident memory are of the whole process seen from
-outside, imports and two evaluations included. Of a step, all but sampling took (median, seconds):
-{step_times(results)}.
+outside, imports and two evaluations included.
+
+Of a step, all but sampling took (median, seconds): {step_times(results)}.
+
+The clock counts whatever else the machine is doing, processor time hardly. In the last 15 minutes
+{os.getloadavg()[2]:.1f} processes were running or waiting on {os.cpu_count()} processors.
 
 ![Reward and KL, both backends](images/comparison.png)
 

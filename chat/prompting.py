@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-from data_loading.messages import BadRow
 from data_utils import Record, Template, tokenise_prompts
 from errors import UserError
 
@@ -31,22 +30,10 @@ class Prompting:
         self.has_turns = self.prompt_template is None and (markers or template.uses_chat_template)
 
     def stop_at_turn_end(self) -> None:
-        """Let a reply end at the special token that the chat template puts behind an answer.
-
-        Training teaches that token, and a base model's configuration need not name it as an EOS.
-        """
-        if not self.has_turns or self.token_format != "standard":
-            return
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        try:
-            pieces = Template(self.tokenizer).conversation(turns)
-        except BadRow:  # the template wants something else; it will say so at the first prompt
-            return
-        answer = next((text for text, is_answer in reversed(pieces) if is_answer), "")
-        ids = self.tokenizer.encode(answer.partition("b")[2].strip(), add_special_tokens=False)
-        added = self.tokenizer.added_tokens_decoder
-        if ids and ids[0] in added and added[ids[0]].special:
-            self.tokenizer.add_eos_token(str(ids[0]))
+        """Let a reply end at the special token that the chat template puts behind an answer."""
+        template = Template(self.tokenizer, self.prompt_template, self.token_format)
+        if (token := template.turn_end_id()) is not None:
+            self.tokenizer.add_eos_token(str(token))
 
     def tokens(self, messages: list[dict]) -> tuple[list[int], str]:
         """(token ids with one BOS where the tokenizer writes one, the text they stand for).

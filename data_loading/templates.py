@@ -63,6 +63,24 @@ class Template:
                     'write one in braces, as in "Question: {question}"'
                 )
 
+    def turn_end_id(self) -> int | None:
+        """The special token that the chat template puts behind an answer; None without one.
+
+        Training teaches it as the end, and a base model's configuration need not name it as an
+        EOS, so whoever samples has to stop at it too.
+        """
+        if not self.uses_chat_template or self.prompt_template is not None:
+            return None
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            pieces = self.conversation(turns)
+        except BadRow:  # the template wants something else; it will say so at the first prompt
+            return None
+        answer = next((text for text, is_answer in reversed(pieces) if is_answer), "")
+        ids = self.tokenizer.encode(answer.partition("b")[2].strip(), add_special_tokens=False)
+        added = self.tokenizer.added_tokens_decoder
+        return ids[0] if ids and ids[0] in added and added[ids[0]].special else None
+
     # Whole records ----------------------------------------------------------------------
 
     def record(self, record: Record) -> list[Piece]:

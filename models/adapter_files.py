@@ -88,7 +88,12 @@ def load_adapter(model: nn.Module, path: str | Path) -> Tuning:
     if tuning.kind == "full":
         expected = tuning.arrays()
         arrays = {k: a.astype(expected[k].dtype) if k in expected else a for k, a in arrays.items()}
-    tuning.load_arrays(arrays, str(path))
+    try:
+        tuning.load_arrays(arrays, str(path))
+    except UserError:
+        if tuning.kind != "full":
+            tuning.deactivate()  # the model is left as it was
+        raise
     return tuning
 
 

@@ -12,9 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from errors import UserError
 from models.caches import make_cache
-from models.decoding import _keep_rows
+from models.decoding import keep_rows
 from models.trunk import hidden_states, logits_from_hidden
 
 
@@ -78,7 +77,7 @@ def beam_search(
             return sorted(done + stopped, key=lambda beam: -beam.score)[:num_beams]
         index = mx.array([row for row, _, _ in going])
         for layer in cache:
-            _keep_rows(layer, index)
+            keep_rows(layer, index)
         tokens = mx.array([[token] for _, token, _ in going])  # (K, 1)
     raise AssertionError("at the length limit no candidate goes on")
 
@@ -89,13 +88,12 @@ def _log_softmax(logits: mx.array) -> mx.array:
 
 
 def _best(logprobs: mx.array, scores: list[float], count: int) -> list[tuple[int, int, float]]:
-    """(beam, token, score) of the `count` best continuations, best first.
+    """(beam, token, score) of the `count` best continuations (all, if fewer), best first.
 
     logprobs (k, V) are added to the beams' scores (k,).
     """
     vocabulary = logprobs.shape[-1]
-    if vocabulary < count:
-        raise UserError(f"a vocabulary of {vocabulary} is too small for so many beams")
+    count = min(count, logprobs.size)
     totals = (logprobs + mx.array(scores, dtype=mx.float32)[:, None]).reshape(-1)  # (k V,)
     places = mx.argpartition(-totals, kth=count - 1)[:count]
     places, values = np.array(places), np.array(totals[places])

@@ -85,7 +85,7 @@ def generate(
         if keep is not None:
             index = mx.array(keep)
             for layer in cache:
-                _keep_rows(layer, index)
+                keep_rows(layer, index)
             picked = picked[index]
         tokens = picked[:, None]  # (b, 1)
     return state.result()
@@ -184,7 +184,7 @@ def _left_pad(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[mx.ar
     return mx.array(tokens), cache
 
 
-def _keep_rows(layer, index: mx.array) -> None:
+def keep_rows(layer, index: mx.array) -> None:
     """Keep the rows `index` of one layer's cache."""
     if hasattr(layer, "filter"):
         layer.filter(index)

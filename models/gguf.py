@@ -63,7 +63,7 @@ def write_gguf(file: Path, folder: Path, loaded: LoadedModel) -> float:
                         f"{config['vocab_size']}; they have to agree")  # fmt: skip
     metadata = prepare_metadata(config, vocabulary)
     metadata["general.name"] = Path(loaded.name).name
-    metadata.update(_tokenizer_metadata(folder))
+    metadata.update(_tokenizer_metadata(folder, vocabulary.vocab_size))
     weights = {name: a for name, a in tree_flatten(loaded.model.parameters())}
     arrays = {_gguf_name(n): _stored(_permuted(n, a, config), n) for n, a in weights.items()}
     mx.save_gguf(str(file), arrays, metadata)
@@ -100,7 +100,7 @@ def _change(before: mx.array, after: mx.array) -> float:
     return float(mx.abs(before.astype(mx.float32) - after.astype(mx.float32)).max())
 
 
-def _tokenizer_metadata(folder: Path) -> dict:
+def _tokenizer_metadata(folder: Path, size: int) -> dict:
     """What llama.cpp has to know of the tokenizer beside its tokens."""
     described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     model = described["model"]
@@ -113,9 +113,20 @@ def _tokenizer_metadata(folder: Path) -> dict:
             "tokenizer.ggml.pre": _splitting_rule(described),
             "tokenizer.ggml.merges": merges,
         })  # fmt: skip
-    elif not model.get("byte_fallback"):
+    elif model["type"] == "BPE" and model.get("byte_fallback"):
+        metadata["tokenizer.ggml.scores"] = mx.array(_merge_scores(model, size))
+    else:
         raise UserError(f"GGUF: a tokenizer of type {model['type']} is not converted")
     return metadata
+
+
+def _merge_scores(model: dict, size: int) -> list[float]:
+    """What llama.cpp merges by: a token that an earlier merge makes has the higher score."""
+    scores = [0.0] * size
+    for rank, merge in enumerate(model["merges"]):
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        scores[model["vocab"]["".join(parts)]] = -float(rank + 1)
+    return scores
 
 
 def _writes_bos(processor: dict | None) -> bool:

@@ -65,6 +65,26 @@ def _replace(aside: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """A folder beside `path` in which a file of that name is made, and moved to `path` at the end.
+
+    Raises UserError where something is at `path` already; with `force` a file there is replaced.
+    """
+    path = Path(path).expanduser().absolute()
+    check_free(path, force, suffix=path.suffix)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        aside.mkdir()
+        yield aside
+        os.replace(aside / path.name, path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot write: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def write_model(folder: Path, loaded: LoadedModel) -> None:
     """Write weights, config.json, tokenizer and generation settings of `loaded` into `folder`."""
     from mlx_lm.utils import save_config, save_model
@@ -73,7 +93,9 @@ def write_model(folder: Path, loaded: LoadedModel) -> None:
     config = {**loaded.config, "dtype": stored_dtype(loaded)}
     config.pop("torch_dtype", None)
     save_config(config, folder / "config.json")
-    copy_tokenizer(loaded.path, folder)
+    # Only a model whose code was trusted gets as far as this with these entries.
+    has_code = "model_file" in config or "auto_map" in config
+    copy_tokenizer(loaded.path, folder, with_code=has_code)
 
 
 def stored_dtype(loaded: LoadedModel) -> str:
@@ -86,9 +108,10 @@ def stored_dtype(loaded: LoadedModel) -> str:
     return max(sizes, key=sizes.get)
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
+def copy_tokenizer(source: Path, folder: Path, *, with_code: bool = False) -> None:
     """Copy the files of the tokenizer and generation_config.json as they are."""
-    for pattern in (*TOKENIZER_FILES, GENERATION_CONFIG):
+    patterns = (*TOKENIZER_FILES, GENERATION_CONFIG, *(("*.py",) if with_code else ()))
+    for pattern in patterns:
         for file in sorted(source.glob(pattern)):
             check_inside(file, source)
             target = folder / file.relative_to(source)

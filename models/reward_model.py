@@ -13,6 +13,7 @@ import numpy as np
 
 from errors import UserError
 from models.adapter_files import head_path, load_adapter, read_adapter, read_head, save_head
+from models.encoder_reward import EncoderReward, PlainPairs, is_encoder
 from models.hub_files import download, looks_like_hub_name
 from models.load import LoadedModel, load_model
 from models.trunk import hidden_size, hidden_states
@@ -180,8 +181,11 @@ def normalise(model: RewardModel, texts: Sequence[Sequence[int]]) -> None:
 def retokeniser(policy, reward) -> Callable[[str, bool], list[int]] | None:
     """``encode(text, ended)`` for a reward model whose tokenizer (`reward`) is not the policy's.
 
-    None where both have one vocabulary, so that the policy's tokens can be scored as they are.
+    None where both have one vocabulary, so that the policy's tokens can be scored as they are. For
+    an encoder it has a method ``pairs(prompts, responses)`` that is used instead.
     """
+    if getattr(reward, "reads_pairs", False):
+        return PlainPairs(policy)
     if policy is reward or policy.get_vocab() == reward.get_vocab():
         return None
     return lambda text, ended: reward.encode(text) + [reward.eos_token_id] * bool(ended)
@@ -193,10 +197,11 @@ def load_reward_model(
     *,
     dtype: str = "auto",
     trust_remote_code: bool = False,
-) -> RewardModel:
+) -> RewardModel | EncoderReward:
     """A reward model from a model folder with a head, or from an adapter with a head.
 
-    Hub names and *ForSequenceClassification models of transformers are read as well.
+    Hub names and *ForSequenceClassification models of transformers are read as well; those on an
+    encoder (BERT and the like) come back as an `EncoderReward`.
 
     An adapter goes on `base`, whose weights it then shares; its own adapter is left switched off.
     Whatever is on `base` must be switched off before. Raises UserError where there is no head.
@@ -209,6 +214,8 @@ def load_reward_model(
             raise UserError(f"{name}: no such reward model; give a fused reward model's folder, or "
                             "the adapter that sft.py --reward-model wrote")  # fmt: skip
         path = download(name, with_code=trust_remote_code)
+    if is_encoder(path):
+        return EncoderReward(path, dtype=dtype, trust_remote_code=trust_remote_code)
     if is_classifier(path):
         return load_classifier(path, dtype=dtype, trust_remote_code=trust_remote_code)
     if path.is_dir() and (path / "config.json").exists():

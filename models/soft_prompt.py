@@ -12,7 +12,7 @@ from errors import UserError
 from models.trunk import find_trunk
 from models.tuning import Tuning, check_arrays
 
-EMBEDDING_NAMES = ("embed_tokens", "wte", "tok_embeddings", "embed_in")
+EMBEDDING_NAMES = ("embed_tokens", "wte", "tok_embeddings", "embed_in", "embeddings")
 
 
 class SoftPromptEmbedding(nn.Module):

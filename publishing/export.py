@@ -11,7 +11,7 @@ from errors import UserError
 from models.adapter_files import is_single_file, read_adapter, read_json, save_adapter
 from models.comparing import Difference, all_logits, compare_logits, compare_scores
 from models.load import DEFAULT_MODEL, LoadedModel, load_model
-from models.model_folders import check_free, new_folder, stored_dtype, write_model
+from models.model_folders import check_free, new_file, new_folder, stored_dtype, write_model
 from models.parts import Parts
 from models.reward_model import load_reward_model, save_reward_head
 from models.soft_tokenizer import add_soft_prompt
@@ -156,28 +156,30 @@ def _export_classifier(parts, path, check, card, *, force, exact, prompt, done) 
 
 
 def _export_gguf(parts, path, check, card, *, force, exact, prompt, done) -> None:
-    from models.gguf import check_gguf, write_gguf
+    from models.gguf import check_gguf
 
     check_gguf(parts.base)
-    single = path.suffix == ".gguf"
-    if single:
-        check_free(path, force, suffix=".gguf")
-    # The converter reads the tokenizer from a model folder, which is of no use afterwards.
-    with new_folder(path.with_suffix(".parts") if single else path, force=force) as folder:
-        write_model(folder, parts.base)
-        change = write_gguf(folder / GGUF_NAME, folder, parts.base)
-        done.messages.append(f"largest change of a weight in the GGUF file: {change:.1e}")
-        for file in folder.iterdir():
-            if file.name != GGUF_NAME:
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
-        if single:
-            (folder / GGUF_NAME).replace(path)
-        else:
+    if path.suffix == ".gguf":
+        with new_file(path, force=force) as scratch:
+            done.messages.append(_make_gguf(scratch / path.name, scratch, parts))
+    else:
+        with new_folder(path, force=force) as folder:
+            done.messages.append(_make_gguf(folder / GGUF_NAME, folder, parts))
             write_card(folder, _facts("gguf", parts, card, None))
-    if single:
-        shutil.rmtree(path.with_suffix(".parts"))
-    file = path if single else path / GGUF_NAME
+    file = path if path.suffix == ".gguf" else path / GGUF_NAME
     done.next_commands = [f"llama-cli -m {file} -p Hello"]
+
+
+def _make_gguf(file: Path, folder: Path, parts: Parts) -> str:
+    """Write a GGUF file; the converter reads the tokenizer from a model folder, for a while."""
+    from models.gguf import write_gguf
+
+    scratch = folder / "model"
+    scratch.mkdir()
+    write_model(scratch, parts.base)
+    change = write_gguf(file, scratch, parts.base)
+    shutil.rmtree(scratch)
+    return f"largest change of a weight in the GGUF file: {change:.1e}"
 
 
 def _compare(folder: Path, parts: Parts, check: Check, prompt, exact: bool) -> str:

@@ -32,6 +32,11 @@ def is_single_file(path: str | Path) -> bool:
     return Path(path).suffix in FILE_SUFFIXES
 
 
+def is_adapter(path: str | Path, model: Tuned) -> bool:
+    """Whether `save_trained` writes an adapter there, and not a model of its own."""
+    return is_single_file(path) or model.kind == "prompt"
+
+
 # ---- adapters ----------------------------------------------------------------------------------
 
 

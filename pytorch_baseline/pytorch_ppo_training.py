@@ -10,7 +10,14 @@ Within minutes on a laptop, on the embedded model:
 
 import project_root  # noqa: F401
 from pytorch_actor_critic import ActorCritic, ValueHead
-from pytorch_files import check_free, load_adapter, read_head, save_head, save_trained
+from pytorch_files import (
+    check_free,
+    is_adapter,
+    load_adapter,
+    read_head,
+    save_head,
+    save_trained,
+)
 from pytorch_flags import parse
 from pytorch_loops import PPOLoop, Schedule
 from pytorch_models import Tuned, load_model, pick_device
@@ -191,8 +198,8 @@ def finish(args, loaded, policy, run, loop) -> None:
     evaluations = {"first": found[:1], "last": found[-1:]}
     run.finish({"steps": loop.step, "kl": kl, "evaluation": evaluations, "peak_memory": memory})
     print("wrote " + "\n      ".join(map(str, [*written, run.folder / "metrics.jsonl"])))
-    if (run.folder / "model").exists() or not path.endswith((".npz", ".safetensors")):
-        print(f"next: python talk_to_model.py --model {path}")
+    how = f"--model {loaded.name} --resume-file" if is_adapter(path, policy.model) else "--model"
+    print(f"next: python talk_to_model.py {how} {path}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """models/reward_model.py in PyTorch: a language model that gives one number to a text."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -109,8 +110,6 @@ def load_reward_model(path: str, base: str | None = None, **options):
 
     An adapter goes on a copy of its base that is loaded for it; `options` are `load_model`'s.
     """
-    from pathlib import Path
-
     if not Path(path).exists():
         raise UserError(f"{path}: no such reward model; give the folder or the adapter that "
                         "pytorch_sft.py --reward-model wrote")  # fmt: skip

@@ -45,7 +45,8 @@ def learned_reward(
 ) -> Reward:
     """A reward model's `score` of whole token sequences.
 
-    `encode(text, ended)` is given where the reward model reads other tokens than the policy writes.
+    `encode(text, ended)` is given where the reward model reads other tokens than the policy writes;
+    if it has a method `pairs(prompts, responses)`, `score` gets what that returns.
     """
 
     def reward_model(
@@ -56,6 +57,8 @@ def learned_reward(
     ) -> list[float]:
         if encode is None:
             return score([list(ids) for ids in token_ids])
+        if hasattr(encode, "pairs"):
+            return score(encode.pairs(prompts, responses))
         texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
         return score([encode(text, end) for text, end in zip(texts, ended, strict=True)])
 

@@ -6,12 +6,16 @@ run is a fork of it that has touched no array yet; `command` runs a script from 
 
 import fast_blas  # noqa: F401  isort: skip
 
+import atexit
 import contextlib
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
 KILLS = int(os.environ.get("MLX_RLHF_KILLS", "3"))  # 20 in the long version
 TOUCHES = "touches of files:"
+TOO_LONG = 120.0  # seconds for a run of a test
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "WANDB_MODE")
 
 
@@ -28,6 +33,49 @@ def words(text: str) -> list[str]:
     """A command line without quotes as words; DATA stands for the folder of sample data."""
     return [word.replace("DATA", str(DATA)) for word in text.split()]
 
+
+COMMON = "--output-dir run --save-file out.npz --lora-rank 2 --lora-layers 2 --save-every 2"
+RUNS = {
+    "sft": (
+        "sft.py",
+        words(
+            f"--train --data DATA {COMMON} --iters 8 --batch-size 4 --lora-dropout 0.2 "
+            "--gradient-accumulation-steps 2 --learning-rate 3e-3 --lr-schedule cosine "
+            "--warmup-steps 2 --steps-per-eval 3 --val-batches 1 --save-best --sample-prompts 0 8"
+        ),
+    ),
+    "reward": (
+        "sft.py",
+        words(
+            f"--train --reward-model --data DATA --data-base reward_function_increasing_mult_2_ "
+            f"{COMMON} --iters 6 --batch-size 8 --lora-dropout 0.2 --learning-rate 3e-3 "
+            "--steps-per-eval 4 --val-batches 1 --normalize-samples 8"
+        ),
+    ),
+    "ppo": (
+        "ppo_training.py",
+        words(
+            f"--ground_truth_reward --data DATA {COMMON} --num-steps 6 --batch-size 4 "
+            "--mini-batch-size 2 --ppo-epochs 2 --max-new-tokens 8 --min-response-length 4 "
+            "--adap-kl-ctrl --horizon 50 --init-kl-coef 0.2 --use-score-scaling --use-score-norm "
+            "--value-head-init-std 0.1 --eval-every 3 --eval-prompts 4 --eval-samples 1"
+        ),
+    ),
+}
+# Put into a run, makes steps and validations last long enough to be hit by something.
+SLOW = """
+import time, mlx_ppo_trainer, mlx_sft_trainer
+def slowed(owner, name):
+    inner = getattr(owner, name)
+    def slow(*words, **options):
+        time.sleep({seconds})
+        return inner(*words, **options)
+    setattr(owner, name, slow)
+for trainer in (mlx_ppo_trainer.PPOTrainer, mlx_sft_trainer.SupervisedTrainer):
+    slowed(trainer, "step")
+slowed(mlx_ppo_trainer.PPOTrainer, "sample_for_evaluation")
+slowed(mlx_sft_trainer.SupervisedTrainer, "evaluate")
+"""
 
 # ------------------------------------------------------------------------------ one run
 
@@ -76,25 +124,31 @@ class Running:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
+    def until(self, reached: Callable[[], bool]) -> int | None:
+        """Wait until something is so, or the run has ended; its exit status then."""
+        started = time.monotonic()
+        while (code := self.server.ask({"code of": self.pid})) is None and not reached():
+            if time.monotonic() - started > TOO_LONG:
+                self.signal(signal.SIGKILL)
+                raise TimeoutError(f"the run hangs: {self.err.read_text()}")
+            time.sleep(0.005)
+        return code
+
     def wait(self) -> Ended:
-        code = self.server.ask({"wait": self.pid})
+        code = self.until(lambda: False)
         return Ended(code, self.out.read_text(), self.err.read_text())
 
     def wait_for(self, text: str) -> None:
         """Until the run has written `text` on standard error, or has ended."""
-        while text not in self.err.read_text() and self.server.ask({"runs": self.pid}):
-            time.sleep(0.01)
+        self.until(lambda: text in self.err.read_text())
 
     def wait_for_file(self, path: Path, size: int = 1) -> None:
         """Until a file has `size` bytes, or the run has ended."""
-        while self.server.ask({"runs": self.pid}):
-            if path.exists() and path.stat().st_size >= size:
-                return
-            time.sleep(0.005)
+        self.until(lambda: path.exists() and path.stat().st_size >= size)
 
 
 class Server:
-    """A process that forks runs. Use as a context manager."""
+    """A process that forks runs. Use as a context manager, or take `shared_server()`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.count = folder, 0
@@ -136,6 +190,8 @@ class Server:
         """
         self.count += 1
         out, err = (self.folder / f"{self.count}.{name}" for name in ("out", "err"))
+        out.touch()
+        err.touch()
         request = {
             "script": script.removesuffix(".py"),
             "words": line,
@@ -155,6 +211,16 @@ class Server:
 def touches(ended: Ended) -> int:
     """How often a run with `kill_at` 0 touched a file."""
     return int(ended.out.rpartition(TOUCHES)[2])
+
+
+@functools.cache
+def shared_server() -> Server:
+    """One server for all tests of a session."""
+    folder = Path(tempfile.mkdtemp(prefix="runs-"))
+    server = Server(folder).__enter__()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(server.__exit__)
+    return server
 
 
 # ------------------------------------------------------------------------------ what a run leaves
@@ -198,6 +264,17 @@ def left_by(run: Path, saved: str) -> dict:
     return found
 
 
+@functools.cache
+def whole(name: str) -> tuple[dict, int]:
+    """What one of RUNS leaves when nothing stops it, and how often it touches a file."""
+    server, (script, line) = shared_server(), RUNS[name]
+    (folder := server.folder / name).mkdir()
+    ended = server.run(script, line, folder, kill_at=0)
+    assert ended.code == 0, ended.err
+    assert "peak memory" in ended.out
+    return left_by(folder / "run", "out.npz"), touches(ended)
+
+
 def differences(one: dict, other: dict, path: str = "") -> list[str]:
     """Names of what differs, for a message that a person can read."""
     found = []
@@ -223,27 +300,30 @@ def serve() -> None:
     import mlx_lm.tuner.utils  # noqa: F401
     import mlx_lm.utils  # noqa: F401
 
-    import models.reward_model  # noqa: F401
+    import mlx_ppo_trainer  # noqa: F401
+    import mlx_sft_trainer  # noqa: F401
+    import ppo_training  # noqa: F401
+    import sft  # noqa: F401
+    import training.plots  # noqa: F401
     import training.ppo_loop  # noqa: F401
 
-    ended: dict[int, int] = {}
+    codes: dict[int, int | None] = {}
     for line in sys.stdin:
         request = json.loads(line)
-        if "wait" in request:
-            pid = request["wait"]
-            if pid not in ended:
-                ended[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            answer = ended[pid]
-        elif "runs" in request:
-            pid = request["runs"]
-            if pid not in ended and (status := os.waitpid(pid, os.WNOHANG)) != (0, 0):
-                ended[pid] = os.waitstatus_to_exitcode(status[1])
-            answer = pid not in ended
+        if "code of" in request:
+            pid = request["code of"]
+            if codes[pid] is None and (status := os.waitpid(pid, os.WNOHANG)) != (0, 0):
+                codes[pid] = os.waitstatus_to_exitcode(status[1])
+            answer = codes[pid]
         else:
             answer = os.fork()
             if answer == 0:
                 run(request)
+            codes[answer] = None
         print(json.dumps(answer), flush=True)
+    for pid, code in codes.items():
+        if code is None:
+            os.kill(pid, signal.SIGKILL)
 
 
 def run(request: dict) -> None:

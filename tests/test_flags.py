@@ -9,6 +9,7 @@ from conftest import ROOT
 
 import fuse
 import ppo_training
+import score
 import sft
 import talk_to_model
 from training.arguments import Parser
@@ -19,6 +20,7 @@ SCRIPTS = {
     sft: ["sft.py"],
     ppo_training: ["ppo_training.py", "mlx_ppo_trainer.py"],
     fuse: ["fuse.py", "publishing/*.py"],
+    score: ["score.py"],
     talk_to_model: ["talk_to_model.py", "chat/*.py"],
 }
 

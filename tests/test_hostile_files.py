@@ -11,7 +11,7 @@ import zipfile
 import mlx.core as mx
 import numpy as np
 import pytest
-from fuse_setup import fuse, make_adapter
+from fuse_setup import fuse, largest, logits, make_adapter
 
 from errors import UserError
 from models.adapter_files import load_adapter, read_adapter, read_arrays
@@ -191,5 +191,8 @@ def test_an_adapter_of_another_shape_changes_nothing(tmp_path):
     arrays[name] = mx.zeros((32, 4))
     mx.savez(str(tmp_path / "b.npz"), **arrays)
     loaded = load_model()
+    before = logits(loaded.model, loaded.tokenizer)
     said = refusal(load_adapter, loaded.model, tmp_path / "b.npz")
+    assert largest(before, logits(loaded.model, loaded.tokenizer)) == 0
+    assert not any("lora_a" in module for module in loaded.model.modules())
     assert f"{name} is (32, 4) in the file and (64, 4) in the model" in said

@@ -101,7 +101,7 @@ def test_step_equals_trl(case):
         close(trainer.kl_controller.value, DATA[f"{root}/out/kl_coef_after"], "kl_coef_after")
         prefix = f"{root}/out/grad_first_optstep/"
         names = [name for name in DATA.files if name.startswith(prefix)]
-        assert {our_name(n[len(prefix):]) for n in names} == set(recorder.first)
+        assert {our_name(n[len(prefix) :]) for n in names} == set(recorder.first)
         for name in names:
             ours = recorder.first[our_name(name[len(prefix) :])]
             theirs = DATA[name].T if "lora_" in name else DATA[name]

@@ -11,51 +11,25 @@ import time
 from pathlib import Path
 
 import pytest
-from reliable_runs import KILLS, Server, command, differences, left_by, touches, words
+from reliable_runs import (
+    KILLS,
+    RUNS,
+    Server,
+    command,
+    differences,
+    left_by,
+    shared_server,
+    touches,
+    whole,
+    words,
+)
 
 SEED = int(os.environ.get("MLX_RLHF_KILL_SEED", time.time_ns() % 10**6))
 
-COMMON = "--output-dir run --save-file out.npz --lora-rank 2 --lora-layers 2 --save-every 2"
-SFT = words(
-    f"--train --data DATA {COMMON} --iters 8 --batch-size 4 --gradient-accumulation-steps 2 "
-    "--lora-dropout 0.2 --learning-rate 3e-3 --lr-schedule cosine --warmup-steps 2 "
-    "--steps-per-eval 3 --val-batches 1 --save-best --sample-prompts 0 8"
-)
-REWARD = words(
-    f"--train --reward-model --data DATA --data-base reward_function_increasing_mult_2_ {COMMON} "
-    "--iters 6 --batch-size 8 --lora-dropout 0.2 --learning-rate 3e-3 --steps-per-eval 4 "
-    "--val-batches 1 --normalize-samples 8"
-)
-PPO = words(
-    f"--ground_truth_reward --data DATA {COMMON} --num-steps 6 --batch-size 4 --mini-batch-size 2 "
-    "--ppo-epochs 2 --max-new-tokens 8 --min-response-length 4 --adap-kl-ctrl --horizon 50 "
-    "--init-kl-coef 0.2 --use-score-scaling --use-score-norm --value-head-init-std 0.1 "
-    "--eval-every 3 --eval-prompts 4 --eval-samples 1"
-)
-RUNS = {"sft": ("sft.py", SFT), "reward": ("sft.py", REWARD), "ppo": ("ppo_training.py", PPO)}
-
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(tmp_path_factory.mktemp("server")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def reference(server, tmp_path_factory):
-    """What each of RUNS leaves when nothing stops it, and how often it touches a file."""
-    found = {}
-
-    def leave(name: str) -> tuple[dict, int]:
-        if name not in found:
-            folder = tmp_path_factory.mktemp(name)
-            script, line = RUNS[name]
-            ended = server.run(script, line, folder, kill_at=0)
-            assert ended.code == 0, ended.err
-            found[name] = left_by(folder / "run", "out.npz"), touches(ended)
-        return found[name]
-
-    return leave
+def server() -> Server:
+    return shared_server()
 
 
 def resume_line(folder: Path, line: list[str]) -> list[str]:
@@ -74,12 +48,12 @@ def finish(server: Server, script: str, line: list[str], folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("name", ["sft", "ppo"])
-def test_the_same_command_twice_leaves_the_same_bytes(reference, tmp_path, name):
+def test_the_same_command_twice_leaves_the_same_bytes(tmp_path, name):
     """Once from the command line, once in a fork; sets of strings are in another order."""
     script, line = RUNS[name]
     ended = command(script, line, tmp_path, PYTHONHASHSEED="1")
     assert ended.code == 0, ended.err
-    once, again = reference(name)[0], left_by(tmp_path / "run", "out.npz")
+    once, again = whole(name)[0], left_by(tmp_path / "run", "out.npz")
     # Imports draw from Python's generator, and the fork has them behind it before it is seeded.
     imports = [f"{which}/state/rng/python[1] of 3 and 3" for which in ("best", "last")]
     assert set(differences(once, again)) <= set(imports)
@@ -90,9 +64,9 @@ def test_the_same_command_twice_leaves_the_same_bytes(reference, tmp_path, name)
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_killed_anywhere_ends_with_the_same_bytes(server, reference, tmp_path, name):
+def test_a_run_killed_anywhere_ends_with_the_same_bytes(server, tmp_path, name):
     """Killed at a touch of a file (in checkpoints, mostly) or at any time; then gone on with."""
-    (script, line), (expected, count) = RUNS[name], reference(name)
+    (script, line), (expected, count) = RUNS[name], whole(name)
     pick, kills, attempts = random.Random(SEED), 0, 0
     print("MLX_RLHF_KILL_SEED", SEED)
     while kills < KILLS:
@@ -119,7 +93,6 @@ def test_a_run_killed_anywhere_ends_with_the_same_bytes(server, reference, tmp_p
 KINDS = {
     "soft prompt": ["--prompt-tuning", "--num-prompt-tokens", "3", "--learning-rate", "0.05"],
     "full": ["--fine-tune-type", "full", "--learning-rate", "1e-3"],
-    "dora": ["--fine-tune-type", "dora", "--lora-rank", "2", "--optimizer", "muon"],
 }
 SHORT = words("--data DATA --output-dir run --save-file out.npz --save-every 1 --batch-size 4")
 SHORT_RUNS = {
@@ -137,12 +110,12 @@ SHORT_RUNS = {
 def test_every_kind_of_tuning_resumes_exactly(server, tmp_path, name, kind):
     script, line = SHORT_RUNS[name]
     line = line + KINDS[kind]
-    (whole := tmp_path / "whole").mkdir()
+    (unbroken := tmp_path / "unbroken").mkdir()
     (broken := tmp_path / "broken").mkdir()
-    ended = server.run(script, line, whole, kill_at=0)
+    ended = server.run(script, line, unbroken, kill_at=0)
     assert ended.code == 0, ended.err
     kill_at = random.Random(SEED).randint(touches(ended) // 2, touches(ended) * 3 // 4)
     assert server.run(script, line, broken, kill_at=kill_at).code == -signal.SIGKILL
     assert list((broken / "run" / "checkpoints").glob("step-*"))
-    expected = left_by(whole / "run", "out.npz")
+    expected = left_by(unbroken / "run", "out.npz")
     assert differences(expected, finish(server, script, line, broken)) == []

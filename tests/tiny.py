@@ -28,7 +28,8 @@ GEMMA_3 = {
     "sliding_window": 8,
     "sliding_window_pattern": 2,
 }
-# model_type -> what its config.json has besides SIZES.
+# model_type -> what its config.json has besides SIZES. Of these, everything is tested; of OTHERS,
+# the main things.
 ARCHITECTURES: dict[str, dict] = {
     "llama": {},
     "mistral": {"sliding_window": None},
@@ -42,11 +43,48 @@ ARCHITECTURES: dict[str, dict] = {
     "olmo2": {},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
+# Two experts of four for each token.
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 OTHERS: dict[str, dict] = {
-    "mamba": {"state_size": 8, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True,
-              "time_step_rank": 4},
+    "cohere": {"logit_scale": 1.0, "tie_word_embeddings": True},
+    "cohere2": {"logit_scale": 1.0, "tie_word_embeddings": True, "head_dim": 8,
+                "sliding_window": 8, "sliding_window_pattern": 2, "layer_norm_eps": 1e-5,
+                "layer_norm_bias": False, "attention_bias": False},
+    "exaone": {"layer_norm_epsilon": 1e-5, "num_layers": 2},
+    "gemma": {"head_dim": 8, "tie_word_embeddings": True},
+    "glm4": {"attention_bias": False, "head_dim": 8, "partial_rotary_factor": 0.5},
     "gpt2": {"n_ctx": 128, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 128,
              "layer_norm_epsilon": 1e-5},
+    "gpt_neox": {"layer_norm_eps": 1e-5, "use_parallel_residual": True, "rotary_emb_base": 10000,
+                 "rotary_pct": 0.25},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8,
+                "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "granite": {"logits_scaling": 2.0, "attention_multiplier": 0.3, "embedding_multiplier": 2.0,
+                "residual_multiplier": 0.5, "attention_bias": False, "mlp_bias": False},
+    "helium": {"head_dim": 8, "attention_bias": False, "mlp_bias": False},
+    "internlm2": {"bias": False},
+    "lfm2": {"norm_eps": 1e-5, "conv_bias": False, "conv_L_cache": 3, "block_dim": 32,
+             "block_ff_dim": 64, "block_multiple_of": 8, "block_ffn_dim_multiplier": 1.0,
+             "block_auto_adjust_ff_dim": False, "full_attn_idxs": [1],
+             "tie_word_embeddings": True},
+    "mamba": {"state_size": 8, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True,
+              "time_step_rank": 4},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "conv_kernel": 4, "n_groups": 1,
+               "use_bias": False, "use_conv_bias": True, "layer_norm_epsilon": 1e-5,
+               "time_step_limit": [0.0, 1e9], "time_step_rank": 4},
+    "minicpm": {"dim_model_base": 16, "scale_depth": 1.0, "scale_emb": 2.0},
+    "nemotron": {"hidden_act": "relu2", "norm_eps": 1e-5},
+    "olmo3": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "olmoe": EXPERTS,
+    "phi": {"num_key_value_heads": 4, "hidden_size": 64, "partial_rotary_factor": 0.5,
+            "layer_norm_eps": 1e-5},
+    "qwen": {"layer_norm_epsilon": 1e-6, "kv_channels": 8, "intermediate_size": 128},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": {**EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": [],
+                  "norm_topk_prob": True, "head_dim": 8},
+    "smollm3": {},
+    "stablelm": {"use_qkv_bias": False, "partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5},
+    "starcoder2": {},
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from models.actor_critic import ActorCritic
 from models.heads import ValueHead
 from models.lora import LoraConfig, add_lora
 from models.soft_prompt import SoftPrompt
+from models.trunk import hidden_size
 from models.tuning import FullTuning, Tuning
 
 SMALL = {
@@ -46,7 +47,7 @@ def make_trainer(
     """
     model = tiny_model() if model is None else model
     reference = tiny_model() if kind == "full" else None
-    policy = ActorCritic(model, ValueHead(32, head_std), tuned(model, kind))
+    policy = ActorCritic(model, ValueHead(hidden_size(model), head_std), tuned(model, kind))
     return PPOTrainer(
         PPOConfig(**{**SMALL, **config}),
         policy,

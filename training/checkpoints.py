@@ -9,6 +9,7 @@
 A checkpoint is written under a temporary name, synced, and renamed. Nothing is ever pickled.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -16,7 +17,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from training.files import plain, sync_folder, write_json, writing
 
 NAME = "step-{:08d}"
 TEMPORARY = ".tmp-"
+MLX_CANNOT_WRITE = re.compile(r"\[(save_safetensors|write|save)\]")
 ASIDE = "aside-"  # a checkpoint that the run went back behind; neither used nor deleted
 
 
@@ -225,6 +227,33 @@ def free_name(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}.{number}")
     return free
+
+
+@contextlib.contextmanager
+def saving(path: str | Path) -> Iterator[None]:
+    """Around the writing of trained weights to ``path``: a disk that refuses is a ``UserError``.
+
+    Half a file under a temporary name does not stay behind.
+    """
+    path, said = Path(path), None
+    try:
+        yield
+    except OSError as wrong:
+        said = f"{wrong.strerror or wrong}" + (f" ({wrong.filename})" if wrong.filename else "")
+    except RuntimeError as wrong:
+        if not MLX_CANNOT_WRITE.match(str(wrong)):
+            raise
+        said = str(wrong)
+    if said is None:
+        return
+    # A zip file that could not be finished complains once more, with a traceback, when it goes.
+    sys.unraisablehook = lambda _: None
+    for half in (*path.parent.glob(f".{path.stem}*.writing*"), *path.glob(".*.writing*")):
+        half.unlink(missing_ok=True)
+    raise UserError(
+        f"{path}: cannot write: {said}; the trained weights are in the last checkpoint: --resume "
+        "the run with another --save-file"
+    )
 
 
 # ------------------------------------------------------------------------------ finding

@@ -217,7 +217,7 @@ def save_or_stop(loop: Any, due: bool, metric: Metric | None, what: str) -> None
     try:
         check_memory(plan.memory_limit)
     except UserError:
-        loop.checkpoint(metric)
+        loop.checkpoint()
         raise
 
 

@@ -3,7 +3,7 @@
 Shared by ppo_training.py and its PyTorch twin.
 """
 
-from data_utils import data_report, load_data, tokenise_prompts
+from data_utils import Template, data_report, load_data, tokenise_prompts
 from errors import UserError
 from rl.ppo_config import PPOConfig
 from training.arguments import Parser
@@ -98,6 +98,12 @@ def load_prompts(args, tokenizer) -> dict:
         )
         print(data_report(f"{split} prompts", records, found[split]))
     return found
+
+
+def ends(args, tokenizer) -> set[int]:
+    """Token ids that end a response: the tokenizer's EOS, and its chat template's end of turn."""
+    turn_end = Template(tokenizer, args.prompt_template, args.token_format).turn_end_id()
+    return set(tokenizer.eos_token_ids) | ({turn_end} if turn_end is not None else set())
 
 
 def validation_prompts(args, prompts) -> list:

@@ -137,7 +137,8 @@ class PPOLoop:
                 best = metric is not None and self.is_best(metric.value)
                 due = plan.save_every and not last and (best or self.step % plan.save_every == 0)
                 save_or_stop(self, bool(due), metric, "score, loss or gradient")
-            self.checkpoint(metric)
+            # Only where every run would have one, stopped or not, may a checkpoint be the best.
+            self.checkpoint(metric if self.step == plan.steps else None)
 
     def is_best(self, score: float) -> bool:
         """Whether the last evaluation, which gave this score, is the best so far."""

@@ -15,7 +15,8 @@ def add_reward_arguments(parser: Parser) -> None:
     """The digits score, a reward model, functions, services; and their weights."""
     add = parser.add_argument_group("reward").add_argument
     add("--ground-truth-reward", type=bool, default=False, help="the digits task's true score")
-    add("--reward-model", help="fused reward model, or an adapter with a reward head on --model")
+    add("--reward-model", help="fused reward model, *ForSequenceClassification model, or adapter "
+        "with a reward head on --model; an encoder (BERT) needs PyTorch")  # fmt: skip
     add("--reward-function", nargs="+", help="FILE.py:NAME, a function of your own; runs FILE")
     add("--reward-url", nargs="+", help="services that take prompts and responses as JSON")
     add("--reward-weights", type=float, nargs="+", help="of the rewards, in the order above")

@@ -1,0 +1,158 @@
+"""Encoder classifiers (BERT, DeBERTa, ...) as reward models, run by transformers on PyTorch.
+
+MLX has none of these architectures, and they share no weights or tokens with a policy. They read a
+prompt and a response as a pair of texts, as public ones were trained (OpenAssistant's DeBERTa:
+``tokenizer(question, answer)``). PyTorch is needed for them alone, so it is not in
+requirements.txt.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from errors import UserError
+from models.load import check_folder, read_config
+
+ENDING = "ForSequenceClassification"
+ENCODERS = frozenset(
+    "albert bert big_bird camembert convbert deberta deberta-v2 distilbert electra ernie "
+    "eurobert longformer modernbert mpnet nystromformer rembert roberta roberta-prelayernorm "
+    "roformer squeezebert xlm-roberta xlm-roberta-xl xlnet".split()
+)
+# Their position ids begin behind the padding token's id.
+SHIFTED_POSITIONS = ("camembert", "longformer", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl")
+MARK = "@@the prompt stands here@@"
+Pair = tuple[str, str]  # prompt and response
+
+
+def is_encoder(folder: str | Path) -> bool:
+    """Whether a model folder holds a sequence classifier on an encoder."""
+    if not (Path(folder) / "config.json").is_file():
+        return False
+    config = read_config(Path(folder))
+    names = config.get("architectures") or [""]
+    return str(names[0]).endswith(ENDING) and config["model_type"] in ENCODERS
+
+
+class EncoderReward:
+    """Scores pairs of texts; stands where a `RewardModel` is used for scoring.
+
+    Raises UserError where PyTorch is absent, for other than one label, and for weights that are
+    missing.
+    """
+
+    reads_pairs = True
+
+    def __init__(self, folder: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False):
+        self.folder = Path(folder)
+        kind = read_config(self.folder)["model_type"]
+        if dtype == "stored":  # what fuse.py asks for
+            raise UserError(f"{folder}: an encoder ({kind}) gives rewards and nothing else; it is "
+                            "neither fused nor exported")  # fmt: skip
+        if importlib.util.find_spec("torch") is None:
+            raise UserError(f"{folder}: an encoder ({kind}) is run by transformers on PyTorch, "
+                            "which is not installed: pip install torch")  # fmt: skip
+        check_folder(self.folder, str(folder), trust_remote_code)
+        self.source = self.tokenizer = self  # what `retokeniser` is asked with
+        self._warned = False
+        self._load({"auto": "float32"}.get(dtype, dtype), trust_remote_code)
+
+    def _load(self, dtype: str, trust_remote_code: bool) -> None:
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        try:
+            self._encode = AutoTokenizer.from_pretrained(self.folder, **options)
+            self._model, info = AutoModelForSequenceClassification.from_pretrained(
+                self.folder,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+        except Exception as error:  # transformers has dozens of kinds for a broken folder
+            said = " ".join(str(error).split())[:300]
+            raise UserError(f"{self.folder}: cannot be loaded: {said}") from error
+        if missing := info["missing_keys"]:  # transformers would fill them with random numbers
+            raise UserError(f"{self.folder}: lacks {len(missing)} arrays, such as {min(missing)}")
+        labels = self._model.config.num_labels
+        if labels != 1:
+            raise UserError(f"{self.folder}: has {labels} labels; a reward model has one")
+        on_mac = torch.backends.mps.is_available()
+        device = "mps" if on_mac else "cuda" if torch.cuda.is_available() else "cpu"
+        self._model.to(device).eval()
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest pair it reads; longer ones lose the end of their longer text."""
+        config = self._model.config
+        longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        if config.model_type in SHIFTED_POSITIONS:
+            longest -= (config.pad_token_id or 0) + 1
+        return min(longest, self._encode.model_max_length)
+
+    def score(self, pairs: Sequence[Pair], batch_size: int = 64) -> list[float]:
+        """One number for each pair, in their order. A pair with an empty prompt is one text."""
+        rows = [self._tokens(*pair) for pair in pairs]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        scores = [0.0] * len(rows)
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            for i, score in zip(part, self._forward([rows[i] for i in part]), strict=True):
+                scores[i] = score
+        return scores
+
+    def _tokens(self, prompt: str, response: str):
+        texts = (prompt, response) if prompt.strip() else (response,)
+        row = self._encode(*texts)
+        if len(row["input_ids"]) <= self.max_tokens:
+            return row
+        if not self._warned:
+            print(f"warning: {self.folder}: reads {self.max_tokens} tokens; longer texts are cut "
+                  f"(the first has {len(row['input_ids'])})", file=sys.stderr)  # fmt: skip
+            self._warned = True
+        return self._encode(*texts, truncation=True, max_length=self.max_tokens)
+
+    def _forward(self, rows: list) -> list[float]:
+        import torch
+
+        batch = self._encode.pad(rows, return_tensors="pt").to(self._model.device)
+        with torch.no_grad():
+            return self._model(**batch).logits[:, 0].float().tolist()
+
+
+class PlainPairs:
+    """Prompts of a policy without the marks of its chat template, each with its response."""
+
+    def __init__(self, policy):
+        self.specials = [text for text in policy.all_special_tokens if text]
+        self.before, self.after = _marks_of(policy)
+
+    def pairs(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Pair]:
+        return [(self.plain(p), r) for p, r in zip(prompts, responses, strict=True)]
+
+    def plain(self, prompt: str) -> str:
+        """What the user said, where that is one turn; of several, without the special tokens."""
+        if self.after and prompt.startswith(self.before) and prompt.endswith(self.after):
+            prompt = prompt[len(self.before) : len(prompt) - len(self.after)]
+        for text in self.specials:
+            prompt = prompt.replace(text, "")
+        return prompt
+
+
+def _marks_of(policy) -> tuple[str, str]:
+    """What a chat template writes before and behind the words of a single user turn."""
+    if getattr(policy, "chat_template", None) is None:
+        return "", ""
+    turn = [{"role": "user", "content": MARK}]
+    try:
+        text = policy.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template may refuse, in words of its own
+        return "", ""
+    before, found, after = text.partition(MARK)
+    return (before.removeprefix(policy.bos_token or ""), after) if found else ("", "")

@@ -1,0 +1,132 @@
+"""Score a file of prompts and responses with any reward; pick the best response to each prompt.
+
+Every record format that has a response is read; of preference rows every response is scored. The
+rewards are those of ppo_training.py, and give the scores that PPO would get for the same texts.
+
+Within seconds on a laptop, on the embedded model's data:
+    python score.py --input data/preference_increasing_mult_2_test.jsonl --ground-truth-reward
+A real one, rejection sampling: the best of several samples a prompt, for sft.py to train on:
+    python score.py --input samples.jsonl --reward-model ./my_reward_model/ --best-of \\
+        --output best.jsonl
+    python sft.py --model MODEL --train --train-file best.jsonl --mask-prompt
+"""
+
+import fast_blas
+
+import json
+import sys
+from pathlib import Path
+
+from errors import UserError
+from training.arguments import run_main
+from training.data_flags import tokenising
+from training.reward_flags import make_rewards
+from training.score_flags import parse_arguments, read_input, refuse_overwriting
+
+# ------------------------------------------------------------------------------ main
+
+
+def main(words=None) -> int:
+    args = parse_arguments(words)
+    records = read_input(args)
+    # MLX and what stands on it come after the command line: help and mistakes answer at once.
+    from data_utils import data_report
+    from training.console import Progress
+    from training.scoring import make_pairs, refuse_promptless, score_pairs
+
+    if notice := fast_blas.notice():
+        print(notice, file=sys.stderr)
+    tokenizer, reward_model = load(args)
+    rewards = make_rewards(args, make_learned_reward(args, tokenizer, reward_model))
+    pairs, tokenised = make_pairs(records, tokenizer, tokenising(args))
+    print(data_report("responses", records, tokenised))
+    if args.best_of:
+        refuse_promptless(pairs)
+    with Progress(len(pairs), name="score") as progress:
+        score_pairs(rewards, pairs, args.batch_size, progress.advance)
+    print_summary(pairs)
+    if args.output is not None:
+        write(args, pairs)
+    return 0
+
+
+# ------------------------------------------------------------------------------ model
+
+
+def load(args):
+    """(the tokenizer whose templates make texts of rows, the reward model or None).
+
+    A fused reward model brings its tokenizer along; --model, as in PPO, is the model whose
+    responses are scored. An adapter goes on --model, or on the base that it names.
+    """
+    from models.adapter_files import read_adapter
+    from models.load import load_model
+    from models.parts import recorded_base
+    from models.reward_model import load_reward_model
+
+    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    path = Path(args.reward_model or "")
+    if args.reward_model and path.exists() and not (path / "config.json").exists():
+        base = args.model or recorded_base(args.reward_model, read_adapter(path)[1])
+        loaded = load_model(base, quantize=args.quantize, **options)
+        return loaded.tokenizer, load_reward_model(path, loaded, **options)
+    if args.quantize:
+        raise UserError("--quantize is for the base of an adapter in --reward-model")
+    reward_model = load_reward_model(args.reward_model, **options) if args.reward_model else None
+    own = reward_model is not None and not getattr(reward_model, "reads_pairs", False)
+    if own and args.model is None:
+        return reward_model.source.tokenizer, reward_model
+    return load_model(args.model, **options).tokenizer, reward_model
+
+
+def make_learned_reward(args, tokenizer, reward_model):
+    """The reward model as a reward, or None."""
+    from models.reward_model import retokeniser
+    from rl.reward_sources import learned_reward
+
+    if reward_model is None:
+        return None
+
+    def score(sequences) -> list[float]:
+        return reward_model.score(sequences, batch_size=args.batch_size)
+
+    return learned_reward(score, retokeniser(tokenizer, reward_model.source.tokenizer))
+
+
+# ------------------------------------------------------------------------------ results
+
+
+def print_summary(pairs) -> None:
+    """A line for the score and one for each reward, aligned."""
+    from training.console import NUMBER_WIDTH, short
+    from training.scoring import summary
+
+    found = summary(pairs)
+    width = max(map(len, found))
+    for name, values in found.items():
+        cells = [f"{key} {short(value):<{NUMBER_WIDTH}}" for key, value in values.items()]
+        print(f"{name:<{width}}  " + "  ".join(cells).rstrip())
+
+
+def write(args, pairs) -> None:
+    """All rows with their scores, or the best of each prompt; aside, then renamed."""
+    from training.files import plain, write_atomically
+    from training.scoring import best_of, best_rows, scored_rows
+
+    rows = scored_rows(pairs)
+    if args.best_of:
+        best = best_of(pairs)
+        rows = best_rows(best)
+        before, after = (sum(p.score for p in some) / len(some) for some in (pairs, best))
+        print(f"best of {len(pairs) / len(best):.3g} responses to each of {len(best)} prompts: "
+              f"mean score {before:.4g} -> {after:.4g}")  # fmt: skip
+    refuse_overwriting(args)
+    lines = [json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows]
+    write_atomically(args.output, "".join(lines))
+    print(f"wrote {args.output}: {len(rows)} rows")
+    if args.best_of:
+        print(f"next: python sft.py --train --train-file {args.output} --mask-prompt")
+
+
+if __name__ == "__main__":
+    run_main(main)
