@@ -1,4 +1,4 @@
-"""The documents say what is so: code in them runs, file trees match the disk, links lead somewhere."""
+"""The documents are true: code in them runs, the file tree is the disk's, links lead somewhere."""
 
 import re
 import subprocess

@@ -9,7 +9,7 @@ from fuse_setup import PROMPTS, fuse, greedy, largest, logits, make_adapter
 from mlx_lm import generate as mlx_lm_generate
 from mlx_lm import load as mlx_lm_load
 from tiny import tiny_model_folder
-from tiny_tokenizers import tiny_tokenizer
+from tiny_tokenizers import metaspace_tokenizer, tiny_tokenizer
 from tokenizers import Tokenizer
 
 from errors import UserError
@@ -156,6 +156,25 @@ def test_tokenizers_without_bos_with_templates_and_with_unused_rows(tmp_path, te
     assert fused.tokenizer.decode([*prompt.prefix, 70], skip_special_tokens=True) == (
         loaded.tokenizer.decode([70])
     )
+
+
+def test_tokenizer_classes_that_build_their_own_post_processor(tmp_path):
+    """transformers' LlamaTokenizer makes one from add_bos_token; the fused folder must not."""
+    base = tiny_model_folder(tmp_path / "base")
+    tokenizer = metaspace_tokenizer()
+    tokenizer.save_pretrained(base)
+    file = base / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+    file.write_text(json.dumps(settings))
+    loaded, prompt = make_adapter(tmp_path / "soft.npz", "prompt", base, num_tokens=2)
+    assert type(loaded.tokenizer._tokenizer).__name__ == "LlamaTokenizer"
+    fuse(tmp_path, "--adapter-file", "soft.npz", "--save-path", "fused")
+    fused = load_model(tmp_path / "fused")
+    text = "what is the answer"
+    ids = fused.tokenizer.encode(text)
+    assert ids == [*prompt.prefix, *loaded.tokenizer.encode(text)] and ids[2] == 1
+    assert fused.tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
 def test_every_kind_of_post_processor():

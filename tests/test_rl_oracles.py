@@ -1,8 +1,8 @@
 """The arithmetic of rl/ against numbers from TRL 0.11.4 (tests/oracles/README.md).
 
-Within 1e-5 relative in float32. Where docs/ppo.md differs from the reference, the test says so beside the
-word CORRECTED: there, a loop written here repeats what the reference does, is shown to give the
-reference's numbers, and then, corrected, to give ours.
+Within 1e-5 relative in float32. Where docs/ppo.md differs from the reference, the test says so
+beside the word CORRECTED: there, a loop written here repeats what the reference does, is shown to
+give the reference's numbers, and then, corrected, to give ours.
 """
 
 import json

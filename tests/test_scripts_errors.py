@@ -1,0 +1,166 @@
+"""What a person gets wrong: one line that says what and where, exit status 2, nothing written.
+
+Each case is a process of its own. What needs no model answers before MLX is loaded, and is started
+from the command line; the rest are forks of one server.
+"""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from reliable_runs import DATA, ROOT, Ended, command, shared_server, words
+
+SFT, PPO = "sft.py --train", "ppo_training.py --ground_truth_reward"
+FINE = [{"text": f"{n} {n + 2} {n + 4} {n + 6} {n + 8} {n + 10}"} for n in range(0, 20, 2)]
+
+
+def lines(rows: list) -> str:
+    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Data files with a fault each, a run folder, and option files."""
+    files = {
+        "torn_train.jsonl": lines([FINE[0], '{"text": "2 4', FINE[1]]),
+        "missing_train.jsonl": lines([FINE[0], FINE[1], {"txet": "2 4"}]),
+        "wrong_train.jsonl": lines([FINE[0], {"text": 5}]),
+        "reward_train.jsonl": lines([{**FINE[0], "reward": 1}, FINE[1]]),
+        "empty_train.jsonl": "",
+        "unknown.yaml": "learnig-rate: 0.1\n",
+        "unknown.json": '{"batch_size": 4, "lora-rnk": 2}',
+        "wrong.yaml": "seed: 1\nbatch-size: many\n",
+        "torn.json": '{"batch_size": ',
+        "notes.txt": "not a model",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for name in ("torn", "missing", "wrong", "reward", "empty"):
+        (tmp_path / f"{name}_valid.jsonl").write_text(lines(FINE))
+    (tmp_path / "no_model").mkdir()
+    return tmp_path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+        for path in folder.rglob("*")
+    }
+
+
+def check(start, line: str, folder: Path, said: str) -> None:
+    """`start` the command in `folder`; the error says all parts of `said`, split at "|"."""
+    before = tree(folder)
+    script, *rest = words(line)
+    ended: Ended = start(script, rest, folder)
+    assert ended.code == 2, ended.err
+    for part in said.split("|"):
+        assert part in ended.error, ended.error
+    assert ended.err.splitlines()[-1].startswith("error: ")
+    assert tree(folder) == before
+
+
+# ------------------------------------------------------------------------------ at once
+
+AT_ONCE = [
+    # contradictory flags
+    (f"{SFT} --iters 5 --epochs 2", "--iters and --epochs"),
+    (f"{SFT} --prompt-tuning --fine-tune-type full", "--prompt-tuning|--fine-tune-type"),
+    (f"{SFT} --overwrite", "--overwrite needs --output-dir"),
+    (f"{PPO} --increasing --decreasing", "--increasing and --decreasing contradict"),
+    (f"{PPO} --batch-size 6 --mini-batch-size 4", "--batch-size 6|--mini-batch-size 4"),
+    ("data/generate_digit_data.py --increasing --decreasing", "--increasing or --decreasing|both"),
+    # nothing to do
+    ("sft.py", "--train, --test"),
+    ("ppo_training.py", "no reward|--ground-truth-reward"),
+    ("data/generate_digit_data.py", "--increasing or --decreasing"),
+    # unknown and malformed flags
+    (f"{SFT} --learnig-rate 1", "unknown flag --learnig-rate|did you mean --learning-rate?"),
+    (f"{SFT} --batch-size many", "--batch-size|many"),
+    (f"{SFT} surplus", "unexpected argument 'surplus'"),
+    (f"{PPO} --tempreature 1", "did you mean --temperature?"),
+    (f"{PPO} --seed -1", "--seed: -1 is below 0"),
+    ("fuse.py --save-pth x", "did you mean --save-path?"),
+    ("talk_to_model.py --tmp 1", "did you mean --temp?"),
+    ("data/make_digits_model.py --sede 1", "did you mean --seed?"),
+    # option files
+    (f"{SFT} --config unknown.yaml", "unknown.yaml:1|'learnig-rate'|--learning-rate"),
+    (f"{PPO} --config unknown.json", "unknown.json|'lora-rnk'|--lora-rank"),
+    (f"{SFT} --config wrong.yaml", "wrong.yaml:2|batch-size|many"),
+    (f"{PPO} --config torn.json", "torn.json:1"),
+    (f"{SFT} --config nowhere.yaml", "nowhere.yaml"),
+    (f"{SFT} --resume nowhere", "nowhere: no run to resume"),
+]
+
+
+@pytest.mark.parametrize("line, said", AT_ONCE, ids=[line for line, _ in AT_ONCE])
+def test_a_wrong_command_line_ends_in_one_line(folder, line, said):
+    check(command, line, folder, said)
+
+
+# ------------------------------------------------------------------------------ later
+
+LATER = [
+    # models
+    (f"{SFT} --model nowhere", "nowhere: no model folder there"),
+    (f"{SFT} --model no_model", "no_model: not a model folder: config.json is missing"),
+    (f"{PPO} --model notes.txt", "notes.txt: no model folder there"),
+    (f"{PPO} --data DATA --resume-file nowhere.npz", "nowhere.npz: no such file"),
+    ("ppo_training.py --data DATA --reward-model nowhere", "nowhere: no such reward model"),
+    ("ppo_training.py --data DATA --reward-function nowhere.py:f", "nowhere.py"),
+    (f"{SFT} --data DATA --lora-keys nonsense", "--lora-keys nonsense: no such layer"),
+    ("fuse.py --model nowhere --adapter-file x.npz --save-path y", "nowhere|x.npz"),
+    ("fuse.py --adapter-file nowhere.npz --save-path y", "nowhere.npz: no such file"),
+    ("talk_to_model.py --model nowhere hello", "nowhere: no model folder there"),
+    ("talk_to_model.py --resume-file nowhere.npz hello", "nowhere.npz: no such file"),
+    # data
+    (f"{SFT} --data nowhere", "nowhere: no such folder"),
+    (f"{SFT} --data . --data-base absent_", "absent_train"),
+    (f"{PPO} --data nowhere", "nowhere: no such folder"),
+    (f"{SFT} --data . --data-base torn_", "torn_train.jsonl:2"),
+    (f"{SFT} --data . --data-base missing_", "missing_train.jsonl:3|text"),
+    (f"{SFT} --data . --data-base wrong_", "wrong_train.jsonl:2|text"),
+    (f"{SFT} --data . --data-base empty_", "empty_train.jsonl"),
+    (f"{PPO} --data . --data-base torn_", "torn_train.jsonl:2"),
+    (f"{SFT} --reward-model --data . --data-base reward_", "reward_train.jsonl:2|reward"),
+]
+
+
+@pytest.mark.parametrize("line, said", LATER, ids=[line for line, _ in LATER])
+def test_a_wrong_model_or_file_ends_in_one_line(folder, line, said):
+    if "nowhere" in said and "|" in said:
+        said = next(part for part in said.split("|") if part in line)
+    check(lambda *w: shared_server().run(*w), line, folder, said)
+
+
+# ------------------------------------------------------------------------------ folders
+
+
+def test_a_run_folder_in_use_by_another_run_is_not_touched(folder):
+    (folder / "run").mkdir()
+    (folder / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    line = f"{SFT} --data DATA --iters 1 --output-dir run"
+    check(lambda *w: shared_server().run(*w), line, folder, "run: holds a run already|--resume run")
+
+
+def test_every_script_says_what_it_is_for(tmp_path):
+    """--help works everywhere, so the list of scripts above leaves none out."""
+    scripts = [path.name for path in ROOT.glob("*.py") if "run_main(main)" in path.read_text()]
+    assert {"sft.py", "ppo_training.py", "fuse.py", "talk_to_model.py"} <= set(scripts)
+    for script in (*scripts, "data/generate_digit_data.py", "data/make_digits_model.py"):
+        ended = command(script, ["--help"], tmp_path)
+        assert ended.code == 0 and "usage: " in ended.out and ended.err == "", ended.err
+        ended = command(script, ["--no-such-flag"], tmp_path)
+        assert ended.code == 2 and "unknown flag --no-such-flag" in ended.error
+
+
+def test_a_closed_pipe_and_a_killed_reader_are_no_traceback(tmp_path):
+    """`sft.py ... | head -1` ends quietly."""
+    prelude = "import os, signal\nr, w = os.pipe()\nos.close(r)\nos.dup2(w, 1)\n"
+    line = words("--train --data DATA --iters 1 --steps-per-eval 0 --output-dir run")
+    running = shared_server().start("sft.py", line, tmp_path, prelude=prelude)
+    ended = running.wait()
+    assert ended.code in (0, -signal.SIGPIPE) and "Traceback" not in ended.err
+    assert os.listdir(DATA)
