@@ -1,10 +1,15 @@
 # make demo    from nothing to a model that learned, on the embedded model
 # make test    the tests          make lint    ruff          make clean    caches and demo_run
+# make test-baseline   the PyTorch baseline against MLX and TRL (installs PyTorch)
+# make compare         both on the digits task, five seeds: docs/comparison.md
+# make bench           every benchmark, against pinned peers
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: setup setup-dev demo test lint clean
+BASELINE := .venv-baseline
+
+.PHONY: setup setup-dev demo test test-baseline compare bench lint clean
 
 setup: $(VENV)/.installed
 
@@ -30,6 +35,19 @@ demo: setup
 
 test: setup-dev
 	$(PY) -m pytest -q
+
+$(BASELINE)/.installed: requirements-dev.txt pytorch_baseline/requirements.txt
+	@test -x $(BASELINE)/bin/python || { echo "making $(BASELINE)"; $(PYTHON) -m venv $(BASELINE); }
+	@echo "installing PyTorch and its peers into $(BASELINE)"
+	@$(BASELINE)/bin/python -m pip install --quiet --disable-pip-version-check --prefer-binary \
+		-r pytorch_baseline/requirements.txt -r requirements-dev.txt "trl>=1.16,<1.17"
+	@touch $@
+
+test-baseline: $(BASELINE)/.installed
+	$(BASELINE)/bin/python -m pytest -q tests/test_baseline_*.py tests/test_encoder_reward.py
+
+compare: setup-dev $(BASELINE)/.installed
+	$(PY) benchmarks/compare.py
 
 lint: setup-dev
 	$(VENV)/bin/ruff check .

@@ -135,7 +135,8 @@ def main(words=None) -> None:
     expected = parts.outputs(sequences)
 
     # ------ what comes out, compared and given its name
-    from publishing.export import Check, export
+    from publishing.checks import Check
+    from publishing.export import export
 
     written = export(parts, path, args.format, Check(sequences, expected), card_choices(args),
                      force=args.force, dequantize=args.dequantize)  # fmt: skip
@@ -154,7 +155,7 @@ def upload_alone(args) -> None:
     kinds = ("config.json", "adapter_config.json")
     if not any((folder / name).is_file() for name in kinds):
         raise UserError(f"{args.model}: no model or adapter folder to upload")
-    from publishing.export import card_of_folder
+    from publishing.card_facts import card_of_folder
 
     card_of_folder(folder, card_choices(args))
     upload(folder, args)
@@ -162,7 +163,7 @@ def upload_alone(args) -> None:
 
 def card_choices(args):
     """What the command line says about the model card, and the run that saved the adapter."""
-    from publishing.export import CardChoices
+    from publishing.card_facts import CardChoices
     from publishing.run_facts import find_run
 
     run = Path(args.run) if args.run else None

@@ -14,6 +14,7 @@ from numpy.lib import format as npy
 
 from errors import UserError
 
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16,
@@ -108,6 +109,8 @@ def check_model_files(folder: Path) -> None:
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt"):
             check_inside(file, folder)
+            if not file.is_file():  # a pipe would be waited for without end
+                raise UserError(f"{file}: is no regular file")
         if file.name.startswith("model") and file.suffix == ".safetensors":
             safetensors_header(file)
     index = folder / "model.safetensors.index.json"
@@ -115,6 +118,20 @@ def check_model_files(folder: Path) -> None:
         for shard in set(_weight_map(index).values()):
             if not isinstance(shard, str) or Path(shard).name != shard:
                 raise UserError(f"{index}: names the shard {shard!r}, which is no file name")
+
+
+def check_depth(config: dict, folder: Path) -> None:
+    """Raise UserError for a config.json that asks for more layers than the folder has arrays.
+
+    Layers are made one by one before they are compared with the file, and that can take for ever.
+    """
+    places = (config, config.get("text_config"))
+    layers = [c.get(name) for c in places if isinstance(c, dict) for name in LAYER_COUNTS]
+    arrays = sum(len(safetensors_header(file)) for file in folder.glob("model*.safetensors"))
+    for count in layers:
+        if arrays and isinstance(count, int | float) and count > arrays:
+            raise UserError(f"{folder / 'config.json'}: asks for {count:g} layers, and all weights "
+                            f"together are {arrays} arrays")  # fmt: skip
 
 
 def _weight_map(index: Path) -> dict:

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from errors import UserError
-from models.file_checks import check_model_files
+from models.file_checks import check_depth, check_model_files
 from models.hub_files import download, looks_like_hub_name
 
 DEFAULT_NAME = "data/digits_model"  # what files record as their base, wherever the project lies
@@ -55,7 +55,7 @@ def load_model(
     name = str(name_or_path) if name_or_path is not None else DEFAULT_NAME
     path = resolve_path(name, revision, with_code=trust_remote_code)
     check_folder(path, name, trust_remote_code)
-    if str((read_config(path).get("architectures") or [""])[0]).endswith("SequenceClassification"):
+    if "SequenceClassification" in str(read_config(path).get("architectures")):
         raise UserError(f"{name}: is a classifier that gives scores, not a language model; "
                         "give it as --reward-model")  # fmt: skip
     model, tokenizer, config = _load(path, name, trust_remote_code)
@@ -88,7 +88,7 @@ def read_config(path: Path) -> dict:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: not a model folder: config.json is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise UserError(f'{file}: "model_type" is missing; is this the config of a model?')
@@ -97,8 +97,8 @@ def read_config(path: Path) -> dict:
 
 def check_folder(path: Path, name: str, trust_remote_code: bool) -> None:
     """Raise UserError unless a model folder is whole, sound and asks for no code of its own."""
-    read_config(path)
     check_model_files(path)
+    check_depth(read_config(path), path)
     for file in ("config.json", "tokenizer_config.json"):
         if not trust_remote_code:
             _refuse_code(path / file)
@@ -116,6 +116,8 @@ def _refuse_code(file: Path) -> None:
         settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{file}: holds no JSON object")
     for key in ("model_file", "auto_map"):
         if key in settings:
             raise UserError(f"{file}: asks to run code of its own ({key}); "
@@ -142,7 +144,30 @@ def _load(path: Path, name: str, trust_remote_code: bool):
     if not tokenizer.eos_token_ids:
         raise UserError(f"{name}: the tokenizer names no end-of-sequence token; "
                         'set "eos_token" in tokenizer_config.json')  # fmt: skip
+    check_tokens(model, tokenizer, name)
     return model, tokenizer, config
+
+
+def check_tokens(model: nn.Module, tokenizer, name: str) -> None:
+    """Raise UserError for tokens that the model has no row for: MLX would read beyond its memory.
+
+    Special tokens that were added later and never trained may lie there; most of them are padding.
+    """
+    from models.trunk import vocabulary_size
+
+    try:
+        rows = vocabulary_size(model)
+    except UserError:  # an architecture that cannot be trained here, but may be looked at
+        return
+    known = tokenizer.get_vocab()
+    regular = known.keys() - tokenizer.get_added_vocab().keys()
+    last = max((known[token] for token in regular), default=0)
+    if last >= rows:
+        raise UserError(f"{name}: the tokenizer counts to {last}, and the model has {rows} tokens; "
+                        "they do not belong together")  # fmt: skip
+    if beyond := [i for i in tokenizer.eos_token_ids if not (isinstance(i, int) and 0 <= i < rows)]:
+        raise UserError(f"{name}: {beyond[0]!r} ends a text and is none of the model's {rows} "
+                        "tokens; put eos_token_id right in config.json")  # fmt: skip
 
 
 def unnested(config: dict) -> dict:

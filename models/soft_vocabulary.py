@@ -84,7 +84,6 @@ def _grow_embedding(loaded: LoadedModel, rows: mx.array) -> None:
     if _output_layer(loaded.model)[1] is None:  # tied: what is left is the output layer
         _add_output_layer(loaded, weight)
     trunk[name] = grown
-    _mark_unquantized(loaded, grown)
 
 
 def _output_layer(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
@@ -123,7 +122,6 @@ def _grow_output(loaded: LoadedModel, fitted, fresh, count: int) -> float:
     if "bias" in layer:
         grown.bias = mx.concatenate([layer.bias, mx.full((count,), BIAS, layer.bias.dtype)])
     owner.lm_head = grown
-    _mark_unquantized(loaded, grown)
     return float(highest_logprobs(loaded.model, fresh)[-1] + np.log(count))
 
 
@@ -158,11 +156,3 @@ def repelling_row(hidden: np.ndarray) -> np.ndarray | None:
     if margin <= LEAST_MARGIN * np.linalg.norm(point) * np.linalg.norm(hidden, axis=1).mean():
         return None
     return (-DEPTH / margin * point).astype(np.float32)
-
-
-def _mark_unquantized(loaded: LoadedModel, layer: nn.Module) -> None:
-    """Note in the configuration of a quantised model that `layer` is plain."""
-    path = next(name for name, module in loaded.model.named_modules() if module is layer)
-    for key in ("quantization", "quantization_config"):
-        if key in loaded.config:
-            loaded.config[key] = {**loaded.config[key], path: False}

@@ -20,7 +20,9 @@ from models.load import load_model
 from models.parts import load_parts
 from models.reward_model import RewardModel, load_reward_model, save_reward_head
 from publishing import export as export_module
-from publishing.export import CardChoices, Check, export
+from publishing.card_facts import CardChoices
+from publishing.checks import Check
+from publishing.export import export
 
 FILES = {"lora": "lora.npz", "lora_file": "lora.safetensors", "dora": "dora_folder",
          "full": "full.npz"}  # fmt: skip

@@ -53,6 +53,10 @@ def test_peft_out_and_in(tmp_path, kind):
     expected = logits(loaded.model, loaded.tokenizer, tuning.prefix)
     out = fuse(tmp_path, "--adapter-file", "a.npz", "--format", "peft", "--save-path", "peft")
     assert float(out.split("against ours: ")[1].split(";")[0]) < 1e-4
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    if kind == "some_layers":  # the other block is left alone, not given zeros
+        assert len(config["target_modules"]) == 2
+        assert all(name.startswith("model.layers.1.") for name in config["target_modules"])
     again = load_model(dtype="stored")
     back = load_adapter(again.model, tmp_path / "peft")
     assert largest(expected, logits(again.model, again.tokenizer, back.prefix)) < 1e-4
@@ -142,6 +146,8 @@ def test_peft_computes_the_same(tmp_path, kind):
     fuse(tmp_path, "--adapter-file", "a.npz", "--format", "peft", "--save-path", "peft")
     model = AutoModelForCausalLM.from_pretrained(loaded.path)
     model = peft.PeftModel.from_pretrained(model, tmp_path / "peft").eval()
+    adapted = [name for name, _ in model.named_modules() if name.endswith("lora_A.default")]
+    assert len(adapted) == len(getattr(tuning, "layers", ()))
     for text, expected in zip(
         TEXTS, logits(loaded.model, loaded.tokenizer, tuning.prefix, TEXTS), strict=True
     ):

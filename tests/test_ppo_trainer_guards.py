@@ -363,6 +363,8 @@ def test_logged_statistics_are_scalars_under_their_names():
 
 def test_nothing_is_trained_that_has_dropout_on():
     """PPO_SPEC row 19: the adapter's dropout is 0.5 in these tests."""
-    trainer = make_trainer()
+    model = tiny_model()
+    model.train()
+    trainer = make_trainer(model=model)
     assert not any(module.training for module in trainer.model.modules())
     assert any(isinstance(m, nn.Dropout) and m._p_1 == 0.5 for m in trainer.model.modules())

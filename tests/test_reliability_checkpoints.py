@@ -122,6 +122,29 @@ def test_a_torn_checkpoint_costs_time_and_nothing_else(server, tmp_path):
     assert differences(whole("ppo")[0], left_by(tmp_path / "run", "out.npz")) == []
 
 
+def test_a_run_that_stopped_early_does_not_go_on(server, tmp_path):
+    """Killed after its last checkpoint, before anything says that it has finished."""
+    script, line = RUNS["sft"]
+    line = [
+        *line,
+        "--learning-rate",
+        "0",
+        "--steps-per-eval",
+        "1",
+        "--early-stopping-patience",
+        "2",
+    ]
+    ended = server.run(script, line, tmp_path)
+    assert ended.code == 0 and "stopped early" in ended.err, ended.err
+    expected = left_by(tmp_path / "run", "out.npz")
+    assert expected["summary"]["steps"] == 2
+    (tmp_path / "run" / "summary.json").unlink()
+    (tmp_path / "out.npz").unlink()
+    ended = server.run(script, ["--resume", "run"], tmp_path)
+    assert ended.code == 0, ended.err
+    assert differences(expected, left_by(tmp_path / "run", "out.npz")) == []
+
+
 # ------------------------------------------------------------------------------ other data
 
 
@@ -142,6 +165,7 @@ def test_changed_training_data_is_refused_unless_forced(server, tmp_path, name):
         ended.code == 2 and "the training data is not what the run was started with" in ended.error
     )
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert (tmp_path / "run" / "summary.json").exists()
     ended = server.run(script, ["--resume", "run", "--force-resume"], tmp_path)
     assert ended.code == 0, ended.err
 

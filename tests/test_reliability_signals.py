@@ -59,7 +59,7 @@ def test_ctrl_c_before_the_loop_ends_in_one_line(server, tmp_path):
     prelude = """
 import sys, time, models.load
 def load_model(*words, **options):
-    print("loading", file=sys.stderr, flush=True)
+    sys.stderr.write("loading\\n")
     time.sleep(60)
 models.load.load_model = load_model
 """

@@ -6,6 +6,7 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from test_models_lora import shake
 from tiny import flat, tiny_model
 from tiny_ppo import assert_close, assert_same_bits
 
@@ -114,8 +115,24 @@ def test_only_targets_have_a_gradient():
     assert_close(other, one)
 
 
-def test_regression_is_on_the_rewards():
-    task, rows = make_task("scalar"), scalar_rows()
+def test_the_gradient_is_that_of_the_mean_over_targets():
+    row = TextRow([5, 6, 7, 8, 9], [0, 0, 1, 0, 1])
+    moved = movement(make_trainer(), [make_batch([row])])
+    model = make_task().model  # the same weights
+
+    def loss():
+        logits = nn.log_softmax(model(mx.array([row.tokens]))[0], axis=-1)
+        return -(logits[1, 7] + logits[3, 9]) / 2
+
+    wanted = flat(nn.value_and_grad(model, loss)()[1])
+    assert_close(moved, {name: -0.1 * np.array(g) for name, g in wanted.items()})
+
+
+@pytest.mark.parametrize("kind", ["lora", "prompt"])
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_regression_is_on_the_rewards(kind, pooling):
+    task, rows = make_task("scalar", kind), scalar_rows()
+    task.reward_model.pooling = pooling
     scores = np.array(task.reward_model.score([row.tokens for row in rows]))
     error = scores - np.array([row.reward for row in rows])
     found = SupervisedTrainer(task, optim.SGD(0.1)).step([make_batch(rows)])
@@ -296,6 +313,8 @@ def test_a_batch_without_targets_moves_nothing():
 def test_an_evaluation_is_weighted_and_moves_nothing(rows):
     data = ROWS[rows]()
     trainer = make_trainer(rows, dropout=0.5)
+    shake(trainer.task.tuning)  # without which dropout would change nothing
+    trainer.task.trained.train()
     before, state = weights(trainer), [np.array(s) for s in mx.random.state]
     whole = trainer.evaluate([make_batch(data)])
     parts = evaluate(trainer.task, (make_batch(data[i:j]) for i, j in ((0, 1), (1, 4), (4, 8))))
@@ -304,6 +323,7 @@ def test_an_evaluation_is_weighted_and_moves_nothing(rows):
         assert parts[name] == pytest.approx(value, rel=1e-4), name
     assert_same_bits(weights(trainer), before)
     assert all(np.array_equal(a, b) for a, b in zip(mx.random.state, state, strict=True))
+    assert trainer.evaluate([make_batch(data)]) == whole
     trainer.step([make_batch(data)])
     assert trainer.task.trained.training  # dropout is back on after an evaluation
 

@@ -105,6 +105,7 @@ def test_branches_and_existing_repositories(made, hub):
     fuse(made, "--model", "fused", "--upload-repo", NAME, "--revision", "trial")
     repo = hub.repos[NAME]
     assert not repo.private and set(repo.branches) == {"main", "trial"}
+    assert [branch for branch, _ in repo.messages] == ["main", "trial"]
     assert repo.branches["trial"].keys() == repo.branches["main"].keys()
     fuse(made, "--model", "fused", "--upload-repo", NAME, "--revision", "trial")
     # --private does not make a public repository private, and must not pretend to.

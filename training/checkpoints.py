@@ -291,11 +291,12 @@ def problem(checkpoint: str | Path) -> str | None:
         return "manifest.json is missing or torn"
     for name, expected in manifest["sha256"].items():
         file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        with open(file, "rb") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != expected:
-                return f"{name} is torn or was altered"
+        try:
+            with open(file, "rb") as opened:
+                if hashlib.file_digest(opened, "sha256").hexdigest() != expected:
+                    return f"{name} is torn or was altered"
+        except OSError as wrong:
+            return f"{name} cannot be read: {wrong.strerror}"
     return None
 
 

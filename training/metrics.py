@@ -74,7 +74,6 @@ class Run:
         earlier = [name for name in OWN_NAMES if (self.folder / name).exists()]
         if resume:
             created = read_run_config(self.folder).get("created")
-            (self.folder / "summary.json").unlink(missing_ok=True)
         else:
             created = None
             if earlier and not overwrite:
@@ -135,8 +134,9 @@ class Run:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Cut the row files back to a checkpoint's lengths: later rows are going to be made again.
 
-        An empty state (no checkpoint yet) empties them.
+        An empty state (no checkpoint yet) empties them. The run is no longer a finished one.
         """
+        remove(self.folder / "summary.json")
         for name, file in self._files.items():
             wanted, there = state.get(name, 0), os.fstat(file.fileno()).st_size
             if there < wanted:

@@ -17,6 +17,8 @@ from training.plot_style import (
 )
 from training.plots import plot_distributions
 
+FEWEST = 10  # pairs that a share is taken of
+
 
 def plot_preference_calibration(
     chosen: Sequence[float],
@@ -38,6 +40,7 @@ def plot_preference_calibration(
     figure, axes = new_figure(size=(5.2, 4.8))
     axis = axes[0, 0]
     axis.plot([0.5, 1], [0.5, 1], color=GREY, lw=1, ls="--", label="as often right as it is sure")
+    bins = min(bins, max(2, len(sure) // FEWEST))
     groups = [part for part in np.array_split(np.argsort(sure, kind="stable"), bins) if len(part)]
     middle = [sure[part].mean() for part in groups]
     share = np.array([right[part].mean() for part in groups])
