@@ -14,8 +14,6 @@ from models.soft_vocabulary import token_names
 
 WHOLE = "<|soft_prompt|>"  # stands for all virtual tokens in the post-processor
 FILLER = "<|unused_{}|>"  # names for rows of the embedding that no token of the tokenizer uses
-# Settings from which transformers would build a post-processor of its own.
-REBUILDING = ("add_bos_token", "add_eos_token", "tokenizer_object")
 
 
 def add_soft_prompt(folder: Path, tokenizer, ids: list[int]) -> None:
@@ -93,9 +91,9 @@ def _in_front(template: dict, ids: list[int]) -> dict:
 
 
 def _change_settings(file: Path, backend, names: list[str]) -> None:
-    """tokenizer_config.json: no setting that rebuilds the post-processor, the new tokens named."""
+    """tokenizer_config.json: the class that keeps the post-processor, the new tokens named."""
     settings = read_json(file) if file.exists() else {}
-    settings = {key: value for key, value in settings.items() if key not in REBUILDING}
+    # Classes of one model family build a post-processor of their own; this one keeps the file's.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if "added_tokens_decoder" in settings:
         flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}

@@ -37,9 +37,7 @@ def find_trunk(model: nn.Module) -> tuple[nn.Module, str]:
                     f"(no part named {', '.join(TRUNK_NAMES)})")  # fmt: skip
 
 
-def hidden_states(
-    model: nn.Module, tokens: mx.array, cache=None, *, first: int = 0
-) -> mx.array:
+def hidden_states(model: nn.Module, tokens: mx.array, cache=None, *, first: int = 0) -> mx.array:
     """tokens (B, L) -> hidden states after the final norm, (B, L - first, D).
 
     The first `first` positions are left out, and with no cache the last block does not work them

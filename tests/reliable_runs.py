@@ -62,12 +62,15 @@ RUNS = {
         ),
     ),
 }
-# Put into a run, makes steps and validations last long enough to be hit by something.
+# Put into a run, makes steps and validations last long enough to be hit by something; each says
+# NOW on standard error when it begins.
+NOW = "a slow part begins"
 SLOW = """
-import time, mlx_ppo_trainer, mlx_sft_trainer
+import sys, time, mlx_ppo_trainer, mlx_sft_trainer
 def slowed(owner, name):
     inner = getattr(owner, name)
     def slow(*words, **options):
+        sys.stderr.write("a slow part begins\\n")
         time.sleep({seconds})
         return inner(*words, **options)
     setattr(owner, name, slow)

@@ -3,7 +3,17 @@
 import signal
 
 import pytest
-from reliable_runs import RUNS, SLOW, Server, differences, left_by, metrics, shared_server, whole
+from reliable_runs import (
+    NOW,
+    RUNS,
+    SLOW,
+    Server,
+    differences,
+    left_by,
+    metrics,
+    shared_server,
+    whole,
+)
 
 from training.checkpoints import latest_checkpoint, load_checkpoint
 
@@ -24,8 +34,7 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(server, tmp_path, nam
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         running = server.start(script, line, tmp_path, prelude=slow)
         if number == signal.SIGINT:
-            running.wait_for_file(run / "bad_rows.jsonl", 0)  # the last to be opened
-            running.wait_for_file(run / "metrics.jsonl", 0)
+            running.wait_for(NOW)
         else:
             rows = (run / "metrics.jsonl").stat().st_size
             running.wait_for_file(run / "metrics.jsonl", rows + 1)
@@ -46,7 +55,7 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(server, tmp_path, nam
 def test_a_second_signal_stops_at_once_and_loses_no_checkpoint(server, tmp_path):
     script, line = RUNS["sft"]
     running = server.start(script, line, tmp_path, prelude=SLOW.format(seconds=60))
-    running.wait_for_file(tmp_path / "run" / "bad_rows.jsonl", 0)
+    running.wait_for(NOW)
     running.signal(signal.SIGINT)
     running.wait_for("once more stops at once")
     running.signal(signal.SIGINT)
