@@ -9,7 +9,6 @@ pytorch_reward.png, and comparison.png with both. A run that is there already is
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -42,6 +41,11 @@ REWARDS = {
 # Each backend gets one thread: MLX's CPU backend has no more, and at this size a second one slows
 # PyTorch down.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+# Each backend in an environment of its own: mlx-lm would import PyTorch where it is installed.
+ENVIRONMENTS = {
+    "mlx": ROOT / ".venv" / "bin" / "python",
+    "pytorch": ROOT / ".venv-baseline" / "bin" / "python",
+}
 LIBRARIES = ("mlx", "mlx-lm", "torch", "transformers", "peft", "numpy")
 
 
@@ -208,16 +212,16 @@ def draw_spread(axis, runs: dict[int, list[dict]], metric: str, colour: str, tex
 # ------------------------------------------------------------------------------ page
 
 
-def machine() -> str:
-    versions = []
-    for library in LIBRARIES:
-        try:
-            versions.append(f"{library} {importlib.metadata.version(library)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"{library} absent")
+def machine(place: Path) -> str:
+    """The machine, and the versions that the runs of a seed wrote down."""
+    found = {}
+    for backend in BACKENDS:
+        config = json.loads((place / f"{backend}_truth" / "config.json").read_text("utf-8"))
+        found |= {name: version for name, version in config["versions"].items() if version}
+    versions = ", ".join(f"{name} {found[name]}" for name in LIBRARIES if name in found)
     return (
         f"{platform.system()} {platform.machine()}, {processor()}, {os.cpu_count()} processors, "
-        f"Python {platform.python_version()}; {', '.join(versions)}"
+        f"Python {found['python']}; {versions}"
     )
 
 
@@ -239,7 +243,7 @@ def step_times(results: dict) -> str:
     return ", ".join(f"{shown} {spread(values, 3)}" for shown, values in found.items())
 
 
-def page(results: dict, seeds: list[int], steps: int) -> str:
+def page(results: dict, seeds: list[int], steps: int, machine: str) -> str:
     return f"""# MLX and PyTorch side by side
 
 Written by `make compare` (benchmarks/compare.py) on {time.strftime("%Y-%m-%d")}. The digits task,
@@ -269,7 +273,7 @@ loss, KL, advantages and weights (tests/test_baseline_parity.py). **What it does
 GPUs, CUDA, and models of a useful size were not measured. These times are of a model of 130,688
 parameters on a CPU, where the cost of a call outweighs arithmetic.
 
-Machine: {machine()}.
+Machine: {machine}.
 """
 
 
@@ -281,10 +285,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=60, help="PPO steps of each run")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "comparison")
-    text = "interpreter without PyTorch, which mlx-lm imports where it is (default: this one)"
-    parser.add_argument("--mlx-python", default=sys.executable, help=text)
+    for backend, place in ENVIRONMENTS.items():
+        default = str(place) if place.exists() else sys.executable
+        text = f"interpreter for {BACKENDS[backend]} (default: that of {place.parts[-3]}, or this)"
+        parser.add_argument(f"--{backend}-python", default=default, help=text)
     args = parser.parse_args()
-    pythons = {"mlx": args.mlx_python, "pytorch": sys.executable}
+    pythons = {"mlx": args.mlx_python, "pytorch": args.pytorch_python}
     for seed in args.seeds:
         run_seed(args.folder / str(seed), seed, args.steps, pythons)
     results = {
@@ -297,8 +303,9 @@ def main() -> None:
         for reward in REWARDS
     }
     draw(args.folder, args.seeds)
-    PAGE.write_text(page(results, args.seeds, args.steps), encoding="utf-8")
-    text = json.dumps({"machine": machine(), "results": results}, indent=1)
+    where = machine(args.folder / str(args.seeds[0]))
+    PAGE.write_text(page(results, args.seeds, args.steps, where), encoding="utf-8")
+    text = json.dumps({"machine": where, "results": results}, indent=1)
     (args.folder / "comparison.json").write_text(text + "\n", encoding="utf-8")
     print(table(results))
 

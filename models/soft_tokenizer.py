@@ -93,7 +93,7 @@ def _in_front(template: dict, ids: list[int]) -> dict:
 def _change_settings(file: Path, backend, names: list[str]) -> None:
     """tokenizer_config.json: the class that keeps the post-processor, the new tokens named."""
     settings = read_json(file) if file.exists() else {}
-    # Classes of one model family build a post-processor of their own; this one keeps the file's.
+    # In transformers 4 the class of a family (LlamaTokenizerFast) builds its own post-processor.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if "added_tokens_decoder" in settings:
         flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}

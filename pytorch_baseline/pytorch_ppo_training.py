@@ -31,6 +31,7 @@ from pytorch_training import (
     seed_everything,
 )
 
+from data_utils import Template
 from rl.ppo_config import PPOConfig
 from rl.reward_set import Reward
 from rl.reward_sources import GROUND_TRUTH, LEARNED, learned_reward
@@ -109,6 +110,12 @@ def make_learned_reward(args, loaded) -> Reward:
     return learned_reward(lambda rows: reward_model.score(rows, args.batch_size), encode)
 
 
+def ends(args, loaded) -> set[int]:
+    """Token ids that end a response: the model's EOS, and its chat template's end of turn."""
+    turn_end = Template(loaded.tokenizer, args.prompt_template, args.token_format).turn_end_id()
+    return loaded.eos_ids | ({turn_end} if turn_end is not None else set())
+
+
 # ------------------------------------------------------------------------------ loop
 
 
@@ -125,7 +132,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         reference,
         loaded.tokenizer,
         optimizer,
-        eos_ids=loaded.eos_ids,
+        eos_ids=ends(args, loaded),
         scheduler=scheduler,
         grad_checkpoint=args.grad_checkpoint,
     )

@@ -159,7 +159,7 @@ def test_tokenizers_without_bos_with_templates_and_with_unused_rows(tmp_path, te
 
 
 def test_tokenizer_classes_that_build_their_own_post_processor(tmp_path):
-    """transformers' LlamaTokenizer makes one from add_bos_token; the fused folder must not."""
+    """LlamaTokenizer makes one from add_bos_token (in transformers 4 always): not used there."""
     base = tiny_model_folder(tmp_path / "base")
     tokenizer = metaspace_tokenizer()
     tokenizer.save_pretrained(base)
@@ -174,6 +174,8 @@ def test_tokenizer_classes_that_build_their_own_post_processor(tmp_path):
     text = "what is the answer"
     ids = fused.tokenizer.encode(text)
     assert ids == [*prompt.prefix, *loaded.tokenizer.encode(text)] and ids[2] == 1
+    settings = json.loads((tmp_path / "fused" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert fused.tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
