@@ -285,7 +285,6 @@ class PPOTrainer:
             masks=[rollout.masks[i] for i in rows],
             prefix=prefix,
             pad_to_multiple=self.pad_to_multiple,
-            skip_prompts=not self.grad_checkpoint,
         )
 
     # ------------------------------------------------------------------ 4. reference
@@ -389,7 +388,7 @@ class PPOTrainer:
         columns = (rollout.logprobs, rollout.values, rollout.advantages, rollout.returns)
         columns = [fit_columns(column[index], width) for column in columns]  # (b, r)
         with checkpointed_blocks(self.model.model, self.grad_checkpoint):
-            (_, metrics), gradient = self._loss_and_grad(packed.arrays(), packed.first, columns)
+            (_, metrics), gradient = self._loss_and_grad(packed.arrays(), columns)
         finite = mx.stack([mx.isfinite(g).all() for _, g in tree_flatten(gradient)]).all()
         mx.eval(metrics, gradient, finite)
         metrics = {name: value.item() for name, value in metrics.items()}
@@ -403,11 +402,9 @@ class PPOTrainer:
         metrics |= {"not_finite": float(bad), "skipped": float(bad or runaway)}
         return (None if bad or runaway else gradient), metrics
 
-    def _loss(
-        self, arrays: list[mx.array], first: int, columns: list[mx.array]
-    ) -> tuple[mx.array, dict]:
-        """Loss of one minibatch, a `Packed` in parts, and its metrics."""
-        config, packed = self.config, Packed(*arrays, first=first)
+    def _loss(self, packed: list[mx.array], columns: list[mx.array]) -> tuple[mx.array, dict]:
+        """Loss of one minibatch, and its metrics."""
+        config, packed = self.config, Packed(*packed)
         old_logprobs, old_values, advantages, returns = columns  # (b, r) each
         logprobs, values, entropy = self.model(
             packed, temperature=config.temperature, with_entropy=True

@@ -44,8 +44,8 @@ class ActorCritic(nn.Module):
 
 def picked_hidden(model: nn.Module, packed: Packed) -> mx.array:
     """The hidden states that predict the picked tokens, (N, D)."""
-    hidden = hidden_states(model, packed.tokens, first=packed.first)  # (B, L - first, D)
-    return hidden.reshape(-1, hidden.shape[-1])[packed.index_after_first()]
+    hidden = hidden_states(model, packed.tokens)  # (B, L, D)
+    return hidden.reshape(-1, hidden.shape[-1])[packed.index]
 
 
 def picked_logits(model: nn.Module, packed: Packed, temperature: float = 1.0) -> mx.array:

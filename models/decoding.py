@@ -14,7 +14,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from models import cpu_operations
 from models.caches import make_cache, padded_cache
 from models.trunk import hidden_states, logits_from_hidden
 
@@ -145,7 +144,7 @@ def pick(logits: mx.array, sampling: Sampling, uniform: mx.array) -> tuple[mx.ar
     if sampling.temperature not in (0, 1):
         logits = logits / sampling.temperature
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    weights = cpu_operations.exp(shifted)  # (b, V), unnormalised probabilities
+    weights = mx.exp(shifted)  # (b, V), unnormalised probabilities
     log_total = mx.log(weights.sum(axis=-1))  # (b,)
     if sampling.temperature == 0:
         picked = mx.argmax(logits, axis=-1)

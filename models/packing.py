@@ -37,7 +37,6 @@ class Packed:
     targets: mx.array  # (N,) the picked tokens
     slot: mx.array  # (B, R) which of the N belongs here; 0 where nothing does
     mask: mx.array  # (B, R) float32, 1 where a token belongs
-    first: int = 0  # no picked token is predicted before this place of a row
 
     def arrays(self) -> list[mx.array]:
         return [self.tokens, self.index, self.targets, self.slot, self.mask]
@@ -47,16 +46,7 @@ class Packed:
         length = self.tokens.shape[1]
         row, place = self.index // length, self.index % length
         index = row * (length - count) + mx.maximum(place - count, 0)
-        first = max(self.first - count, 0)
-        return Packed(self.tokens[:, count:], index, self.targets, self.slot, self.mask, first)
-
-    def index_after_first(self) -> mx.array:
-        """`index` in B x (L - first) hidden states, those of the places before `first` left out."""
-        if not self.first:
-            return self.index
-        length = self.tokens.shape[1]
-        row, place = self.index // length, self.index % length
-        return row * (length - self.first) + mx.maximum(place - self.first, 0)
+        return Packed(self.tokens[:, count:], index, self.targets, self.slot, self.mask)
 
     def spread(self, column: mx.array) -> mx.array:
         """(N,) -> (B, R) with 0 at padded places."""
@@ -70,12 +60,10 @@ def pack(
     prefix: Sequence[int] = (),
     masks: Sequence[Sequence[int]] | None = None,
     pad_to_multiple: int = 1,
-    skip_prompts: bool = False,
 ) -> Packed:
     """Lay out `prefix + query + response` for each row; `masks` marks the tokens that count.
 
-    With `pad_to_multiple` > 1, L, R and N are rounded up, so that few shapes occur. With
-    `skip_prompts`, hidden states are made only where the shortest prompt ends.
+    With `pad_to_multiple` > 1, L, R and N are rounded up, so that few shapes occur.
     """
     rows = [[*prefix, *q, *r] for q, r in zip(queries, responses, strict=True)]
     length = 1 + round_up(max(map(len, rows)) - 1, pad_to_multiple)
@@ -90,14 +78,12 @@ def pack(
     mask = np.arange(width) < counts[:, None]  # (B, R)
     slot = np.where(mask, np.cumsum(mask).reshape(mask.shape) - 1, 0)
     spare = round_up(len(index), 8 * pad_to_multiple) - len(index) if pad_to_multiple > 1 else 0
-    first = int((index % (length - 1)).min()) if skip_prompts else 0
     return Packed(
         mx.array(inputs),
         mx.array(np.pad(index, (0, spare))),
         mx.array(np.pad(targets, (0, spare))),
         mx.array(slot.astype(np.int32)),
         mx.array(mask.astype(np.float32)),
-        first - first % pad_to_multiple,
     )
 
 

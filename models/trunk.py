@@ -14,12 +14,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from errors import UserError
-from models import cpu_operations, late_block
 
 TRUNK_NAMES = ("model", "transformer", "backbone", "gpt_neox")
 # Logits held at once, in elements: 64 MiB in float32.
 MAX_CHUNK_ELEMENTS = 1 << 24
-LOWEST = mx.finfo(mx.float32).min
 
 
 def find_trunk(model: nn.Module) -> tuple[nn.Module, str]:
@@ -37,21 +35,10 @@ def find_trunk(model: nn.Module) -> tuple[nn.Module, str]:
                     f"(no part named {', '.join(TRUNK_NAMES)})")  # fmt: skip
 
 
-def hidden_states(model: nn.Module, tokens: mx.array, cache=None, *, first: int = 0) -> mx.array:
-    """tokens (B, L) -> hidden states after the final norm, (B, L - first, D).
-
-    The first `first` positions are left out, and with no cache the last block does not work them
-    out, in the architectures where it can be told to. Not inside `checkpointed_blocks`.
-    """
-    cpu_operations.install()
+def hidden_states(model: nn.Module, tokens: mx.array, cache=None) -> mx.array:
+    """tokens (B, L) -> hidden states after the final norm (B, L, D)."""
     owner, name = find_trunk(model)
-    trunk = getattr(owner, name)
-    if not first:
-        return trunk(tokens, cache=cache)
-    if cache is not None or not late_block.works_for(owner):
-        return trunk(tokens, cache=cache)[:, first:]
-    with late_block.late_block(trunk, first):
-        return trunk(tokens, cache=None)
+    return getattr(owner, name)(tokens, cache=cache)
 
 
 def hidden_size(model: nn.Module) -> int:
@@ -93,15 +80,15 @@ def _score(logits: mx.array, targets: mx.array, temperature: float, extras: tupl
     if temperature != 1.0:
         logits = logits / temperature
     shifted = logits - mx.stop_gradient(logits.max(axis=-1, keepdims=True))  # (N, V)
-    exp = cpu_operations.exp(shifted)
+    exp = mx.exp(shifted)
     total = exp.sum(axis=-1)  # (N,)
     log_total = mx.log(total)
     picked = mx.take_along_axis(shifted, targets[:, None], axis=-1).squeeze(-1)  # (N,)
     found = [picked - log_total]
     for extra in extras:
         if extra == "entropy":
-            # A probability of exactly 0 times a logit of -inf counts as 0, not as NaN.
-            weighted = exp * mx.maximum(shifted, LOWEST)
+            # A probability of exactly 0 times a logit of -inf counts as 0.
+            weighted = mx.where(exp > 0, exp * shifted, 0)
             found.append(log_total - weighted.sum(axis=-1) / total)
         elif extra == "top1":
             found.append((picked == 0).astype(mx.float32))
