@@ -33,10 +33,12 @@ class Encoder:
         added = tokenizer.added_tokens_decoder.items()
         special = set(tokenizer.all_special_ids) | {i for i, token in added if token.special}
         others = {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id}
-        self.turn_end_ids = (special - others) | self.eos_ids
         self.bos_id = tokenizer.bos_token_id
-        written = tokenizer.encode("a")[:1]
-        self.adds_bos = self.bos_id is not None and list(written) == [self.bos_id]
+        opening = self._opening()
+        self.adds_bos = self.bos_id is not None and opening[-1:] == [self.bos_id]
+        # A soft prompt that was fused into the vocabulary stands in front of BOS.
+        self.prefix = opening[: len(opening) - self.adds_bos]
+        self.turn_end_ids = (special - others - set(self.prefix)) | self.eos_ids
 
     def encode(self, pieces: list[Piece], ends: bool, kind: str) -> tuple[list[int], list[int]]:
         """Tokens and answer mask; with `ends` the last piece ends with EOS, part of the answer."""
@@ -57,9 +59,10 @@ class Encoder:
             tokens += part
             mask += [1] * trained + [0] * (len(part) - trained)
         start = self.bos_length(tokens)
-        if start != 1 and (start or self.adds_bos):
-            tokens, mask = [self.bos_id, *tokens[start:]], [0, *mask[start:]]
-        if not tokens:
+        has_bos = self.adds_bos or self.bos_id in tokens[:start]
+        head = [*self.prefix, self.bos_id] if has_bos else self.prefix
+        tokens, mask = [*head, *tokens[start:]], [0] * len(head) + mask[start:]
+        if len(tokens) == len(self.prefix):
             raise Refused("the tokenizer makes no tokens of it")
         return tokens, mask
 
@@ -79,8 +82,8 @@ class Encoder:
         return bos + tokens[len(tokens) - self.max_length + len(bos) :], True
 
     def bos_length(self, tokens: list[int]) -> int:
-        """How many BOS stand at the beginning."""
-        count = 0
+        """How many tokens stand before the text: those of a fused soft prompt, and BOS."""
+        count = len(self.prefix) if tokens[: len(self.prefix)] == self.prefix else 0
         while self.bos_id is not None and tokens[count : count + 1] == [self.bos_id]:
             count += 1
         return count
@@ -102,6 +105,14 @@ class Encoder:
             parts.append(whole[len(done) :] if joined else self._ids(piece))
             done = done + parts[-1]
         return parts
+
+    def _opening(self) -> list[int]:
+        """What the tokenizer writes before a text."""
+        written, bare = list(self.tokenizer.encode("a")), self._ids("a")
+        for start in range(len(written) - len(bare) + 1):
+            if written[start : start + len(bare)] == bare:
+                return written[:start]
+        return []
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))

@@ -50,7 +50,8 @@ def tokenise_sft(
         tokens, mask = encoder.encode(pieces, _ends_with_answer(record), record.kind)
         if not mask_prompt:
             mask = [1] * len(mask)
-        mask[:1] = [0]
+        start = max(1, encoder.bos_length(tokens))
+        mask[:start] = [0] * start
         if len(tokens) < 2:
             raise Refused("fewer than two tokens; there is nothing to predict")
         tokens, was_cut = encoder.fit(tokens)
@@ -164,8 +165,9 @@ def tokenise_prompts(
         tokens, was_cut = encoder.fit_left(tokens)
         if was_cut:
             text = tokenizer.decode(tokens[encoder.bos_length(tokens) :])
-        elif tokenizer.bos_token:
-            text = text.removeprefix(tokenizer.bos_token)
+        else:  # a chat template writes into its text what stands before it
+            text = text.removeprefix(tokenizer.decode(encoder.prefix) if encoder.prefix else "")
+            text = text.removeprefix(tokenizer.bos_token or "")
         return PromptRow(tokens, text, record.columns, record.where), was_cut
 
     return _each(records, convert, skip_bad_rows)

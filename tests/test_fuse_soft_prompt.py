@@ -247,3 +247,35 @@ def test_transformers_computes_and_writes_the_same(digits):
         torch.manual_seed(0)
         hot = model.generate(**given, max_new_tokens=40, do_sample=True, temperature=3.0)
     assert hot[:, given["input_ids"].shape[1] :].max() < 469
+
+
+def test_training_ppo_and_chat_tokenise_with_the_prompt_in_front(digits, tmp_path):
+    """The data layer writes special tokens itself; a fused soft prompt is among them, once."""
+    from data_loading.templates import Template
+    from data_utils import read_records, tokenise_prompts, tokenise_sft
+
+    folder, loaded, prompt = digits
+    fused = load_model(folder / "fused")
+    (tmp_path / "rows.jsonl").write_text('{"text": "2 4 6 8"}\n')
+    records = list(read_records(tmp_path / "rows.jsonl"))
+    for function, options in ((tokenise_sft, {}), (tokenise_prompts, {"prompt_words": 2})):
+        ours = function(records, fused.tokenizer, **options).rows[0]
+        theirs = function(records, loaded.tokenizer, **options).rows[0]
+        assert ours.tokens == [*prompt.prefix, *theirs.tokens]
+    row = tokenise_sft(records, fused.tokenizer).rows[0]
+    assert row.mask == [0] * (COUNT + 1) + [1] * 5  # the virtual tokens are never a target
+    # With a chat template the text has them already; a prompt that is cut keeps them.
+    base = tiny_model_folder(tmp_path / "base", template="llama3")
+    make_adapter(tmp_path / "soft.npz", "prompt", base, num_tokens=3)
+    fuse(tmp_path, "--adapter-file", "soft.npz", "--save-path", "chat")
+    chat, plain = load_model(tmp_path / "chat"), load_model(base)
+    assert Template(chat.tokenizer).uses_chat_template
+    turns = '{"messages": [{"role": "user", "content": "what is the question"}]}\n'
+    (tmp_path / "turns.jsonl").write_text(turns)
+    records = list(read_records(tmp_path / "turns.jsonl"))
+    ours, theirs = (tokenise_prompts(records, x.tokenizer).rows[0] for x in (chat, plain))
+    first = plain.config["vocab_size"]
+    assert ours.tokens == [first, first + 1, first + 2, *theirs.tokens]
+    assert ours.text == theirs.text
+    cut = tokenise_prompts(records, chat.tokenizer, max_length=7, too_long="cut").rows[0]
+    assert cut.tokens == [first, first + 1, first + 2, 1, *theirs.tokens[-3:]]
