@@ -48,9 +48,10 @@ class LanguageModelTask:
         mask = np.concatenate([np.zeros(shape), batch.mask], axis=1)
         inputs, index, targets = pick_targets(tokens, mask)
         weights = np.ones(len(index), dtype=np.float32)
-        if self.pad_to_multiple > 1:
-            spare = round_up(len(index), 16 * self.pad_to_multiple) - len(index)
-            index, targets, weights = (np.pad(a, (0, spare)) for a in (index, targets, weights))
+        multiple = 16 * self.pad_to_multiple if self.pad_to_multiple > 1 else 1
+        # At least one, of weight 0: MLX's sums over nothing can take minutes.
+        spare = round_up(max(len(index), 1), multiple) - len(index)
+        index, targets, weights = (np.pad(a, (0, spare)) for a in (index, targets, weights))
         return [mx.array(a) for a in (inputs, index, targets, weights)]
 
     def loss(self, arrays: Sequence[mx.array]) -> tuple[mx.array, Sums]:

@@ -126,6 +126,8 @@ def token_logprobs(
         width = logits_from_hidden(model, mx.zeros((1, hidden.shape[-1]))).shape[-1]
         chunk = max(1, MAX_CHUNK_ELEMENTS // width)
     count = hidden.shape[0]
+    if not count:  # MLX's sums over nothing can take minutes
+        return tuple(mx.zeros((0,)) for _ in range(1 + len(extras)))
     if count <= chunk:
         return _score(logits_from_hidden(model, hidden), targets, temperature, extras)
 

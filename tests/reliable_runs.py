@@ -218,7 +218,7 @@ def touches(ended: Ended) -> int:
 
 @functools.cache
 def shared_server() -> Server:
-    """One server for all tests of a session."""
+    """One server for all tests of one pytest run."""
     folder = Path(tempfile.mkdtemp(prefix="runs-"))
     server = Server(folder).__enter__()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
