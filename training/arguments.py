@@ -28,7 +28,9 @@ from training.resume import (
 
 # Nothing a person at the terminal did wrong in the program's code: the disk is full or read-only.
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
-OUT_OF_MEMORY = re.compile(r"out of memory|unable to allocate|insufficient memory", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(
+    "out of memory|unable to allocate|insufficient memory|attempting to allocate", re.IGNORECASE
+)
 
 
 class Parser(argparse.ArgumentParser):

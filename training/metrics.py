@@ -27,8 +27,6 @@ from training.tracking import WandbRun
 OWN_NAMES = (
     "config.json metrics.jsonl samples.jsonl bad_rows.jsonl summary.json checkpoints plots wandb"
 ).split()
-# Flags whose names sound like a secret and whose values are one of a few words.
-NO_SECRETS = {"token_format"}
 ROW_FILES = ("metrics.jsonl", "samples.jsonl", "bad_rows.jsonl")
 
 
@@ -84,8 +82,6 @@ class Run:
             for name in (*earlier, *outputs):
                 remove(self.folder / name)
         self.config = describe(script, options, blas, created)
-        for name in NO_SECRETS & set(options):
-            self.config["options"][name] = options[name]
         write_json(self.folder / "config.json", self.config)
         self._files = {name: self._append_to(name) for name in ROW_FILES}
 

@@ -10,7 +10,7 @@ from training.resume import REDACTED
 # "stop_token" and its like are text that a model writes, not a secret.
 SECRET_NAME = re.compile(
     r"(^|_)(secret|password|passwd|credentials?|key|apikey|auth|"
-    r"(?<!bos_)(?<!eos_)(?<!pad_)(?<!unk_)(?<!mask_)(?<!stop_)token)(_|$)",
+    r"(?<!bos_)(?<!eos_)(?<!pad_)(?<!unk_)(?<!mask_)(?<!stop_)token(?!_format))(_|$)",
     re.IGNORECASE,
 )
 IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
