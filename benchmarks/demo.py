@@ -35,6 +35,8 @@ def stages() -> list[Stage]:
 
 
 def main() -> None:
+    if len(sys.argv) > 1:
+        sys.exit("error: the demo takes no arguments; docs/sequential_digits.md has the commands")
     start_afresh()
     started = time.monotonic()
     seconds = {}

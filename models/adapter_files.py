@@ -175,6 +175,8 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], described: dict) -> No
     else:
         metadata = {"format": "mlx", **{k: json.dumps(v) for k, v in described.items()}}
         mx.save_safetensors(str(aside), arrays, metadata=metadata)
+    with open(aside, "rb") as file:
+        os.fsync(file.fileno())  # on the disk before it takes the name of what was there
     os.replace(aside, path)
 
 
