@@ -17,7 +17,6 @@ reward), Huang et al. 2024 (the implementation details that matter).
 
 import fast_blas  # noqa: F401
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,6 +46,7 @@ from rl.rewards import (
     scale_scores,
 )
 from rl.rollouts import Rollout, check_rollout, pad_rows
+from training.clock import StageClock
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 
@@ -191,7 +191,7 @@ class PPOTrainer:
         output); rewards and advantages pass over those. Returns statistics under TRL's names.
         Raises UserError, naming the row, for what cannot be learned from.
         """
-        clock = _Clock()
+        clock = StageClock()
         rollout = self.prepare(queries, responses, scores, response_masks)
         self.score_policy(rollout)
         self.score_reference(rollout)
@@ -483,19 +483,3 @@ def fit_columns(array: mx.array, width: int) -> mx.array:
     if array.shape[1] >= width:
         return array[:, :width]
     return mx.pad(array, [(0, 0), (0, width - array.shape[1])])
-
-
-class _Clock:
-    """Seconds of each stage, under TRL's names."""
-
-    def __init__(self):
-        self._start = self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self._laps[f"time/ppo/{name}"] = now - self._last
-        self._last = now
-
-    def times(self) -> dict[str, float]:
-        return self._laps | {"time/ppo/total": time.perf_counter() - self._start}

@@ -1,0 +1,19 @@
+"""Seconds of the stages of a step."""
+
+import time
+
+
+class StageClock:
+    """Seconds of each stage, under TRL's names."""
+
+    def __init__(self):
+        self._start = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._laps[f"time/ppo/{name}"] = now - self._last
+        self._last = now
+
+    def times(self) -> dict[str, float]:
+        return self._laps | {"time/ppo/total": time.perf_counter() - self._start}
