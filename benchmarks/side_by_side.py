@@ -1,10 +1,11 @@
 """Two or more programs measured in turns, each in a process (and environment) of its own.
 
-A worker announces named calls and runs one whenever it is told to; the others wait meanwhile, so
-what else the machine is doing falls on all of them alike. `compare` gives seconds on the clock and
-seconds of processor time (of all threads), as medians with the range of the middle half.
+A worker offers calls by name and runs one whenever it is told to, while the others wait; so what
+else the machine is doing falls on all of them alike. Measured are seconds on the clock ("wall") and
+seconds of processor time of all threads ("cpu"); where the machine is shared, the second is the one
+to read. `ratio` compares the calls of each turn with one another, not the medians.
 
-This file is read by every environment, so it uses nothing but the standard library.
+This file is read in every environment, so it uses nothing but the standard library.
 """
 
 import json
@@ -13,47 +14,88 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+# Which of its kernels OpenBLAS uses, where a machine's set-up says so; the peer in torch has MKL.
+BLAS_SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+
+Samples = dict[str, list[dict]]  # by the name of a call: what each repeat of it measured
+
+
+# ---- the worker's side -------------------------------------------------------------------------
+
+
+class Answers:
+    """What a worker tells its parent; everything else that it prints goes to standard error."""
+
+    def __init__(self):
+        self._file = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)
+        self.send({"ready": True})
+
+    def send(self, answer: dict) -> None:
+        print(json.dumps(answer), file=self._file)
+
+    def wait(self) -> str:
+        """The name of the call that is wanted next; ends the worker when none is any more."""
+        line = sys.stdin.readline()
+        if not line:
+            sys.exit()
+        self._start = time.perf_counter(), time.process_time()
+        return line.strip()
+
+    def done(self, extra: dict | None = None) -> None:
+        """Send what the call took since `wait`, and `extra` numbers."""
+        wall, cpu = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+        self.send({"wall": wall, "cpu": cpu, "peak_rss": peak, **(extra or {})})
 
 
 def serve(calls: dict[str, Callable[[], dict | None]]) -> None:
-    """The worker's side: run `calls` by name as asked on standard input, until it ends.
+    """Run `calls` as the parent asks for them. A call may return numbers, which go along."""
+    answers = Answers()
+    while True:
+        answers.done(calls[answers.wait()]())
 
-    A call may return numbers, which go with its times; "setup_cpu" in them is processor time that
-    does not count.
-    """
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever libraries print must not mix with the answers
-    print(json.dumps({"ready": sorted(calls)}), file=answers)
-    for line in sys.stdin:
-        wall, cpu = time.perf_counter(), time.process_time()
-        extra = calls[line.strip()]() or {}
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"wall": wall, "cpu": cpu, "peak_rss": rss, **extra}), file=answers)
+
+# ---- the parent's side -------------------------------------------------------------------------
 
 
 class Worker:
-    """A running worker, from the parent's side."""
+    """A process that runs ``python script arguments...`` from benchmarks/, one thread to a library.
 
-    def __init__(self, python: str | Path, *arguments: str):
+    `ours`: it may import the project's modules. `own_blas`: OpenBLAS picks its kernels by itself,
+    whatever the environment says.
+    """
+
+    def __init__(
+        self, python: str | Path, script: str, *arguments: str,
+        ours: bool = True, own_blas: bool = False,
+    ):  # fmt: skip
         environment = os.environ | dict.fromkeys(ONE_THREAD, "1")
-        command = [str(python), *arguments]
+        if ours:
+            environment["PYTHONPATH"] = str(ROOT)
+        for name in BLAS_SETTINGS if own_blas else ():
+            environment.pop(name, None)
+        command = [str(python), str(ROOT / "benchmarks" / script), *map(str, arguments)]
+        self._said = tempfile.TemporaryFile("w+", encoding="utf-8")  # a full pipe would block it
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True, bufsize=1,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said,
         )  # fmt: skip
         self._answer()
 
     def _answer(self) -> dict:
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"a worker ended early: {self._process.args}")
+            self._said.seek(0)
+            raise RuntimeError(f"{self._process.args} ended early:\n{self._said.read()[-2000:]}")
         return json.loads(line)
 
     def call(self, name: str) -> dict:
@@ -68,11 +110,9 @@ class Worker:
         self._process.wait()
 
 
-def interleave(
-    calls: dict[str, tuple[Worker, str]], repeats: int, warm_up: int = 2
-) -> dict[str, list[dict]]:
+def interleave(calls: dict[str, tuple[Worker, str]], repeats: int, warm_up: int = 2) -> Samples:
     """Each call `repeats` times in turns, after `warm_up` turns that do not count."""
-    samples: dict[str, list[dict]] = {name: [] for name in calls}
+    samples: Samples = {name: [] for name in calls}
     for turn in range(warm_up + repeats):
         for name, (worker, call) in calls.items():
             sample = worker.call(call)
@@ -81,25 +121,23 @@ def interleave(
     return samples
 
 
-def median_and_spread(values: list[float]) -> dict[str, float]:
-    """Median, and quartiles as the spread."""
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, and the quartiles as the spread."""
     if len(values) < 2:
-        return {"median": values[0], "low": values[0], "high": values[0]}
+        return dict.fromkeys(("median", "low", "high"), values[0])
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "low": low, "high": high}
 
 
-def summary(samples: dict[str, list[dict]]) -> dict[str, dict]:
+def summary(samples: Samples) -> dict[str, dict]:
     """Every measured number of every call: median and quartiles."""
     return {
-        name: {key: median_and_spread([s[key] for s in runs]) for key in runs[0]}
+        name: {key: spread([sample[key] for sample in runs]) for key in runs[0]}
         for name, runs in samples.items()
     }
 
 
-def ratio(
-    samples: dict[str, list[dict]], slower: str, faster: str, key: str = "cpu"
-) -> dict[str, float]:
-    """By how much `faster` wins, from each turn's own pair: median and quartiles."""
-    pairs = zip(samples[slower], samples[faster], strict=True)
-    return median_and_spread([a[key] / b[key] for a, b in pairs])
+def ratio(samples: Samples, above: str, below: str, key: str = "cpu") -> dict[str, float]:
+    """How many times as much of `key` the call `above` takes as `below`, turn by turn."""
+    pairs = zip(samples[above], samples[below], strict=True)
+    return spread([a[key] / b[key] for a, b in pairs])
