@@ -32,6 +32,7 @@ from models.actor_critic import ActorCritic, picked_logits, reference_logprobs
 from models.blocks import checkpointed_blocks
 from models.decoding import Generation, Sampling, generate
 from models.gradients import loss_and_gradient
+from models.last_block import allow_short_last_block
 from models.packing import Packed, pack
 from rl.advantages import gae
 from rl.kl import AdaptiveKLController, FixedKLController, full_kl, kl_penalty
@@ -77,6 +78,8 @@ class PPOTrainer:
             raise UserError("full fine-tuning needs a reference model: a frozen copy of the policy")
         if eos_ids is None and tokenizer is None:
             raise UserError("PPOTrainer needs a tokenizer, or eos_ids")
+        if ref_model is not None:
+            allow_short_last_block(ref_model)
         self.config, self.model, self.reference = config, model, ref_model
         self.tokenizer, self.log = tokenizer, log
         self.eos_ids = set(eos_ids if eos_ids is not None else tokenizer.eos_token_ids)

@@ -7,8 +7,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from models.heads import ValueHead
+from models.last_block import allow_short_last_block, picked_hidden
 from models.packing import Packed
-from models.trunk import hidden_states, logits_from_hidden, token_logprobs
+from models.trunk import logits_from_hidden, token_logprobs
 from models.tuning import Tuning
 
 
@@ -20,6 +21,7 @@ class ActorCritic(nn.Module):
         self.model = model
         self.value_head = value_head
         self._tuning = tuning
+        allow_short_last_block(model)
 
     @property
     def tuning(self) -> Tuning:
@@ -29,7 +31,7 @@ class ActorCritic(nn.Module):
         self, packed: Packed, *, temperature: float = 1.0, with_entropy: bool = False
     ) -> tuple[mx.array, ...]:
         """-> logprobs (B, R), values (B, R) and, if asked, entropy (B, R); 0 where nothing is."""
-        hidden = picked_hidden(self.model, packed)  # (N, D)
+        hidden = picked_hidden(self.model, packed.tokens, packed.index)  # (N, D)
         scored = token_logprobs(
             self.model,
             hidden,
@@ -42,20 +44,15 @@ class ActorCritic(nn.Module):
         return tuple(packed.spread(column) for column in columns)
 
 
-def picked_hidden(model: nn.Module, packed: Packed) -> mx.array:
-    """The hidden states that predict the picked tokens, (N, D)."""
-    hidden = hidden_states(model, packed.tokens)  # (B, L, D)
-    return hidden.reshape(-1, hidden.shape[-1])[packed.index]
-
-
 def picked_logits(model: nn.Module, packed: Packed, temperature: float = 1.0) -> mx.array:
     """All logits of the picked tokens, (N, V) float32; for the "full" KL only."""
-    logits = logits_from_hidden(model, picked_hidden(model, packed)).astype(mx.float32)
+    hidden = picked_hidden(model, packed.tokens, packed.index)  # (N, D)
+    logits = logits_from_hidden(model, hidden).astype(mx.float32)
     return logits / temperature if temperature != 1.0 else logits
 
 
 def reference_logprobs(model: nn.Module, packed: Packed, temperature: float = 1.0) -> mx.array:
     """Log-probabilities of the picked tokens under `model`, (B, R)."""
-    hidden = picked_hidden(model, packed)
+    hidden = picked_hidden(model, packed.tokens, packed.index)  # (N, D)
     (logprobs,) = token_logprobs(model, hidden, packed.targets, temperature=temperature)
     return packed.spread(logprobs)

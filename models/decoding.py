@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from models.caches import make_cache, padded_cache
+from models.exponentials import exp
 from models.trunk import hidden_states, logits_from_hidden
 
 # Rows are dropped once this share of the batch is finished: each drop copies the cache.
@@ -144,7 +145,7 @@ def pick(logits: mx.array, sampling: Sampling, uniform: mx.array) -> tuple[mx.ar
     if sampling.temperature not in (0, 1):
         logits = logits / sampling.temperature
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    weights = mx.exp(shifted)  # (b, V), unnormalised probabilities
+    weights = exp(shifted)  # (b, V), unnormalised probabilities
     log_total = mx.log(weights.sum(axis=-1))  # (b,)
     if sampling.temperature == 0:
         picked = mx.argmax(logits, axis=-1)
@@ -170,7 +171,7 @@ def _filter(logprobs: mx.array, sampling: Sampling) -> mx.array:
         logprobs = apply_min_p(logprobs, sampling.min_p)
     if 0 < sampling.top_k < logprobs.shape[-1]:
         logprobs = apply_top_k(logprobs, sampling.top_k)
-    return mx.exp(logprobs)
+    return exp(logprobs)
 
 
 def _left_pad(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[mx.array, list]:

@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from errors import UserError
+from models import exponentials
 from models.file_checks import check_depth, check_model_files
 from models.hub_files import download, looks_like_hub_name
 
@@ -64,6 +65,7 @@ def load_model(
     if dtype != "stored":
         cast(model, default_dtype() if dtype == "auto" else dtype)
     model.freeze()
+    exponentials.use_in(model)
     mx.eval(model.parameters())
     return LoadedModel(model, tokenizer, config, path, name)
 

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from errors import UserError
+from models.exponentials import exp
 
 TRUNK_NAMES = ("model", "transformer", "backbone", "gpt_neox")
 # Logits held at once, in elements: 64 MiB in float32.
@@ -80,15 +81,15 @@ def _score(logits: mx.array, targets: mx.array, temperature: float, extras: tupl
     if temperature != 1.0:
         logits = logits / temperature
     shifted = logits - mx.stop_gradient(logits.max(axis=-1, keepdims=True))  # (N, V)
-    exp = mx.exp(shifted)
-    total = exp.sum(axis=-1)  # (N,)
+    weights = exp(shifted)
+    total = weights.sum(axis=-1)  # (N,)
     log_total = mx.log(total)
     picked = mx.take_along_axis(shifted, targets[:, None], axis=-1).squeeze(-1)  # (N,)
     found = [picked - log_total]
     for extra in extras:
         if extra == "entropy":
             # A probability of exactly 0 times a logit of -inf counts as 0.
-            weighted = mx.where(exp > 0, exp * shifted, 0)
+            weighted = mx.where(weights > 0, weights * shifted, 0)
             found.append(log_total - weighted.sum(axis=-1) / total)
         elif extra == "top1":
             found.append((picked == 0).astype(mx.float32))
