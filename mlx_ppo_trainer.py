@@ -207,9 +207,7 @@ class PPOTrainer:
         clock.lap("optimize_step")
         stats = self.statistics(rollout, minibatches)
         clock.lap("calc_stats")
-        self.kl_controller.update(stats["objective/kl"], self.config.batch_size)
-        self.steps_done += 1
-        self._generated, self._calls = {}, 0
+        self.finish(stats)
         return stats | clock.times()
 
     def prepare(self, queries, responses, scores, response_masks=None) -> Rollout:
@@ -437,6 +435,12 @@ class PPOTrainer:
         stats["ppo/learning_rate"] = float(self.optimizer.learning_rate)
         self._warn(**warnings_for(stats, self.config.max_new_tokens))
         return stats
+
+    def finish(self, stats: dict) -> None:
+        """Move beta, count the step, and forget what was kept of its sampling."""
+        self.kl_controller.update(stats["objective/kl"], self.config.batch_size)
+        self.steps_done += 1
+        self._generated, self._calls = {}, 0
 
     def _warn(self, **messages: str) -> None:
         for name, message in messages.items():

@@ -17,12 +17,13 @@ from models.lora import LoraConfig, add_lora
 PROMPT_TOKENS, EPOCHS, FIRST_WORD = 16, 4, 3
 
 
-def make_trainer(folder: str, batch_size: int, tokens: int) -> PPOTrainer:
+def make_trainer(folder: str, batch_size: int, tokens: int, mini_batch_size: int | None = None):
     model = load_model(folder).model
     tuning = add_lora(model, LoraConfig(rank=8, scale=4.0, keys=["q_proj", "v_proj"]))
     config = PPOConfig(
-        batch_size=batch_size, ppo_epochs=EPOCHS, max_new_tokens=tokens, learning_rate=1e-4
-    )
+        batch_size=batch_size, mini_batch_size=mini_batch_size or batch_size, ppo_epochs=EPOCHS,
+        max_new_tokens=tokens, learning_rate=1e-4,
+    )  # fmt: skip
     # No token ends a response, so that all have the length asked for.
     return PPOTrainer(config, ActorCritic(model, ValueHead(256), tuning), eos_ids=set())
 
@@ -36,8 +37,8 @@ def score(response: list[int]) -> float:
     return float(np.mean([token % 2 == 0 for token in response]))
 
 
-def make_call(folder: str, batch_size: int, tokens: int):
-    trainer = make_trainer(folder, batch_size, tokens)
+def make_call(folder: str, batch_size: int, tokens: int, mini_batch_size: int | None = None):
+    trainer = make_trainer(folder, batch_size, tokens, mini_batch_size)
     random = np.random.default_rng(0)
 
     def call() -> dict:
