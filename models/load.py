@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from errors import UserError
+from models.base_fingerprint import base_fingerprint
 from models.file_checks import check_depth, check_model_files
 from models.hub_files import download, looks_like_hub_name
 
@@ -27,6 +28,7 @@ class LoadedModel:
     config: dict
     path: Path
     name: str
+    fingerprint: str | None = None  # of the folder's weights, for adapters (base_fingerprint.py)
 
     @property
     def eos_ids(self) -> set[int]:
@@ -65,7 +67,7 @@ def load_model(
         cast(model, default_dtype() if dtype == "auto" else dtype)
     model.freeze()
     mx.eval(model.parameters())
-    return LoadedModel(model, tokenizer, config, path, name)
+    return LoadedModel(model, tokenizer, config, path, name, base_fingerprint(path))
 
 
 def resolve_path(name: str, revision: str | None = None, *, with_code: bool = False) -> Path:
