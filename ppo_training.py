@@ -154,7 +154,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         loop = PPOLoop(
             run, trainer, rewards, loaded.tokenizer, prompts["train"].rows,
             validation_prompts(args, prompts), groups, schedule,
-            stop_at(args.stop, loaded.tokenizer), score_filter,
+            stop_at(args.stop, loaded.tokenizer), score_filter, loaded.fingerprint,
         )  # fmt: skip
         if args.resume is not None:
             last = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)

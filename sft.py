@@ -155,6 +155,7 @@ def train(args, loaded, task, rows) -> None:
             run, trainer, task.groups(), BatchIterator(rows["train"].rows, plan), schedule,
             validation=validation(args, rows.get("valid")),
             after_validation=lambda step: write_samples(args, loaded, task, rows, run, step),
+            base=loaded.fingerprint,
         )  # fmt: skip
         if resuming:
             last = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
