@@ -17,7 +17,7 @@ from models.file_checks import safetensors_header
 
 KEY = "base_fingerprint"  # beside "model" in an adapter's description
 LENGTH = 16  # hexadecimal digits: 64 bits, and still fit for a message
-# Of each tensor, 4 kB in 8 places: 16 GB of weights in 300 tensors take milliseconds.
+# Of each tensor, 4 kB in 8 places: 1.2 MB of a model of 16 GB in 300 tensors.
 PIECES, PIECE_BYTES = 8, 512
 
 
