@@ -17,6 +17,7 @@ from pathlib import Path
 
 from errors import UserError
 from training.arguments import Parser, run_main
+from training.flag_groups import add_any_base
 
 FORMATS = ("model", "adapter", "peft", "classifier", "gguf")
 UNFUSED = ("adapter", "peft")
@@ -36,6 +37,7 @@ def parse_arguments(words=None):
     add("--adapter-file", nargs="+", default=[], help=".npz, .safetensors, or adapter folder(s)")
     add("--adapter-weights", nargs="+", type=float, help="a factor for each adapter (default: 1)")
     add("--trust-remote-code", type=bool, default=False, help="run code that the model brings")
+    add_any_base(parser, "adapter_file")
     add = parser.add_argument_group("what comes out").add_argument
     add("--save-path", help="folder to write; for gguf a file, for adapter also .npz, .safetensors")
     add("--format", choices=FORMATS, default="model", help="what is written there")
@@ -124,8 +126,14 @@ def main(words=None) -> None:
     from models.parts import load_parts
     from models.soft_prompt import find_embedding
 
-    parts = load_parts(args.model, args.adapter_file, args.adapter_weights, dtype=args.dtype,
-                       trust_remote_code=args.trust_remote_code)  # fmt: skip
+    parts = load_parts(
+        args.model,
+        args.adapter_file,
+        args.adapter_weights,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        any_base=args.any_base,
+    )
     if path.resolve() == parts.base.path.resolve():
         raise UserError(f"--save-path {path}: is the base model itself; give another folder")
     for note in parts.notes:

@@ -36,7 +36,7 @@ def make_policy(args, loaded):
 
     head = ValueHead(hidden_size(loaded.model), args.value_head_init_std)
     if args.resume_file is not None:
-        tuning = load_adapter(loaded.model, args.resume_file)
+        tuning = load_adapter(loaded, args.resume_file, any_base=args.any_base)
         if (saved := read_head(args.resume_file, "value_head")) is not None:
             head.load_weights(list(saved[0].items()))
     else:
@@ -65,7 +65,7 @@ def make_learned_reward(args, loaded, policy):
     else:
         base, off = loaded, policy.tuning.disabled
     with off():
-        reward_model = load_reward_model(args.reward_model, base, **options)
+        reward_model = load_reward_model(args.reward_model, base, any_base=args.any_base, **options)
 
     def score(sequences: list[list[int]]) -> list[float]:
         with off():
@@ -154,7 +154,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         loop = PPOLoop(
             run, trainer, rewards, loaded.tokenizer, prompts["train"].rows,
             validation_prompts(args, prompts), groups, schedule,
-            stop_at(args.stop, loaded.tokenizer), score_filter,
+            stop_at(args.stop, loaded.tokenizer), score_filter, loaded.fingerprint,
         )  # fmt: skip
         if args.resume is not None:
             last = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
@@ -182,7 +182,7 @@ def finish(args, loaded, policy, run, loop) -> None:
     from training.metrics import read_rows
     from training.plots import plot_learned_and_true, plot_ppo
 
-    written = save_adapter(args.save_file, policy.tuning, loaded.model, loaded.name)
+    written = save_adapter(args.save_file, policy.tuning, loaded)
     written.append(save_head(args.save_file, "value_head", policy.value_head.arrays(), {}))
     rows = read_rows(run.folder)
     target = args.target if args.adap_kl_ctrl else None

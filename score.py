@@ -69,7 +69,7 @@ def load(args):
     if args.reward_model and path.exists() and not (path / "config.json").exists():
         base = args.model or recorded_base(args.reward_model, read_adapter(path)[1])
         loaded = load_model(base, quantize=args.quantize, **options)
-        return loaded.tokenizer, load_reward_model(path, loaded, **options)
+        return loaded.tokenizer, load_reward_model(path, loaded, any_base=args.any_base, **options)
     if args.quantize:
         raise UserError("--quantize is for the base of an adapter in --reward-model")
     reward_model = load_reward_model(args.reward_model, **options) if args.reward_model else None

@@ -68,7 +68,7 @@ def make_task(args, loaded):
 
     on_gpu = mx.default_device().type == mx.DeviceType.gpu
     if args.resume_adapter_file is not None:
-        tuning = load_adapter(loaded.model, args.resume_adapter_file)
+        tuning = load_adapter(loaded, args.resume_adapter_file, any_base=args.any_base)
         refuse_other_adapter(args, tuning.description(len(loaded.model.layers)))
     else:
         tuning = attach(loaded.model, adapter_description(args))
@@ -155,6 +155,7 @@ def train(args, loaded, task, rows) -> None:
             run, trainer, task.groups(), BatchIterator(rows["train"].rows, plan), schedule,
             validation=validation(args, rows.get("valid")),
             after_validation=lambda step: write_samples(args, loaded, task, rows, run, step),
+            base=loaded.fingerprint,
         )  # fmt: skip
         if resuming:
             last = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
@@ -221,7 +222,7 @@ def finish(args, loaded, task, run, loop, rows) -> None:
     from training.plots import plot_losses
 
     summary = {"steps": loop.step, "best_valid_loss": loop.best, **loop.totals}
-    written = save_adapter(args.save_file, task.tuning, loaded.model, loaded.name)
+    written = save_adapter(args.save_file, task.tuning, loaded)
     if args.reward_model:
         written.append(save_reward_head(args.save_file, task.reward_model))
         if args.normalize_samples:  # may fail, and what was trained lies there already

@@ -21,7 +21,7 @@ from data_utils import TOKEN_FORMATS
 from errors import UserError
 from training.arguments import Parser, complain, run_main
 from training.dataclass_flags import add_dataclass_arguments, dataclass_from_arguments
-from training.flag_groups import add_model_arguments
+from training.flag_groups import add_any_base, add_model_arguments
 
 # ------------------------------------------------------------------------------ arguments
 
@@ -32,6 +32,7 @@ def parse_arguments(words: list[str] | None = None):
     text = "reply to this and leave; without it, prompts come from the terminal or a pipe"
     parser.add_argument("prompt", nargs="*", help=text)
     add_model_arguments(parser)
+    add_any_base(parser, "resume_file", "compare", "reward_model")
     add = parser.add_argument_group("what is said").add_argument
     add("--resume-file", help="adapter or soft prompt to put on the model (a file or a folder)")
     add("--system-prompt", help="what the model is told before the conversation")
@@ -89,6 +90,7 @@ def make_session(args):
         trust_remote_code=args.trust_remote_code,
         token_format=args.token_format,
         prompt_template=args.prompt_template,
+        any_base=args.any_base,
     )
     speakers = [loader.speaker(args.model, args.resume_file)]
     if args.compare:
@@ -100,6 +102,7 @@ def make_session(args):
         args.reward_function or (),
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
+        any_base=args.any_base,
     )
     session = Session(
         speakers,

@@ -23,7 +23,7 @@ class Scorer:
         functions: Sequence[str] = (),
         **options,
     ):
-        """`options` are those of models.load.load_model, for a fused reward model."""
+        """`options` are those of models.reward_model.load_reward_model."""
         rewards = [Reward(spec.rpartition(":")[2], load_function(spec)) for spec in functions]
         self._tunings = speakers[0].tunings
         learned = self._load(speakers[0], reward_model, options) if reward_model else None

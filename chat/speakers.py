@@ -11,8 +11,10 @@ from models.load import DEFAULT_MODEL, LoadedModel, load_model, resolve_path
 class Loader:
     """Loads models with the same options, and each base only once."""
 
-    def __init__(self, *, token_format: str, prompt_template: str | None, **options):
-        self._options = options  # of models.load.load_model
+    def __init__(
+        self, *, token_format: str, prompt_template: str | None, any_base: bool = False, **options
+    ):
+        self._options, self._any_base = options, any_base  # options: of models.load.load_model
         self._prompting = {"token_format": token_format, "prompt_template": prompt_template}
         self._bases: list[tuple[LoadedModel, list]] = []  # base, the tunings made on it
 
@@ -27,8 +29,10 @@ class Loader:
             model = named
         loaded, tunings = self._base(model, alone=description.get("fine_tune_type") == "full")
         switch_off(tunings)
-        tuning = load_adapter(loaded.model, adapter) if adapter is not None else None
-        tunings += [tuning] if tuning is not None else []
+        tuning = None
+        if adapter is not None:
+            tuning = load_adapter(loaded, adapter, any_base=self._any_base)
+            tunings.append(tuning)
         loaded.model.eval()
         name = loaded.path.name + (f" + {Path(adapter).name}" if adapter is not None else "")
         prompting = Prompting(loaded.tokenizer, **self._prompting)
@@ -43,10 +47,11 @@ class Loader:
 
     def _base(self, name: str | None, alone: bool) -> tuple[LoadedModel, list]:
         """`alone`: its weights will be replaced, so nobody else may use them."""
-        path = resolve_path(str(name if name is not None else DEFAULT_MODEL)).resolve()
+        name = name if name is not None else str(DEFAULT_MODEL)
+        path = resolve_path(name).resolve()
         for loaded, tunings in self._bases:
             replaced = any(tuning.kind == "full" for tuning in tunings)
-            if loaded.path == path and not alone and not replaced:
+            if loaded.path.resolve() == path and not alone and not replaced:
                 return loaded, tunings
-        self._bases.append((load_model(path, **self._options), []))
+        self._bases.append((load_model(name, **self._options), []))
         return self._bases[-1]

@@ -14,7 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from errors import UserError
+from models.base_fingerprint import check_base, described_base
 from models.file_checks import check_inside, check_npz, safetensors_header
+from models.load import LoadedModel
 from models.lora import LoraConfig, add_lora, path_in_block
 from models.soft_prompt import SoftPrompt
 from models.tuning import FullTuning, Tuning
@@ -28,10 +30,10 @@ def is_single_file(path: str | Path) -> bool:
     return Path(path).suffix in FILE_SUFFIXES
 
 
-def save_adapter(path: str | Path, tuning: Tuning, model: nn.Module, base: str) -> list[Path]:
+def save_adapter(path: str | Path, tuning: Tuning, base: LoadedModel) -> list[Path]:
     """Write the arrays of `tuning` with their description; returns the files written."""
     path = Path(path)
-    config = {**tuning.description(len(model.layers)), "model": str(base)}
+    config = {**tuning.description(len(base.model.layers)), **described_base(base)}
     arrays = tuning.arrays()
     if is_single_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,18 +73,20 @@ def read_adapter(path: str | Path) -> tuple[dict[str, mx.array], dict]:
     return arrays, config if config is not None else _guess_config(arrays, path)
 
 
-def load_adapter(model: nn.Module, path: str | Path) -> Tuning:
-    """Put the adapter in `path` (ours, mlx-lm's or PEFT's) on `model` and switch it on.
+def load_adapter(base: LoadedModel, path: str | Path, *, any_base: bool = False) -> Tuning:
+    """Put the adapter in `path` (ours, mlx-lm's or PEFT's) on a model and switch it on.
 
-    Raises UserError with every array that does not fit, with both shapes.
+    Raises UserError with every array that does not fit, with both shapes; and for an adapter of
+    other weights than these, unless `any_base`.
     """
     from models.interop import is_peft_adapter, load_peft_adapter
 
     if is_peft_adapter(path):
-        return load_peft_adapter(model, path)
+        return load_peft_adapter(base.model, path)
     arrays, config = read_adapter(path)
+    check_base(path, config, base, any_base=any_base)
     try:
-        tuning = attach(model, config)
+        tuning = attach(base.model, config)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its adapter configuration is not usable: {error!r}") from error
     if tuning.kind == "full":

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from errors import UserError
 from models import exponentials
+from models.base_fingerprint import base_fingerprint
 from models.file_checks import check_depth, check_model_files
 from models.hub_files import download, looks_like_hub_name
 
@@ -28,6 +29,7 @@ class LoadedModel:
     config: dict
     path: Path
     name: str
+    fingerprint: str | None = None  # of the folder's weights, for adapters (base_fingerprint.py)
 
     @property
     def eos_ids(self) -> set[int]:
@@ -67,7 +69,7 @@ def load_model(
     model.freeze()
     exponentials.use_in(model)
     mx.eval(model.parameters())
-    return LoadedModel(model, tokenizer, config, path, name)
+    return LoadedModel(model, tokenizer, config, path, name, base_fingerprint(path))
 
 
 def resolve_path(name: str, revision: str | None = None, *, with_code: bool = False) -> Path:

@@ -104,13 +104,15 @@ def load_parts(
     *,
     dtype: str = "stored",
     trust_remote_code: bool = False,
+    any_base: bool = False,
 ) -> Parts:
     """Load a base and the adapter `files` with `weights`; without a `model` the recorded base.
 
     `dtype` is that of the result.
 
     Raises UserError for what cannot be combined: several heads or soft prompts, weights on them or
-    on a full fine-tune, and a full fine-tune with anything else.
+    on a full fine-tune, and a full fine-tune with anything else; unless `any_base`, for an adapter
+    that was trained on another base.
     """
     options = {"dtype": "stored", "trust_remote_code": trust_remote_code}
     if not files:
@@ -120,7 +122,7 @@ def load_parts(
     base = load_model(model or recorded_base(files[0], descriptions[0]), **options)
     parts = Parts(base, dtype, descriptions=descriptions)
     for file, weight in zip(files, weights, strict=True):
-        tuning = load_adapter(base.model, file)
+        tuning = load_adapter(base, file, any_base=any_base)
         parts.tunings.append(tuning)
         if read_head(file, "value_head") is not None:
             parts.notes.append(f"the value head beside {file} stays behind: only training uses it")

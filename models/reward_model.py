@@ -197,6 +197,7 @@ def load_reward_model(
     *,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    any_base: bool = False,
 ) -> RewardModel | EncoderReward:
     """A reward model from a model folder with a head, or from an adapter with a head.
 
@@ -204,7 +205,8 @@ def load_reward_model(
     encoder (BERT and the like) come back as an `EncoderReward`.
 
     An adapter goes on `base`, whose weights it then shares; its own adapter is left switched off.
-    Whatever is on `base` must be switched off before. Raises UserError where there is no head.
+    Whatever is on `base` must be switched off before. Raises UserError where there is no head, and
+    for an adapter that was trained on another base, unless `any_base`.
     """
     from models.classifiers import is_classifier, load_classifier
 
@@ -227,7 +229,7 @@ def load_reward_model(
         if read_adapter(path)[1].get("fine_tune_type") == "full":  # would overwrite the base
             raise UserError(f"{path}: every weight was trained, so it shares none with its base; "
                             "fuse it first (fuse.py) and give that folder")  # fmt: skip
-        tuning = load_adapter(base.model, path)
+        tuning = load_adapter(base, path, any_base=any_base)
         tuning.deactivate()
         source, reward_model = base, RewardModel(base.model, tuning=tuning)
     reward_model.source = source

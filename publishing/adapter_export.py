@@ -15,15 +15,14 @@ from publishing.checks import Check, Exported, refuse_broken
 
 def export_adapter(parts: Parts, path: Path, card: CardChoices, force: bool) -> Exported:
     (tuning,) = parts.tunings
-    base = parts.base.name
     if is_single_file(path):
         check_free(path, force, suffix=path.suffix)
-        save_adapter(path, tuning, parts.base.model, base)
+        save_adapter(path, tuning, parts.base)
         if parts.reward_model is not None:
             save_reward_head(path, parts.reward_model)
         return Exported([_arrays_changed(path, tuning)])
     with new_folder(path, force=force) as folder:
-        save_adapter(folder, tuning, parts.base.model, base)
+        save_adapter(folder, tuning, parts.base)
         if parts.reward_model is not None:
             save_reward_head(folder, parts.reward_model)
         message = _arrays_changed(folder, tuning)

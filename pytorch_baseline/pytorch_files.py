@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pytorch_models import LoadedModel, Tuned, mlx_layout
+from pytorch_models import LoadedModel, Tuned, mlx_layout, model_folder
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import UserError
+from models.base_fingerprint import check_base, described_base
 
 CONFIG_KEY = "adapter_config"
 FILE_SUFFIXES = (".npz", ".safetensors")
@@ -66,7 +67,7 @@ def stored_arrays(model: Tuned) -> dict[str, Tensor]:
 
 def description(model: Tuned, loaded: LoadedModel) -> dict:
     """What an adapter file says of itself, in the form of mlx-lm's adapter_config.json."""
-    described = {**model.description, "model": loaded.name}
+    described = {**model.description, **described_base(loaded)}
     if "lora_parameters" in described:
         inside = {name.rsplit(".", 1)[0].split(".", 3)[3] for name in model.arrays()}
         described["lora_parameters"] = {**described["lora_parameters"], "keys": sorted(inside)}
@@ -92,9 +93,10 @@ def read_adapter(path: str) -> tuple[dict[str, Tensor], dict]:
     return arrays, described[CONFIG_KEY]
 
 
-def load_adapter(loaded: LoadedModel, path: str) -> Tuned:
-    """The model with the adapter in `path` on it."""
+def load_adapter(loaded: LoadedModel, path: str, *, any_base: bool = False) -> Tuned:
+    """The model with the adapter in `path` on it; UserError for one of other weights than these."""
     arrays, described = read_adapter(path)
+    check_base(path, described, loaded, any_base=any_base)
     described.setdefault("num_layers", -1)
     model = Tuned(loaded.model, described).to(loaded.device)
     model.load_arrays(arrays, str(path))
@@ -176,14 +178,6 @@ def save_merged(path: Path, model: Tuned, loaded: LoadedModel, tokenizer: str | 
         os.replace(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def model_folder(name: str) -> Path:
-    """The local folder of a model: itself, or the downloaded snapshot."""
-    from transformers.utils import cached_file
-
-    path = Path(name).expanduser()
-    return path if path.is_dir() else Path(cached_file(name, "config.json")).parent
 
 
 # ---- arrays on disk ----------------------------------------------------------------------------

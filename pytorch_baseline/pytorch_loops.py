@@ -19,7 +19,7 @@ from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
 from training.console import Progress
 from training.metrics import Run
-from training.resume import check_same_data, fingerprint
+from training.resume import check_same_base, check_same_data, fingerprint
 from training.signals import GracefulStop
 
 
@@ -48,6 +48,7 @@ class Loop:
     trainer: Any
     schedule: Schedule
     device: torch.device
+    base: str | None = None  # fingerprint of the model that is trained
     step: int = 0
     bad_in_a_row: int = 0
     state: dict = field(default_factory=dict)  # plain values that a checkpoint holds as well
@@ -62,7 +63,7 @@ class Loop:
         saved = {name: part.state_dict() for name, part in self.parts().items()}
         saved |= {"trained": trained, "bad_in_a_row": self.bad_in_a_row, "state": self.state}
         saved |= {"run": self.run_folder.state_dict(), "rng": rng_state(self.device)}
-        saved |= {"data": fingerprint(self.rows())}
+        saved |= {"data": fingerprint(self.rows()), "base": self.base}
         plan = self.schedule
         save_checkpoint(
             self.run_folder.checkpoints, self.step, saved, keep=plan.keep_checkpoints, better=better
@@ -73,13 +74,14 @@ class Loop:
         raise NotImplementedError
 
     def resume(self, path: Path | None, *, force: bool = False) -> None:
-        """Go back to a checkpoint (None: to the start); `force` takes other data than then."""
+        """Go back to a checkpoint (None: to the start); `force`: also with other data or base."""
         if path is None:
             self.run_folder.load_state_dict({})
             return
         saved = load_checkpoint(path)
         if not force:
             check_same_data(saved, fingerprint(self.rows()))
+            check_same_base(saved, self.base)
         self.take_weights(saved)
         for name, part in self.parts().items():
             part.load_state_dict(saved[name])

@@ -20,6 +20,7 @@ from project_root import ROOT
 from torch import Tensor, nn
 
 from errors import UserError
+from models.base_fingerprint import base_fingerprint
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -41,6 +42,7 @@ class LoadedModel:
     config: dict  # config.json as it was stored
     name: str
     device: torch.device
+    fingerprint: str | None = None  # of the folder's weights, as models/load.py has it
 
     @property
     def eos_ids(self) -> set[int]:
@@ -94,7 +96,15 @@ def load_model(
             module.p = 0.0
     model.requires_grad_(False)
     model.to(device).eval()
-    return LoadedModel(model, reader, config, name, device)
+    return LoadedModel(model, reader, config, name, device, base_fingerprint(model_folder(name)))
+
+
+def model_folder(name: str) -> Path:
+    """The local folder of a model: itself, or the downloaded snapshot."""
+    from transformers.utils import cached_file
+
+    path = Path(name).expanduser()
+    return path if path.is_dir() else Path(cached_file(name, "config.json")).parent
 
 
 def read_config(name: str, trust_remote_code: bool = False) -> dict:

@@ -84,7 +84,7 @@ def make_policy(args, loaded):
     """(policy with a value head, reference model or None for "the policy without its adapter")."""
     head = ValueHead(loaded.model.config.hidden_size, args.value_head_init_std)
     if args.resume_file is not None:
-        model = load_adapter(loaded, args.resume_file)
+        model = load_adapter(loaded, args.resume_file, any_base=args.any_base)
         if (saved := read_head(args.resume_file, "value_head")) is not None:
             head.load_state_dict(saved[0])
     else:
@@ -99,7 +99,9 @@ def make_policy(args, loaded):
 def make_learned_reward(args, loaded) -> Reward:
     """A reward model as a reward; it reads text where its tokens are not the policy's."""
     options = {name: value for name, value in loading(args).items() if name != "tokenizer"}
-    reward_model, tokenizer = load_reward_model(args.reward_model, args.model, **options)
+    reward_model, tokenizer = load_reward_model(
+        args.reward_model, args.model, any_base=args.any_base, **options
+    )
     encode = None
     if tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
         end = [tokenizer.eos_token_id]
@@ -162,6 +164,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
             prompts=prompts["train"].rows,
             validation=ppo_flags.validation_prompts(args, prompts),
             should_stop=ppo_flags.stop_at(args.stop, loaded.tokenizer),
+            base=loaded.fingerprint,
         )  # fmt: skip
         if args.resume is not None:
             saved = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)

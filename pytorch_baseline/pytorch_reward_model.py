@@ -105,7 +105,7 @@ def normalise(model: RewardModel, texts: Sequence[Sequence[int]]) -> None:
     model.offset = float(-scores.mean() / scores.std())
 
 
-def load_reward_model(path: str, base: str | None = None, **options):
+def load_reward_model(path: str, base: str | None = None, *, any_base: bool = False, **options):
     """(reward model, its tokenizer) from a folder with a head, or from an adapter with a head.
 
     An adapter goes on a copy of its base that is loaded for it; `options` are `load_model`'s.
@@ -118,7 +118,7 @@ def load_reward_model(path: str, base: str | None = None, **options):
         model = Tuned(loaded.model, NOTHING_TRAINED)
     else:
         loaded = load_model(base, **options)
-        model = load_adapter(loaded, path)
+        model = load_adapter(loaded, path, any_base=any_base)
     reward_model = RewardModel(model)
     reward_model.load_head(path)
     return reward_model.requires_grad_(False).eval(), loaded.tokenizer

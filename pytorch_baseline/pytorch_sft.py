@@ -78,7 +78,7 @@ def main(words=None) -> int:
 def make_task(args, loaded):
     """The model with what is trained on it, as a task of pytorch_sft_trainer."""
     if args.resume_adapter_file is not None:
-        model = load_adapter(loaded, args.resume_adapter_file)
+        model = load_adapter(loaded, args.resume_adapter_file, any_base=args.any_base)
         wanted = adapter_description(args)["fine_tune_type"]
         if wanted != model.kind and {"fine_tune_type", "prompt_tuning"} & args.explicit:
             raise UserError(f"{args.resume_adapter_file}: holds {model.kind}, not {wanted}")
@@ -134,6 +134,7 @@ def train(args, loaded, task, rows) -> None:
             batches=BatchIterator(rows["train"].rows, plan),
             validation=sft_flags.validation(args, rows.get("valid")),
             after_validation=lambda step: write_samples(args, loaded, task, run, step),
+            base=loaded.fingerprint,
         )  # fmt: skip
         if args.resume is not None:
             saved = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)

@@ -81,7 +81,7 @@ def make_adapter(path: Path, kind: str, model=None, **options) -> tuple[object, 
     """Save an adapter with random arrays at `path`; returns the model and the tuning on it."""
     loaded = load_model(model, dtype="stored")
     tuning = make_tuning(loaded, kind, **options)
-    save_adapter(path, tuning, loaded.model, loaded.name)
+    save_adapter(path, tuning, loaded)
     return loaded, tuning
 
 

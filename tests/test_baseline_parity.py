@@ -112,7 +112,7 @@ def both_models(folder, description: dict, tmp_path, size: float = 0.1):
     path = str(tmp_path / "adapter.safetensors")
     save_trained(path, model, loaded, None)
     base = load_model(folder, dtype="float32")
-    return model.eval(), (base.model, load_adapter(base.model, path))
+    return model.eval(), (base.model, load_adapter(base, path))
 
 
 # ---- one forward pass --------------------------------------------------------------------------
@@ -416,7 +416,7 @@ def test_adapter_files_of_the_mlx_side(suffix, tmp_path):
         mx.random.seed(0)
         arrays = {k: a + 0.05 * mx.random.normal(a.shape) for k, a in tuning.arrays().items()}
         tuning.load_arrays(arrays, "test")
-        save_adapter(path, tuning, base.model, str(DIGITS))
+        save_adapter(path, tuning, base)
         model = load_torch_adapter(load_torch(str(DIGITS)), str(path)).eval()
         tokens = np.array([[1, 30, 40, 50, 60]])
         front = np.array([[*tuning.prefix]], dtype=np.int64).reshape(1, -1)

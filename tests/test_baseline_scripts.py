@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from baseline_setup import DIGITS, ROOT, close, torch
+from pytorch_files import load_adapter as load_torch_adapter
 from pytorch_flags import BaselineParser, parse
 from pytorch_models import load_model as load_torch
 from pytorch_ppo_training import main as ppo_main
@@ -18,7 +19,8 @@ from pytorch_reward_model import load_reward_model as load_torch_reward_model
 from pytorch_sft import main as sft_main
 
 from errors import UserError
-from models.adapter_files import load_adapter
+from models.adapter_files import load_adapter, read_adapter, save_adapter
+from models.base_fingerprint import KEY, base_fingerprint
 from models.load import load_model
 from models.reward_model import load_reward_model
 from training import ppo_flags, sft_flags
@@ -153,7 +155,7 @@ def test_reward_model_and_ppo_against_it(tmp_path):
               "--true-score", "--save-file", str(tmp_path / "ppo.npz")])  # fmt: skip
     assert (folder / "plots" / "learned_and_true.png").exists()
     base = load_model(DIGITS, dtype="float32")
-    tuning = load_adapter(base.model, tmp_path / "ppo.npz")
+    tuning = load_adapter(base, tmp_path / "ppo.npz")
     assert tuning.kind == "lora" and (tmp_path / "ppo.value_head.safetensors").exists()
     assert max(np.abs(np.array(a)).max() for n, a in tuning.arrays().items() if "_b" in n) > 0
 
@@ -169,11 +171,73 @@ def test_reward_adapter_on_its_base(tmp_path):
     close(theirs.score(texts), ours.score(texts), relative=1e-4)
 
 
+def other_base(folder: Path, factor: float = 1.1) -> Path:
+    """The embedded model with one matrix multiplied, as transformers writes it."""
+    model = load_torch(str(DIGITS)).model
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight.mul_(factor)
+    model.save_pretrained(folder)
+    for file in (*DIGITS.glob("*token*"), DIGITS / "config.json"):
+        shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+def test_a_model_that_transformers_writes_anew_is_the_same_base(tmp_path):
+    model = load_torch(str(DIGITS)).model
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    ours = load_model(DIGITS).fingerprint
+    assert base_fingerprint(tmp_path / "one") == base_fingerprint(tmp_path / "shards") == ours
+
+
+@pytest.mark.parametrize(
+    "name, words", [("a.npz", ()), ("a.safetensors", ()), ("folder", ("--prompt-tuning",))]
+)
+def test_adapters_go_on_their_own_base_alone(tmp_path, name, words):
+    """On both sides, whichever side has written them."""
+    path, other = tmp_path / name, other_base(tmp_path / "other")
+    sft(tmp_path / "a", *words, "--save-file", str(path))
+    base = load_model(DIGITS)
+    described = read_adapter(path)[1]
+    assert described[KEY] == load_torch(MODEL).fingerprint == base.fingerprint
+    ours = tmp_path / f"ours-{name}"
+    save_adapter(ours, load_adapter(base, path), base)
+    load_torch_adapter(load_torch(MODEL), str(ours))
+    with pytest.raises(UserError, match="is another base"):
+        load_adapter(load_model(other), path)
+    line = ["--test", "--model", str(other), *words, "--resume-adapter-file", str(ours)]
+    with pytest.raises(UserError, match="is another base; give --model .*, or --any-base"):
+        sft_main(line)
+    sft_main([*line, "--any-base"])
+
+
+def test_a_reward_adapter_goes_on_its_own_base_alone(tmp_path):
+    path, other = tmp_path / "reward.npz", other_base(tmp_path / "other")
+    data = ["--data-base", "preference_increasing_mult_2_"]
+    sft(tmp_path / "a", "--reward-model", "--save-file", str(path), *data)
+    words = ["--model", str(other), "--reward_model", str(path), "--num-steps", "1"]
+    with pytest.raises(UserError, match="is another base"):
+        ppo(tmp_path / "b", *words)
+    ppo(tmp_path / "b", *words, "--any-base")
+    with pytest.raises(UserError, match="is another base"):
+        ppo(tmp_path / "c", "--model", str(other), "--resume_file", str(path))
+
+
+def test_a_base_without_safetensors_has_no_fingerprint(tmp_path):
+    folder = other_base(tmp_path / "bin")
+    (folder / "model.safetensors").unlink()
+    torch.save(load_torch(MODEL).model.state_dict(), folder / "pytorch_model.bin")
+    path = tmp_path / "a.npz"
+    sft(tmp_path / "a", "--model", str(folder), "--save-file", str(path))
+    assert KEY not in read_adapter(path)[1]
+
+
 def test_soft_prompt_folder(tmp_path):
     prompt = tmp_path / "prompt"
     run = sft(tmp_path / "a", "--prompt-tuning", "--num-prompt-tokens", "3", "--save-file",
               str(prompt), "--sample-prompts", "2 4", "8")  # fmt: skip
-    tuning = load_adapter(load_model(DIGITS, dtype="float32").model, prompt)
+    tuning = load_adapter(load_model(DIGITS, dtype="float32"), prompt)
     assert tuning.kind == "prompt" and tuning.num_tokens == 3
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [sample["prompt"] for sample in samples] == ["2 4", "8"] * 3
@@ -242,6 +306,14 @@ def test_resume_refuses_other_data(tmp_path):
     (tmp_path / "data" / "increasing_mult_2_train.jsonl").write_text("\n".join(rows[:-1]) + "\n")
     with pytest.raises(UserError, match="--force-resume"):
         sft_main(["--resume", str(run)])
+
+
+def test_resume_refuses_other_weights_of_the_base(tmp_path):
+    run = sft(tmp_path / "a", "--model", str(other_base(tmp_path / "m", 1.0)))
+    other_base(tmp_path / "m", 1.1)
+    with pytest.raises(UserError, match="weights of the model are not what .* --force-resume"):
+        sft_main(["--resume", str(run)])
+    sft_main(["--resume", str(run), "--force-resume"])
 
 
 def test_recomputing_activations_changes_no_number(tmp_path):

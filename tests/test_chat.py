@@ -39,7 +39,7 @@ def files(tmp_path_factory):
     write_adapter(folder / "soft.safetensors", PROMPT)
     loaded = load_model()
     reward_model = RewardModel(loaded.model, tuning=randomised(attach(loaded.model, LORA)))
-    save_adapter(folder / "reward.npz", reward_model.tuning, loaded.model, "digits")
+    save_adapter(folder / "reward.npz", reward_model.tuning, loaded)
     save_head(folder / "reward.npz", "reward_head", reward_model.head_arrays(),
               reward_model.description())  # fmt: skip
     code = "def words(prompts, responses):\n    return [len(r.split()) for r in responses]\n"
@@ -60,7 +60,7 @@ def randomised(tuning, scale: float = 0.15):
 
 def write_adapter(path, description):
     loaded = load_model()
-    save_adapter(path, randomised(attach(loaded.model, description)), loaded.model, "digits")
+    save_adapter(path, randomised(attach(loaded.model, description)), loaded)
 
 
 def run(*words, stdin=subprocess.DEVNULL, text=None, cwd=None):

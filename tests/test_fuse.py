@@ -77,8 +77,9 @@ def test_fused_folder_is_whole(tmp_path):
     ).read_bytes()
     # The base is the one that the adapter names; another one is used where --model says so.
     other = tiny_model_folder(tmp_path / "other")
-    err = fuse(tmp_path, "--model", other, "--adapter-file", "lora.npz", "--save-path", "x",
-               status=2)  # fmt: skip
+    line = ["--model", other, "--adapter-file", "lora.npz", "--save-path", "x"]
+    assert "is another base" in fuse(tmp_path, *line, status=2)
+    err = fuse(tmp_path, *line, "--any-base", status=2)
     assert "does not fit the model" in err and "(64, 4)" in err and not (tmp_path / "x").exists()
 
 
@@ -271,7 +272,8 @@ def test_overwrites_only_when_forced_and_only_models(tmp_path):
     (tmp_path / "photos" / "a.png").write_bytes(b"x")
     assert "no model or adapter folder" in fuse(tmp_path, *words, "photos", "--force", status=2)
     assert (tmp_path / "photos" / "a.png").exists()
-    err = fuse(tmp_path, "--model", "fused", *words, "fused", "--force", status=2)
+    line = ("--model", "fused", "--any-base", *words, "fused", "--force")
+    err = fuse(tmp_path, *line, status=2)
     assert "is the base model itself" in err and (tmp_path / "fused" / "config.json").exists()
 
 
@@ -368,7 +370,7 @@ def test_reads_what_mlx_lm_wrote(tmp_path):
 
 def test_an_adapter_written_from_memory_needs_its_description(tmp_path):
     loaded = load_model(dtype="stored")
-    save_adapter(tmp_path / "a", make_tuning(loaded, "lora"), loaded.model, loaded.name)
+    save_adapter(tmp_path / "a", make_tuning(loaded, "lora"), loaded)
     (tmp_path / "a" / "adapter_config.json").unlink()
     with pytest.raises(UserError, match="adapter_config.json is missing"):
         read_adapter(tmp_path / "a")

@@ -117,7 +117,7 @@ def test_names_with_directories(tmp_path, model_folder):
     loaded = load_model()
     arrays = {"../../escaped.lora_a": mx.zeros((64, 4)), "../../escaped.lora_b": mx.zeros((4, 64))}
     mx.savez(str(tmp_path / "a.npz"), **arrays)
-    assert refusal(load_adapter, loaded.model, tmp_path / "a.npz")
+    assert refusal(load_adapter, loaded, tmp_path / "a.npz")
     index = {"metadata": {}, "weight_map": {"model.norm.weight": "../../secret.safetensors"}}
     (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "'../../secret.safetensors'" in refusal(load_model, model_folder)
@@ -181,7 +181,7 @@ def test_pickled_weights_are_not_read(tmp_path, model_folder):
 def test_adapter_descriptions_that_make_no_sense(tmp_path, config):
     make_adapter(tmp_path / "adapter", "lora")
     (tmp_path / "adapter" / "adapter_config.json").write_text(config)
-    assert refusal(load_adapter, load_model().model, tmp_path / "adapter")
+    assert refusal(load_adapter, load_model(), tmp_path / "adapter")
 
 
 def test_an_adapter_of_another_shape_changes_nothing(tmp_path):
@@ -192,7 +192,7 @@ def test_an_adapter_of_another_shape_changes_nothing(tmp_path):
     mx.savez(str(tmp_path / "b.npz"), **arrays)
     loaded = load_model()
     before = logits(loaded.model, loaded.tokenizer)
-    said = refusal(load_adapter, loaded.model, tmp_path / "b.npz")
+    said = refusal(load_adapter, loaded, tmp_path / "b.npz")
     assert largest(before, logits(loaded.model, loaded.tokenizer)) == 0
     assert not any("lora_a" in module for module in loaded.model.modules())
     assert f"{name} is (32, 4) in the file and (64, 4) in the model" in said

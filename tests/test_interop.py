@@ -58,7 +58,7 @@ def test_peft_out_and_in(tmp_path, kind):
         assert len(config["target_modules"]) == 2
         assert all(name.startswith("model.layers.1.") for name in config["target_modules"])
     again = load_model(dtype="stored")
-    back = load_adapter(again.model, tmp_path / "peft")
+    back = load_adapter(again, tmp_path / "peft")
     assert largest(expected, logits(again.model, again.tokenizer, back.prefix)) < 1e-4
     # And into a fused model: the base is the one that PEFT's configuration names.
     if kind != "prompt":
@@ -99,28 +99,28 @@ def test_peft_adapters_without_a_counterpart_are_refused(tmp_path):
     for number, (name, value) in enumerate(cases.items()):
         write_peft(tmp_path / str(number), arrays, **{name: value})
         with pytest.raises(UserError) as caught:
-            load_adapter(loaded.model, tmp_path / str(number))
+            load_adapter(loaded, tmp_path / str(number))
         assert str(value).split("_")[0].strip("[]'") in str(caught.value) or name in str(
             caught.value
         )
     biased = {**arrays, "base_model.model.model.layers.0.self_attn.q_proj.bias": mx.zeros((64,))}
     write_peft(tmp_path / "biased", biased, bias="lora_only")
     with pytest.raises(UserError, match="no part of a LoRA"):
-        load_adapter(loaded.model, tmp_path / "biased")
+        load_adapter(loaded, tmp_path / "biased")
     head = {"base_model.model.lm_head.lora_A.weight": mx.zeros((4, 64)),
             "base_model.model.lm_head.lora_B.weight": mx.zeros((469, 4))}  # fmt: skip
     write_peft(tmp_path / "head", {**arrays, **head})
     with pytest.raises(UserError, match="lm_head"):
-        load_adapter(loaded.model, tmp_path / "head")
+        load_adapter(loaded, tmp_path / "head")
     wide = peft_arrays({"0.self_attn.q_proj": (4, 32, 64)})
     write_peft(tmp_path / "wide", wide)
     with pytest.raises(UserError, match=r"\(32, 4\) in the file and \(64, 4\) in the model"):
-        load_adapter(loaded.model, tmp_path / "wide")
+        load_adapter(loaded, tmp_path / "wide")
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "adapter_config.json").write_text("{}")
     (tmp_path / "pickled" / "adapter_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(UserError, match="pickled weights can run code"):
-        load_adapter(loaded.model, tmp_path / "pickled")
+        load_adapter(loaded, tmp_path / "pickled")
 
 
 def test_what_peft_has_no_form_for(tmp_path):
@@ -175,7 +175,7 @@ def test_what_peft_wrote_computes_the_same_here(tmp_path, settings):
             if "lora" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(tmp_path / "theirs")
-    load_adapter(ours.model, tmp_path / "theirs")
+    load_adapter(ours, tmp_path / "theirs")
     for text, expected in zip(TEXTS, logits(ours.model, ours.tokenizer, (), TEXTS), strict=True):
         with torch.no_grad():
             found = model(torch.tensor([ours.tokenizer.encode(text)])).logits[0].numpy()

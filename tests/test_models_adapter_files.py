@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from test_models_lora import TOKENS, shake
-from tiny import flat, tiny_model, tiny_model_folder
+from tiny import bare, flat, tiny_model, tiny_model_folder
 
 from errors import UserError
 from models.adapter_files import (
@@ -35,7 +35,7 @@ def test_an_adapter_comes_back_as_it_was(tmp_path, place, use_dora):
     adapter = add_lora(model, config)
     shake(adapter)
     path = tmp_path / "new" / place
-    for file in save_adapter(path, adapter, model, "some/base"):
+    for file in save_adapter(path, adapter, bare(model, "some/base")):
         assert file.is_file()
     arrays, described = read_adapter(path)
     assert described == {
@@ -47,7 +47,7 @@ def test_an_adapter_comes_back_as_it_was(tmp_path, place, use_dora):
     }  # fmt: skip
     assert arrays.keys() == adapter.arrays().keys()
     other = tiny_model()
-    loaded = load_adapter(other, path)
+    loaded = load_adapter(bare(other), path)
     np.testing.assert_array_equal(other(TOKENS), model(TOKENS))
     assert set(loaded.layers) == set(adapter.layers)
     assert set(flat(other.trainable_parameters())) == set(adapter.arrays())
@@ -57,10 +57,10 @@ def test_an_adapter_comes_back_as_it_was(tmp_path, place, use_dora):
 def test_a_soft_prompt_comes_back_as_it_was(tmp_path, place):
     model = tiny_model()
     prompt = SoftPrompt(model, 3)
-    save_adapter(tmp_path / place, prompt, model, "base")
+    save_adapter(tmp_path / place, prompt, bare(model))
     assert read_adapter(tmp_path / place)[1]["num_prompt_tokens"] == 3
     other = tiny_model()
-    loaded = load_adapter(other, tmp_path / place)
+    loaded = load_adapter(bare(other), tmp_path / place)
     tokens = mx.array([[*loaded.prefix, 5, 9]])
     np.testing.assert_array_equal(other(tokens), model(tokens))
 
@@ -68,9 +68,9 @@ def test_a_soft_prompt_comes_back_as_it_was(tmp_path, place):
 @pytest.mark.parametrize("place", PLACES)
 def test_full_weights_come_back_as_they_were(tmp_path, place):
     model = tiny_model(seed=1)
-    save_adapter(tmp_path / place, FullTuning(model), model, "base")
+    save_adapter(tmp_path / place, FullTuning(model), bare(model))
     other = tiny_model(seed=2)
-    load_adapter(other, tmp_path / place)
+    load_adapter(bare(other), tmp_path / place)
     np.testing.assert_array_equal(other(TOKENS), model(TOKENS))
 
 
@@ -82,7 +82,7 @@ def test_mlx_lms_own_loader_takes_our_folder(tmp_path, use_dora):
     loaded = load_model(folder)
     adapter = add_lora(loaded.model, LoraConfig(rank=2, num_layers=1, use_dora=use_dora))
     shake(adapter)
-    save_adapter(tmp_path / "adapter", adapter, loaded.model, str(folder))
+    save_adapter(tmp_path / "adapter", adapter, loaded)
     save_head(tmp_path / "adapter", "value_head", {"weight": mx.ones((1, 32))}, {})
     model, _ = mlx_lm.load(str(folder), adapter_path=str(tmp_path / "adapter"))
     np.testing.assert_allclose(model(TOKENS), loaded.model(TOKENS), atol=1e-6)
@@ -100,7 +100,7 @@ def test_we_take_the_folder_that_mlx_lm_writes(tmp_path):
     config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": settings}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     other = tiny_model()
-    load_adapter(other, tmp_path)
+    load_adapter(bare(other), tmp_path)
     np.testing.assert_array_equal(other(TOKENS), model(TOKENS))
 
 
@@ -109,11 +109,11 @@ def test_equal_arrays_make_equal_bytes_in_whatever_order(tmp_path, place):
     model = tiny_model()
     adapter = add_lora(model, LoraConfig(rank=2))
     arrays = adapter.arrays()
-    first = {f.name: f.read_bytes() for f in save_adapter(tmp_path / place, adapter, model, "b")}
+    first = {f.name: f.read_bytes() for f in save_adapter(tmp_path / place, adapter, bare(model))}
     if place.endswith(".npz"):
         time.sleep(2.1)  # zip archives keep times to 2 seconds
     adapter.arrays = lambda: dict(reversed(arrays.items()))
-    again = {f.name: f.read_bytes() for f in save_adapter(tmp_path / place, adapter, model, "b")}
+    again = {f.name: f.read_bytes() for f in save_adapter(tmp_path / place, adapter, bare(model))}
     assert first == again
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == sorted(first)
 
@@ -124,7 +124,7 @@ def test_the_same_seed_makes_the_same_bytes(tmp_path):
         mx.random.seed(7)
         model = tiny_model()
         adapter = add_lora(model, LoraConfig(rank=2))
-        files += save_adapter(tmp_path / f"{name}.safetensors", adapter, model, "base")
+        files += save_adapter(tmp_path / f"{name}.safetensors", adapter, bare(model))
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -149,15 +149,15 @@ def test_a_file_without_a_description_is_read_off_its_names_and_shapes(tmp_path)
     shake(adapter)
     mx.savez(str(tmp_path / "old.npz"), **adapter.arrays())
     other = tiny_model()
-    load_adapter(other, tmp_path / "old.npz")
+    load_adapter(bare(other), tmp_path / "old.npz")
     np.testing.assert_array_equal(other(TOKENS), model(TOKENS))
 
 
 def test_an_adapter_for_another_model_lists_what_does_not_fit(tmp_path):
     model = tiny_model()
-    save_adapter(tmp_path / "a.npz", add_lora(model, LoraConfig(rank=2)), model, "base")
+    save_adapter(tmp_path / "a.npz", add_lora(model, LoraConfig(rank=2)), bare(model))
     with pytest.raises(UserError) as caught:
-        load_adapter(tiny_model(hidden_size=16), tmp_path / "a.npz")
+        load_adapter(bare(tiny_model(hidden_size=16)), tmp_path / "a.npz")
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'a.npz'}: does not fit the model: ")
     for layer in (0, 1):
@@ -182,7 +182,7 @@ def test_an_unusable_description_is_one_line(tmp_path, config, said):
     if config and "fine_tune_type" in config and config["fine_tune_type"] == "prompt":
         write_arrays(tmp_path / "soft_prompt.safetensors", {"soft_prompt": mx.ones((2, 2))}, {})
     with pytest.raises(UserError, match=said) as caught:
-        load_adapter(tiny_model(), tmp_path)
+        load_adapter(bare(tiny_model()), tmp_path)
     assert "\n" not in str(caught.value)
 
 

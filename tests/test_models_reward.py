@@ -95,7 +95,7 @@ def saved_adapter(loaded, path, pooling="last"):
     adapter = add_lora(loaded.model, LoraConfig(rank=2, dropout=0.3))
     shake(adapter)
     model = RewardModel(loaded.model, tuning=adapter, pooling=pooling, gain=2.0, offset=0.5)
-    save_adapter(path, adapter, loaded.model, "base")
+    save_adapter(path, adapter, loaded)
     save_reward_head(path, model)
     scores = model.score(TEXTS)
     adapter.deactivate()
@@ -124,7 +124,7 @@ def test_an_adapter_shares_the_weights_of_the_policys_base(tmp_path, loaded):
 def test_a_soft_prompt_may_score_too(tmp_path, loaded):
     prompt = SoftPrompt(loaded.model, 3)
     model = RewardModel(loaded.model, tuning=prompt)
-    save_adapter(tmp_path / "p.npz", prompt, loaded.model, "base")
+    save_adapter(tmp_path / "p.npz", prompt, loaded)
     save_reward_head(tmp_path / "p.npz", model)
     scores = model.score(TEXTS)
     by_hand = model(mx.array([[*prompt.prefix, *TEXTS[0]]]), mx.array([8]))
@@ -136,7 +136,7 @@ def test_a_soft_prompt_may_score_too(tmp_path, loaded):
 
 def test_what_has_no_head_is_refused(tmp_path, loaded):
     adapter = add_lora(loaded.model, LoraConfig(rank=2))
-    save_adapter(tmp_path / "a.npz", adapter, loaded.model, "base")
+    save_adapter(tmp_path / "a.npz", adapter, loaded)
     adapter.deactivate()
     with pytest.raises(UserError, match="has no reward head beside it"):
         load_reward_model(tmp_path / "a.npz", loaded)

@@ -1,4 +1,4 @@
-"""Going back: to the best checkpoint, to an older one, past a torn one, to other data."""
+"""Going back: to the best checkpoint, to an older one, past a torn one; other data or base."""
 
 import random
 import shutil
@@ -18,6 +18,7 @@ from training.checkpoints import (
     save_checkpoint,
     set_aside_after,
 )
+from training.resume import check_same_base
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +169,32 @@ def test_changed_training_data_is_refused_unless_forced(server, tmp_path, name):
     assert (tmp_path / "run" / "summary.json").exists()
     ended = server.run(script, ["--resume", "run", "--force-resume"], tmp_path)
     assert ended.code == 0, ended.err
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+def test_changed_weights_of_the_base_are_refused_unless_forced(server, tmp_path, name):
+    script, line = RUNS[name]
+    model = shutil.copytree(DATA / "digits_model", tmp_path / "model")
+    ended = server.run(script, [*line, "--model", "model"], tmp_path)
+    assert ended.code == 0, ended.err
+    weights = mx.load(str(model / "model.safetensors"))
+    weights["model.norm.weight"] *= 1.01
+    mx.save_safetensors(str(model / "model.safetensors"), weights, metadata={"format": "pt"})
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    ended = server.run(script, ["--resume", "run"], tmp_path)
+    assert ended.code == 2 and "the weights of the model are not what" in ended.error
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert (tmp_path / "run" / "summary.json").exists()
+    ended = server.run(script, ["--resume", "run", "--force-resume"], tmp_path)
+    assert ended.code == 0, ended.err
+
+
+def test_a_base_that_is_not_known_is_not_compared():
+    check_same_base({"base": "a"}, "a")
+    check_same_base({"base": "a"}, None)
+    check_same_base({}, "a")  # a checkpoint from before fingerprints
+    with pytest.raises(UserError, match="fingerprint a, now b"):
+        check_same_base({"base": "a"}, "b")
 
 
 def test_a_broken_option_file_is_no_run(tmp_path):

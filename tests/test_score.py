@@ -215,7 +215,7 @@ def reward_files(tmp_path):
     tuning.load_arrays(arrays)
     model = RewardModel(loaded.model, pooling="last", tuning=tuning)
     normalise(model, [loaded.tokenizer.encode(f"{n} {n + 2} 7") for n in range(0, 60, 7)])
-    save_adapter(tmp_path / "rm.npz", tuning, loaded.model, loaded.name)
+    save_adapter(tmp_path / "rm.npz", tuning, loaded)
     save_reward_head(tmp_path / "rm.npz", model)
     return loaded, model
 

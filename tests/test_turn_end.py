@@ -35,7 +35,7 @@ def test_a_reward_adapter_trained_with_dropout_scores_the_same_twice(tmp_path):
     tuning = add_lora(base.model, LoraConfig(dropout=0.5))
     arrays = {name: mx.random.normal(a.shape) * 0.1 for name, a in tuning.arrays().items()}
     tuning.load_arrays(arrays, "test")
-    save_adapter(tmp_path / "r.npz", tuning, base.model, base.name)
+    save_adapter(tmp_path / "r.npz", tuning, base)
     save_reward_head(tmp_path / "r.npz", RewardModel(base.model, tuning=tuning))
     loaded = load_reward_model(tmp_path / "r.npz", load_model())
     text = [[1, 20, 30, 40]]

@@ -92,8 +92,9 @@ def test_fuse_upload_and_download_again_as_a_person_does(tmp_path, hub):
         assert (tmp_path / "fused" / name).read_bytes() == data
     # Another person's machine: by name, through the hub, into a fused model of a fused model.
     make_adapter(tmp_path / "zero.npz", "lora", scale=0.0)
-    fuse_process(tmp_path, "--model", NAME, "--adapter-file", "zero.npz", "--save-path", "again",
-                 env={**env, "HF_HOME": str(tmp_path / "other")})  # fmt: skip
+    elsewhere = {**env, "HF_HOME": str(tmp_path / "other")}
+    fuse_process(tmp_path, "--model", NAME, "--adapter-file", "zero.npz", "--any-base",
+                 "--save-path", "again", env=elsewhere)  # fmt: skip
     again = load_model(tmp_path / "again")
     assert largest(expected, logits(again.model, again.tokenizer)) < 1e-4
     card = (tmp_path / "again" / "README.md").read_text()

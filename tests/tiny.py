@@ -9,6 +9,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from tiny_tokenizers import SPECIAL, tiny_tokenizer
 
+from models.load import LoadedModel
+
 SIZES = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -172,6 +174,11 @@ def random_weights(model: nn.Module, seed: int) -> dict[str, mx.array]:
         is_matrix = array.ndim > 1
         weights[name] = mx.random.normal(array.shape, scale=0.3, key=sub) if is_matrix else array
     return weights
+
+
+def bare(model: nn.Module, name: str = "base") -> LoadedModel:
+    """A model in memory as what is trained on it takes it: without a tokenizer or a folder."""
+    return LoadedModel(model, None, {}, Path(name), name)
 
 
 def flat(tree) -> dict[str, mx.array]:

@@ -86,6 +86,21 @@ def add_model_arguments(parser: Parser) -> None:
 
 # ------------------------------------------------------------------------------ adapter
 
+
+def add_any_base(parser: Parser, *adapters: str) -> None:
+    """--any-base, in a script where the options `adapters` name what may be an adapter file."""
+    group = parser.add_argument_group("adapter of another base")
+    text = "use an adapter although it was trained on another base, such as a quantised copy"
+    group.add_argument("--any-base", type=bool, default=False, help=text)
+
+    def check(args: argparse.Namespace) -> None:
+        if args.any_base and not any(getattr(args, name) for name in adapters):
+            names = " or ".join(map(flag_of, adapters))
+            raise UserError(f"--any-base has no effect without {names}")
+
+    parser.checks.append(check)
+
+
 LORA_ONLY = "lora_layers lora_rank lora_scale lora_alpha lora_dropout lora_keys rslora".split()
 
 

@@ -26,7 +26,7 @@ from training.console import Progress
 from training.memory import check_memory
 from training.metrics import Run
 from training.optimizers import optimizer_arrays, restore_optimizer
-from training.resume import check_same_data, fingerprint
+from training.resume import check_same_base, check_same_data, fingerprint
 from training.seeds import rng_state, set_rng_state
 from training.signals import GracefulStop
 
@@ -68,6 +68,7 @@ class Loop:
     schedule: Schedule
     validation: Callable[[], Iterable] | None = None
     after_validation: Callable[[int], None] = lambda step: None
+    base: str | None = None  # fingerprint of the model that is trained
     step: int = 0
     validated: int | None = None  # the step of the last validation
     best: float | None = None
@@ -76,10 +77,11 @@ class Loop:
     totals: dict[str, float] = field(default_factory=lambda: {"tokens": 0.0, "skipped": 0.0})
 
     def resume(self, path, *, force: bool = False) -> None:
-        """Go back to a checkpoint (None: to the start); `force` takes other data than then."""
+        """Go back to a checkpoint (None: to the start); `force`: also with other data or base."""
         saved = load_checkpoint(path) if path is not None else None
         if saved is not None and not force:
             check_same_data(saved.state, self.data)
+            check_same_base(saved.state, self.base)
         set_aside_after(path, self.run_folder.checkpoints)
         if saved is None:
             self.run_folder.load_state_dict({})
@@ -182,6 +184,7 @@ class Loop:
             "totals": self.totals,
             "batches": self.batches.state_dict(),
             "data": self.data,
+            "base": self.base,
             "run": self.run_folder.state_dict(),
             "rng": rng_state(),
         }

@@ -12,6 +12,7 @@ from training.dataclass_flags import add_dataclass_arguments, dataclass_from_arg
 from training.flag_groups import (
     adapter_description,
     add_adapter_arguments,
+    add_any_base,
     add_model_arguments,
     add_optimizer_arguments,
     add_run_arguments,
@@ -49,6 +50,7 @@ def parse_arguments(words=None):
     add_dataclass_arguments(parser, PPOConfig, title="PPO", exclude=SHARED)
     add_data_arguments(parser, max_length=1024)
     add_model_arguments(parser)
+    add_any_base(parser, "resume_file", "reward_model")
     add_adapter_arguments(parser, lora_scale=4.0)
     add_optimizer_arguments(
         parser, learning_rate=None, lr_schedule="linear", max_grad_norm=1.0, lr_end_factor=0.1,

@@ -19,7 +19,7 @@ from training.console import Progress
 from training.loop import Group, not_finite, save_or_stop
 from training.metrics import Run
 from training.optimizers import optimizer_arrays, restore_optimizer
-from training.resume import check_same_data, fingerprint
+from training.resume import check_same_base, check_same_data, fingerprint
 from training.seeds import rng_state, set_rng_state
 from training.signals import GracefulStop
 
@@ -95,15 +95,17 @@ class PPOLoop:
     schedule: PPOSchedule
     should_stop: Callable[[list[int]], bool] | None = None
     score_filter: ScoreFilter = field(default_factory=ScoreFilter)  # the one around the rewards
+    base: str | None = None  # fingerprint of the model that is trained
     step: int = 0
     bad_in_a_row: int = 0
     evaluations: list[dict] = field(default_factory=list)  # metrics of each, with its step
 
     def resume(self, path, *, force: bool = False) -> None:
-        """Go back to a checkpoint (None: to the start); `force` takes other data than then."""
+        """Go back to a checkpoint (None: to the start); `force`: also with other data or base."""
         saved = load_checkpoint(path) if path is not None else None
         if saved is not None and not force:
             check_same_data(saved.state, self.data)
+            check_same_base(saved.state, self.base)
         set_aside_after(path, self.run_folder.checkpoints)
         if saved is None:
             self.run_folder.load_state_dict({})
@@ -272,6 +274,7 @@ class PPOLoop:
             "trainer": self.trainer.state_dict(),
             "run": self.run_folder.state_dict(),
             "data": self.data,
+            "base": self.base,
             "rng": rng_state(),
         }
         arrays = {name: group.get() for name, group in self.groups.items()}

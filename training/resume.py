@@ -16,8 +16,8 @@ REDACTED = "<redacted>"
 
 # Where things are written and what is printed: a run with other values here ends the same.
 HARMLESS = frozenset(
-    "config explicit force_resume keep_checkpoints log_with max_bad_steps memory_limit output_dir "
-    "overwrite resume save_every save_file steps_per_report".split()
+    "any_base config explicit force_resume keep_checkpoints log_with max_bad_steps memory_limit "
+    "output_dir overwrite resume save_every save_file steps_per_report".split()
 )
 # Belong to one start of the program and are not taken over from the run that is resumed.
 OF_ONE_START = frozenset("config explicit force_resume output_dir overwrite resume".split())
@@ -113,4 +113,18 @@ def check_same_data(state: Mapping[str, Any], now: str) -> None:
         raise UserError(
             "--resume: the training data is not what the run was started with, so it would not end "
             "as it would have; put the files back, or add --force-resume"
+        )
+
+
+def check_same_base(state: Mapping[str, Any], now: str | None) -> None:
+    """Raise ``UserError`` unless a checkpoint was made on a base with the fingerprint ``now``.
+
+    An unknown one (None, or a checkpoint that holds none) is not compared.
+    """
+    then = state.get("base")
+    if None not in (then, now) and then != now:
+        raise UserError(
+            "--resume: the weights of the model are not what the run was started with (fingerprint "
+            f"{then}, now {now}), so it would not end as it would have; put them back, or add "
+            "--force-resume"
         )

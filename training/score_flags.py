@@ -6,7 +6,7 @@ from data_utils import Records, mix_records, read_dataset, read_records
 from errors import UserError
 from training.arguments import Parser
 from training.data_flags import add_data_arguments
-from training.flag_groups import add_model_arguments, at_least
+from training.flag_groups import add_any_base, add_model_arguments, at_least
 from training.reward_flags import add_reward_arguments
 
 DESCRIPTION = "Score a file of prompts and responses with any reward; pick the best of several."
@@ -31,6 +31,7 @@ def parse_arguments(words=None):
     add_reward_arguments(parser)
     add_row_arguments(parser)
     add_model_arguments(parser)
+    add_any_base(parser, "reward_model")
     return parser.parse_args(words)
 
 

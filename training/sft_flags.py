@@ -26,6 +26,7 @@ from training.data_flags import add_data_arguments, data_sources, tokenising
 from training.flag_groups import (
     adapter_description,
     add_adapter_arguments,
+    add_any_base,
     add_model_arguments,
     add_optimizer_arguments,
     add_run_arguments,
@@ -80,6 +81,7 @@ def parse_arguments(words=None):
         help="scores get mean 0, deviation 1 on this many samples; 0: as trained")  # fmt: skip
     add_data_arguments(parser)
     add_model_arguments(parser)
+    add_any_base(parser, "resume_adapter_file")
     add_adapter_arguments(parser, lora_scale=4.0)
     note = "default: lora 2e-4, full 2e-5, prompt 1e-2; the 1e-6 of old scripts teaches nothing"
     add_optimizer_arguments(parser, learning_rate=None, max_grad_norm=1.0, learning_rate_note=note)
