@@ -17,9 +17,10 @@ from mlx.utils import tree_map
 from data_utils import PreferenceBatch, ScalarBatch, TextBatch
 from models.blocks import checkpointed_blocks
 from models.gradients import loss_and_gradient
+from models.last_block import allow_short_last_block, picked_hidden
 from models.packing import pick_targets, round_up
 from models.reward_model import HEAD, RewardModel
-from models.trunk import find_trunk, hidden_states, token_logprobs
+from models.trunk import find_trunk, token_logprobs
 from models.tuning import Tuning
 from rl.losses import pairwise_loss, regression_loss
 from training.loop import Group
@@ -35,6 +36,7 @@ class LanguageModelTask:
     def __init__(self, model: nn.Module, tuning: Tuning, pad_to_multiple: int = 1):
         self.model, self.trained, self.tuning = model, model, tuning
         self.pad_to_multiple = pad_to_multiple
+        allow_short_last_block(model)
 
     def groups(self) -> dict[str, Group]:
         """What a checkpoint holds of this task."""
@@ -56,8 +58,7 @@ class LanguageModelTask:
 
     def loss(self, arrays: Sequence[mx.array]) -> tuple[mx.array, Sums]:
         inputs, index, targets, weights = arrays
-        hidden = hidden_states(self.model, inputs)  # (B, L, D)
-        hidden = hidden.reshape(-1, hidden.shape[-1])[index]  # (N, D)
+        hidden = picked_hidden(self.model, inputs, index)  # (N, D)
         logprobs, top1 = token_logprobs(self.model, hidden, targets, extras=("top1",))
         loss = -(logprobs * weights).sum()
         return loss, {"loss": loss, "accuracy": (top1 * weights).sum(), "weight": weights.sum()}

@@ -15,6 +15,7 @@ from errors import UserError
 from models.adapter_files import head_path, load_adapter, read_adapter, read_head, save_head
 from models.encoder_reward import EncoderReward, PlainPairs, is_encoder
 from models.hub_files import download, looks_like_hub_name
+from models.last_block import allow_short_last_block, picked_hidden
 from models.load import LoadedModel, load_model
 from models.trunk import hidden_size, hidden_states
 from models.tuning import Tuning, check_arrays
@@ -52,6 +53,7 @@ class RewardModel(nn.Module):
         }
         self.pooling, self.gain, self.offset = pooling, gain, offset
         self._tuning = tuning
+        allow_short_last_block(model)
         self._prefix: tuple[int, ...] = ()  # of a soft prompt that is fused into the vocabulary
         self._pad_id: int | None = None  # where given, the "last" token is the last that is not it
         self.source: LoadedModel | None = None  # where it was loaded from, with its tokenizer
@@ -63,12 +65,11 @@ class RewardModel(nn.Module):
 
     def __call__(self, tokens: mx.array, lengths: mx.array) -> mx.array:
         """Raw scores (B,) float32 of right-padded tokens (B, L), before gain and offset."""
-        hidden = hidden_states(self.model, tokens)  # (B, L, D)
         if self.pooling == "last":
-            last = (lengths - 1)[:, None, None]
-            pooled = mx.take_along_axis(hidden, last, axis=1).squeeze(1)  # (B, D)
-            pooled = pooled.astype(mx.float32)
+            last = mx.arange(len(tokens)) * tokens.shape[1] + lengths - 1
+            pooled = picked_hidden(self.model, tokens, last).astype(mx.float32)  # (B, D)
         else:
+            hidden = hidden_states(self.model, tokens)  # (B, L, D)
             mask = mx.arange(tokens.shape[1])[None] < lengths[:, None]  # (B, L)
             hidden = mx.where(mask[..., None], hidden.astype(mx.float32), 0)
             pooled = hidden.sum(axis=1) / lengths[:, None]  # (B, D)
