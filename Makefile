@@ -8,6 +8,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 BASELINE := .venv-baseline
+BENCH := .venv-bench
+BENCH_MLX := .venv-bench-mlx
 
 .PHONY: setup setup-dev demo test test-baseline compare bench lint clean
 
@@ -49,6 +51,25 @@ test-baseline: $(BASELINE)/.installed
 
 compare: setup-dev $(BASELINE)/.installed
 	$(PY) benchmarks/compare.py
+
+$(BENCH)/.installed: benchmarks/requirements-trl.txt
+	@test -x $(BENCH)/bin/python || { echo "making $(BENCH)"; $(PYTHON) -m venv $(BENCH); }
+	@echo "installing TRL 0.11.4 and what it needs into $(BENCH)"
+	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --prefer-binary \
+		-r benchmarks/requirements-trl.txt
+	@touch $@
+
+$(BENCH_MLX)/.installed: requirements.txt benchmarks/requirements-mlx.txt
+	@test -x $(BENCH_MLX)/bin/python || \
+		{ echo "making $(BENCH_MLX)"; $(PYTHON) -m venv $(BENCH_MLX); }
+	@echo "installing mlx-lm, pinned, into $(BENCH_MLX)"
+	@$(BENCH_MLX)/bin/python -m pip install --quiet --disable-pip-version-check --prefer-binary \
+		-r benchmarks/requirements-mlx.txt
+	@sh install_blas.sh
+	@touch $@
+
+bench: $(BENCH)/.installed $(BENCH_MLX)/.installed
+	@$(BENCH_MLX)/bin/python benchmarks/bench.py
 
 lint: setup-dev
 	$(VENV)/bin/ruff check .

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from digits_stages import ROOT, base_stages, run, summary
+from tables import processor
 
 sys.path.insert(0, str(ROOT))
 from training.metrics import read_rows  # noqa: E402
@@ -223,15 +224,6 @@ def machine(place: Path) -> str:
         f"{platform.system()} {platform.machine()}, {processor()}, {os.cpu_count()} processors, "
         f"Python {found['python']}; {versions}"
     )
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or "processor unknown"
 
 
 def step_times(results: dict) -> str:

@@ -284,6 +284,24 @@ def shares(found: dict) -> dict[str, float]:
     }
 
 
+def headline(found: dict) -> list[list[str]]:
+    """Rows of the table of all benchmarks."""
+    cases, peaks, share = found["cases"], found["logprobs"]["peaks"], shares(found)
+    ppo, sft = cases["ppo_reward"], cases["sft_lora"]
+
+    def row(what: str, ours: int, other: int, ratio: float) -> list[str]:
+        return [what, f"{ours / 1e6:,.0f} MB", f"{other / 1e6:,.0f} MB", f"{ratio:.3f} x the bytes"]
+
+    return [
+        row("weights held in PPO with a reward adapter: the base", ppo["weights"],
+            sft["roles"]["base"], share["weights"]),
+        row("peak of PPO with a reward adapter: of LoRA SFT", ppo["peak"], sft["peak"],
+            share["peak"]),
+        row("peak of log-probabilities, V = 128,256: all logits", peaks["ours"], peaks["plain"],
+            share["logprobs"]),
+    ]  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", help="run one case and print its numbers as JSON")

@@ -158,6 +158,16 @@ def report(rows: list[dict]) -> str:
     ])  # fmt: skip
 
 
+def headline(result: dict) -> list[list[str]]:
+    """Rows of the table of all benchmarks."""
+    return [
+        [f"PPO step, {row['size'].replace('x', ' responses of ')} tokens: the model's bare passes",
+         shown(row["whole"]["cpu"], unit=" s"), shown(row["bare"]["cpu"], unit=" s"),
+         shown(row["times_the_bare"]["cpu"], 2, unit=" x the time")]
+        for row in result["rows"]
+    ]  # fmt: skip
+
+
 def main() -> None:
     if "--worker" in sys.argv:
         worker(sys.argv[-1])

@@ -46,6 +46,16 @@ def report(rows: list[dict]) -> str:
     ])  # fmt: skip
 
 
+def headline(result: dict) -> list[list[str]]:
+    """Rows of the table of all benchmarks."""
+    return [
+        [f"PPO step, {row['size'].replace('x', ' responses of ')} tokens: TRL 0.11.4",
+         shown(row["ours"]["cpu"], unit=" s"), shown(row["trl"]["cpu"], unit=" s"),
+         shown(row["times_as_fast"]["cpu"], 2, unit=" x as fast")]
+        for row in result["rows"]
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15)

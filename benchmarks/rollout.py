@@ -101,15 +101,26 @@ def compare_and_drop(runs: list[dict]) -> tuple[list, list]:
     return found[0]
 
 
+def tokens_per_second(row: dict, who: str) -> str:
+    return f"{row['tokens'] / row[who]['cpu']['median']:,.0f}"
+
+
+def headline(result: dict) -> list[list[str]]:
+    """Rows of the table of all benchmarks."""
+    return [
+        [f"rollouts, {row['case']}: mlx_lm.batch_generate",
+         *(f"{tokens_per_second(row, who)} tokens/s" for who in ("ours", "mlx_lm")),
+         shown(row["times_as_fast"]["cpu"], 2, unit=" x as fast")]
+        for row in result["rows"]
+    ]  # fmt: skip
+
+
 def report(rows: list[dict]) -> str:
     header = ["64 rows, 16 to 64 tokens", "mlx-lm, tokens per CPU s", "ours, tokens per CPU s",
               "ours / mlx-lm, CPU", "ours / mlx-lm, clock", "same greedy tokens"]  # fmt: skip
 
-    def speed(row: dict, who: str) -> str:
-        return f"{row['tokens'] / row[who]['cpu']['median']:,.0f}"
-
     return table(header, [
-        [row["case"], speed(row, "mlx_lm"), speed(row, "ours"),
+        [row["case"], tokens_per_second(row, "mlx_lm"), tokens_per_second(row, "ours"),
          shown(row["times_as_fast"]["cpu"], 2), shown(row["times_as_fast"]["wall"], 2),
          "yes" if row["same_tokens"] else "NO"]
         for row in rows

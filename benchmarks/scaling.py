@@ -77,6 +77,15 @@ def report(result: dict) -> str:
     ])  # fmt: skip
 
 
+def headline(result: dict) -> list[list[str]]:
+    """Rows of the table of all benchmarks."""
+    names = {"rows": "8 to 128 rows", "tokens": "16 to 256 response tokens"}
+    return [
+        [f"cost of a PPO step, {names[what]}: linear", f"power {slope:.2f}", "power 1", ""]
+        for what, slope in result["growth"].items()
+    ]
+
+
 def main() -> None:
     if "--worker" in sys.argv:
         worker(sys.argv[-1])

@@ -21,17 +21,17 @@ def table(header: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def shown(values: dict[str, float], digits: int = 3, scale: float = 1.0) -> str:
-    """Median and quartiles: ``0.512 (0.500 to 0.530)``."""
+def shown(values: dict[str, float], digits: int = 3, scale: float = 1.0, unit: str = "") -> str:
+    """Median and quartiles: ``0.512 s (0.500 to 0.530)``."""
     median, low, high = (f"{scale * values[k]:,.{digits}f}" for k in ("median", "low", "high"))
-    return f"{median} ({low} to {high})"
+    return f"{median}{unit} ({low} to {high})"
 
 
 def machine() -> dict:
     """What the figures were measured on."""
     return {
         "date": date.today().isoformat(),
-        "cpu": _cpu_name(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
@@ -42,12 +42,14 @@ def machine() -> dict:
     }
 
 
-def _cpu_name() -> str:
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
+        lines = []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or "processor unknown"
 
 
 def blas(own: bool) -> str:
@@ -65,6 +67,15 @@ def blas(own: bool) -> str:
         [sys.executable, "-c", code], cwd=ROOT, env=environment, text=True, capture_output=True
     )
     return made.stdout.strip()
+
+
+def replace_between(file: Path, mark: str, text: str) -> None:
+    """Put `text` between the lines ``<!-- mark -->`` and ``<!-- /mark -->`` of a Markdown file."""
+    before, start, rest = file.read_text(encoding="utf-8").partition(f"<!-- {mark} -->\n")
+    _, end, after = rest.partition(f"<!-- /{mark} -->\n")
+    if not start or not end:
+        raise ValueError(f"{file}: the marks <!-- {mark} --> and <!-- /{mark} --> are missing")
+    file.write_text(f"{before}{start}\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 def save(name: str, result: dict, text: str) -> None:
