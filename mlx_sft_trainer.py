@@ -59,7 +59,9 @@ class LanguageModelTask:
     def loss(self, arrays: Sequence[mx.array]) -> tuple[mx.array, Sums]:
         inputs, index, targets, weights = arrays
         hidden = picked_hidden(self.model, inputs, index)  # (N, D)
-        logprobs, top1 = token_logprobs(self.model, hidden, targets, extras=("top1",))
+        logprobs, top1 = token_logprobs(
+            self.model, hidden, targets, extras=("top1",), gradient=self.trained.training
+        )
         loss = -(logprobs * weights).sum()
         return loss, {"loss": loss, "accuracy": (top1 * weights).sum(), "weight": weights.sum()}
 
