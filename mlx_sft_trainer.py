@@ -30,7 +30,7 @@ Batch = TextBatch | ScalarBatch | PreferenceBatch
 Sums = dict[str, mx.array]  # sums over a batch; "weight" is what each of them is divided by
 # Of one forward pass on a CPU: a core is busy with these, and more in one pass only spoils its
 # caches, while passes of like lengths need less padding (docs/LOG.md).
-PASS_TOKENS = 1024
+PASS_TOKENS = 512
 
 
 class LanguageModelTask:

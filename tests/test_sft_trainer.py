@@ -230,7 +230,7 @@ def test_several_forward_passes_give_the_update_of_one(rows, kind):
 def test_by_default_short_rows_stand_in_one_pass_and_long_ones_in_several():
     """On a CPU, that is; on a GPU every batch is one pass."""
     rng = np.random.default_rng(0)
-    for length, passes in ((30, 1), (400, 3)):
+    for length, passes in ((30, 1), (400, 6)):
         rows = [PreferenceRow(rng.integers(2, 64, (2, length)).tolist(), [0, 1], None)] * 4
         inputs, *_ = make_task("preference").arrays(make_batch(rows))
         on_gpu = mx.default_device().type == mx.DeviceType.gpu
