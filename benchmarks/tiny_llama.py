@@ -22,32 +22,37 @@ CONFIG = {
     "torch_dtype": "float32",
 }
 FIRST_WORD = 3  # ids below are special
+# "w3" is the header of a user's turn, "w4" that of the assistant's; </s> ends both.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ ('w3 ' if m.role == 'user' else 'w4 ') + m.content + ' </s> ' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'w4 ' }}{% endif %}"
+)
 
 
-def make_model(folder: Path, seed: int = 0) -> Path:
+def make_model(folder: Path, seed: int = 0, vocabulary: int = CONFIG["vocab_size"]) -> Path:
     """Write the model to `folder`: normal(0, 0.02) matrices, Hugging Face's initialisation."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.models.llama import Model, ModelArgs
 
-    key, weights = mx.random.key(seed), {}
-    for name, array in tree_flatten(Model(ModelArgs.from_dict(CONFIG)).parameters()):
+    key, weights, config = mx.random.key(seed), {}, CONFIG | {"vocab_size": vocabulary}
+    for name, array in tree_flatten(Model(ModelArgs.from_dict(config)).parameters()):
         key, own = mx.random.split(key)
         random = mx.random.normal(array.shape, scale=0.02, key=own)
         weights[name] = random if array.ndim > 1 else mx.ones(array.shape)
     folder.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-    make_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    make_tokenizer(folder, vocabulary)
     return folder
 
 
-def make_tokenizer(folder: Path) -> None:
-    """A tokenizer of 512 words "w3" to "w511", one token each, split at spaces."""
+def make_tokenizer(folder: Path, vocabulary: int) -> None:
+    """A tokenizer of the words "w3", "w4" and so on, one token each, split at spaces."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
     special = ["<s>", "</s>", "<pad>"]
-    words = special + [f"w{i}" for i in range(FIRST_WORD, CONFIG["vocab_size"])]
+    words = special + [f"w{i}" for i in range(FIRST_WORD, vocabulary)]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
@@ -55,5 +60,6 @@ def make_tokenizer(folder: Path) -> None:
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>",
+        "chat_template": CHAT_TEMPLATE,
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
