@@ -408,7 +408,7 @@ class PPOTrainer:
         config, packed = self.config, Packed(*packed)
         old_logprobs, old_values, advantages, returns = columns  # (b, r) each
         logprobs, values, entropy = self.model(
-            packed, temperature=config.temperature, with_entropy=True
+            packed, temperature=config.temperature, with_entropy=True, gradient=True
         )
         policy, metrics = policy_loss(
             logprobs,

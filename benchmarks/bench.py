@@ -67,7 +67,7 @@ def document(rows: list[list[str]], about: str) -> str:
     parts += [NOT_MEASURED + "\n"]
     for name, module in BENCHMARKS.items():
         title, _, rest = module.__doc__.partition("\n")
-        what = rest.split("\n\n", 2)[2] if rest.count("\n\n") > 1 else ""
+        what = rest.split("\n\n", 1)[1]  # after the command
         own = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
         parts += [f"## {title.rstrip('.')}\n", f"`benchmarks/{name}.py`\n", what, own]
     return "\n".join(parts).rstrip() + "\n"

@@ -28,9 +28,13 @@ class ActorCritic(nn.Module):
         return self._tuning
 
     def __call__(
-        self, packed: Packed, *, temperature: float = 1.0, with_entropy: bool = False
-    ) -> tuple[mx.array, ...]:
-        """-> logprobs (B, R), values (B, R) and, if asked, entropy (B, R); 0 where nothing is."""
+        self, packed: Packed, *, temperature: float = 1.0, with_entropy: bool = False,
+        gradient: bool = False,
+    ) -> tuple[mx.array, ...]:  # fmt: skip
+        """-> logprobs (B, R), values (B, R) and, if asked, entropy (B, R); 0 where nothing is.
+
+        `gradient`: that of logprobs and values will be asked for; entropy has none then.
+        """
         hidden = picked_hidden(self.model, packed.tokens, packed.index)  # (N, D)
         scored = token_logprobs(
             self.model,
@@ -38,6 +42,7 @@ class ActorCritic(nn.Module):
             packed.targets,
             temperature=temperature,
             extras=("entropy",) if with_entropy else (),
+            gradient=gradient,
         )
         values = self.value_head(hidden)  # (N,)
         columns = (scored[0], values, *scored[1:])

@@ -126,8 +126,9 @@ def token_logprobs(
     `temperature` first. `chunk` positions are worked on at a time; by default as many as
     MAX_CHUNK_ELEMENTS allows.
 
-    `gradient`: it will be asked for. A frozen head then makes it in the forward pass, a product of
-    matrices that would be in vain otherwise, and smaller chunks cost nothing.
+    `gradient`: that of the log-probabilities will be asked for, and none of the extras'. A frozen
+    head then makes it in the forward pass, a product of matrices that would be in vain otherwise,
+    and smaller chunks cost nothing.
     """
     owner, _ = find_trunk(model)
     count = hidden.shape[0]
@@ -135,7 +136,7 @@ def token_logprobs(
         return tuple(mx.zeros((0,)) for _ in range(1 + len(extras)))
     named = _head_parameters(model)
     names, parameters = tuple(named), tuple(named.values())
-    beside = gradient and not names and "entropy" not in extras
+    beside = gradient and not names
     if chunk is None:
         width = logits_from_hidden(model, mx.zeros((1, hidden.shape[-1]))).shape[-1]
         chunk = max(1, MAX_CHUNK_ELEMENTS // width)
@@ -197,7 +198,8 @@ def _with_gradient(model, temperature: float, extras):
     @mx.custom_function
     def score_chunk(h: mx.array, t: mx.array, turn: mx.array):
         def scores(h: mx.array):
-            return _score(logits_from_hidden(model, h), t, temperature, extras)
+            logprobs, *rest = _score(logits_from_hidden(model, h), t, temperature, extras)
+            return logprobs, *map(mx.stop_gradient, rest)
 
         cotangents = [mx.ones(t.shape), *(mx.zeros(t.shape) for _ in extras)]
         found, (slopes,) = mx.vjp(scores, [h], cotangents)

@@ -154,25 +154,25 @@ def test_gradients_made_in_the_forward_pass_are_those_of_the_plain_way(
 
     def gradient(score):
         def loss():
-            logprobs, top1 = score(hidden_states(model, TOKENS).reshape(10, -1))
-            return (logprobs * weights).sum(), top1
+            logprobs, *rest = score(hidden_states(model, TOKENS).reshape(10, -1))
+            return (logprobs * weights).sum(), rest
 
         step = nn.value_and_grad(model, loss)
         return mx.compile(step, inputs=[model.state])() if compiled else step()
 
     def beside(hidden):
-        return token_logprobs(model, hidden, targets, temperature=0.7, extras=("top1",),
+        return token_logprobs(model, hidden, targets, temperature=0.7, extras=("entropy", "top1"),
                               chunk=chunk, gradient=True)  # fmt: skip
 
     def whole(hidden):
-        logprobs, _, top1 = plain(model, hidden, targets, 0.7)
-        return logprobs, top1
+        return plain(model, hidden, targets, 0.7)
 
     trained = model.trainable_parameters()
-    (value, top1), found = gradient(beside)
+    (value, (entropy, top1)), found = gradient(beside)
     model.update(trained)
-    (wanted_value, wanted_top1), wanted = gradient(whole)
+    (wanted_value, (wanted_entropy, wanted_top1)), wanted = gradient(whole)
     np.testing.assert_allclose(value, wanted_value, rtol=1e-5)
+    np.testing.assert_allclose(entropy, wanted_entropy, rtol=1e-5)
     np.testing.assert_array_equal(top1, wanted_top1)
     found, wanted = flat(found), flat(wanted)
     largest = max(mx.abs(g).max().item() for g in wanted.values())
