@@ -19,6 +19,7 @@ from typing import Any
 from errors import UserError
 from training.config_files import Setting, read_config
 from training.flag_types import HelpFormatter, boolean, number, whole_number
+from training.redact import redact, tell
 from training.resume import (
     check_resume_options,
     read_run_options,
@@ -265,10 +266,10 @@ MEMORY_ADVICE = (
 def one_line_warning(message, category, filename, lineno, line=None) -> str:
     """A warning for people in one line; one about code says where, as Python does."""
     place = "" if category is UserWarning else f"{filename}:{lineno}: {category.__name__}: "
-    return f"warning: {place}{message}\n"
+    return redact(f"warning: {place}{message}") + "\n"
 
 
 def complain(message: str, code: int = 2) -> int:
-    """Print ``error: MESSAGE`` as one line on standard error; return the exit status."""
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    """Print ``error: MESSAGE`` as one redacted line on standard error; return the exit status."""
+    tell(f"error: {message}")
     return code
