@@ -196,6 +196,29 @@ def test_sizes_that_do_not_divide_are_refused():
         make_trainer(gradient_accumulation_steps=4)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [(name, value) for name in ("cliprange", "cliprange_value", "ratio_threshold", "target",
+                                "horizon", "max_grad_norm") for value in (0, -1.0, np.nan)]
+    + [(name, value) for name in ("init_kl_coef", "value_head_init_std", "vf_coef")
+       for value in (-1e-3, np.nan, np.inf)]
+    + [("top_k", -1), ("pad_to_multiple", -3), ("kl_penalty", "nope"), ("kl_penalty", None)],
+)  # fmt: skip
+def test_a_value_that_makes_no_sense_is_refused_when_the_config_is_made(name, value):
+    with pytest.raises(UserError, match=f"^--{name.replace('_', '-')}: "):
+        PPOConfig(**{name: value})
+
+
+def test_values_of_trl_are_legal():
+    """Its defaults, its modes of the KL, and what switches a part off."""
+    PPOConfig(batch_size=128, mini_batch_size=128, learning_rate=1.41e-5, adap_kl_ctrl=True,
+              init_kl_coef=0.2, max_grad_norm=None, target=6, horizon=10000)  # fmt: skip
+    for mode in ("kl", "abs", "mse", "full"):
+        PPOConfig(kl_penalty=mode)
+    PPOConfig(init_kl_coef=0, vf_coef=0, top_k=0.0, value_head_init_std=0, pad_to_multiple=None)
+    PPOConfig(cliprange=np.inf, cliprange_value=np.inf, ratio_threshold=np.inf, horizon=np.inf)
+
+
 def test_full_fine_tuning_without_a_reference_is_refused():
     model = tiny_model()
     policy = ActorCritic(model, ValueHead(32), FullTuning(model))

@@ -70,6 +70,12 @@ AT_ONCE = [
     (f"{SFT} --prompt-tuning --fine-tune-type full", "--prompt-tuning|--fine-tune-type"),
     (f"{SFT} --overwrite", "--overwrite needs --output-dir"),
     (f"{PPO} --increasing --decreasing", "--increasing and --decreasing contradict"),
+    # values that make no sense
+    (f"{SFT} --val-batches 0", "--val-batches: give a number of batches, or -1"),
+    (f"{SFT} --val-batches -2", "--val-batches: give a number of batches, or -1"),
+    (f"{PPO} --adap_kl_ctrl --target 0", "--target: 0.0 given, must be above 0"),
+    (f"{PPO} --adap_kl_ctrl --target -5", "--target: -5.0 given, must be above 0"),
+    (f"{PPO} --pad_to_multiple -3", "--pad-to-multiple: -3 given, must be finite and not below 0"),
     (f"{PPO} --batch-size 6 --mini-batch-size 4", "--batch-size 6|--mini-batch-size 4"),
     ("data/generate_digit_data.py --increasing --decreasing", "--increasing or --decreasing|both"),
     # nothing to do

@@ -234,8 +234,8 @@ def refuse_untrained(loop: Any, skipped: float, what: str, last_bad: str = "") -
     if loop.step and skipped == loop.step:
         raise not_finite(
             loop.run_folder,
-            f"{what} was NaN or infinite in every step, so all {loop.step} were skipped and nothing "
-            f"was trained (their rows: bad_rows.jsonl{last_bad})",
+            f"{what} was NaN or infinite in every step, so all {loop.step} were skipped and "
+            f"nothing was trained (their rows: bad_rows.jsonl{last_bad})",
         )
 
 

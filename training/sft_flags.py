@@ -107,6 +107,9 @@ def check_arguments(args) -> None:
     at_least(args, 1, "batch_size", "iters", "gradient_accumulation_steps", "steps_per_report",
              "early_stopping_patience")  # fmt: skip
     at_least(args, 0, "steps_per_eval", "centering")
+    if args.val_batches == 0 or args.val_batches < -1:
+        raise UserError("--val-batches: give a number of batches, or -1 for all rows; "
+                        "--steps-per-eval 0 means no validation")  # fmt: skip
     if args.epochs is not None and args.epochs <= 0:
         raise UserError("--epochs: give a number above 0")
     check_normalisation(args)
