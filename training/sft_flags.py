@@ -86,6 +86,7 @@ def parse_arguments(words=None):
     note = "default: lora 2e-4, full 2e-5, prompt 1e-2; the 1e-6 of old scripts teaches nothing"
     add_optimizer_arguments(parser, learning_rate=None, max_grad_norm=1.0, learning_rate_note=note)
     add_run_arguments(parser)
+    parser.alternatives.append({"iters", "epochs"})
     parser.checks.append(check_arguments)
     return parser.parse_args(words)
 
