@@ -161,6 +161,11 @@ def spoiled(what: str, row: int, value):
     [
         ("queries", [], "row 3: the query is empty"),
         ("responses", [], "row 3: the response is empty"),
+        ("queries", [5, 64], "row 3: the query has the token id 64; the model's go from 0 to 63"),
+        ("queries", [-1], "row 3: the query has the token id -1"),
+        ("responses", [5, 2**30], "row 3: the response has the token id 1073741824"),
+        ("scores", None, "row 3: the score is None, and no number"),
+        ("scores", [1.0, 2.0], "row 3: the score is .*, and no number"),
         ("scores", float("nan"), "row 3: the score is nan"),
         ("scores", float("inf"), "row 3: the score is inf"),
         ("response_masks", [0] * 20, "row 3: the response mask has 20 places"),
@@ -169,13 +174,27 @@ def spoiled(what: str, row: int, value):
 )
 def test_a_row_that_cannot_be_learned_from_is_named(what, value, said):
     trainer = make_trainer(use_score_scaling=True)
-    if value is None:
+    if (what, value) == ("response_masks", None):
         value = [0] * len(random_batch()[1][3])
     before, running = state_of(trainer), trainer.running.state_dict()
     with pytest.raises(UserError, match=said):
         trainer.step(**spoiled(what, 3, value))
     assert_same_bits(state_of(trainer), before)
     assert trainer.running.state_dict() == running and trainer.steps_done == 0
+
+
+def test_virtual_tokens_are_legal_in_front_of_a_query_alone():
+    """A soft prompt's ids begin at V, and the trainer puts them there itself."""
+    trainer = make_trainer("prompt")
+    assert trainer.vocabulary == 64 and trainer.model.tuning.prefix == (64, 65, 66)
+    queries, _, scores = random_batch()
+    quietly(trainer.step, queries, trainer.generate(queries), scores)
+    said = "row 2: the query has the token id 65"
+    for wrong in (trainer.generate, lambda q: trainer.sample_for_evaluation(q, True)):
+        with pytest.raises(UserError, match=said):
+            wrong([*queries[:2], [65, 5], *queries[3:]])
+    with pytest.raises(UserError, match="row 2: the response has the token id 65"):
+        trainer.step(queries, [[5], [6], [7, 65], *[[8]] * 5], scores)
 
 
 @pytest.mark.parametrize("what", ["queries", "responses", "scores"])
