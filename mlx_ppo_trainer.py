@@ -34,6 +34,7 @@ from models.decoding import Generation, Sampling, generate
 from models.gradients import loss_and_gradient
 from models.last_block import allow_short_last_block
 from models.packing import Packed, pack
+from models.trunk import vocabulary_size
 from rl.advantages import gae
 from rl.kl import AdaptiveKLController, FixedKLController, full_kl, kl_penalty
 from rl.losses import masked_mean, masked_whiten, policy_loss, value_loss
@@ -46,7 +47,7 @@ from rl.rewards import (
     per_token_rewards,
     scale_scores,
 )
-from rl.rollouts import Rollout, check_rollout, pad_rows
+from rl.rollouts import Rollout, as_numbers, check_rollout, check_token_ids, pad_rows
 from training.clock import StageClock
 
 __all__ = ["PPOConfig", "PPOTrainer"]
@@ -83,6 +84,7 @@ class PPOTrainer:
         self.config, self.model, self.reference = config, model, ref_model
         self.tokenizer, self.log = tokenizer, log
         self.eos_ids = set(eos_ids if eos_ids is not None else tokenizer.eos_token_ids)
+        self.vocabulary = vocabulary_size(model.model)
         self.optimizer = optimizer or optim.Adam(config.learning_rate, bias_correction=True)
         self.optimizer.init(model.trainable_parameters())
         self.kl_controller = (
@@ -156,7 +158,8 @@ class PPOTrainer:
     def _sample(
         self, queries, max_tokens, sampling, should_stop, purpose: tuple[int, ...], value_head=None
     ) -> Generation:
-        prefix = self.model.tuning.prefix
+        prefix = self.model.tuning.prefix  # ids from V on, which no query may have
+        check_token_ids("query", queries, self.vocabulary)
         return generate(
             self.model.model,
             [[*prefix, *query] for query in queries],
@@ -212,9 +215,10 @@ class PPOTrainer:
 
     def prepare(self, queries, responses, scores, response_masks=None) -> Rollout:
         """Checked arguments of `step` as a `Rollout` that holds shaped scores."""
-        scores = [float(score) for score in scores]
-        check_rollout(queries, responses, scores, response_masks, self.config.batch_size)
+        scores = as_numbers(scores)
         queries, responses = token_lists(queries), token_lists(responses)
+        size = self.config.batch_size
+        check_rollout(queries, responses, scores, response_masks, size, self.vocabulary)
         if response_masks is None:
             response_masks = [[1] * len(r) for r in responses]
         masks = [np.asarray(m, dtype=bool) for m in response_masks]

@@ -8,6 +8,7 @@ requirements.txt.
 
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -113,8 +114,8 @@ class EncoderReward:
         if len(row["input_ids"]) <= self.max_tokens:
             return row
         if not self._warned:
-            print(f"warning: {self.folder}: reads {self.max_tokens} tokens; longer texts are cut "
-                  f"(the first has {len(row['input_ids'])})", file=sys.stderr)  # fmt: skip
+            warnings.warn(f"{self.folder}: reads {self.max_tokens} tokens; longer texts are cut "
+                          f"(the first has {len(row['input_ids'])})", stacklevel=2)  # fmt: skip
             self._warned = True
         return self._encode(*texts, truncation=True, max_length=self.max_tokens)
 

@@ -2,13 +2,22 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from errors import UserError
 
 
 def _option(default, help_text: str):
     return field(default=default, metadata={"help": help_text})
+
+
+KLPenalty = Literal["kl", "abs", "mse", "full", "k1", "k2", "k3"]
+# Infinity is a value of these: of a clip or a threshold it means none. NaN is not.
+ABOVE_0 = "cliprange cliprange_value ratio_threshold target horizon max_grad_norm".split()
+NOT_BELOW_0 = (
+    "init_kl_coef missing_eos_penalty overlong_penalty pad_to_multiple top_k value_head_init_std "
+    "vf_coef"
+).split()
 
 
 @dataclass
@@ -51,9 +60,7 @@ class PPOConfig:
 
     adap_kl_ctrl: bool = _option(False, "adapt the KL coefficient towards --target")
     init_kl_coef: float = _option(0.01, "KL coefficient at the start")
-    kl_penalty: Literal["kl", "abs", "mse", "full", "k1", "k2", "k3"] = _option(
-        "kl", "estimate of the KL per token"
-    )
+    kl_penalty: KLPenalty = _option("kl", "estimate of the KL per token")
     target: float = _option(6.0, "KL per response that the adaptive coefficient aims at, nats")
     horizon: float = _option(10000.0, "responses over which the coefficient adapts")
     early_stopping: bool = _option(False, "stop a step's epochs at 1.5 times --target-kl")
@@ -78,6 +85,7 @@ class PPOConfig:
                      "ppo_epochs", "max_new_tokens"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')}: must be at least 1")
+        self._check_signs()
         if self.batch_size % self.backward_batch_size:
             raise UserError(
                 f"--batch-size {self.batch_size} is not a multiple of --mini-batch-size "
@@ -102,11 +110,24 @@ class PPOConfig:
             raise UserError("--score-clip: must be above 0")
         if not 0 <= self.overlong_buffer <= self.max_new_tokens:
             raise UserError("--overlong-buffer: must be from 0 to --max-new-tokens")
-        for name in ("missing_eos_penalty", "overlong_penalty", "vf_coef", "cliprange"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')}: must not be below 0")
         if self.use_score_norm and not self.use_score_scaling:
             raise UserError("--use-score-norm needs --use-score-scaling")
+
+    def _check_signs(self):
+        """Of single values; NaN is neither above nor below 0, and refused."""
+        for name in ABOVE_0:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"--{name.replace('_', '-')}: {value} given, must be above 0")
+        for name in NOT_BELOW_0:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(
+                    f"--{name.replace('_', '-')}: {value} given, must be finite and not below 0"
+                )
+        if self.kl_penalty not in get_args(KLPenalty):
+            modes = ", ".join(get_args(KLPenalty))
+            raise UserError(f"--kl-penalty: {self.kl_penalty!r} is none of {modes}")
 
     @property
     def backward_batch_size(self) -> int:

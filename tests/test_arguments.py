@@ -387,6 +387,17 @@ def test_resume_refuses_a_changed_option_unless_harmless_or_forced(tmp_path, cap
     assert "--output-dir" in refused(capsys, "--resume", folder, "--output-dir", "elsewhere")
 
 
+def test_the_command_line_replaces_what_a_config_file_says_in_another_way(tmp_path, capsys):
+    file = write(tmp_path / "c.yaml", "lora_alpha: 16\n")
+    assert parse("--config", file).lora_scale == 2.0
+    args = parse("--config", file, "--lora-scale", "3")
+    assert (args.lora_scale, args.lora_alpha) == (3.0, None) and "lora_alpha" not in args.explicit
+    file = write(tmp_path / "d.yaml", "lora_scale: 3\n")
+    assert parse("--config", file, "--lora-alpha", "8").lora_scale == 1.0
+    file = write(tmp_path / "both.yaml", "lora_scale: 3\nlora_alpha: 16\n")
+    assert "give one of them" in refused(capsys, "--config", file)
+
+
 def test_a_changed_lora_scale_replaces_the_alpha_of_the_run(tmp_path):
     folder = make_run(tmp_path / "r", "--lora-alpha", "16")
     args = parse("--resume", str(folder), "--lora-scale", "5", "--force-resume")

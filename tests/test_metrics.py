@@ -170,11 +170,46 @@ def test_overwrite_does_not_follow_links_out_of_the_folder(folder, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").write_text("")
-    folder.mkdir()
+    Run("sft", {}, output_dir=folder).close()
     (folder / "checkpoints").symlink_to(outside)
     with Run("sft", {}, output_dir=folder, overwrite=True):
         assert not (folder / "checkpoints").exists()
     assert (outside / "precious").exists()
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("config.json", '{"model_type": "llama", "options": {}}'),
+        ("config.json", '{"script": "sft"'),
+        ("config.json", "[" * 100_000),
+        ("summary.json", "{}"),
+        ("plots", None),
+        ("model", None),  # what the script itself writes there
+    ],
+)
+def test_files_under_the_names_of_a_run_that_are_none_stay(folder, name, text):
+    folder.mkdir()
+    (folder / name).write_text(text) if text else (folder / name / "mine").mkdir(parents=True)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=f"holds {name}, and no run that it belongs to"):
+            Run("sft", {}, output_dir=folder, overwrite=overwrite, outputs=("model",))
+    there = [str(path.relative_to(folder)) for path in folder.rglob("*")]
+    assert sorted(there) == ([name] if text else [name, f"{name}/mine"])
+    assert text is None or (folder / name).read_text() == text
+
+
+def test_an_overwrite_that_is_cut_short_can_be_repeated(folder, monkeypatch):
+    """What is left of the old run is still a run's folder."""
+    Run("sft", {}, output_dir=folder).close()
+
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("training.metrics.write_json", cut)
+        Run("sft", {}, output_dir=folder, overwrite=True)
+    Run("sft", {}, output_dir=folder, overwrite=True).close()
 
 
 def test_a_place_where_no_folder_can_be_is_a_clear_error(tmp_path):

@@ -161,6 +161,11 @@ def spoiled(what: str, row: int, value):
     [
         ("queries", [], "row 3: the query is empty"),
         ("responses", [], "row 3: the response is empty"),
+        ("queries", [5, 64], "row 3: the query has the token id 64; the model's go from 0 to 63"),
+        ("queries", [-1], "row 3: the query has the token id -1"),
+        ("responses", [5, 2**30], "row 3: the response has the token id 1073741824"),
+        ("scores", None, "row 3: the score is None, and no number"),
+        ("scores", [1.0, 2.0], "row 3: the score is .*, and no number"),
         ("scores", float("nan"), "row 3: the score is nan"),
         ("scores", float("inf"), "row 3: the score is inf"),
         ("response_masks", [0] * 20, "row 3: the response mask has 20 places"),
@@ -169,13 +174,27 @@ def spoiled(what: str, row: int, value):
 )
 def test_a_row_that_cannot_be_learned_from_is_named(what, value, said):
     trainer = make_trainer(use_score_scaling=True)
-    if value is None:
+    if (what, value) == ("response_masks", None):
         value = [0] * len(random_batch()[1][3])
     before, running = state_of(trainer), trainer.running.state_dict()
     with pytest.raises(UserError, match=said):
         trainer.step(**spoiled(what, 3, value))
     assert_same_bits(state_of(trainer), before)
     assert trainer.running.state_dict() == running and trainer.steps_done == 0
+
+
+def test_virtual_tokens_are_legal_in_front_of_a_query_alone():
+    """A soft prompt's ids begin at V, and the trainer puts them there itself."""
+    trainer = make_trainer("prompt")
+    assert trainer.vocabulary == 64 and trainer.model.tuning.prefix == (64, 65, 66)
+    queries, _, scores = random_batch()
+    quietly(trainer.step, queries, trainer.generate(queries), scores)
+    said = "row 2: the query has the token id 65"
+    for wrong in (trainer.generate, lambda q: trainer.sample_for_evaluation(q, True)):
+        with pytest.raises(UserError, match=said):
+            wrong([*queries[:2], [65, 5], *queries[3:]])
+    with pytest.raises(UserError, match="row 2: the response has the token id 65"):
+        trainer.step(queries, [[5], [6], [7, 65], *[[8]] * 5], scores)
 
 
 @pytest.mark.parametrize("what", ["queries", "responses", "scores"])
@@ -194,6 +213,29 @@ def test_sizes_that_do_not_divide_are_refused():
         make_trainer(mini_batch_size=3)
     with pytest.raises(UserError, match=r"4 x --gradient-accumulation-steps 4"):
         make_trainer(gradient_accumulation_steps=4)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [(name, value) for name in ("cliprange", "cliprange_value", "ratio_threshold", "target",
+                                "horizon", "max_grad_norm") for value in (0, -1.0, np.nan)]
+    + [(name, value) for name in ("init_kl_coef", "value_head_init_std", "vf_coef")
+       for value in (-1e-3, np.nan, np.inf)]
+    + [("top_k", -1), ("pad_to_multiple", -3), ("kl_penalty", "nope"), ("kl_penalty", None)],
+)  # fmt: skip
+def test_a_value_that_makes_no_sense_is_refused_when_the_config_is_made(name, value):
+    with pytest.raises(UserError, match=f"^--{name.replace('_', '-')}: "):
+        PPOConfig(**{name: value})
+
+
+def test_values_of_trl_are_legal():
+    """Its defaults, its modes of the KL, and what switches a part off."""
+    PPOConfig(batch_size=128, mini_batch_size=128, learning_rate=1.41e-5, adap_kl_ctrl=True,
+              init_kl_coef=0.2, max_grad_norm=None, target=6, horizon=10000)  # fmt: skip
+    for mode in ("kl", "abs", "mse", "full"):
+        PPOConfig(kl_penalty=mode)
+    PPOConfig(init_kl_coef=0, vf_coef=0, top_k=0.0, value_head_init_std=0, pad_to_multiple=None)
+    PPOConfig(cliprange=np.inf, cliprange_value=np.inf, ratio_threshold=np.inf, horizon=np.inf)
 
 
 def test_full_fine_tuning_without_a_reference_is_refused():

@@ -111,6 +111,8 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_a_way_back(server, tmp_pa
     ended = server.run("ppo_training.py", line, tmp_path)
     assert ended.code == 2
     assert "was NaN or infinite in 3 steps in a row" in ended.error
+    last = bad_rows(tmp_path / "run")[-1]
+    assert f"; the last: prompt {last['prompt']!r}, response {last['response']!r})" in ended.error
     assert "--resume run goes on from step-00000001" in ended.error
     run = tmp_path / "run"
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step-00000001"]
@@ -121,6 +123,39 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_a_way_back(server, tmp_pa
     ended = server.run("ppo_training.py", other, tmp_path)
     assert ended.code == 0, ended.err
     assert all_finite(run) and (tmp_path / "out.npz").exists()
+
+
+@pytest.mark.parametrize("save_every", [2, 0])
+def test_a_run_whose_steps_were_all_skipped_saves_nothing(server, tmp_path, rewards, save_every):
+    """Fewer of them than --max-bad-steps."""
+    line = [*PPO, "--reward-function", "rewards.py:always", "--num-steps", "2"]
+    ended = server.run("ppo_training.py", [*line, "--save-every", str(save_every)], tmp_path)
+    assert ended.code == 2 and "so all 2 were skipped and nothing was trained" in ended.error
+    last = bad_rows(tmp_path / "run")[-1]
+    assert f"; the last: prompt {last['prompt']!r}, response {last['response']!r})" in ended.error
+    assert "--resume run goes on from " in ended.error
+    assert not list(tmp_path.glob("out*")) and not (tmp_path / "run" / "summary.json").exists()
+    other = ["--resume", "run", "--force-resume", "--reward-function", "rewards.py:never"]
+    ended = server.run("ppo_training.py", other, tmp_path)
+    assert ended.code == 0, ended.err
+    assert all_finite(tmp_path / "run") and (tmp_path / "out.npz").exists()
+
+
+ALL_BAD = """
+import mlx.core as mx, mlx_sft_trainer
+clip = mlx_sft_trainer.clip_gradients
+def clip_gradients(gradients, largest):
+    return clip(mlx_sft_trainer.tree_map(lambda g: g * mx.nan, gradients), largest)
+mlx_sft_trainer.clip_gradients = clip_gradients
+"""
+
+
+def test_supervised_training_without_one_sound_update_saves_nothing(server, tmp_path):
+    script, line = RUNS["sft"]
+    line = [*line, "--iters", "3", "--max-bad-steps", "4"]
+    ended = server.run(script, line, tmp_path, prelude=ALL_BAD)
+    assert ended.code == 2 and "so all 3 were skipped and nothing was trained" in ended.error
+    assert not list(tmp_path.glob("out*"))
 
 
 # ------------------------------------------------------------------------------ weights

@@ -119,3 +119,27 @@ def test_every_kind_of_tuning_resumes_exactly(server, tmp_path, name, kind):
     assert list((broken / "run" / "checkpoints").glob("step-*"))
     expected = left_by(unbroken / "run", "out.npz")
     assert differences(expected, finish(server, script, line, broken)) == []
+
+
+def test_iters_replace_the_epochs_of_the_run_that_is_resumed(server, tmp_path):
+    """And epochs its iters; the longer run ends as if it had been asked for at once."""
+    line = ["--train", "--max-rows", "12", "--steps-per-eval", "0", *SHORT]
+    ends = {}
+    for name, first, then in (("iters", "epochs 1", "iters 5"), ("epochs", "iters 2", "epochs 2"),
+                              ("at once", "iters 5", None)):  # fmt: skip
+        (folder := tmp_path / name).mkdir()
+        ended = server.run("sft.py", [*line, *f"--{first}".split()], folder)
+        assert ended.code == 0, ended.err
+        if then is not None:
+            ended = server.run("sft.py", ["--resume", "run", *f"--{then}".split()], folder)
+            assert ended.code == 0, ended.err
+        ends[name] = left_by(folder / "run", "out.npz")
+    assert ends["epochs"]["summary"]["steps"] == 6
+    assert differences(ends["iters"], ends["at once"]) == []
+
+
+def test_a_change_of_length_is_refused_where_the_learning_rate_depends_on_it(server, tmp_path):
+    line = ["--train", "--max-rows", "12", "--steps-per-eval", "0", *SHORT, "--epochs", "1"]
+    assert server.run("sft.py", [*line, "--lr-schedule", "linear"], tmp_path).code == 0
+    ended = server.run("sft.py", ["--resume", "run", "--iters", "50"], tmp_path)
+    assert ended.code == 2 and "--iters: 50 differs from" in ended.error

@@ -55,3 +55,37 @@ def test_a_service_that_does_not_answer_leaves_no_secret(tmp_path):
     # What is not in the file has to be given again.
     ended = shared_server().run(script, ["--resume", "run"], tmp_path, **SECRETS)
     assert ended.code == 2 and "--reward-url: it held a secret" in ended.error
+
+
+REWARD = """
+import os, warnings
+
+def raises(prompts, responses):
+    raise ValueError("no access with " + os.environ["SHOWN"])
+
+def shortened(prompts, responses):
+    # An error's text ends after 200 characters, here in the middle of the secret.
+    raise ValueError("x" * 185 + os.environ["SHOWN"])
+
+def warns(prompts, responses):
+    warnings.warn("no access with " + os.environ["SHOWN"])
+    return [1.0 for _ in responses]
+"""
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "OPENAI_API_KEY", "MY_PASSWORD", "PRIVATE_KEY"])
+@pytest.mark.parametrize("reward", ["raises", "shortened", "warns"])
+def test_what_a_reward_function_says_leaves_no_secret(tmp_path, reward, name):
+    (tmp_path / "rewards.py").write_text(REWARD.replace("SHOWN", name))
+    secrets = {**SECRETS, "PRIVATE_KEY": "-----BEGIN KEY-----\nMIIEvQIBADANBg\n-----END KEY-----"}
+    script, line = RUNS["ppo"]
+    line = [word for word in line if word != "--ground_truth_reward"]
+    line += ["--reward-function", f"rewards.py:{reward}", "--num-steps", "1", "--eval-every", "0"]
+    ended = shared_server().run(script, line, tmp_path, **secrets)
+    if reward == "warns":
+        assert ended.code == 0 and "warning: no access with <redacted>" in ended.err
+    else:
+        assert ended.code == 2 and "raised ValueError: " in ended.error
+        assert "<redacted>" in ended.error
+    shown = ended.out + ended.err
+    assert secrets[name][:12] not in shown and leaks(ended, tmp_path) == []

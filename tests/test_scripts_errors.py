@@ -5,6 +5,7 @@ from the command line; the rest are forks of one server.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,12 @@ AT_ONCE = [
     (f"{SFT} --prompt-tuning --fine-tune-type full", "--prompt-tuning|--fine-tune-type"),
     (f"{SFT} --overwrite", "--overwrite needs --output-dir"),
     (f"{PPO} --increasing --decreasing", "--increasing and --decreasing contradict"),
+    # values that make no sense
+    (f"{SFT} --val-batches 0", "--val-batches: give a number of batches, or -1"),
+    (f"{SFT} --val-batches -2", "--val-batches: give a number of batches, or -1"),
+    (f"{PPO} --adap_kl_ctrl --target 0", "--target: 0.0 given, must be above 0"),
+    (f"{PPO} --adap_kl_ctrl --target -5", "--target: -5.0 given, must be above 0"),
+    (f"{PPO} --pad_to_multiple -3", "--pad-to-multiple: -3 given, must be finite and not below 0"),
     (f"{PPO} --batch-size 6 --mini-batch-size 4", "--batch-size 6|--mini-batch-size 4"),
     ("data/generate_digit_data.py --increasing --decreasing", "--increasing or --decreasing|both"),
     # nothing to do
@@ -139,9 +146,21 @@ def test_a_wrong_model_or_file_ends_in_one_line(folder, line, said):
 
 def test_a_folder_that_holds_a_run_is_not_touched(folder):
     (folder / "run").mkdir()
+    (folder / "run" / "config.json").write_text('{"script": "sft", "options": {}}')
     (folder / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     line = f"{SFT} --data DATA --iters 1 --output-dir run"
     check(lambda *w: shared_server().run(*w), line, folder, "run: holds a run already|--resume run")
+
+
+@pytest.mark.parametrize("flag", ["", "--overwrite"])
+@pytest.mark.parametrize("script", [f"{SFT} --iters 2 --steps-per-eval 0", PPO])
+def test_a_folder_of_a_model_is_not_taken_for_a_run(folder, script, flag):
+    """It has a config.json too, and a run with --overwrite would replace that."""
+    shutil.copytree(ROOT / "data" / "digits_model", folder / "my_model")
+    line = f"{script} --data DATA --output-dir my_model {flag}"
+    check(lambda *w: shared_server().run(*w), line, folder,
+          "my_model: holds config.json, and no run|another --output-dir")  # fmt: skip
+    assert not (folder / "my_model" / ".lock").exists()
 
 
 def test_every_script_is_tried_above():

@@ -318,6 +318,15 @@ def test_a_config_file_is_the_same_as_its_flags(tmp_path, name, text):
     )
 
 
+def test_iters_on_the_command_line_replace_the_epochs_of_a_config_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("epochs: 1\n")
+    assert Run("--config", "c.yaml", iters=2).rows[-1]["step"] == 2
+    (tmp_path / "d.yaml").write_text("iters: 2\n")
+    assert Run("--config", "d.yaml", "--epochs", 1, iters=None).rows[-1]["step"] == 3
+    (tmp_path / "both.yaml").write_text("iters: 2\nepochs: 1\n")
+    assert "give one of them" in run(sft, *SMALL, "--config", "both.yaml", status=2)
+
+
 # As the workflow's own files are written: a Python dictionary in sections, with dictionaries in
 # them, comments, None, trailing commas, and keys that mean nothing here.
 FINETUNE = """# I am python, not json

@@ -19,6 +19,7 @@ from typing import Any
 from errors import UserError
 from training.config_files import Setting, read_config
 from training.flag_types import HelpFormatter, boolean, number, whole_number
+from training.redact import redact, tell
 from training.resume import (
     check_resume_options,
     read_run_options,
@@ -39,7 +40,9 @@ class Parser(argparse.ArgumentParser):
     ``parse_args`` returns a namespace with one extra name, ``explicit``: the set of names that the
     user gave, on the command line or in the ``--config`` file. ``checks`` are functions of the
     namespace that run last; they raise ``UserError`` for flags that contradict each other and may
-    fill in what follows from other flags.
+    fill in what follows from other flags. ``alternatives`` are sets of names that say the same in
+    different ways: one on the command line replaces another of the ``--config`` file or of the run
+    that is resumed, and one of the file another of the run.
     """
 
     def __init__(self, *, harmless: Iterable[str] = (), **options: Any) -> None:
@@ -47,6 +50,7 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("formatter_class", HelpFormatter)
         super().__init__(allow_abbrev=False, **options)
         self.checks: list[Callable[[argparse.Namespace], None]] = []
+        self.alternatives: list[set[str]] = []
         self.harmless = tuple(harmless)
         for kind, convert in ((bool, boolean), (int, whole_number), (float, number)):
             self.register("type", kind, convert)
@@ -146,15 +150,25 @@ class Parser(argparse.ArgumentParser):
         config = last_value(words, "--config") if "--config" in self._flags() else None
         old = self._take(args, read_run_options(resumed)) if resumed else {}
         from_file = self._take(args, read_config(Path(config), self._flags())) if config else {}
+        self._replace_alternatives(args, set(from_file))
+        self._replace_alternatives(args, given)
+        explicit = given | {name for name in from_file if hasattr(args, name)}
         args, unknown = self.parse_known_args(words, args)
         if unknown:
             self.error(f"unexpected argument {unknown[0]!r}")
-        args.explicit = given | set(from_file)
+        args.explicit = explicit
         if resumed:
             self._settle_resume(args, old)
         for check in self.checks:
             check(args)
         return args
+
+    def _replace_alternatives(self, args: argparse.Namespace, chosen: set[str]) -> None:
+        """Take back to its default what ``chosen`` options say in another way."""
+        for group in self.alternatives:
+            for name in group - chosen if group & chosen else ():
+                if hasattr(args, name):
+                    delattr(args, name)
 
     def _settle_resume(self, args: argparse.Namespace, old: dict[str, Any]) -> None:
         folder = str(run_folder_of(args.resume))
@@ -265,10 +279,10 @@ MEMORY_ADVICE = (
 def one_line_warning(message, category, filename, lineno, line=None) -> str:
     """A warning for people in one line; one about code says where, as Python does."""
     place = "" if category is UserWarning else f"{filename}:{lineno}: {category.__name__}: "
-    return f"warning: {place}{message}\n"
+    return redact(f"warning: {place}{message}") + "\n"
 
 
 def complain(message: str, code: int = 2) -> int:
-    """Print ``error: MESSAGE`` as one line on standard error; return the exit status."""
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    """Print ``error: MESSAGE`` as one redacted line on standard error; return the exit status."""
+    tell(f"error: {message}")
     return code

@@ -26,6 +26,7 @@ import mlx.core as mx
 
 from errors import UserError
 from training.files import plain, sync_folder, write_json, writing
+from training.redact import tell
 
 NAME = "step-{:08d}"
 TEMPORARY = ".tmp-"
@@ -217,7 +218,7 @@ def set_aside_after(checkpoint: Path | None, folder: Path) -> None:
         for path in reversed(newer):
             aside = free_name(path.with_name(ASIDE + path.name))
             os.rename(path, aside)
-            print(f"note: {path} is not gone on from; it is now {aside}", file=sys.stderr)
+            tell(f"note: {path} is not gone on from; it is now {aside}")
 
 
 def free_name(path: Path) -> Path:
@@ -306,7 +307,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
         wrong = problem(path)
         if wrong is None:
             return path
-        print(f"warning: {path}: {wrong}; using the one before it", file=sys.stderr)
+        tell(f"warning: {path}: {wrong}; using the one before it")
     return None
 
 

@@ -134,6 +134,7 @@ def add_adapter_arguments(parser: Parser, *, lora_scale: float = 20.0) -> None:
             args.lora_keys = [key for item in args.lora_keys for key in item.split(",") if key]
         settle_lora_scale(args, lora_scale)
 
+    parser.alternatives.append({"lora_scale", "lora_alpha"})
     parser.checks.append(check)
 
 
@@ -155,8 +156,6 @@ def settle_lora_scale(args: argparse.Namespace, default: float) -> None:
     """Fill in ``args.lora_scale`` from scale, alpha or rsLoRA (arXiv 2312.03732, section 3)."""
     if {"lora_scale", "lora_alpha"} <= args.explicit:
         raise UserError("--lora-scale and --lora-alpha set the same factor; give one of them")
-    if "lora_scale" in args.explicit:
-        args.lora_alpha = None  # one that was taken over from the resumed run
     if args.rslora and args.lora_alpha is None:
         raise UserError("--rslora needs --lora-alpha: the scale is alpha / sqrt(rank)")
     if args.lora_alpha is not None:

@@ -117,6 +117,8 @@ class Loop:
                 best = metric is not None and self.since_best == 0
                 due = plan.save_every and (best or self.step % plan.save_every == 0)
                 save_or_stop(self, bool(due), metric, "loss or gradient")
+        if not stop.requested:
+            refuse_untrained(self, self.totals["skipped"], "loss or gradient")
         self.checkpoint()
 
     def stopped_early(self, progress: Progress) -> bool:
@@ -201,11 +203,14 @@ class Loop:
             raise not_finite(self.run_folder, str(wrong)) from None
 
 
-def save_or_stop(loop: Any, due: bool, metric: Metric | None, what: str) -> None:
+def save_or_stop(
+    loop: Any, due: bool, metric: Metric | None, what: str, last_bad: str = ""
+) -> None:
     """The end of a step: a checkpoint if one is `due`; UserError where the run cannot go on.
 
-    `loop` is a Loop or a PPOLoop; `what` was not finite in its bad steps. Of bad steps in a row the
-    first is saved, its update skipped, so that the newest checkpoints are from before the others.
+    `loop` is a Loop or a PPOLoop; `what` was not finite in its bad steps, and `last_bad` names the
+    row where that is known. Of bad steps in a row the first is saved, its update skipped, so that
+    the newest checkpoints are from before the others.
     """
     plan, bad = loop.schedule, loop.bad_in_a_row
     if bad == 1 and plan.save_every:
@@ -215,13 +220,23 @@ def save_or_stop(loop: Any, due: bool, metric: Metric | None, what: str) -> None
     elif due and not bad:
         loop.checkpoint(metric)
     if bad >= plan.max_bad_steps:
-        times = f"in {bad} steps in a row (their rows: bad_rows.jsonl)"
+        times = f"in {bad} steps in a row (their rows: bad_rows.jsonl{last_bad})"
         raise not_finite(loop.run_folder, f"{what} was NaN or infinite {times}")
     try:
         check_memory(plan.memory_limit)
     except UserError:
         loop.checkpoint()
         raise
+
+
+def refuse_untrained(loop: Any, skipped: float, what: str, last_bad: str = "") -> None:
+    """The end of a run: UserError where all its steps were `skipped`, so that nothing is saved."""
+    if loop.step and skipped == loop.step:
+        raise not_finite(
+            loop.run_folder,
+            f"{what} was NaN or infinite in every step, so all {loop.step} were skipped and "
+            f"nothing was trained (their rows: bad_rows.jsonl{last_bad})",
+        )
 
 
 class NotFiniteError(UserError):

@@ -12,7 +12,6 @@ Importing this loads neither MLX nor W&B.
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import Any, BinaryIO
 
 from errors import UserError
 from training.files import plain, write_json, writing
-from training.resume import read_run_config
+from training.redact import tell
+from training.resume import config_of_run, read_run_config
 from training.run_folder import default_folder, describe, lock_folder, remove
 from training.tracking import WandbRun
 
@@ -53,9 +53,12 @@ class Run:
 
         ``options``: every resolved option by name. ``outputs``: names of what the script itself
         writes into the folder, deleted with the rest by ``overwrite``. ``blas``: name of the BLAS
-        in use. Raises ``UserError`` when the folder holds another run or is in use.
+        in use. Raises ``UserError`` when the folder holds another run, is in use, or holds files
+        under a run's names that are no run's, with ``overwrite`` too.
         """
         self.folder = Path(output_dir) if output_dir else default_folder(script)
+        if not resume:
+            self._refuse_what_is_no_run(outputs)
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(self.folder)
@@ -68,19 +71,29 @@ class Run:
             raise
         self.started = time.monotonic()
 
+    def _refuse_what_is_no_run(self, outputs: Sequence[str]) -> None:
+        """UserError where files that would be taken for a run's are not: a model's, say."""
+        there = [name for name in (*OWN_NAMES, *outputs) if os.path.lexists(self.folder / name)]
+        if there and config_of_run(self.folder) is None:
+            raise UserError(
+                f"{self.folder}: holds {there[0]}, and no run that it belongs to (a run's "
+                "config.json has its script and options); choose another --output-dir"
+            )
+
     def _open(self, script, options, resume, overwrite, outputs, blas) -> None:
-        earlier = [name for name in OWN_NAMES if (self.folder / name).exists()]
         if resume:
             created = read_run_config(self.folder).get("created")
         else:
             created = None
-            if earlier and not overwrite:
+            if config_of_run(self.folder) is not None and not overwrite:
                 raise UserError(
-                    f"{self.folder}: holds a run already ({earlier[0]}); go on with it by --resume "
+                    f"{self.folder}: holds a run already; go on with it by --resume "
                     f"{self.folder}, choose another --output-dir, or delete it with --overwrite"
                 )
-            for name in (*earlier, *outputs):
-                remove(self.folder / name)
+            # config.json is replaced, not deleted: a stop half-way must leave a run's folder.
+            for name in (*OWN_NAMES, *outputs):
+                if name != "config.json":
+                    remove(self.folder / name)
         self.config = describe(script, options, blas, created)
         write_json(self.folder / "config.json", self.config)
         self._files = {name: self._append_to(name) for name in ROW_FILES}
@@ -136,7 +149,7 @@ class Run:
         for name, file in self._files.items():
             wanted, there = state.get(name, 0), os.fstat(file.fileno()).st_size
             if there < wanted:
-                print(f"warning: {file.name}: rows before the checkpoint are gone", file=sys.stderr)
+                tell(f"warning: {file.name}: rows before the checkpoint are gone")
             with writing(file.name):
                 os.ftruncate(file.fileno(), min(wanted, there))
 

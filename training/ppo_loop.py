@@ -14,15 +14,17 @@ import numpy as np
 
 from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
+from rl.reward_functions import quote_row
 from training.checkpoints import Metric, load_checkpoint, save_checkpoint, set_aside_after
 from training.console import Progress
-from training.loop import Group, not_finite, save_or_stop
-from training.metrics import Run
+from training.loop import Group, not_finite, refuse_untrained, save_or_stop
+from training.metrics import Run, read_rows
 from training.optimizers import optimizer_arrays, restore_optimizer
 from training.resume import check_same_base, check_same_data, fingerprint
 from training.seeds import rng_state, set_rng_state
 from training.signals import GracefulStop
 
+NUMBERS = "score, loss or gradient"
 LARGEST = float(np.finfo(np.float32).max)  # scores become float32
 
 
@@ -98,6 +100,7 @@ class PPOLoop:
     base: str | None = None  # fingerprint of the model that is trained
     step: int = 0
     bad_in_a_row: int = 0
+    last_bad: str = ""  # names the row of the last score that was not finite, for an error
     evaluations: list[dict] = field(default_factory=list)  # metrics of each, with its step
 
     def resume(self, path, *, force: bool = False) -> None:
@@ -138,9 +141,16 @@ class PPOLoop:
                     metric = self.evaluate(progress)
                 best = metric is not None and self.is_best(metric.value)
                 due = plan.save_every and not last and (best or self.step % plan.save_every == 0)
-                save_or_stop(self, bool(due), metric, "score, loss or gradient")
+                save_or_stop(self, bool(due), metric, NUMBERS, self.last_bad)
+            if not stop.requested:
+                refuse_untrained(self, self.skipped_steps(), NUMBERS, self.last_bad)
             # Only where every run would have one, stopped or not, may a checkpoint be the best.
             self.checkpoint(metric if self.step == plan.steps else None)
+
+    def skipped_steps(self) -> int:
+        """How many steps of the run, resumed ones included, moved no weight."""
+        rows = read_rows(self.run_folder.folder)
+        return sum(row.get("ppo/not_finite") == 1 for row in rows)
 
     def is_best(self, score: float) -> bool:
         """Whether the last evaluation, which gave this score, is the best so far."""
@@ -221,7 +231,11 @@ class PPOLoop:
 
     def set_aside(self, rows, responses, texts, scores) -> None:
         """Keep the rows of a step whose update was skipped, in part or whole."""
-        reason = "loss or gradient not finite" if np.isfinite(scores).all() else "score not finite"
+        bad = np.flatnonzero(~np.isfinite(scores))
+        reason = "score not finite" if len(bad) else "loss or gradient not finite"
+        self.last_bad = ""
+        if len(bad):
+            self.last_bad = "; the last: " + quote_row([row.text for row in rows], texts, bad[-1])
         entries = [
             {"prompt": row.text, "response": text, "score": score, "query_tokens": row.tokens,
              "response_tokens": response}

@@ -1,7 +1,8 @@
-"""Keeps tokens out of everything that a run writes down."""
+"""Keeps tokens out of everything that a run writes down or says."""
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,12 +22,10 @@ SHORTEST = 8
 
 def secret_values(environment: Mapping[str, str] = os.environ) -> list[str]:
     """The values of environment variables whose names say that they are secret, longest first."""
-    found = {
-        value.strip()
-        for name, value in environment.items()
-        if SECRET_NAME.search(name) and len(value.strip()) >= SHORTEST
-    }
-    return sorted(found, key=len, reverse=True)
+    values = [value for name, value in environment.items() if SECRET_NAME.search(name)]
+    # Messages are put on one line, so a key of several lines is looked for in that form too.
+    found = {form for value in values for form in (value.strip(), " ".join(value.split()))}
+    return sorted((form for form in found if len(form) >= SHORTEST), key=len, reverse=True)
 
 
 def redact(value: Any, secrets: list[str] | None = None, name: str = "") -> Any:
@@ -42,4 +41,16 @@ def redact(value: Any, secrets: list[str] | None = None, name: str = "") -> Any:
         return REDACTED
     for secret in secrets:
         value = value.replace(secret, REDACTED)
+        if "..." in value:  # a message that was shortened in the middle of a secret
+            for end in range(len(secret) - 1, SHORTEST - 1, -1):
+                value = value.replace(f"{secret[:end]}...", f"{REDACTED}...")
     return IN_QUERY.sub(rf"\1{REDACTED}", IN_URL.sub(REDACTED, value))
+
+
+def tell(message: str) -> None:
+    """Print a line for people (``note: ...``, ``warning: ...``) on standard error, redacted.
+
+    Every such line that holds more than fixed words goes through here, errors included, or is a
+    warning of Python's, which ``run_main`` treats alike.
+    """
+    print(" ".join(redact(message).split()), file=sys.stderr, flush=True)

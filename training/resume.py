@@ -42,16 +42,28 @@ def checkpoint_asked_for(path: str | Path) -> Path | None:
     return path if path.parent.name == "checkpoints" else None
 
 
+def config_of_run(folder: Path) -> dict[str, Any] | None:
+    """The parsed ``config.json`` of a folder, or None where it is missing or not a run's.
+
+    A model folder has a ``config.json`` too, without a script and options in it.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if isinstance(config["script"], str) and isinstance(config["options"], dict):
+            return config
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return None
+
+
 def read_run_config(path: str | Path) -> dict[str, Any]:
     """The parsed ``config.json`` of a run; raises ``UserError`` when it cannot be used."""
-    file = run_folder_of(path) / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(config["options"], dict):
-            return config
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"{file}: not the config.json of a run: it has no options")
+    folder = run_folder_of(path)
+    if (config := config_of_run(folder)) is not None:
+        return config
+    raise UserError(
+        f"{folder / 'config.json'}: not the config.json of a run: it has no script or no options"
+    )
 
 
 def read_run_options(path: str | Path) -> list[Setting]:

@@ -86,6 +86,7 @@ def parse_arguments(words=None):
     note = "default: lora 2e-4, full 2e-5, prompt 1e-2; the 1e-6 of old scripts teaches nothing"
     add_optimizer_arguments(parser, learning_rate=None, max_grad_norm=1.0, learning_rate_note=note)
     add_run_arguments(parser)
+    parser.alternatives.append({"iters", "epochs"})
     parser.checks.append(check_arguments)
     return parser.parse_args(words)
 
@@ -107,6 +108,9 @@ def check_arguments(args) -> None:
     at_least(args, 1, "batch_size", "iters", "gradient_accumulation_steps", "steps_per_report",
              "early_stopping_patience")  # fmt: skip
     at_least(args, 0, "steps_per_eval", "centering")
+    if args.val_batches == 0 or args.val_batches < -1:
+        raise UserError("--val-batches: give a number of batches, or -1 for all rows; "
+                        "--steps-per-eval 0 means no validation")  # fmt: skip
     if args.epochs is not None and args.epochs <= 0:
         raise UserError("--epochs: give a number above 0")
     check_normalisation(args)

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from errors import UserError
 from training.files import write_atomically
+from training.redact import tell
 
 PROJECT = "mlx-rlhf"
 # What one table can show; the file in the run folder holds all of them.
@@ -54,18 +55,18 @@ class WandbRun:
         self.wandb = wandb
         mode, note = choose_mode(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url)
         if note:
-            print(note, file=sys.stderr)
+            tell(note)
         try:
             self.run = self._start(folder, script, config, mode)
         except Exception as wrong:  # its own errors are many and not all of them public
             if mode == "offline":
                 raise UserError(f"--log-with wandb: {wrong}") from None
             reason = str(wrong).strip().partition("\n")[0]
-            print(f"note: W&B cannot be reached ({reason}); logging offline", file=sys.stderr)
+            tell(f"note: W&B cannot be reached ({reason}); logging offline")
             wandb.teardown()  # its service would go on trying, and keeps the run's id in use
             self.run = self._start(folder, script, config, "offline")
         where = Path(self.run.dir).parent if self.run.offline else self.run.url
-        print(f"W&B: {where}", file=sys.stderr)
+        tell(f"W&B: {where}")
 
     def _start(self, folder: Path, script: str, config: Mapping[str, Any], mode: str | None) -> Any:
         # Off: command line, host name, packages, git remote, printed output; config has the rest.
