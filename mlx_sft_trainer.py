@@ -28,6 +28,9 @@ from training.optimizers import clip_gradients
 
 Batch = TextBatch | ScalarBatch | PreferenceBatch
 Sums = dict[str, mx.array]  # sums over a batch; "weight" is what each of them is divided by
+# Of one forward pass on a CPU: a core is busy with these, and more in one pass only spoils its
+# caches, while passes of like lengths need less padding (docs/LOG.md).
+PASS_TOKENS = 1024
 
 
 class LanguageModelTask:
@@ -59,7 +62,9 @@ class LanguageModelTask:
     def loss(self, arrays: Sequence[mx.array]) -> tuple[mx.array, Sums]:
         inputs, index, targets, weights = arrays
         hidden = picked_hidden(self.model, inputs, index)  # (N, D)
-        logprobs, top1 = token_logprobs(self.model, hidden, targets, extras=("top1",))
+        logprobs, top1 = token_logprobs(
+            self.model, hidden, targets, extras=("top1",), gradient=self.trained.training
+        )
         loss = -(logprobs * weights).sum()
         return loss, {"loss": loss, "accuracy": (top1 * weights).sum(), "weight": weights.sum()}
 
@@ -70,12 +75,25 @@ class LanguageModelTask:
 
 
 class RewardModelTask:
-    """Regression on rewards, or Bradley-Terry on preferences; the weight is rows or prompts."""
+    """Regression on rewards, or Bradley-Terry on preferences; the weight is rows or prompts.
 
-    def __init__(self, model: RewardModel, *, centering: float = 0.0, use_margin: bool = True):
+    All rows of a batch go through the model in one forward pass; on a CPU in one for about every
+    PASS_TOKENS tokens, rows of like lengths together. `pass_tokens` sets another number; 0: one.
+    """
+
+    def __init__(
+        self,
+        model: RewardModel,
+        *,
+        centering: float = 0.0,
+        use_margin: bool = True,
+        pass_tokens: int | None = None,
+    ):
         self.model, self.trained = model.model, model
         self.reward_model, self.tuning = model, model.tuning
         self.centering, self.use_margin = centering, use_margin
+        on_gpu = mx.default_device().type == mx.DeviceType.gpu  # every new shape is traced anew
+        self.pass_tokens = (0 if on_gpu else PASS_TOKENS) if pass_tokens is None else pass_tokens
         owner, _ = find_trunk(model.model)
         if "lm_head" in owner:
             owner.lm_head.freeze()  # scores do not pass through it; its moments would cost memory
@@ -88,20 +106,28 @@ class RewardModelTask:
             HEAD: Group(model.head_arrays, lambda a: model.load_head(a, model.description(), HEAD)),
         }
 
-    def arrays(self, batch: ScalarBatch | PreferenceBatch) -> list[mx.array]:
+    def arrays(self, batch: ScalarBatch | PreferenceBatch) -> list:
+        """What of a batch goes into `loss`: [[tokens, lengths] of each pass, *columns]."""
         prefix = np.array(self.tuning.prefix, dtype=np.int32)
         front = np.broadcast_to(prefix, (len(batch.tokens), len(prefix)))
-        tokens = np.concatenate([front, batch.tokens], axis=1)
-        columns = [tokens, batch.lengths + len(prefix)]
+        tokens, lengths = np.concatenate([front, batch.tokens], axis=1), batch.lengths + len(prefix)
+        passes = [(np.arange(len(tokens)), tokens.shape[1])]  # rows, padded length
+        if self.pass_tokens:
+            groups = by_length(lengths, self.pass_tokens)
+            passes = [(rows, lengths[rows].max()) for rows in groups]
+        columns = [np.argsort(np.concatenate([rows for rows, _ in passes]))]  # back into order
         if isinstance(batch, ScalarBatch):
             columns += [batch.rewards]
         else:
             columns += [batch.better, batch.worse, batch.margins, batch.weights]
-        return [mx.array(column) for column in columns]
+        return [
+            [[mx.array(tokens[rows, :width]), mx.array(lengths[rows])] for rows, width in passes],
+            *map(mx.array, columns),
+        ]
 
-    def loss(self, arrays: Sequence[mx.array]) -> tuple[mx.array, Sums]:
-        tokens, lengths, *rest = arrays
-        scores = self.reward_model(tokens, lengths)  # (N,)
+    def loss(self, arrays: Sequence) -> tuple[mx.array, Sums]:
+        passes, place, *rest = arrays
+        scores = mx.concatenate([self.reward_model(*inputs) for inputs in passes])[place]  # (N,)
         if len(rest) == 1:
             weight = mx.array(float(scores.size))
             loss, metrics = regression_loss(scores, rest[0])
@@ -120,6 +146,16 @@ class RewardModelTask:
     @staticmethod
     def summary(metrics: dict[str, float]) -> dict[str, float]:
         return metrics
+
+
+def by_length(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """Row numbers in groups of like lengths, all with about as many tokens, at least `tokens`."""
+    order = np.argsort(lengths, kind="stable")
+    ends = np.cumsum(lengths[order])
+    count = max(1, ends[-1] // tokens)
+    middles = ends - lengths[order] / 2
+    group = middles * count // ends[-1]
+    return np.split(order, np.flatnonzero(np.diff(group)) + 1)
 
 
 class SupervisedTrainer:

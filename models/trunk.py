@@ -1,8 +1,8 @@
 """A causal language model taken apart: tokens -> hidden states -> logits -> log-probabilities.
 
 The (B, T, V) logits of a long batch are the largest array of RLHF. Here hidden states are made for
-every position, and logits only for the positions that are asked for, a chunk at a time; a chunk's
-logits are made again in the backward pass instead of being kept.
+every position, and logits only for the positions that are asked for, a chunk at a time. A chunk's
+logits are not kept: the gradient is made beside them, or they are made again in the backward pass.
 
 Legend: B batch, L padded length, D width, V vocabulary, N positions picked from B x L.
 """
@@ -19,6 +19,9 @@ from models.exponentials import exp
 TRUNK_NAMES = ("model", "transformer", "backbone", "gpt_neox")
 # Logits held at once, in elements: 64 MiB in float32.
 MAX_CHUNK_ELEMENTS = 1 << 24
+# The same where the gradient is made beside them, and the fewest positions of such a chunk: fastest
+# on a CPU (docs/LOG.md), and enough for a matrix product to be worth reading the head's weights.
+GRADIENT_CHUNK_ELEMENTS, MIN_GRADIENT_CHUNK = 1 << 21, 128
 
 
 def find_trunk(model: nn.Module) -> tuple[nn.Module, str]:
@@ -114,6 +117,7 @@ def token_logprobs(
     temperature: float = 1.0,
     extras: tuple[str, ...] = (),
     chunk: int | None = None,
+    gradient: bool = False,
 ) -> tuple[mx.array, ...]:
     """Log-probabilities of `targets`, without all logits at once.
 
@@ -121,25 +125,33 @@ def token_logprobs(
     nats, and "top1" (N,), 1 where the target is the most likely token. Logits are divided by
     `temperature` first. `chunk` positions are worked on at a time; by default as many as
     MAX_CHUNK_ELEMENTS allows.
+
+    `gradient`: it will be asked for. A frozen head then makes it in the forward pass, a product of
+    matrices that would be in vain otherwise, and smaller chunks cost nothing.
     """
     owner, _ = find_trunk(model)
-    if chunk is None:
-        width = logits_from_hidden(model, mx.zeros((1, hidden.shape[-1]))).shape[-1]
-        chunk = max(1, MAX_CHUNK_ELEMENTS // width)
     count = hidden.shape[0]
     if not count:  # MLX's sums over nothing can take minutes
         return tuple(mx.zeros((0,)) for _ in range(1 + len(extras)))
-    if count <= chunk:
-        return _score(logits_from_hidden(model, hidden), targets, temperature, extras)
-
     named = _head_parameters(model)
     names, parameters = tuple(named), tuple(named.values())
-    score_chunk = _recomputed(model, owner, names, temperature, extras)
+    beside = gradient and not names and "entropy" not in extras
+    if chunk is None:
+        width = logits_from_hidden(model, mx.zeros((1, hidden.shape[-1]))).shape[-1]
+        chunk = max(1, MAX_CHUNK_ELEMENTS // width)
+        if beside:
+            chunk = max(MIN_GRADIENT_CHUNK, GRADIENT_CHUNK_ELEMENTS // width)
+    if beside:
+        score_chunk = _with_gradient(model, temperature, extras)
+    elif count <= chunk:
+        return _score(logits_from_hidden(model, hidden), targets, temperature, extras)
+    else:
+        score_chunk = _recomputed(model, owner, names, temperature, extras)
     parts, turn = [], mx.zeros(())
     for start in range(0, count, chunk):
         h, t = hidden[start : start + chunk], targets[start : start + chunk]
         *scores, turn = score_chunk(mx.depends(h, turn), t, turn, *parameters)
-        parts.append(scores)
+        parts.append(scores[: 1 + len(extras)])
     owner.update(tree_unflatten(list(zip(names, parameters, strict=True))))
     columns = [mx.concatenate(column) for column in zip(*parts, strict=True)]
     return (columns[0] + turn, *columns[1:])
@@ -170,6 +182,32 @@ def _recomputed(model, owner, names: tuple[str, ...], temperature: float, extras
             lambda h, *parameters: scores(h, t, *parameters), [h, *parameters], list(cotangents)
         )
         return (dh, mx.zeros_like(t), mx.depends(turn_cotangent, [dh, *dp]), *dp)
+
+    return score_chunk
+
+
+def _with_gradient(model, temperature: float, extras):
+    """`_score` of one chunk as a function that makes the gradient in the forward pass.
+
+    ``f(hidden, targets, turn) -> (logprobs, *extras, slopes, turn)``. A position's log-probability
+    depends on its own hidden state alone, so that the slopes (N, D), times the cotangent of each
+    position, are the gradient. `turn` as in `_recomputed`. The extras have no gradient.
+    """
+
+    @mx.custom_function
+    def score_chunk(h: mx.array, t: mx.array, turn: mx.array):
+        def scores(h: mx.array):
+            return _score(logits_from_hidden(model, h), t, temperature, extras)
+
+        cotangents = [mx.ones(t.shape), *(mx.zeros(t.shape) for _ in extras)]
+        found, (slopes,) = mx.vjp(scores, [h], cotangents)
+        return (*found, slopes, mx.depends(turn, [*found, slopes]))
+
+    @score_chunk.vjp
+    def _(primals, cotangents, outputs):
+        h, t, turn = primals
+        dh = cotangents[0][:, None] * outputs[-2].astype(mx.float32)
+        return dh.astype(h.dtype), mx.zeros_like(t), mx.zeros_like(turn)
 
     return score_chunk
 

@@ -132,6 +132,78 @@ def test_chunks_work_on_a_quantised_head():
         np.testing.assert_allclose(found[name], wanted[name], atol=2e-5, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    "architecture, full, chunk, compiled",
+    [pytest.param(*head.values, chunk, False, id=f"{head.id}-{chunk}")
+     for head in HEADS for chunk in (4, 10)]
+    # One compiled case: on Linux g++ takes seconds for each shape.
+    + [pytest.param("llama", False, 4, True, id="frozen-4-compiled")],
+)  # fmt: skip
+def test_gradients_made_in_the_forward_pass_are_those_of_the_plain_way(
+    architecture, full, chunk, compiled
+):
+    model = tiny_model(architecture)
+    if full:
+        model.unfreeze()
+    else:
+        adapter = add_lora(model, LoraConfig(rank=2))
+        for layer in adapter.layers.values():
+            layer.lora_b = mx.random.normal(layer.lora_b.shape, key=mx.random.key(3)) * 0.1
+    targets = mx.array([9, 60, 3, 17, 1, 8, 2, 33, 40, 1])
+    weights = mx.random.normal((10,), key=mx.random.key(2))
+
+    def gradient(score):
+        def loss():
+            logprobs, top1 = score(hidden_states(model, TOKENS).reshape(10, -1))
+            return (logprobs * weights).sum(), top1
+
+        step = nn.value_and_grad(model, loss)
+        return mx.compile(step, inputs=[model.state])() if compiled else step()
+
+    def beside(hidden):
+        return token_logprobs(model, hidden, targets, temperature=0.7, extras=("top1",),
+                              chunk=chunk, gradient=True)  # fmt: skip
+
+    def whole(hidden):
+        logprobs, _, top1 = plain(model, hidden, targets, 0.7)
+        return logprobs, top1
+
+    trained = model.trainable_parameters()
+    (value, top1), found = gradient(beside)
+    model.update(trained)
+    (wanted_value, wanted_top1), wanted = gradient(whole)
+    np.testing.assert_allclose(value, wanted_value, rtol=1e-5)
+    np.testing.assert_array_equal(top1, wanted_top1)
+    found, wanted = flat(found), flat(wanted)
+    largest = max(mx.abs(g).max().item() for g in wanted.values())
+    assert set(found) == set(wanted) and largest > 0
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], atol=1e-5 * largest, err_msg=name)
+
+
+def test_a_frozen_head_makes_each_logit_once_for_a_gradient(monkeypatch):
+    """Made again in the backward pass, they would be seen twice."""
+    import models.trunk
+
+    model, counts = tiny_model(), []
+    real = models.trunk._score
+
+    def counting(logits, *rest):
+        counts.append(len(logits))
+        return real(logits, *rest)
+
+    monkeypatch.setattr(models.trunk, "_score", counting)
+    targets = mx.zeros(10, dtype=mx.int32)
+
+    def total(hidden, gradient):
+        return token_logprobs(model, hidden, targets, chunk=4, gradient=gradient)[0].sum()
+
+    for gradient, seen in ((True, [4, 4, 2]), (False, [4, 4, 2, 2, 4, 4])):
+        counts.clear()
+        mx.eval(mx.grad(total)(mx.ones((10, 32)), gradient))
+        assert counts == seen
+
+
 def test_a_logit_of_minus_infinity_has_no_part_in_the_entropy():
     model = tiny_model()
     model.lm_head = nn.Linear(32, 64)
@@ -179,6 +251,7 @@ def test_chunks_need_a_fraction_of_the_plain_ways_memory():
     for name, score in (
         ("plain", lambda h: plain(model, h, targets)[0]),
         ("chunked", lambda h: token_logprobs(model, h, targets, chunk=32)[0]),
+        ("beside", lambda h: token_logprobs(model, h, targets, chunk=32, gradient=True)[0]),
     ):
         step = mx.value_and_grad(lambda h, score=score: (score(h) * mx.arange(512)).sum())
         mx.eval(hidden, targets)
@@ -188,10 +261,11 @@ def test_chunks_need_a_fraction_of_the_plain_ways_memory():
         results[name] = step(hidden)
         mx.eval(results[name])
         peaks[name] = mx.get_peak_memory() - start
-    assert peaks["chunked"] < peaks["plain"] / 4, peaks
-    for ours, theirs in zip(results["chunked"], results["plain"], strict=True):
-        largest = mx.abs(theirs).max().item()
-        np.testing.assert_allclose(ours, theirs, atol=1e-5 * largest)
+    for name in ("chunked", "beside"):
+        assert peaks[name] < peaks["plain"] / 4, peaks
+        for ours, theirs in zip(results[name], results["plain"], strict=True):
+            largest = mx.abs(theirs).max().item()
+            np.testing.assert_allclose(ours, theirs, atol=1e-5 * largest)
 
 
 def test_by_default_a_chunk_has_as_many_positions_as_the_limit_allows(monkeypatch):

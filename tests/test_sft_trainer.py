@@ -11,7 +11,13 @@ from tiny import flat, tiny_model
 from tiny_ppo import assert_close, assert_same_bits
 
 from data_utils import PreferenceRow, ScalarRow, TextRow, make_batch
-from mlx_sft_trainer import LanguageModelTask, RewardModelTask, SupervisedTrainer, evaluate
+from mlx_sft_trainer import (
+    LanguageModelTask,
+    RewardModelTask,
+    SupervisedTrainer,
+    by_length,
+    evaluate,
+)
 from models.lora import LoraConfig, add_lora
 from models.reward_model import RewardModel
 from models.soft_prompt import SoftPrompt
@@ -203,6 +209,44 @@ def test_padding_changes_nothing(rows, kind):
     options = {"pad_to_multiple": 16} if rows == "text" else {}
     padded = make_trainer(rows, kind, **options)
     assert_close(movement(padded, [make_batch(data, pad_id=7, pad_to_multiple=32)]), plain)
+
+
+@pytest.mark.parametrize("rows", ["scalar", "preference"])
+@pytest.mark.parametrize("kind", ["lora", "prompt"])
+def test_several_forward_passes_give_the_update_of_one(rows, kind):
+    batch = make_batch(ROWS[rows]())
+    moves, metrics = [], []
+    for tokens, passes in ((0, 1), (20, 2)):
+        trainer = make_trainer(rows, kind, pass_tokens=tokens)
+        inputs, place, *_ = trainer.task.arrays(batch)
+        assert len(inputs) == 1 if passes == 1 else len(inputs) >= passes
+        assert sum(len(lengths) for _, lengths in inputs) == place.size == len(batch.tokens)
+        moves.append(movement(trainer, [batch]))
+        metrics.append(evaluate(trainer.task, [batch]))
+    assert_close(*moves)
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
+
+
+def test_by_default_short_rows_stand_in_one_pass_and_long_ones_in_several():
+    """On a CPU, that is; on a GPU every batch is one pass."""
+    rng = np.random.default_rng(0)
+    for length, passes in ((30, 1), (400, 3)):
+        rows = [PreferenceRow(rng.integers(2, 64, (2, length)).tolist(), [0, 1], None)] * 4
+        inputs, *_ = make_task("preference").arrays(make_batch(rows))
+        on_gpu = mx.default_device().type == mx.DeviceType.gpu
+        assert len(inputs) == (1 if on_gpu else passes)
+
+
+def test_groups_by_length_hold_every_row_once_in_order_and_are_alike_in_tokens():
+    lengths = np.random.default_rng(0).integers(20, 401, 32)
+    groups = by_length(lengths, 1000)
+    assert sorted(np.concatenate(groups)) == list(range(32))
+    assert (np.diff(lengths[np.concatenate(groups)]) >= 0).all()
+    tokens = [lengths[group].sum() for group in groups]
+    assert len(groups) == lengths.sum() // 1000
+    assert max(abs(t - lengths.sum() / len(groups)) for t in tokens) <= 400
+    assert [len(g) for g in by_length(np.array([5, 3]), 1000)] == [2]
+    assert [g.tolist() for g in by_length(np.array([900, 3, 4]), 100)] == [[1, 2], [0]]
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
