@@ -10,7 +10,15 @@ from test_models_lora import shake
 from tiny import flat, tiny_model
 from tiny_ppo import assert_close, assert_same_bits
 
-from data_utils import PreferenceRow, ScalarRow, TextRow, make_batch
+from data_utils import (
+    BatchPlan,
+    PreferenceRow,
+    ScalarRow,
+    TextRow,
+    Tokenised,
+    epoch_batches,
+    make_batch,
+)
 from mlx_sft_trainer import (
     LanguageModelTask,
     RewardModelTask,
@@ -247,6 +255,21 @@ def test_groups_by_length_hold_every_row_once_in_order_and_are_alike_in_tokens()
     assert max(abs(t - lengths.sum() / len(groups)) for t in tokens) <= 400
     assert [len(g) for g in by_length(np.array([5, 3]), 1000)] == [2]
     assert [g.tolist() for g in by_length(np.array([900, 3, 4]), 100)] == [[1, 2], [0]]
+
+
+@pytest.mark.parametrize("pass_tokens", [0, 20])
+@pytest.mark.parametrize("kind", ["lora", "prompt"])
+@pytest.mark.parametrize("rows", ["scalar", "preference"])
+def test_padding_efficiency_is_that_of_the_forward_passes(rows, kind, pass_tokens):
+    task, data = make_task(rows, kind, pass_tokens=pass_tokens), Tokenised(ROWS[rows](22))
+    plan = BatchPlan(data.lengths, 4, seed=1, pad_to_multiple=5)
+    front, real, wide = len(task.tuning.prefix), 0, 0
+    for batch in epoch_batches(data.rows, plan):
+        for tokens, lengths in task.arrays(batch)[0]:
+            real += (lengths - front).sum().item()
+            wide += len(tokens) * (tokens.shape[1] - front)
+    assert real == sum(map(sum, data.sequences))
+    assert plan.padding_efficiency(data.sequences, task.passes) == pytest.approx(real / wide)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
