@@ -18,6 +18,7 @@ from data_utils import (
     Tokenised,
     epoch_batches,
     make_batch,
+    pack_rows,
 )
 from mlx_sft_trainer import (
     LanguageModelTask,
@@ -98,6 +99,16 @@ def movement(trainer, batches) -> dict[str, np.ndarray]:
 
 
 # ------------------------------------------------------------------------------ the loss
+
+
+def test_attention_crosses_the_rows_of_a_pack_as_help_says():
+    """The loss of the last row of a pack is another one behind another first row."""
+    task, last, losses = make_task(), TextRow([9, 8, 7, 6], [0, 1, 1, 1]), []
+    for first in ([2, 3, 4, 5, 6], [12, 13, 14, 15, 16]):
+        (pack,) = pack_rows([TextRow(first, [0] * 5), last], 9)
+        losses.append(evaluate(task, [make_batch([pack])]))
+    alone = evaluate(task, [make_batch([last])])
+    assert len({round(found["loss"], 4) for found in [*losses, alone]}) == 3
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "prompt", "full"])
