@@ -111,19 +111,26 @@ class RewardModelTask:
         prefix = np.array(self.tuning.prefix, dtype=np.int32)
         front = np.broadcast_to(prefix, (len(batch.tokens), len(prefix)))
         tokens, lengths = np.concatenate([front, batch.tokens], axis=1), batch.lengths + len(prefix)
-        passes = [(np.arange(len(tokens)), tokens.shape[1])]  # rows, padded length
-        if self.pass_tokens:
-            groups = by_length(lengths, self.pass_tokens)
-            passes = [(rows, lengths[rows].max()) for rows in groups]
+        passes = self.passes(batch.lengths, batch.tokens.shape[1])
         columns = [np.argsort(np.concatenate([rows for rows, _ in passes]))]  # back into order
         if isinstance(batch, ScalarBatch):
             columns += [batch.rewards]
         else:
             columns += [batch.better, batch.worse, batch.margins, batch.weights]
         return [
-            [[mx.array(tokens[rows, :width]), mx.array(lengths[rows])] for rows, width in passes],
+            [
+                [mx.array(tokens[rows, : len(prefix) + width]), mx.array(lengths[rows])]
+                for rows, width in passes
+            ],
             *map(mx.array, columns),
         ]
+
+    def passes(self, lengths: np.ndarray, width: int) -> list[tuple[np.ndarray, int]]:
+        """(rows, padded length) of each forward pass of a batch; without the soft prompt."""
+        if not self.pass_tokens:
+            return [(np.arange(len(lengths)), width)]
+        groups = by_length(lengths + len(self.tuning.prefix), self.pass_tokens)
+        return [(rows, lengths[rows].max()) for rows in groups]
 
     def loss(self, arrays: Sequence) -> tuple[mx.array, Sums]:
         passes, place, *rest = arrays

@@ -160,10 +160,12 @@ def train(args, loaded, task, rows) -> None:
         if resuming:
             last = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
             loop.resume(last, force=args.force_resume)
+        passes = task.passes if args.reward_model else None
+        efficiency = plan.padding_efficiency(rows["train"].sequences, passes)
         print(
             f"{run.folder}: {steps} updates of {args.batch_size} x "
             f"{args.gradient_accumulation_steps} rows ({steps / updates_per_epoch:.1f} epochs), "
-            f"padding efficiency {plan.padding_efficiency():.2f}, "
+            f"padding efficiency {efficiency:.2f}, "
             f"{sum(a.size for a in task.tuning.arrays().values()):,} weights trained"
         )
         loop.run(stop, script)

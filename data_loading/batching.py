@@ -4,7 +4,7 @@ The order of an epoch depends on (seed, epoch) alone, so (epoch, index) is all t
 needs to know.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from data_loading.rows import PreferenceRow, ScalarRow, TextRow
 from errors import UserError
 
 SORT_WINDOW = 64  # batches sorted together: padding stays near 1/64 of the range of lengths
+
+# (lengths of a batch's sequences, padded length) -> [(which of them, padded length) of each array]
+Passes = Callable[[np.ndarray, int], list[tuple[np.ndarray, int]]]
 
 
 def _random(seed: int, epoch: int) -> np.random.Generator:
@@ -68,12 +71,28 @@ class BatchPlan:
         batches = np.split(rows, cuts)
         return [batches[i] for i in random.permutation(len(batches))]
 
-    def padding_efficiency(self, epoch: int = 0) -> float:
-        """Real tokens / tokens of the padded arrays, in one epoch."""
-        width, wide = self.pad_to_multiple, 0
+    def padding_efficiency(
+        self,
+        sequences: Sequence[Sequence[int]] | None = None,
+        passes: Passes | None = None,
+        epoch: int = 0,
+    ) -> float:
+        """Real tokens / tokens of the padded arrays, in one epoch.
+
+        Args:
+            sequences: `Tokenised.sequences`, where a row may bring several into a batch.
+            passes: how a batch's sequences are cut into arrays, where it is not one array.
+        """
+        multiple, real, wide = self.pad_to_multiple, 0, 0
         for rows in self.epoch(epoch):
-            wide += len(rows) * -(-int(self.lengths[rows].max()) // width) * width
-        return float(self.lengths.sum() / wide)
+            lengths = self.lengths[rows]
+            if sequences is not None:
+                lengths = np.array([length for row in rows for length in sequences[row]])
+            width = -(-int(lengths.max()) // multiple) * multiple
+            arrays = passes(lengths, width) if passes else [(lengths, width)]
+            real += int(lengths.sum())
+            wide += sum(len(members) * int(width) for members, width in arrays)
+        return real / wide
 
 
 class BatchIterator:

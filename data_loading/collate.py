@@ -101,10 +101,11 @@ def _preference_batch(
 def pack_rows(rows: Sequence[TextRow], length: int) -> list[TextRow]:
     """Puts whole rows together into rows of at most `length` tokens, with little left over.
 
-    The longest first, each into the fullest pack that has room. The first token of each document
-    is no target. Attention does cross from a document to those before it in the same pack, as
-    in other trainers' packing without a block mask: use it where rows are alike, not where that
-    would matter.
+    The longest first, each into the fullest pack that has room (best fit decreasing, the default of
+    TRL's SFTTrainer). None is split: that would fill every pack, and part answers from prompts. The
+    first token of each document is no target. Positions go on and attention does cross from a
+    document to those before it in the same pack, as in other trainers' packing without a block
+    mask: use it where rows are alike, not where that would matter.
 
     Raises:
         UserError: a row longer than `length`.

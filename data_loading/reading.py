@@ -7,7 +7,7 @@ from data_loading.files import read_rows
 from data_loading.formats import ALIASES, FORMATS, KNOWN_FORMATS, recognise, to_record
 from data_loading.messages import BadRow
 from data_loading.records import Records
-from data_loading.tables import dataset_rows
+from data_loading.tables import dataset_rows, refuse_options
 from data_loading.values import RawRow
 from errors import UserError
 
@@ -44,9 +44,20 @@ def read_dataset(
 ) -> Records:
     """All rows of what the `datasets` library opens: a hub name, a folder, a saved data set.
 
-    With `streaming` nothing is downloaded beyond the `max_rows` rows that are read.
+    With `streaming` nothing is downloaded beyond the `max_rows` rows that are read. A file is one
+    split, train, as it is in the library.
+
+    Raises:
+        UserError: as read_records; also for a split that is not there, and for options that have
+            no effect on what stands at `name`.
     """
     if Path(name).is_file():
+        refuse_options(name, "a file", config, streaming)
+        if split != "train":
+            raise UserError(
+                f"{name}: is a file, which has no split {split!r}: all its rows are train; "
+                "--max-rows reads the first of them"
+            )
         rows = read_rows(name)
     else:
         rows = dataset_rows(name, split, config=config, streaming=streaming)

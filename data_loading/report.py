@@ -23,11 +23,13 @@ def data_report(name: str, records: Records, tokenised: Tokenised) -> str:
     """Rows by kind, token lengths, rows cut or refused and why."""
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in records.kinds.most_common())
     refused = [*records.refused, *tokenised.refused]
+    lengths = [length for sequences in tokenised.sequences for length in sequences]
+    what = "a row" if len(lengths) == len(tokenised) else "a prompt with a response"
     lines = [
         f"{name}: {len(tokenised):,} rows ({kinds} read; {len(refused):,} refused, "
         f"{tokenised.cut:,} cut)",
         *(f"  {note}" for note in records.notes),
-        *(f"  {line}" for line in histogram(tokenised.lengths).splitlines()),
+        *(f"  {line}" for line in histogram(lengths, what).splitlines()),
         *(f"  {line}" for line in refusals(refused)),
     ]
     return "\n".join(lines)
@@ -43,7 +45,7 @@ def refusals(refused: Sequence[tuple[str, str]]) -> list[str]:
     return lines
 
 
-def histogram(lengths: Sequence[int], bins: int = 8, width: int = 40) -> str:
+def histogram(lengths: Sequence[int], what: str = "a row", bins: int = 8, width: int = 40) -> str:
     """Token lengths as bars of text, a line a bin, with the count at its end."""
     values = np.asarray(lengths)
     low, high = int(values.min()), int(values.max())
@@ -52,7 +54,7 @@ def histogram(lengths: Sequence[int], bins: int = 8, width: int = 40) -> str:
     counts = [int(((values >= start) & (values < start + step)).sum()) for start in starts]
     digits = len(str(high))
     lines = [
-        f"tokens a row: {low} to {high}, mean {values.mean():.1f}, median "
+        f"tokens {what}: {low} to {high}, mean {values.mean():.1f}, median "
         f"{np.median(values):g}, {int(values.sum()):,} in all"
     ]
     for start, count in zip(starts, counts, strict=True):

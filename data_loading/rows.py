@@ -72,7 +72,12 @@ class Tokenised(Generic[Row]):
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row; of a preference row, those of its longest response."""
+        return list(map(max, self.sequences))
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """Tokens of each sequence that a row brings into a batch: one, or one a response."""
         return [
-            max(map(len, r.responses)) if isinstance(r, PreferenceRow) else len(r.tokens)
+            list(map(len, r.responses)) if isinstance(r, PreferenceRow) else [len(r.tokens)]
             for r in self.rows
         ]

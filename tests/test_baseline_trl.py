@@ -1,12 +1,14 @@
 """The baseline's plain loop trains on exactly what TRL's own trainers train on.
 
 pytorch_baseline/README.md says why it is a loop of its own all the same. From the same weights and
-the same batches, each step's loss is TRL's.
+the same batches, each step's loss is TRL's, and so are the weights after the last.
 """
+
+import json
 
 import numpy as np
 import pytest
-from baseline_setup import DIGITS, ROOT, torch
+from baseline_setup import DIGITS, ROOT, close, torch
 from pytorch_models import Tuned, load_model, mlx_layout
 from pytorch_reward_model import RewardModel
 from pytorch_sft_trainer import LanguageModelTask, RewardModelTask, SupervisedTrainer, trainable
@@ -21,6 +23,7 @@ LORA = {
     "lora_parameters": {"rank": 4, "scale": 4.0, "dropout": 0.0, "keys": None},
 }
 STEPS, BATCH, RATE = 5, 8, 1e-3
+WEIGHTS = 1e-4  # of an array's largest; Adam's steps are as large where gradients are rounding
 
 
 def options(kind, folder):
@@ -38,6 +41,7 @@ def trl_losses(trainer) -> list[float]:
 
 
 def our_losses(task, rows) -> list[float]:
+    """The loss of each step; the task's weights move as they do in TRL's."""
     optimizer = torch.optim.AdamW(trainable(task.trained).values(), lr=RATE, weight_decay=0.0)
     trainer = SupervisedTrainer(task, optimizer, max_grad_norm=1.0)
     return [
@@ -46,31 +50,50 @@ def our_losses(task, rows) -> list[float]:
     ]
 
 
-def test_sft_trainer(tmp_path):
+@pytest.mark.parametrize("mask_prompt", [False, True])
+def test_sft_trainer(mask_prompt, tmp_path):
+    """LoRA; the loss is of every token, or of completions alone."""
     from datasets import Dataset
 
     ours, theirs = load_model(str(DIGITS)), load_model(str(DIGITS))
     records = read_records(ROOT / "data" / "increasing_mult_2_train.jsonl")
-    rows = tokenise_sft(records, ours.tokenizer).rows[: STEPS * BATCH]
+    if mask_prompt:
+        file = tmp_path / "rows.jsonl"
+        heads = [(record.text[:9].rpartition(" ")[0], record.text) for record in records]
+        lines = [{"prompt": head, "completion": text[len(head) :]} for head, text in heads]
+        file.write_text("\n".join(map(json.dumps, lines)))
+        records = read_records(file)
+    rows = tokenise_sft(records, ours.tokenizer, mask_prompt=mask_prompt).rows[: STEPS * BATCH]
+    assert not mask_prompt or all(0 < sum(row.mask) < len(row.tokens) - 1 for row in rows)
     torch.manual_seed(0)
     model, same = Tuned(ours.model, LORA), Tuned(theirs.model, LORA)
     same.load_arrays({n: mlx_layout(n, a).clone() for n, a in model.arrays().items()}, "ours")
+    columns = [{"input_ids": row.tokens} for row in rows]
+    if mask_prompt:
+        columns = [c | {"completion_mask": r.mask} for c, r in zip(columns, rows, strict=True)]
+    config = options(trl.SFTConfig, tmp_path)
+    config.completion_only_loss = mask_prompt
     trainer = trl.SFTTrainer(
         model=same.peft,
-        args=options(trl.SFTConfig, tmp_path),
-        train_dataset=Dataset.from_list([{"input_ids": row.tokens} for row in rows]),
+        args=config,
+        train_dataset=Dataset.from_list(columns),
         processing_class=theirs.tokenizer,
     )
     wanted = trl_losses(trainer)
-    np.testing.assert_allclose(our_losses(LanguageModelTask(model), rows), wanted, rtol=1e-5)
+    found = our_losses(LanguageModelTask(model), rows)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
     assert len(set(wanted)) == STEPS
+    moved = same.arrays()
+    for name, found in model.arrays().items():
+        close(found, moved[name], name, relative=WEIGHTS)
 
 
 def test_reward_trainer(tmp_path):
+    """Every weight is trained; pairs with margins, and scores drawn towards a mean of 0."""
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification
 
-    loaded = load_model(str(DIGITS))
+    loaded, untrained = load_model(str(DIGITS)), load_model(str(DIGITS)).model
     records = read_records(ROOT / "data" / "preference_increasing_mult_2_train.jsonl")
     rows = tokenise_preferences(records, loaded.tokenizer).rows[: STEPS * BATCH]
     model = RewardModel(Tuned(loaded.model, {"fine_tune_type": "full"}), pooling="last")
@@ -96,3 +119,8 @@ def test_reward_trainer(tmp_path):
     found = our_losses(RewardModelTask(model, centering=0.01), rows)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     assert len(set(wanted)) == STEPS
+    close(model.weight, classifier.score.weight, relative=WEIGHTS)
+    trunk, start = loaded.model.model.state_dict(), untrained.model.state_dict()
+    for name, weight in classifier.model.state_dict().items():
+        close(trunk[name], weight, name, relative=WEIGHTS)
+    assert any(not torch.equal(trunk[name], start[name]) for name in start)

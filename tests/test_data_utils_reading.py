@@ -281,6 +281,79 @@ def test_datasets_library(tmp_path, monkeypatch):
         read_dataset(str(folder), split="nowhere")
 
 
+@pytest.fixture
+def saved(tmp_path):
+    """Data sets as `save_to_disk` writes them, a file and a folder with ten rows a split."""
+    datasets = pytest.importorskip("datasets")
+    text = {split: [f"{split} {i}" for i in range(10)] for split in ("train", "test")}
+    sets = {split: datasets.Dataset.from_dict({"text": rows}) for split, rows in text.items()}
+    datasets.DatasetDict(sets).save_to_disk(tmp_path / "dict")
+    sets["train"].save_to_disk(tmp_path / "plain")
+    datasets.Dataset.from_dict({"text": text["test"]}, split="test").save_to_disk(tmp_path / "test")
+    datasets.Dataset.from_dict(
+        {"text": text["test"]}, split=datasets.Split("test[:50%]")
+    ).save_to_disk(tmp_path / "half")
+    (tmp_path / "folder").mkdir()
+    for split, rows in text.items():
+        write_lines(tmp_path / "folder" / f"{split}.jsonl", [{"text": row} for row in rows])
+    write_lines(tmp_path / "rows.jsonl", [{"text": row} for row in text["train"]])
+    return tmp_path
+
+
+TRAIN, TEST = [f"train {i}" for i in range(10)], [f"test {i}" for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "rows"),
+    [
+        ("dict", "train", TRAIN),
+        ("dict", "test", TEST),
+        ("dict", "train[:50%]", TRAIN[:5]),
+        ("folder", "train[:50%]", TRAIN[:5]),
+        ("dict", "train[7:]+test[-20%:]", TRAIN[7:] + TEST[-2:]),
+        ("plain", "train", TRAIN),
+        ("plain", "train[2:4]", TRAIN[2:4]),
+        ("test", "test[:10%]", TEST[:1]),
+        ("half", "test", TEST),
+        ("rows.jsonl", "train", TRAIN),
+    ],
+)
+def test_a_split_is_what_is_read(saved, monkeypatch, name, split, rows):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", saved / "cache")
+    assert [row.text for row in read_dataset(str(saved / name), split=split)] == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("plain", {"split": "test"}, "--split 'test'.*there is train"),
+        ("test", {"split": "train"}, "--split 'train'.*there is test"),
+        ("dict", {"split": "valid"}, "--split 'valid'.*there is train, test"),
+        ("dict", {"split": "train[:"}, "--split 'train.*there is train, test"),
+        ("dict", {"split": "train[:150%]"}, "--split 'train.*[Pp]ercent"),
+        ("dict", {"split": "train[5:5]"}, "no rows"),
+        ("dict", {"config": "x"}, "a saved data set, which has no configurations"),
+        ("plain", {"config": "x"}, "a saved data set, which has no configurations"),
+        ("plain", {"streaming": True}, "--streaming has no effect"),
+        ("folder", {"config": "x"}, "datasets cannot read it.*'x' not found"),
+        ("folder", {"split": "train[:20%]", "streaming": True}, "cannot read it.*Bad split"),
+        ("rows.jsonl", {"split": "test"}, "no split 'test'"),
+        ("rows.jsonl", {"split": "train[:50%]"}, "no split 'train"),
+        ("rows.jsonl", {"config": "x"}, "a file, which has no configurations"),
+        ("rows.jsonl", {"streaming": True}, "--streaming has no effect"),
+    ],
+)  # fmt: skip
+def test_an_option_that_would_have_no_effect_is_refused(saved, monkeypatch, name, options, says):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", saved / "cache")
+    with pytest.raises(UserError, match=says) as error:
+        read_dataset(str(saved / name), **options)
+    assert "\n" not in str(error.value) and str(error.value).startswith(str(saved / name))
+
+
 @pytest.mark.parametrize("library", ["pyarrow", "datasets"])
 def test_a_missing_library_is_named_with_the_command(tmp_path, monkeypatch, library):
     monkeypatch.setitem(sys.modules, library, None)

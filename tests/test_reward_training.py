@@ -162,6 +162,16 @@ def test_pairs_margins_and_centring_change_what_is_learned():
         assert Path("mplain", "plots", f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_both_responses_of_a_pair_count_in_what_is_said_of_its_length(tmp_path):
+    path, short, long = tmp_path / "pairs.jsonl", " 2", " 7" * 62
+    pair = json.dumps({"prompt": "2", "chosen": short, "rejected": long})
+    path.write_text(f"{pair}\n" * 40)
+    out = train("--train-file", path, "--iters", 1)
+    low, high = 4, 65  # with <s> and </s>
+    assert f"tokens a prompt with a response: {low} to {high}, mean {(low + high) / 2}, " in out
+    assert f"padding efficiency {(low + high) / (2 * high):.2f}, " in out
+
+
 def test_ranked_responses_train():
     line = {"prompt": "8 20", "responses": [" 22 24", " 22 7", " 7 7"]}
     Path("ranked.jsonl").write_text((json.dumps(line) + "\n") * 8)

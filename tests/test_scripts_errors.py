@@ -132,6 +132,9 @@ LATER = [
     (f"{SFT} --data . --data-base wrong_", "wrong_train.jsonl:2|text"),
     (f"{SFT} --data . --data-base empty_", "empty_train.jsonl"),
     (f"{PPO} --data . --data-base torn_", "torn_train.jsonl:2"),
+    (f"{SFT} --dataset torn_valid.jsonl --split test", "torn_valid.jsonl|no split 'test'"),
+    (f"{SFT} --dataset torn_valid.jsonl --dataset-config a", "torn_valid.jsonl|--dataset-config"),
+    (f"{SFT} --dataset torn_valid.jsonl --streaming", "torn_valid.jsonl|--streaming"),
     (f"{SFT} --reward-model --data . --data-base reward_", "reward_train.jsonl:2|reward"),
 ]
 

@@ -10,7 +10,16 @@ from test_models_lora import shake
 from tiny import flat, tiny_model
 from tiny_ppo import assert_close, assert_same_bits
 
-from data_utils import PreferenceRow, ScalarRow, TextRow, make_batch
+from data_utils import (
+    BatchPlan,
+    PreferenceRow,
+    ScalarRow,
+    TextRow,
+    Tokenised,
+    epoch_batches,
+    make_batch,
+    pack_rows,
+)
 from mlx_sft_trainer import (
     LanguageModelTask,
     RewardModelTask,
@@ -90,6 +99,16 @@ def movement(trainer, batches) -> dict[str, np.ndarray]:
 
 
 # ------------------------------------------------------------------------------ the loss
+
+
+def test_attention_crosses_the_rows_of_a_pack_as_help_says():
+    """The loss of the last row of a pack is another one behind another first row."""
+    task, last, losses = make_task(), TextRow([9, 8, 7, 6], [0, 1, 1, 1]), []
+    for first in ([2, 3, 4, 5, 6], [12, 13, 14, 15, 16]):
+        (pack,) = pack_rows([TextRow(first, [0] * 5), last], 9)
+        losses.append(evaluate(task, [make_batch([pack])]))
+    alone = evaluate(task, [make_batch([last])])
+    assert len({round(found["loss"], 4) for found in [*losses, alone]}) == 3
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "prompt", "full"])
@@ -247,6 +266,21 @@ def test_groups_by_length_hold_every_row_once_in_order_and_are_alike_in_tokens()
     assert max(abs(t - lengths.sum() / len(groups)) for t in tokens) <= 400
     assert [len(g) for g in by_length(np.array([5, 3]), 1000)] == [2]
     assert [g.tolist() for g in by_length(np.array([900, 3, 4]), 100)] == [[1, 2], [0]]
+
+
+@pytest.mark.parametrize("pass_tokens", [0, 20])
+@pytest.mark.parametrize("kind", ["lora", "prompt"])
+@pytest.mark.parametrize("rows", ["scalar", "preference"])
+def test_padding_efficiency_is_that_of_the_forward_passes(rows, kind, pass_tokens):
+    task, data = make_task(rows, kind, pass_tokens=pass_tokens), Tokenised(ROWS[rows](22))
+    plan = BatchPlan(data.lengths, 4, seed=1, pad_to_multiple=5)
+    front, real, wide = len(task.tuning.prefix), 0, 0
+    for batch in epoch_batches(data.rows, plan):
+        for tokens, lengths in task.arrays(batch)[0]:
+            real += (lengths - front).sum().item()
+            wide += len(tokens) * (tokens.shape[1] - front)
+    assert real == sum(map(sum, data.sequences))
+    assert plan.padding_efficiency(data.sequences, task.passes) == pytest.approx(real / wide)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

@@ -477,7 +477,7 @@ def test_flags_about_data_reach_it(tmp_path, monkeypatch):
     out = preview("--train-file", two, TRAIN, "--data-weights", 1, 3)
     assert "25% of an epoch" in out and "75% of an epoch" in out
     out = preview("--train-file", two, "--packing", "--max-length", 16)
-    assert "packed into 5 rows of up to 16 tokens" in out
+    assert "packed into 5 rows of up to 16 tokens, 75% full" in out  # 2 rows of 6 in each
     assert "<s>8 20[[ 22 24</s>]]" in preview("--train-file", two, "--mask-prompt")
     questions = DATA / "samples" / "question_answer.jsonl"
     out = preview(

@@ -20,7 +20,7 @@ def add_data_arguments(parser: Parser, *, max_length: int = 2048) -> None:
     add("--validation-split-percentage", type=float, help="validate on this share of the rows")
     add("--dataset", nargs="+", help="names or paths that the datasets library opens")
     add("--dataset-config", help="configuration of --dataset")
-    add("--split", default="train", help="split of --dataset")
+    add("--split", default="train", help="split of --dataset, or a part: train[:50%%]")
     add("--streaming", type=bool, default=False, help="read --dataset without storing it")
     add("--max-rows", type=int, help="read at most this many rows of each source")
     add("--data-weights", type=float, nargs="+", help="share of each of several sources")

@@ -71,7 +71,12 @@ def parse_arguments(words=None):
     )
     add("--sample-prompts", nargs="+", help="prompts to continue greedily at each validation")
     add("--mask-prompt", type=bool, default=False, help="train on answers alone")
-    add("--packing", type=bool, default=False, help="several rows in one of --max-length tokens")
+    add(
+        "--packing",
+        type=bool,
+        default=False,
+        help="whole rows in packs of up to --max-length tokens; attention crosses rows",
+    )
     add("--preview", type=bool, default=False, help="show the data as it is trained on, and stop")
     add = parser.add_argument_group("reward model").add_argument
     add("--pooling", choices=("mean", "last"), default="mean", help="of hidden states")
@@ -163,7 +168,9 @@ def load_rows(args, tokenizer) -> dict:
         print(data_report(split, records, rows[split]))
         if args.packing:
             rows[split].rows = pack_rows(rows[split].rows, args.max_length)
-            print(f"  packed into {len(rows[split])} rows of up to {args.max_length} tokens")
+            fill = sum(rows[split].lengths) / (len(rows[split]) * args.max_length)
+            print(f"  packed into {len(rows[split])} rows of up to {args.max_length} tokens, "
+                  f"{fill:.0%} full")  # fmt: skip
         if args.sample_prompts and split == "train":
             rows["samples"] = encode_samples(args, tokenizer, set(records.kinds) == {"text"})
     if args.preview:

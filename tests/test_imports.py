@@ -1,0 +1,167 @@
+"""Who imports whom: docs/architecture.md is true, and dependencies point one way."""
+
+import ast
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+FOLDERS = [path.parent.name for path in ROOT.glob("*/*.py")]
+FILES = sorted(
+    path.relative_to(ROOT)
+    for folder in {"", *FOLDERS} - {"tests"}
+    for path in (ROOT / folder).glob("*.py")
+)
+TOP = {path.stem for path in ROOT.glob("*.py")} | {*FOLDERS}
+FOR_ALL = {"errors", "fast_blas"}
+PYTORCH = {"torch", "transformers", "peft", "trl", "accelerate"}
+# mlx-lm's parts that change between releases, by the name they are imported under.
+UNSTABLE = {"BatchGenerator", "BatchKVCache", "linear_to_lora_layers", "load_model"}
+
+
+@functools.cache
+def imports(file: Path) -> list[tuple[str, str]]:
+    """(module, imported name or "") of every import in a file, those inside functions too."""
+    return list(_imports(file))
+
+
+def _imports(file: Path) -> Iterator[tuple[str, str]]:
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative imports hide from this test"
+            yield from ((node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            assert name not in ("import_module", "__import__"), f"{file}: hides from this test"
+
+
+def roots(file: Path) -> set[str]:
+    return {module.partition(".")[0] for module, _ in imports(file)}
+
+
+def unit(file: Path) -> str:
+    """The folder of a file, or its own name at the top."""
+    return file.parts[0] if len(file.parts) > 1 else file.stem
+
+
+def importers(libraries: set[str]) -> set[str]:
+    """Files that import one of these."""
+    return {file.as_posix() for file in FILES if roots(file) & libraries}
+
+
+def project_imports() -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for file in FILES:
+        own = unit(file)
+        found.setdefault(own, set()).update((roots(file) & TOP) - FOR_ALL - {own})
+    return found
+
+
+def page_imports() -> dict[str, set[str]]:
+    """The table of docs/architecture.md."""
+    table = PAGE.partition("| what | imports |")[2].partition("\n\n")[0]
+    found = {}
+    for line in table.splitlines()[2:]:
+        left, right = (re.findall(r"`(\w+)(?:/|\.py)`", cell) for cell in line.split("|")[1:3])
+        found |= {name: set(right) for name in left}
+    return found
+
+
+def test_the_page_s_table_is_what_is_imported():
+    found, said = project_imports(), page_imports()
+    assert found.pop("benchmarks")  # anything
+    assert not any(found.pop(name) for name in FOR_ALL)
+    assert found == said
+
+
+def test_imports_in_the_page_s_picture_go_down():
+    lines = PAGE.split("```")[1].splitlines()
+    level = {
+        name: number
+        for number, line in enumerate(lines)
+        for name in re.findall(r"(\w+)(?:\.py|/)", line)
+    }
+    assert {*page_imports()} - {*level} == {"data", "pytorch_baseline"}
+    for name, targets in page_imports().items():
+        for target in targets - {"data_loading"}:  # the parts of data_utils
+            assert level.get(name, -1) < level[target], f"{name} imports {target}"
+
+
+def test_nothing_imports_a_script():
+    scripts = {f.stem for f in FILES if '__name__ == "__main__"' in (ROOT / f).read_text("utf-8")}
+    assert {"sft", "ppo_training", "fuse", "pytorch_sft", "generate_digit_data"} <= scripts
+    for file in FILES:
+        found = roots(file) & scripts
+        if unit(file) == "benchmarks":  # they share helpers, and bench.py runs the others
+            found = {name for name in found if not (ROOT / "benchmarks" / f"{name}.py").exists()}
+        assert not found, file
+
+
+@pytest.mark.parametrize("folder", ["models", "rl", "data_loading"])
+def test_folders_below_import_no_other(folder):
+    files = [file for file in FILES if unit(file) == folder]
+    assert len(files) > 5
+    for file in files:
+        assert roots(file) & TOP <= {folder, *FOR_ALL}, file
+
+
+@pytest.mark.parametrize("name", ["losses", "advantages", "kl"])
+def test_the_arithmetic_imports_mlx_alone(name):
+    assert roots(Path("rl", f"{name}.py")) == {"mlx"}
+
+
+def test_pytorch_stays_in_the_baseline():
+    outside = {name for name in importers(PYTORCH) if not name.startswith("pytorch_baseline/")}
+    allowed = {"models/encoder_reward.py", "benchmarks/trl_worker.py"}
+    assert outside == allowed
+    assert all(f"`{name}`" in PAGE for name in allowed)
+    # Optional: nothing of it is imported with the module.
+    top = ast.parse((ROOT / "models/encoder_reward.py").read_text(encoding="utf-8")).body
+    names = [n.names[0].name if isinstance(n, ast.Import) else n.module for n in top
+             if isinstance(n, ast.Import | ast.ImportFrom)]  # fmt: skip
+    assert not {name.partition(".")[0] for name in names} & PYTORCH
+
+
+def test_the_baseline_is_written_without_mlx():
+    files = [file for file in FILES if unit(file) == "pytorch_baseline"]
+    of_models = set()
+    for file in files:
+        assert not roots(file) & {"mlx", "mlx_lm", "mlx_ppo_trainer", "mlx_sft_trainer"}, file
+        of_models |= {module for module, _ in imports(file) if module.startswith("models")}
+    assert "models.base_fingerprint" in of_models
+    waiting = [*of_models]
+    for module in waiting:  # and what those import
+        file = Path(module.replace(".", "/") + ".py")
+        assert not roots(file) & {"mlx", "mlx_lm"}, module
+        waiting += {m for m, _ in imports(file) if m.startswith("models")} - {*waiting}
+
+
+def test_mlx_lm_is_reached_through_models():
+    outside = {
+        name for name in importers({"mlx_lm"}) if not name.startswith(("models/", "benchmarks/"))
+    }
+    assert outside == {"chat/speaker.py", "data/make_digits_model.py"}
+    assert all(f"`{name}`" in PAGE for name in outside)
+    used = {file.as_posix() for file in FILES for module, name in imports(file)
+            if module.startswith("mlx_lm") and name in UNSTABLE}  # fmt: skip
+    assert used and all(name.startswith(("models/", "benchmarks/")) for name in used)
+
+
+def test_what_the_page_names_is_there():
+    words = set(re.findall(r"`([^`\s]+)`", PAGE))
+    source = "\n".join((ROOT / file).read_text(encoding="utf-8") for file in FILES)
+    for word in words:
+        if re.fullmatch(r"[\w/]+(\.py|\.md|/)", word):
+            assert (ROOT / word).exists(), word
+        elif re.fullmatch(r"[A-Za-z_][\w.]*", word):
+            assert re.search(rf"\b{word.rpartition('.')[2]}\b", source), word
+    placed = re.findall(r"`(\w+)` (?:of|\()\s*`?([\w/]+\.py)`", PAGE)
+    assert ("make_rewards", "training/reward_flags.py") in placed
+    for name, file in placed:
+        assert re.search(rf"^(def|class) {name}\b", (ROOT / file).read_text("utf-8"), re.M), name
