@@ -33,7 +33,7 @@ def machine() -> dict:
         "date": date.today().isoformat(),
         "cpu": processor(),
         "cores": os.cpu_count(),
-        "system": platform.platform(terse=True),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "blas": blas(own=False),
