@@ -19,7 +19,7 @@ import sys
 
 from data_utils import BatchIterator, BatchPlan, epoch_batches
 from errors import UserError
-from training.adapter_choice import refuse_other_adapter
+from training.adapter_choice import refuse_other_adapter, refuse_other_pooling
 from training.arguments import run_main
 from training.flag_groups import adapter_description, optimizer_options
 from training.sft_flags import load_rows, parse_arguments, validation
@@ -80,9 +80,7 @@ def make_task(args, loaded):
     reward_model = RewardModel(loaded.model, pooling=args.pooling, tuning=tuning)
     if args.resume_adapter_file is not None:
         load_reward_head(reward_model, args.resume_adapter_file)
-        if "pooling" in args.explicit and args.pooling != reward_model.pooling:
-            raise UserError(f"--pooling {args.pooling}: {args.resume_adapter_file} has been "
-                            f"trained with {reward_model.pooling}")  # fmt: skip
+        refuse_other_pooling(args, args.resume_adapter_file, reward_model.pooling)
     return RewardModelTask(reward_model, centering=args.centering, use_margin=args.margins)
 
 

@@ -33,7 +33,7 @@ from pytorch_training import (
 
 from data_utils import BatchIterator, BatchPlan, epoch_batches
 from training import sft_flags
-from training.adapter_choice import refuse_other_adapter
+from training.adapter_choice import refuse_other_adapter, refuse_other_pooling
 from training.arguments import run_main
 from training.flag_groups import adapter_description, optimizer_options
 from training.metrics import Run, read_rows
@@ -88,6 +88,7 @@ def make_task(args, loaded):
     reward_model = RewardModel(model, pooling=args.pooling)
     if args.resume_adapter_file is not None:
         reward_model.load_head(args.resume_adapter_file)
+        refuse_other_pooling(args, args.resume_adapter_file, reward_model.pooling)
     return RewardModelTask(reward_model, centering=args.centering, use_margin=args.margins)
 
 

@@ -261,6 +261,14 @@ def test_flags_that_contradict_an_adapter_are_refused(tmp_path, capsys):
     assert not (tmp_path / "b").exists()
 
 
+def test_another_pooling_than_that_of_the_reward_head_is_refused(tmp_path):
+    file = str(tmp_path / "rm.npz")
+    words = ["--reward-model", "--data-base", "preference_increasing_mult_2_"]
+    sft(tmp_path / "a", *words, "--pooling", "last", "--save-file", file)
+    with pytest.raises(UserError, match="--pooling mean: .* trained with last"):
+        sft(tmp_path / "b", *words, "--pooling", "mean", "--resume-adapter-file", file)
+
+
 def test_full_fine_tuning_into_a_folder_that_mlx_loads(tmp_path):
     run = ppo(tmp_path / "a", "--use_peft", "False")
     merged, base = load_model(run / "model", dtype="float32"), load_model(DIGITS, dtype="float32")

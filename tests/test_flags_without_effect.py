@@ -16,7 +16,7 @@ from training.adapter_choice import check_save_file
 SFT, RM = "--train", "--train --reward-model"
 PPO = "--ground-truth-reward"
 NO_ROWS = "without rows to validate on: give --validation-file or --validation-split-percentage"
-TRAIN = str(ROOT / "data" / "increasing_mult_2_train.jsonl")
+TRAIN = "DATA/increasing_mult_2_train.jsonl"
 
 
 def parse(script, line: str, *more: str):

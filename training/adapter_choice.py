@@ -108,6 +108,12 @@ def refuse_other_head(args: argparse.Namespace, file: str) -> None:
                         f"value head of {head} is used; leave the flag out")  # fmt: skip
 
 
+def refuse_other_pooling(args: argparse.Namespace, file: str, have: str) -> None:
+    """UserError for another --pooling than the reward head beside `file` was trained with."""
+    if "pooling" in args.explicit and args.pooling != have:
+        raise UserError(f"--pooling {args.pooling}: {file} has been trained with {have}")
+
+
 def check_save_file(path: str | None) -> None:
     """UserError where no adapter can be written to --save-file: before training, not after it."""
     if path is None:
