@@ -35,7 +35,7 @@ def test_a_run_with_wandb_leaves_no_secret(tmp_path):
     pytest.importorskip("wandb")
     script, line = RUNS["ppo"]
     # One that was copied into an option by mistake.
-    line = [*line, "--num-steps", "2", "--eval-every", "0", "--log-with", "wandb"]
+    line = [*line, "--num-steps", "2", "--log-with", "wandb"]
     line += ["--stop", f"x{SECRETS['MY_PASSWORD']}"]
     ended = command(script, line, tmp_path, WANDB_MODE="offline", **SECRETS)
     assert ended.code == 0, ended.err

@@ -9,6 +9,7 @@ from typing import Any
 
 from errors import UserError
 from training.arguments import Parser
+from training.effects import flag_of
 
 OPTIMIZERS = ("adam", "adamw", "adafactor", "lion", "sgd", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts")
@@ -240,11 +241,6 @@ def optimizer_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------ helpers
-
-
-def flag_of(name: str) -> str:
-    """``lora_rank`` as the user writes it: ``--lora-rank``."""
-    return "--" + name.replace("_", "-")
 
 
 def at_least(args: argparse.Namespace, least: float, *names: str) -> None:
