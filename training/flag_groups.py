@@ -53,6 +53,8 @@ def add_run_arguments(parser: Parser, *, save_every: int = 100) -> None:
         at_least(args, 1, "keep_checkpoints", "max_bad_steps")
         if args.memory_limit is not None and args.memory_limit <= 0:
             raise UserError("--memory-limit: give a number of GB above 0")
+        if args.output_dir == "":
+            raise UserError("--output-dir: the name is empty; give a folder, or leave the flag out")
         if args.overwrite and args.resume:
             raise UserError("--overwrite deletes the run that --resume would go on with; drop one")
         if args.overwrite and args.output_dir is None:

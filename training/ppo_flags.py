@@ -33,6 +33,7 @@ SHARED = ("seed", "learning_rate", "max_grad_norm")  # fields of PPOConfig with 
 HARMLESS = ("eval_every", "eval_prompts", "eval_samples", "samples_per_step")
 NEEDS = (
     Needs("target horizon", "adap_kl_ctrl"),
+    Needs("adap_kl_ctrl", "init_kl_coef"),  # the coefficient is only ever multiplied
     Needs("target_kl", "early_stopping"),
     Needs("overlong_penalty", "overlong_buffer"),
     Needs("overlong_buffer", "overlong_penalty"),
