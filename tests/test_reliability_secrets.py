@@ -80,7 +80,7 @@ def test_what_a_reward_function_says_leaves_no_secret(tmp_path, reward, name):
     secrets = {**SECRETS, "PRIVATE_KEY": "-----BEGIN KEY-----\nMIIEvQIBADANBg\n-----END KEY-----"}
     script, line = RUNS["ppo"]
     line = [word for word in line if word != "--ground_truth_reward"]
-    line += ["--reward-function", f"rewards.py:{reward}", "--num-steps", "1", "--eval-every", "0"]
+    line += ["--reward-function", f"rewards.py:{reward}", "--num-steps", "1"]
     ended = shared_server().run(script, line, tmp_path, **secrets)
     if reward == "warns":
         assert ended.code == 0 and "warning: no access with <redacted>" in ended.err
