@@ -31,6 +31,7 @@ from data_loading.records import Record, Records  # one row; rows with what was 
 from data_loading.report import data_report, histogram, preview, use_colour  # strings to print
 from data_loading.rows import PreferenceRow, PromptRow, ScalarRow, TextRow, Tokenised
 from data_loading.sources import (
+    folder_file,  # the file of a split in a folder
     load_data,  # train, valid and test rows from the choices of the command line
     mix_records,  # several data sets as one, by weights
     split_records,  # a percentage for validation
@@ -69,6 +70,7 @@ __all__ = [
     "encode_prompt",
     "epoch_batches",
     "first_words",
+    "folder_file",
     "histogram",
     "load_data",
     "make_batch",

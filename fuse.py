@@ -71,6 +71,8 @@ def check_arguments(args):
     for name in UPLOAD_ONLY:
         if name in args.explicit and getattr(args, name) and not args.upload_repo:
             raise UserError(f"--{name.replace('_', '-')} has no effect without --upload-repo")
+    if args.save_path == "":  # pathlib takes it for the current folder
+        raise UserError("--save-path: the name is empty; give the folder to write")
     if args.save_path is None:
         check_upload_alone(args)
     elif args.format in UNFUSED:

@@ -17,6 +17,7 @@ import contextlib
 import sys
 
 from rl.ppo_config import PPOConfig
+from training.adapter_choice import refuse_other_adapter
 from training.arguments import run_main
 from training.dataclass_flags import dataclass_from_arguments
 from training.flag_groups import adapter_description, optimizer_options
@@ -37,6 +38,9 @@ def make_policy(args, loaded):
     head = ValueHead(hidden_size(loaded.model), args.value_head_init_std)
     if args.resume_file is not None:
         tuning = load_adapter(loaded, args.resume_file, any_base=args.any_base)
+        blocks = len(loaded.model.layers)
+        there = tuning.description(blocks)
+        refuse_other_adapter(args, args.resume_file, there, blocks=blocks, ignore=("lora_dropout",))
         if (saved := read_head(args.resume_file, "value_head")) is not None:
             head.load_weights(list(saved[0].items()))
     else:

@@ -19,6 +19,7 @@ import sys
 
 from data_utils import BatchIterator, BatchPlan, epoch_batches
 from errors import UserError
+from training.adapter_choice import refuse_other_adapter, refuse_other_pooling
 from training.arguments import run_main
 from training.flag_groups import adapter_description, optimizer_options
 from training.sft_flags import load_rows, parse_arguments, validation
@@ -69,7 +70,9 @@ def make_task(args, loaded):
     on_gpu = mx.default_device().type == mx.DeviceType.gpu
     if args.resume_adapter_file is not None:
         tuning = load_adapter(loaded, args.resume_adapter_file, any_base=args.any_base)
-        refuse_other_adapter(args, tuning.description(len(loaded.model.layers)))
+        blocks = len(loaded.model.layers)
+        there = tuning.description(blocks)
+        refuse_other_adapter(args, args.resume_adapter_file, there, blocks=blocks)
     else:
         tuning = attach(loaded.model, adapter_description(args))
     if not args.reward_model:
@@ -77,28 +80,8 @@ def make_task(args, loaded):
     reward_model = RewardModel(loaded.model, pooling=args.pooling, tuning=tuning)
     if args.resume_adapter_file is not None:
         load_reward_head(reward_model, args.resume_adapter_file)
-        if "pooling" in args.explicit and args.pooling != reward_model.pooling:
-            raise UserError(f"--pooling {args.pooling}: {args.resume_adapter_file} has been "
-                            f"trained with {reward_model.pooling}")  # fmt: skip
+        refuse_other_pooling(args, args.resume_adapter_file, reward_model.pooling)
     return RewardModelTask(reward_model, centering=args.centering, use_margin=args.margins)
-
-
-def refuse_other_adapter(args, there: dict) -> None:
-    """UserError where a flag asks for another adapter than --resume-adapter-file holds."""
-    file, asked = args.resume_adapter_file, adapter_description(args)
-    kind, wanted = there["fine_tune_type"], asked["fine_tune_type"]
-    if wanted != kind and {"fine_tune_type", "prompt_tuning"} & args.explicit:
-        raise UserError(f"{file}: holds {kind}, not {wanted}")
-    if kind == "full" and args.normalize_samples:
-        raise UserError(f"--normalize-samples: {file} holds every weight, and no base to sample")
-    settings, own = asked.get("lora_parameters", {}), there.get("lora_parameters", {})
-    values = {f"lora_{key}": (settings[key], own.get(key)) for key in settings if own}
-    values["num_prompt_tokens"] = (args.num_prompt_tokens, there.get("num_prompt_tokens"))
-    for name, (want, have) in values.items():
-        alias = "lora_alpha" if name == "lora_scale" and args.lora_alpha is not None else name
-        if alias in args.explicit and have is not None and want != have:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {want}: {file} has {have}; leave the flag out, or start anew")
 
 
 # ------------------------------------------------------------------------------ loop

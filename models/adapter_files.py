@@ -14,20 +14,23 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from errors import UserError
+from models.adapter_description import (
+    CONFIG_KEY,
+    describe_peft_adapter,
+    guess_description,
+    head_path,
+    is_peft_adapter,
+    is_single_file,
+    read_json,
+)
 from models.base_fingerprint import check_base, described_base
 from models.file_checks import check_inside, check_npz, safetensors_header
 from models.load import LoadedModel
-from models.lora import LoraConfig, add_lora, path_in_block
+from models.lora import LoraConfig, add_lora
 from models.soft_prompt import SoftPrompt
 from models.tuning import FullTuning, Tuning
 
-CONFIG_KEY = "adapter_config"  # safetensors metadata entry; in .npz an array of UTF-8 bytes
-FILE_SUFFIXES = (".npz", ".safetensors")
 SOFT_PROMPT_FILE = "soft_prompt.safetensors"
-
-
-def is_single_file(path: str | Path) -> bool:
-    return Path(path).suffix in FILE_SUFFIXES
 
 
 def save_adapter(path: str | Path, tuning: Tuning, base: LoadedModel) -> list[Path]:
@@ -51,8 +54,6 @@ def read_adapter(path: str | Path) -> tuple[dict[str, mx.array], dict]:
 
     Of a PEFT adapter only the description: its arrays have other names (see interop.py).
     """
-    from models.interop import describe_peft_adapter, is_peft_adapter
-
     path = Path(path)
     if is_peft_adapter(path):
         return {}, describe_peft_adapter(path)
@@ -69,8 +70,9 @@ def read_adapter(path: str | Path) -> tuple[dict[str, mx.array], dict]:
     if not is_single_file(path) and path.exists():
         raise UserError(f"{path}: an adapter is a .npz or .safetensors file, or a folder")
     arrays, described = read_arrays(path)
-    config = described.get(CONFIG_KEY)
-    return arrays, config if config is not None else _guess_config(arrays, path)
+    if (config := described.get(CONFIG_KEY)) is None:
+        config = guess_description({name: tuple(a.shape) for name, a in arrays.items()}, path)
+    return arrays, config
 
 
 def load_adapter(base: LoadedModel, path: str | Path, *, any_base: bool = False) -> Tuning:
@@ -79,7 +81,7 @@ def load_adapter(base: LoadedModel, path: str | Path, *, any_base: bool = False)
     Raises UserError with every array that does not fit, with both shapes; and for an adapter of
     other weights than these, unless `any_base`.
     """
-    from models.interop import is_peft_adapter, load_peft_adapter
+    from models.interop import load_peft_adapter
 
     if is_peft_adapter(path):
         return load_peft_adapter(base.model, path)
@@ -124,27 +126,7 @@ def attach(model: nn.Module, config: dict) -> Tuning:
     )
 
 
-def _guess_config(arrays: dict[str, mx.array], path: Path) -> dict:
-    """The description of a file that has none (older tools): read off names and shapes."""
-    if not any(name.endswith("lora_a") for name in arrays):
-        raise UserError(f"{path}: holds no adapter: it has no description and no lora_a arrays")
-    blocks = {int(part) for name in arrays for part in name.split(".") if part.isdigit()}
-    keys = sorted({path_in_block(n.rsplit(".", 1)[0]) for n in arrays if n.endswith("lora_a")})
-    rank = next(a.shape[-1] for name, a in arrays.items() if name.endswith("lora_a"))
-    settings = {"rank": rank, "scale": LoraConfig.scale, "dropout": 0.0, "keys": keys}
-    kind = "dora" if any(name.endswith(".m") for name in arrays) else "lora"
-    return {"fine_tune_type": kind, "num_layers": len(blocks), "lora_parameters": settings}
-
-
 # ---------------------------------------------------------------------------- heads
-
-
-def head_path(adapter_path: str | Path, name: str) -> Path:
-    """Where the head `name` ("value_head", "reward_head") of an adapter or model folder lies."""
-    path = Path(adapter_path)
-    if is_single_file(path):
-        return path.with_name(f"{path.stem}.{name}.safetensors")
-    return path / f"{name}.safetensors"
 
 
 def save_head(adapter_path: str | Path, name: str, arrays: dict, description: dict) -> Path:
@@ -200,17 +182,6 @@ def read_arrays(path: Path) -> tuple[dict[str, mx.array], dict]:
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     return arrays, described
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in a file; UserError where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds no JSON object")
-    return value
 
 
 def write_json(path: Path, value: dict) -> None:

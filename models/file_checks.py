@@ -68,18 +68,21 @@ def _check_ranges(header: dict, size: int) -> None:
         raise ValueError(f"its arrays end at {expected}, and it has {size} bytes of data")
 
 
-def check_npz(file: Path) -> None:
-    """Raise UserError for an .npz file with pickles in it, or with anything but arrays."""
+def check_npz(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of an .npz file; UserError for pickles in it, or anything but arrays."""
+    shapes = {}
     try:
         with zipfile.ZipFile(file) as archive:
             for member in archive.infolist():
                 with archive.open(member) as stream:
-                    _check_npy(member.filename, stream, member.file_size)
+                    shape = _check_npy(member.filename, stream, member.file_size)
+                shapes[member.filename.removesuffix(".npy")] = shape
     except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
         raise UserError(f"{file}: not a sound .npz file: {error}") from None
+    return shapes
 
 
-def _check_npy(name: str, stream, size: int) -> None:
+def _check_npy(name: str, stream, size: int) -> tuple[int, ...]:
     readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
     if not name.endswith(".npy"):
         raise ValueError(f"{name} is no array")
@@ -91,6 +94,7 @@ def _check_npy(name: str, stream, size: int) -> None:
         raise ValueError(f"{name} holds pickled Python objects, which could run code when read")
     if stream.tell() + math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"{name} {shape} {dtype} does not fill its {size} bytes")
+    return shape
 
 
 def check_inside(file: Path, folder: Path) -> None:

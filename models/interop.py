@@ -13,13 +13,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from errors import UserError
-from models.adapter_files import read_arrays, read_json, write_json
+from models.adapter_description import CONFIG_FILE as CONFIG
+from models.adapter_description import PEFT_FILES, path_in_block, read_json
+from models.adapter_files import read_arrays, write_json
 from models.file_checks import check_inside, safetensors_header
-from models.lora import Adapter, LoraConfig, add_lora, path_in_block
+from models.lora import Adapter, LoraConfig, add_lora
 from models.soft_prompt import SoftPrompt
 from models.tuning import Tuning
 
-CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+WEIGHTS, PICKLED = PEFT_FILES
 ROOT = "base_model.model."
 LEAVES = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
 NAME = re.compile(rf"(.*)\.({'|'.join(LEAVES)})(\.default)?(\.weight)?")
@@ -28,19 +30,6 @@ WITHOUT_COUNTERPART = ("modules_to_save", "layer_replication", "fan_in_fan_out",
                        "trainable_token_indices", "target_parameters", "use_qalora")  # fmt: skip
 # Starting points that subtract from the base weights, which stay behind in the program that did.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
-
-
-def is_peft_adapter(path: str | Path) -> bool:
-    return any((Path(path) / name).is_file() for name in (WEIGHTS, PICKLED))
-
-
-def describe_peft_adapter(path: str | Path) -> dict:
-    """The description of a PEFT adapter in the words of our own adapter files."""
-    config = read_json(Path(path) / CONFIG)
-    kind = "dora" if config.get("use_dora") else "lora"
-    if config.get("peft_type") == "PROMPT_TUNING":
-        kind = "prompt"
-    return {"fine_tune_type": kind, "model": config.get("base_model_name_or_path")}
 
 
 # ---------------------------------------------------------------------------- in

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from errors import UserError
+from models.adapter_description import path_in_block
 from models.tuning import Tuning, check_arrays
 
 ADAPTER_ARRAYS = ("lora_a", "lora_b", "m")
@@ -161,10 +162,3 @@ def _parent(model: nn.Module, path: str):
     for part in parts[:-1]:
         here = here[int(part)] if isinstance(here, list) else here[part]
     return here, parts[-1]
-
-
-def path_in_block(path: str) -> str:
-    """``model.layers.3.self_attn.q_proj`` -> ``self_attn.q_proj``."""
-    parts = path.split(".")
-    first_number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
-    return ".".join(parts[first_number + 1 :])

@@ -74,8 +74,8 @@ def card_of_folder(folder: Path, card: CardChoices) -> None:
 
 
 def _facts_of_folder(folder: Path, card: CardChoices) -> Facts:
+    from models.adapter_description import is_peft_adapter
     from models.classifiers import is_classifier
-    from models.interop import is_peft_adapter
 
     descriptions: list[dict] = []
     kind, base, quantized, pooling = "model", None, False, None

@@ -19,18 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import UserError
+from models.adapter_description import CONFIG_KEY, head_path, is_single_file
 from models.base_fingerprint import check_base, described_base
 
-CONFIG_KEY = "adapter_config"
-FILE_SUFFIXES = (".npz", ".safetensors")
 # Copied as they are; weights and config.json are written anew.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
                    "merges.txt", "spiece.model", "*.tiktoken", "chat_template.*",
                    "generation_config.json")  # fmt: skip
-
-
-def is_single_file(path: str | Path) -> bool:
-    return Path(path).suffix in FILE_SUFFIXES
 
 
 def is_adapter(path: str | Path, model: Tuned) -> bool:
@@ -104,14 +99,6 @@ def load_adapter(loaded: LoadedModel, path: str, *, any_base: bool = False) -> T
 
 
 # ---- heads -------------------------------------------------------------------------------------
-
-
-def head_path(path: str | Path, name: str) -> Path:
-    """Where the head `name` ("value_head", "reward_head") of an adapter or model folder lies."""
-    path = Path(path)
-    if is_single_file(path):
-        return path.with_name(f"{path.stem}.{name}.safetensors")
-    return path / f"{name}.safetensors"
 
 
 def save_head(path: str | Path, name: str, arrays: dict[str, Tensor], described: dict) -> Path:

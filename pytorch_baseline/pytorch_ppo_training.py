@@ -36,6 +36,7 @@ from rl.ppo_config import PPOConfig
 from rl.reward_set import Reward
 from rl.reward_sources import GROUND_TRUTH, LEARNED, learned_reward
 from training import ppo_flags
+from training.adapter_choice import refuse_other_adapter
 from training.arguments import run_main
 from training.dataclass_flags import dataclass_from_arguments
 from training.flag_groups import adapter_description, optimizer_options
@@ -85,6 +86,10 @@ def make_policy(args, loaded):
     head = ValueHead(loaded.model.config.hidden_size, args.value_head_init_std)
     if args.resume_file is not None:
         model = load_adapter(loaded, args.resume_file, any_base=args.any_base)
+        blocks = loaded.model.config.num_hidden_layers
+        refuse_other_adapter(
+            args, args.resume_file, model.description, blocks=blocks, ignore=("lora_dropout",)
+        )
         if (saved := read_head(args.resume_file, "value_head")) is not None:
             head.load_state_dict(saved[0])
     else:

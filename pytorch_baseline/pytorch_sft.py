@@ -32,8 +32,8 @@ from pytorch_training import (
 )
 
 from data_utils import BatchIterator, BatchPlan, epoch_batches
-from errors import UserError
 from training import sft_flags
+from training.adapter_choice import refuse_other_adapter, refuse_other_pooling
 from training.arguments import run_main
 from training.flag_groups import adapter_description, optimizer_options
 from training.metrics import Run, read_rows
@@ -79,9 +79,8 @@ def make_task(args, loaded):
     """The model with what is trained on it, as a task of pytorch_sft_trainer."""
     if args.resume_adapter_file is not None:
         model = load_adapter(loaded, args.resume_adapter_file, any_base=args.any_base)
-        wanted = adapter_description(args)["fine_tune_type"]
-        if wanted != model.kind and {"fine_tune_type", "prompt_tuning"} & args.explicit:
-            raise UserError(f"{args.resume_adapter_file}: holds {model.kind}, not {wanted}")
+        blocks = loaded.model.config.num_hidden_layers
+        refuse_other_adapter(args, args.resume_adapter_file, model.description, blocks=blocks)
     else:
         model = Tuned(loaded.model, adapter_description(args)).to(loaded.device)
     if not args.reward_model:
@@ -89,6 +88,7 @@ def make_task(args, loaded):
     reward_model = RewardModel(model, pooling=args.pooling)
     if args.resume_adapter_file is not None:
         reward_model.load_head(args.resume_adapter_file)
+        refuse_other_pooling(args, args.resume_adapter_file, reward_model.pooling)
     return RewardModelTask(reward_model, centering=args.centering, use_margin=args.margins)
 
 

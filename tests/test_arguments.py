@@ -10,6 +10,8 @@ from typing import Literal
 
 import pytest
 
+import ppo_training
+import sft
 from errors import UserError
 from training.arguments import Parser, run_main
 from training.dataclass_flags import add_dataclass_arguments, dataclass_from_arguments
@@ -352,6 +354,24 @@ def test_a_wrong_conf_file_is_named_with_its_line(tmp_path, capsys, text, parts)
     err = refused(capsys, "--config", write(tmp_path / "w.conf", text))
     for part in parts:
         assert part in err, err
+
+
+def test_a_batch_is_a_batch_where_there_is_no_experience(tmp_path, capsys):
+    text = "[Training]\nexperience_batch_size = 8\nbatch_size = 4\n"
+    args = sft.parse_arguments(["--train", "--config", write(tmp_path / "w.conf", text)])
+    note = capsys.readouterr().out
+    assert args.batch_size == 4 and "batch_size -> --batch-size 4" in note
+    assert "experience_batch_size is not used here" in note
+
+
+@pytest.mark.parametrize("script, words", [(sft, ["--train"]), (ppo_training, ["--increasing"])])
+def test_an_unknown_key_is_not_mapped_to_anything(tmp_path, capsys, script, words):
+    file = write(tmp_path / "w.conf", "[Training]\nlr = 1e-3\ngenerate = True\n")
+    with pytest.raises(SystemExit):
+        script.parse_arguments([*words, "--config", file])
+    said = capsys.readouterr()
+    assert said.out == f"note: {file}: lr -> --learning-rate 0.001\n"
+    assert said.err == f"error: {file}:3: unknown key 'generate'; --help lists the flags\n"
 
 
 # ------------------------------------------------------------------------------ resume

@@ -246,6 +246,29 @@ def test_soft_prompt_folder(tmp_path):
     assert losses(again)
 
 
+def test_flags_that_contradict_an_adapter_are_refused(tmp_path, capsys):
+    """By the code of the MLX side: what a file says at once, layers once the model is there."""
+    file = str(tmp_path / "a.npz")
+    sft(tmp_path / "a", "--lora-rank", "4", "--save-file", file)
+    for main, line in ((sft_main, ["--train", *SMALL, "--resume-adapter-file", file]),
+                       (ppo_main, [*PPO, "--resume-file", file])):  # fmt: skip
+        line += ["--output-dir", str(tmp_path / "b")]
+        with pytest.raises(SystemExit):
+            main([*line, "--lora-rank", "64"])
+        assert f"--lora-rank 64: {file} has 4" in capsys.readouterr().err
+        with pytest.raises(UserError, match="--lora-layers 1: .* has 2"):
+            main([*line, "--lora-layers", "1"])
+    assert not (tmp_path / "b").exists()
+
+
+def test_another_pooling_than_that_of_the_reward_head_is_refused(tmp_path):
+    file = str(tmp_path / "rm.npz")
+    words = ["--reward-model", "--data-base", "preference_increasing_mult_2_"]
+    sft(tmp_path / "a", *words, "--pooling", "last", "--save-file", file)
+    with pytest.raises(UserError, match="--pooling mean: .* trained with last"):
+        sft(tmp_path / "b", *words, "--pooling", "mean", "--resume-adapter-file", file)
+
+
 def test_full_fine_tuning_into_a_folder_that_mlx_loads(tmp_path):
     run = ppo(tmp_path / "a", "--use_peft", "False")
     merged, base = load_model(run / "model", dtype="float32"), load_model(DIGITS, dtype="float32")

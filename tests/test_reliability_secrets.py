@@ -35,7 +35,7 @@ def test_a_run_with_wandb_leaves_no_secret(tmp_path):
     pytest.importorskip("wandb")
     script, line = RUNS["ppo"]
     # One that was copied into an option by mistake.
-    line = [*line, "--num-steps", "2", "--eval-every", "0", "--log-with", "wandb"]
+    line = [*line, "--num-steps", "2", "--log-with", "wandb"]
     line += ["--stop", f"x{SECRETS['MY_PASSWORD']}"]
     ended = command(script, line, tmp_path, WANDB_MODE="offline", **SECRETS)
     assert ended.code == 0, ended.err
@@ -80,7 +80,7 @@ def test_what_a_reward_function_says_leaves_no_secret(tmp_path, reward, name):
     secrets = {**SECRETS, "PRIVATE_KEY": "-----BEGIN KEY-----\nMIIEvQIBADANBg\n-----END KEY-----"}
     script, line = RUNS["ppo"]
     line = [word for word in line if word != "--ground_truth_reward"]
-    line += ["--reward-function", f"rewards.py:{reward}", "--num-steps", "1", "--eval-every", "0"]
+    line += ["--reward-function", f"rewards.py:{reward}", "--num-steps", "1"]
     ended = shared_server().run(script, line, tmp_path, **secrets)
     if reward == "warns":
         assert ended.code == 0 and "warning: no access with <redacted>" in ended.err

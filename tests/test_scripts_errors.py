@@ -71,6 +71,9 @@ AT_ONCE = [
     (f"{SFT} --overwrite", "--overwrite needs --output-dir"),
     (f"{PPO} --increasing --decreasing", "--increasing and --decreasing contradict"),
     # values that make no sense
+    (f"{SFT} --output-dir=", "--output-dir: the name is empty"),
+    ("fuse.py --model . --dtype float32 --save-path= --force", "--save-path: the name is empty"),
+    (f"{PPO} --adap-kl-ctrl --init-kl-coef 0", "--adap-kl-ctrl has no effect at --init-kl-coef 0"),
     (f"{SFT} --val-batches 0", "--val-batches: give a number of batches, or -1"),
     (f"{SFT} --val-batches -2", "--val-batches: give a number of batches, or -1"),
     (f"{PPO} --adap_kl_ctrl --target 0", "--target: 0.0 given, must be above 0"),

@@ -528,7 +528,7 @@ def test_an_adapter_is_not_what_other_flags_say(tmp_path):
     assert Run(*more, "--lora-rank", 8, "--lora-alpha", 32).config["lora_parameters"]["rank"] == 8
     for words, message in (
         (["--lora-rank", 4], "--lora-rank 4: w"),
-        (["--lora-alpha", 8], "--lora-scale 1.0: w"),
+        (["--lora-alpha", 8], "--lora-scale 1: w"),
         (["--lora-keys", "q_proj"], "--lora-keys"),
         (["--prompt-tuning"], "holds lora, not prompt"),
     ):

@@ -37,12 +37,13 @@ OUT_OF_MEMORY = re.compile(
 class Parser(argparse.ArgumentParser):
     """argparse with this project's rules; declare booleans with ``type=bool``, flags with dashes.
 
-    ``parse_args`` returns a namespace with one extra name, ``explicit``: the set of names that the
-    user gave, on the command line or in the ``--config`` file. ``checks`` are functions of the
-    namespace that run last; they raise ``UserError`` for flags that contradict each other and may
-    fill in what follows from other flags. ``alternatives`` are sets of names that say the same in
-    different ways: one on the command line replaces another of the ``--config`` file or of the run
-    that is resumed, and one of the file another of the run.
+    ``parse_args`` returns a namespace with two extra names: ``explicit``, the set of names that
+    the user gave, on the command line or in the ``--config`` file, and ``changed``, those of them
+    with another value than the default. ``checks`` are functions of the namespace that run last;
+    they raise ``UserError`` for flags that contradict each other and may fill in what follows from
+    other flags. ``alternatives`` are sets of names that say the same in different ways: one on the
+    command line replaces another of the ``--config`` file or of the run that is resumed, and one of
+    the file another of the run.
     """
 
     def __init__(self, *, harmless: Iterable[str] = (), **options: Any) -> None:
@@ -157,6 +158,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unexpected argument {unknown[0]!r}")
         args.explicit = explicit
+        args.changed = {n for n in explicit if getattr(args, n) != self.get_default(n)}
         if resumed:
             self._settle_resume(args, old)
         for check in self.checks:
@@ -225,8 +227,9 @@ def plain_word(value: Any, action: argparse.Action, setting: Setting) -> str:
 
 def nearest(name: str, flags: Iterable[str]) -> str:
     """``; did you mean --x?`` for the flag spelt most like ``name``, or an empty string."""
-    close = difflib.get_close_matches(name, list(flags), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else "; --help lists the flags"
+    bare = {flag.lstrip("-"): flag for flag in flags}
+    close = difflib.get_close_matches(name.lstrip("-"), bare, n=1, cutoff=0.7)
+    return f"; did you mean {bare[close[0]]}?" if close else "; --help lists the flags"
 
 
 def last_value(words: list[str], flag: str) -> str | None:

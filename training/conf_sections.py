@@ -89,7 +89,8 @@ def read_conf(path: Path, text: str, flags: Mapping[str, Action]) -> list[Settin
             continue
         value = translate(name, setting.value)
         mapped.append(Setting(name, value, setting.where))
-        notes.append(f"{setting.key} -> --{name} {value}")
+        if "--" + name.replace("_", "-") in flags:  # else the parser refuses it
+            notes.append(f"{setting.key} -> --{name} {value}")
     if notes:
         print(f"note: {path}: " + "; ".join(notes))
     return refuse_doubles(mapped)
@@ -103,8 +104,12 @@ def choose_flag(setting: Setting, keys: set[str], flags: Mapping[str, Action]) -
     own = setting.key.replace("_", "-")
     wanted = OURS.get(setting.key, ())
     if "experience_batch_size" in keys and wanted == ("batch-size",):
-        # There the experience is our batch, and what they call the batch is our minibatch.
-        if setting.key != "experience_batch_size":
+        # In their PPO the experience is our batch, and their batch is our minibatch. Elsewhere
+        # there is no experience, and a batch is a batch.
+        is_experience = setting.key == "experience_batch_size"
+        if "--mini-batch-size" not in flags:
+            wanted = () if is_experience else wanted
+        elif not is_experience:
             wanted, own = ("mini-batch-size",), ""
     for name in (own, *wanted):
         action = flags.get("--" + name)

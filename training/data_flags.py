@@ -3,20 +3,21 @@
 import argparse
 from typing import Any
 
-from data_utils import KNOWN_FORMATS, TOKEN_FORMATS
+from data_utils import KNOWN_FORMATS, TOKEN_FORMATS, folder_file
 from errors import UserError
 from training.arguments import Parser
 from training.flag_groups import at_least
 
 
-def add_data_arguments(parser: Parser, *, max_length: int = 2048) -> None:
-    """Where rows come from, and their form."""
+def add_data_arguments(parser: Parser, *, max_length: int = 2048, test_rows: bool = False) -> None:
+    """Where rows come from, and their form; `test_rows`: of a script that reads such."""
     add = parser.add_argument_group("data").add_argument
     add("--data", default="data", help="folder with the data files")
     add("--data-base", default="increasing_mult_2_", help="file names up to train.jsonl")
     add("--train-file", nargs="+", help="training files, in place of the folder's")
     add("--validation-file", help="validation file, in place of the folder's")
-    add("--test-file", help="test file, in place of the folder's")
+    if test_rows:
+        add("--test-file", help="test file, in place of the folder's")
     add("--validation-split-percentage", type=float, help="validate on this share of the rows")
     add("--dataset", nargs="+", help="names or paths that the datasets library opens")
     add("--dataset-config", help="configuration of --dataset")
@@ -34,6 +35,10 @@ def add_data_arguments(parser: Parser, *, max_length: int = 2048) -> None:
 
     def check(args: argparse.Namespace) -> None:
         at_least(args, 1, "max_rows", "max_length")
+        share = getattr(args, "validation_split_percentage", None)  # score.py has no such flag
+        if share is not None and not 0 < share < 100:
+            raise UserError(f"--validation-split-percentage {share:g}: give a number between 0 and "
+                            "100, or leave it out")  # fmt: skip
         if args.dataset is None:
             for name in ("dataset_config", "split", "streaming"):
                 if name in args.explicit:
@@ -44,6 +49,20 @@ def add_data_arguments(parser: Parser, *, max_length: int = 2048) -> None:
     parser.checks.append(check)
 
 
+NO_VALIDATION = (
+    "without rows to validate on: give --validation-file or --validation-split-percentage"
+)
+
+
+def has_validation(args: argparse.Namespace) -> bool:
+    """Whether there is anything to validate on, as ``load_data`` will find it."""
+    if args.validation_file or args.validation_split_percentage:
+        return True
+    if args.train_file or args.dataset:
+        return False
+    return folder_file(args.data, args.data_base, "valid", required=False) is not None
+
+
 def data_sources(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of ``data_utils.load_data``, all but ``splits``."""
     return {
@@ -51,7 +70,7 @@ def data_sources(args: argparse.Namespace) -> dict[str, Any]:
         "data_base": args.data_base,
         "train_files": args.train_file or (),
         "validation_file": args.validation_file,
-        "test_file": args.test_file,
+        "test_file": getattr(args, "test_file", None),
         "validation_split_percentage": args.validation_split_percentage,
         "datasets": args.dataset or (),
         "dataset_config": args.dataset_config,

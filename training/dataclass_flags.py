@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from training.arguments import Parser
-from training.flag_groups import flag_of
+from training.effects import flag_of
 from training.flag_types import number, whole_number
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from errors import UserError
 from training.arguments import Parser
+from training.effects import flag_of
 
 OPTIMIZERS = ("adam", "adamw", "adafactor", "lion", "sgd", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts")
@@ -52,6 +53,8 @@ def add_run_arguments(parser: Parser, *, save_every: int = 100) -> None:
         at_least(args, 1, "keep_checkpoints", "max_bad_steps")
         if args.memory_limit is not None and args.memory_limit <= 0:
             raise UserError("--memory-limit: give a number of GB above 0")
+        if args.output_dir == "":
+            raise UserError("--output-dir: the name is empty; give a folder, or leave the flag out")
         if args.overwrite and args.resume:
             raise UserError("--overwrite deletes the run that --resume would go on with; drop one")
         if args.overwrite and args.output_dir is None:
@@ -240,11 +243,6 @@ def optimizer_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------ helpers
-
-
-def flag_of(name: str) -> str:
-    """``lora_rank`` as the user writes it: ``--lora-rank``."""
-    return "--" + name.replace("_", "-")
 
 
 def at_least(args: argparse.Namespace, least: float, *names: str) -> None:

@@ -6,11 +6,18 @@ Shared by ppo_training.py and its PyTorch twin.
 from data_utils import Template, data_report, load_data, tokenise_prompts
 from errors import UserError
 from rl.ppo_config import PPOConfig
+from training.adapter_choice import check_save_file, refuse_other_head, settle_adapter
 from training.arguments import Parser
-from training.data_flags import add_data_arguments, data_sources, tokenising
+from training.data_flags import (
+    NO_VALIDATION,
+    add_data_arguments,
+    data_sources,
+    has_validation,
+    tokenising,
+)
 from training.dataclass_flags import add_dataclass_arguments, dataclass_from_arguments
+from training.effects import Needs, needs, refuse_idle
 from training.flag_groups import (
-    adapter_description,
     add_adapter_arguments,
     add_any_base,
     add_model_arguments,
@@ -24,6 +31,21 @@ DESCRIPTION = "PPO on a language model, against a ground-truth reward, a learned
 LEARNING_RATES = {"lora": 3e-3, "dora": 3e-3, "full": 3e-4, "prompt": 1e-1}
 SHARED = ("seed", "learning_rate", "max_grad_norm")  # fields of PPOConfig with a flag elsewhere
 HARMLESS = ("eval_every", "eval_prompts", "eval_samples", "samples_per_step")
+NEEDS = (
+    Needs("target horizon", "adap_kl_ctrl"),
+    Needs("adap_kl_ctrl", "init_kl_coef"),  # the coefficient is only ever multiplied
+    Needs("target_kl", "early_stopping"),
+    Needs("overlong_penalty", "overlong_buffer"),
+    Needs("overlong_buffer", "overlong_penalty"),
+    Needs("lora_dropout", met=lambda args: False, why="in PPO, which trains without dropout"),
+    Needs("eval_samples eval_prompts", "eval_every"),
+    Needs(
+        "eval_every",
+        met=lambda args: not args.eval_every or has_validation(args),
+        why=NO_VALIDATION,
+    ),
+    Needs("eval_samples eval_prompts", met=has_validation, why=NO_VALIDATION),
+)
 
 
 # ------------------------------------------------------------------------------ arguments
@@ -54,10 +76,11 @@ def parse_arguments(words=None):
     add_adapter_arguments(parser, lora_scale=4.0)
     add_optimizer_arguments(
         parser, learning_rate=None, lr_schedule="linear", max_grad_norm=1.0, lr_end_factor=0.1,
-        learning_rate_note="default: lora 3e-3, full 3e-4, prompt 0.1, found on the digits task",
+        learning_rate_note="default: lora 3e-3, full 3e-4, prompt 0.1, by flags or --resume-file; "
+        "found on the digits task",
     )  # fmt: skip
     add_run_arguments(parser)
-    parser.checks += [check_arguments, settle_arguments]
+    parser.checks += [check_arguments, needs(NEEDS), settle_arguments]
     return parser.parse_args(words)
 
 
@@ -75,7 +98,15 @@ def check_arguments(args) -> None:
         raise UserError("--reference-quantize needs full fine-tuning: else there is no copy")
     if full and args.resume_file:
         raise UserError("--resume-file takes an adapter; fuse it first for full fine-tuning")
-    at_least(args, 0, "eval_every", "samples_per_step")
+    if args.eval_prompts == 0 or args.eval_prompts < -1:
+        raise UserError("--eval-prompts: give a number above 0, or -1 for all; --eval-every 0 "
+                        "evaluates nothing")  # fmt: skip
+    if args.top_p <= 0:
+        raise UserError(f"--top-p {args.top_p:g}: give a probability above 0; 1 leaves every token")
+    if not all(args.stop or ()):
+        raise UserError("--stop: an empty text would end every response at once; leave it out")
+    check_save_file(args.save_file)
+    at_least(args, 0, "eval_every", "samples_per_step", "top_k")
     at_least(args, 1, "eval_samples", "steps_per_report", "prompt_words")
 
 
@@ -83,8 +114,13 @@ def settle_arguments(args) -> None:
     """Fill in what follows from other flags, and make sure of PPO's own options."""
     if args.use_peft is False:
         args.fine_tune_type = "full"
-    if args.learning_rate is None:
-        args.learning_rate = LEARNING_RATES[adapter_description(args)["fine_tune_type"]]
+    file = args.resume_file
+    kind = settle_adapter(args, file, LEARNING_RATES, ignore="lora_dropout")  # there is none
+    if file is not None:
+        if kind == "full":
+            raise UserError(f"--resume-file takes an adapter, and {file} holds every weight; fuse "
+                            "it first (fuse.py), and give the model with --model")  # fmt: skip
+        refuse_other_head(args, file)
     dataclass_from_arguments(PPOConfig, args)
 
 
@@ -93,8 +129,10 @@ def settle_arguments(args) -> None:
 
 def load_prompts(args, tokenizer) -> dict:
     """Prompts to train on and, where there are any, to validate on."""
-    found = {}
-    for split, records in load_data(splits=("train", "valid"), **data_sources(args)).items():
+    found, loaded = {}, load_data(splits=("train", "valid"), **data_sources(args))
+    if not any("text" in records.kinds for records in loaded.values()):
+        refuse_idle(args, "prompt_words", "on rows that have prompts of their own")
+    for split, records in loaded.items():
         found[split] = tokenise_prompts(
             records, tokenizer, prompt_words=args.prompt_words, **tokenising(args)
         )

@@ -16,11 +16,11 @@ REDACTED = "<redacted>"
 
 # Where things are written and what is printed: a run with other values here ends the same.
 HARMLESS = frozenset(
-    "any_base config explicit force_resume keep_checkpoints log_with max_bad_steps memory_limit "
-    "output_dir overwrite resume save_every save_file steps_per_report".split()
+    "any_base changed config explicit force_resume keep_checkpoints log_with max_bad_steps "
+    "memory_limit output_dir overwrite resume save_every save_file steps_per_report".split()
 )
 # Belong to one start of the program and are not taken over from the run that is resumed.
-OF_ONE_START = frozenset("config explicit force_resume output_dir overwrite resume".split())
+OF_ONE_START = frozenset("changed config explicit force_resume output_dir overwrite resume".split())
 # How long a run goes on: harmless as long as the learning rate does not depend on it.
 LENGTHS = frozenset({"epochs", "iters", "num_steps", "steps"})
 # Rows that a fingerprint of the data looks at: all of a small set, a spread of a large one.

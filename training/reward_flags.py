@@ -8,7 +8,17 @@ from rl.reward_functions import load_function
 from rl.reward_set import Reward, RewardSet
 from rl.reward_sources import digits_rewards
 from training.arguments import Parser
+from training.effects import Needs, needs
 from training.flag_groups import at_least
+
+NEEDS = (
+    Needs("reward_retries", "reward_url"),
+    Needs(
+        "reward_timeout",
+        met=lambda args: args.reward_model or args.reward_function or args.reward_url,
+        why="on the digits score: nothing there is waited for",
+    ),
+)
 
 
 def add_reward_arguments(parser: Parser) -> None:
@@ -27,7 +37,7 @@ def add_reward_arguments(parser: Parser) -> None:
     add("--decreasing", type=bool, default=None, help="digits score: numbers fall")
     add("--multiple-of", type=int, default=2, help="digits score: of this number")
     add("--min-length", type=int, default=5, help="digits score: fewer words count as this many")
-    parser.checks.append(check_rewards)
+    parser.checks += [check_rewards, needs(NEEDS)]
 
 
 def check_rewards(args: argparse.Namespace) -> None:

@@ -21,17 +21,23 @@ from data_utils import (
     use_colour,
 )
 from errors import UserError
+from training.adapter_choice import check_save_file, settle_adapter
 from training.arguments import Parser
-from training.data_flags import add_data_arguments, data_sources, tokenising
+from training.data_flags import (
+    NO_VALIDATION,
+    add_data_arguments,
+    data_sources,
+    has_validation,
+    tokenising,
+)
+from training.effects import Needs, flag_of, needs, refuse_idle
 from training.flag_groups import (
-    adapter_description,
     add_adapter_arguments,
     add_any_base,
     add_model_arguments,
     add_optimizer_arguments,
     add_run_arguments,
     at_least,
-    flag_of,
 )
 
 DESCRIPTION = (
@@ -41,6 +47,25 @@ DESCRIPTION = (
 HARMLESS = ("test", "sample_prompts", "preview")
 AT_VALIDATIONS = ("early_stopping_patience", "save_best", "sample_prompts")
 LEARNING_RATES = {"lora": 2e-4, "dora": 2e-4, "full": 2e-5, "prompt": 1e-2}
+
+NEEDS = (
+    Needs("pooling centering margins normalize_samples", "reward_model"),
+    Needs("test_file", "test"),
+    # A reward model is evaluated on all rows in the end, a language model on --val-batches.
+    Needs(
+        "val_batches",
+        met=lambda args: args.steps_per_eval or not args.reward_model,
+        why="at --steps-per-eval 0",
+    ),
+    Needs(
+        "steps_per_eval",
+        met=lambda args: not (args.train and args.steps_per_eval) or has_validation(args),
+        why=NO_VALIDATION,
+    ),
+    Needs(
+        "val_batches", met=lambda args: not args.train or has_validation(args), why=NO_VALIDATION
+    ),
+)
 
 
 # ------------------------------------------------------------------------------ arguments
@@ -84,30 +109,28 @@ def parse_arguments(words=None):
     add("--margins", type=bool, default=True, help="use the margins of preference rows")
     add("--normalize-samples", type=int, default=0,
         help="scores get mean 0, deviation 1 on this many samples; 0: as trained")  # fmt: skip
-    add_data_arguments(parser)
+    add_data_arguments(parser, test_rows=True)
     add_model_arguments(parser)
     add_any_base(parser, "resume_adapter_file")
     add_adapter_arguments(parser, lora_scale=4.0)
-    note = "default: lora 2e-4, full 2e-5, prompt 1e-2; the 1e-6 of old scripts teaches nothing"
+    note = ("default: lora 2e-4, full 2e-5, prompt 1e-2, by flags or --resume-adapter-file; the "
+            "1e-6 of old scripts teaches nothing")  # fmt: skip
     add_optimizer_arguments(parser, learning_rate=None, max_grad_norm=1.0, learning_rate_note=note)
     add_run_arguments(parser)
     parser.alternatives.append({"iters", "epochs"})
-    parser.checks.append(check_arguments)
+    parser.checks += [check_arguments, needs(NEEDS), settle_arguments]
     return parser.parse_args(words)
 
 
 def check_arguments(args) -> None:
-    """Refuse what contradicts itself, and fill in what follows from other flags."""
+    """Refuse what contradicts itself."""
     if not (args.train or args.test or args.preview):
         raise UserError("nothing to do: give --train, --test or both")
     if {"iters", "epochs"} <= args.explicit:
         raise UserError("--iters and --epochs both say how long to train; give one of them")
-    for name in ("pooling", "centering", "margins", "normalize_samples"):
-        if name in args.explicit and not args.reward_model:
-            raise UserError(f"--{name.replace('_', '-')} has no effect without --reward-model")
     for name in ("mask_prompt", "packing", "sample_prompts"):
         if getattr(args, name) and args.reward_model:
-            raise UserError(f"--{name.replace('_', '-')} has no effect with --reward-model")
+            raise UserError(f"{flag_of(name)} has no effect with --reward-model")
     if args.test and not args.train and args.resume_adapter_file is None and args.reward_model:
         raise UserError("--test of a reward model needs --resume-adapter-file, or --train")
     at_least(args, 1, "batch_size", "iters", "gradient_accumulation_steps", "steps_per_report",
@@ -120,9 +143,14 @@ def check_arguments(args) -> None:
         raise UserError("--epochs: give a number above 0")
     check_normalisation(args)
     check_validations(args)
-    if args.learning_rate is None:
-        kind = adapter_description(args)["fine_tune_type"]
-        args.learning_rate = LEARNING_RATES[kind]
+    check_save_file(args.save_file)
+
+
+def settle_arguments(args) -> None:
+    """Fill in what follows from the adapter that is made or loaded, if its file fits the flags."""
+    file = args.resume_adapter_file
+    if settle_adapter(args, file, LEARNING_RATES) == "full" and file and args.normalize_samples:
+        raise UserError(f"--normalize-samples: {file} holds every weight, and no base to sample")
 
 
 def check_normalisation(args) -> None:
@@ -144,6 +172,9 @@ def check_validations(args) -> None:
         raise UserError(f"{flag_of(wanted[0])} needs validations; --steps-per-eval 0 means none")
     if args.save_best and not args.save_every:
         raise UserError("--save-best takes weights from a checkpoint; --save-every 0 keeps none")
+    if wanted and args.train and not has_validation(args):
+        raise UserError(f"{flag_of(wanted[0])} needs rows to validate on: give --validation-file "
+                        "or --validation-split-percentage")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ data
@@ -155,8 +186,9 @@ def load_rows(args, tokenizer) -> dict:
     With --sample-prompts also "samples": their tokens, in the form of the training rows.
     """
     splits = (["train", "valid"] if args.train or args.preview else []) + ["test"] * args.test
-    rows = {}
-    for split, records in load_data(splits=splits, **data_sources(args)).items():
+    rows, found = {}, load_data(splits=splits, **data_sources(args))
+    check_kinds(args, {kind for records in found.values() for kind in records.kinds})
+    for split, records in found.items():
         if not args.reward_model:
             rows[split] = tokenise_sft(
                 records, tokenizer, mask_prompt=args.mask_prompt, **tokenising(args)
@@ -175,11 +207,16 @@ def load_rows(args, tokenizer) -> dict:
             rows["samples"] = encode_samples(args, tokenizer, set(records.kinds) == {"text"})
     if args.preview:
         print(preview(rows["train"][0], tokenizer, use_colour(sys.stdout)))
-    wanted = [name for name in AT_VALIDATIONS if getattr(args, name)]
-    if args.train and wanted and "valid" not in rows:
-        raise UserError(f"{flag_of(wanted[0])} needs rows to validate on: give --validation-file "
-                        "or --validation-split-percentage")  # fmt: skip
     return rows
+
+
+def check_kinds(args, kinds: set[str]) -> None:
+    """Refuse what has no effect on rows of these kinds."""
+    if "preference" not in kinds and args.reward_model:
+        for name in ("centering", "margins"):
+            refuse_idle(args, name, "on rows with a reward: it is for pairs of chosen and rejected")
+    if kinds == {"text"}:
+        refuse_idle(args, "token_format", "on rows of plain text")
 
 
 def encode_samples(args, tokenizer, plain: bool) -> list[list[int]]:

@@ -1,0 +1,119 @@
+"""What an adapter file says of itself, read without MLX: on the command line, and in PyTorch."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from errors import UserError
+from models.file_checks import check_inside, check_npz, safetensors_header
+
+CONFIG_KEY = "adapter_config"  # safetensors metadata entry; in .npz an array of UTF-8 bytes
+FILE_SUFFIXES = (".npz", ".safetensors")
+CONFIG_FILE = "adapter_config.json"
+PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+GUESSED_SCALE = 4.0  # of files that record none: the default of this project's LoRA
+Shapes = dict[str, tuple[int, ...]]
+
+
+def is_single_file(path: str | Path) -> bool:
+    return Path(path).suffix in FILE_SUFFIXES
+
+
+def is_peft_adapter(path: str | Path) -> bool:
+    return any((Path(path) / name).is_file() for name in PEFT_FILES)
+
+
+def head_path(adapter_path: str | Path, name: str) -> Path:
+    """Where the head `name` ("value_head", "reward_head") of an adapter or model folder lies."""
+    path = Path(adapter_path)
+    if is_single_file(path):
+        return path.with_name(f"{path.stem}.{name}.safetensors")
+    return path / f"{name}.safetensors"
+
+
+def path_in_block(path: str) -> str:
+    """``model.layers.3.self_attn.q_proj`` -> ``self_attn.q_proj``."""
+    parts = path.split(".")
+    first_number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
+    return ".".join(parts[first_number + 1 :])
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; UserError where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return value
+
+
+def read_description(path: str | Path) -> dict:
+    """The description of an adapter file or folder: ours, mlx-lm's, or PEFT's in our words.
+
+    Raises UserError where there is no adapter.
+    """
+    path = Path(path)
+    if is_peft_adapter(path):
+        return describe_peft_adapter(path)
+    if path.is_dir():
+        file = path / CONFIG_FILE
+        if not file.exists():
+            raise UserError(f"{path}: not an adapter: {CONFIG_FILE} is missing")
+        check_inside(file, path)
+        return read_json(file)
+    if not is_single_file(path) and path.exists():
+        raise UserError(f"{path}: an adapter is a .npz or .safetensors file, or a folder")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    shapes, config = (_read_npz if path.suffix == ".npz" else _read_safetensors)(path)
+    return guess_description(shapes, path) if config is None else config
+
+
+def _read_npz(path: Path) -> tuple[Shapes, dict | None]:
+    shapes = check_npz(path)
+    if shapes.pop(CONFIG_KEY, None) is None:
+        return shapes, None
+    with np.load(path, allow_pickle=False) as file:
+        return shapes, _parsed(file[CONFIG_KEY].tobytes(), path)
+
+
+def _read_safetensors(path: Path) -> tuple[Shapes, dict | None]:
+    shapes = {name: tuple(entry["shape"]) for name, entry in safetensors_header(path).items()}
+    with open(path, "rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    described = (header.get("__metadata__") or {}).get(CONFIG_KEY)
+    return shapes, None if described is None else _parsed(described, path)
+
+
+def _parsed(text: str | bytes, path: Path) -> dict:
+    try:
+        found = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: its adapter configuration is not usable: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: its adapter configuration is not usable: no JSON object")
+    return found
+
+
+def describe_peft_adapter(path: str | Path) -> dict:
+    """The description of a PEFT adapter in the words of our own adapter files."""
+    config = read_json(Path(path) / CONFIG_FILE)
+    kind = "dora" if config.get("use_dora") else "lora"
+    if config.get("peft_type") == "PROMPT_TUNING":
+        kind = "prompt"
+    return {"fine_tune_type": kind, "model": config.get("base_model_name_or_path")}
+
+
+def guess_description(shapes: Shapes, path: Path) -> dict:
+    """The description of a file that has none (older tools): read off names and shapes."""
+    if not any(name.endswith("lora_a") for name in shapes):
+        raise UserError(f"{path}: holds no adapter: it has no description and no lora_a arrays")
+    blocks = {int(part) for name in shapes for part in name.split(".") if part.isdigit()}
+    keys = sorted({path_in_block(n.rsplit(".", 1)[0]) for n in shapes if n.endswith("lora_a")})
+    rank = next(shape[-1] for name, shape in shapes.items() if name.endswith("lora_a"))
+    settings = {"rank": rank, "scale": GUESSED_SCALE, "dropout": 0.0, "keys": keys}
+    kind = "dora" if any(name.endswith(".m") for name in shapes) else "lora"
+    return {"fine_tune_type": kind, "num_layers": len(blocks), "lora_parameters": settings}
