@@ -2,7 +2,7 @@
 # make test    the tests          make lint    ruff          make clean    caches and demo_run
 # make test-baseline   the PyTorch baseline against MLX and TRL (installs PyTorch)
 # make compare         both on the digits task, five seeds: docs/comparison.md
-# make bench           every benchmark, against pinned peers
+# make bench           every benchmark, against pinned peers (Python 3.11 or 3.12; 20 minutes)
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python

@@ -1,6 +1,6 @@
 """Every benchmark against its peer, one after the other: `make bench`.
 
-    .venv-bench-mlx/bin/python benchmarks/bench.py            about fifteen minutes
+    .venv-bench-mlx/bin/python benchmarks/bench.py            about twenty minutes
     .venv-bench-mlx/bin/python benchmarks/bench.py --only rollout memory
     .venv-bench-mlx/bin/python benchmarks/bench.py --only     the tables anew from stored results
 

@@ -1,5 +1,6 @@
 """The documents are true: code in them runs, the file tree is the disk's, links lead somewhere."""
 
+import json
 import re
 import subprocess
 import sys
@@ -21,6 +22,15 @@ def test_example_of_the_trainer_runs_and_learns():
     scores = [float(line.split()[1]) for line in done.stdout.splitlines()]
     assert len(scores) == 10
     assert sum(scores[-3:]) > 1.5 * sum(scores[:3])  # seen: 0.3 at the start, over 1 at the end
+
+
+def test_the_table_of_the_benchmarks_is_that_of_their_results():
+    result = json.loads((ROOT / "benchmarks" / "results" / "bench.json").read_text("utf-8"))
+    assert len(result["rows"]) > 15
+    for document in ("README.md", "docs/benchmarks.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for row in (result["header"], *result["rows"]):
+            assert f"| {' | '.join(row)} |" in text, document
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
