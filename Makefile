@@ -42,7 +42,7 @@ $(BASELINE)/.installed: requirements-dev.txt pytorch_baseline/requirements.txt
 	@test -x $(BASELINE)/bin/python || { echo "making $(BASELINE)"; $(PYTHON) -m venv $(BASELINE); }
 	@echo "installing PyTorch and its peers into $(BASELINE)"
 	@$(BASELINE)/bin/python -m pip install --quiet --disable-pip-version-check --prefer-binary \
-		-r pytorch_baseline/requirements.txt -r requirements-dev.txt "trl>=1.16,<1.17"
+		-r pytorch_baseline/requirements.txt -r requirements-dev.txt
 	@touch $@
 
 test-baseline: $(BASELINE)/.installed

@@ -14,15 +14,13 @@ A real one:
 import fast_blas
 
 import itertools
-import math
 import sys
 
 from data_utils import BatchIterator, BatchPlan, epoch_batches
-from errors import UserError
 from training.adapter_choice import refuse_other_adapter, refuse_other_pooling
 from training.arguments import run_main
 from training.flag_groups import adapter_description, optimizer_options
-from training.sft_flags import load_rows, parse_arguments, validation
+from training.sft_flags import load_rows, parse_arguments, training_length, validation
 
 # ------------------------------------------------------------------------------ main
 
@@ -104,11 +102,7 @@ def train(args, loaded, task, rows) -> None:
         rows["train"].lengths, args.batch_size, seed=args.seed, pad_to_multiple=multiple
     )
     updates_per_epoch = len(plan) / args.gradient_accumulation_steps
-    batches = math.ceil(args.epochs * len(plan)) if args.epochs else None
-    steps = math.ceil(batches / args.gradient_accumulation_steps) if batches else args.iters
-    if steps < args.steps_per_eval and (args.save_best or args.early_stopping_patience):
-        raise UserError(f"--steps-per-eval {args.steps_per_eval}: {steps} updates have no "
-                        "validation after the first, so none could be best")  # fmt: skip
+    steps, batches = training_length(args, len(plan))
     optimizer = build_optimizer(**optimizer_options(args), steps=steps)
     trainer = SupervisedTrainer(
         task, optimizer, max_grad_norm=args.max_grad_norm, grad_checkpoint=args.grad_checkpoint

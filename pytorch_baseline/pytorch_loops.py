@@ -32,6 +32,7 @@ class Schedule:
     eval_every: int
     save_every: int
     accumulation: int = 1
+    batches: int | None = None  # in all, where the last update gets fewer than `accumulation`
     eval_samples: int = 4
     samples_per_step: int = 2
     keep_checkpoints: int = 2
@@ -116,7 +117,10 @@ class Loop:
 
 @dataclass
 class SupervisedLoop(Loop):
-    """`run()` trains from where it stands to `schedule.steps`, or until it is told to stop."""
+    """`run()` trains from where it stands to `schedule.steps`, or until it is told to stop.
+
+    The loop over updates is the trainer's; this is called back after each.
+    """
 
     batches: Any = None  # an iterator with state_dict and load_state_dict
     validation: Callable[[], Iterable] | None = None
@@ -126,47 +130,54 @@ class SupervisedLoop(Loop):
         self.state = {"best": None, "since_best": 0, "tokens_total": 0.0, "skipped_total": 0.0}
 
     def parts(self) -> dict[str, Any]:
-        return super().parts() | {"batches": self.batches}
+        trainer = self.trainer
+        parts = {"optimizer": trainer.optimizer, "schedule": trainer.lr_scheduler}
+        return parts | {"batches": self.batches}
 
     def rows(self) -> Sequence:
         return self.batches.rows
 
     def run(self, stop: GracefulStop, name: str) -> None:
         """Train. Ends with a checkpoint, also when `stop` was requested."""
-        plan, state = self.schedule, self.state
+        plan = self.schedule
+        all_batches = plan.batches or plan.steps * plan.accumulation
         with Progress(plan.steps, done=self.step, name=name) as progress:
+            self.stop, self.progress = stop, progress
             if self.step == 0 and plan.eval_every and self.validation:
                 self.validate(progress)
-            while self.step < plan.steps and not stop.requested:
-                self.update(progress)
-                gained = False
-                if plan.eval_every and self.step % plan.eval_every == 0 and self.validation:
-                    gained = self.validate(progress)
-                if gained or (plan.save_every and self.step % plan.save_every == 0):
-                    self.checkpoint(better=gained)
-                if plan.patience is not None and state["since_best"] >= plan.patience:
-                    progress.line(f"stopped early: no gain in {plan.patience} validations")
-                    break
+            if self.step < plan.steps and not stop.requested:
+                left = all_batches - self.step * plan.accumulation
+                self.trainer.train_for(plan.steps - self.step, left, self.after_update)
         self.checkpoint()
 
-    def update(self, progress: Progress) -> None:
-        """One update of the weights, logged."""
-        batches = [next(self.batches) for _ in range(self.schedule.accumulation)]
-        metrics = self.trainer.step(batches)
+    def after_update(self, metrics: dict[str, float]) -> bool:
+        """Log, validate, checkpoint; whether to stop."""
+        plan, state = self.schedule, self.state
+        self.note(metrics)
+        gained = False
+        if plan.eval_every and self.step % plan.eval_every == 0 and self.validation:
+            gained = self.validate(self.progress)
+        if gained or (plan.save_every and self.step % plan.save_every == 0):
+            self.checkpoint(better=gained)
+        if plan.patience is not None and state["since_best"] >= plan.patience:
+            self.progress.line(f"stopped early: no gain in {plan.patience} validations")
+            return True
+        return self.stop.requested
+
+    def note(self, metrics: dict[str, float]) -> None:
+        """Log an update that was made, or skipped."""
         self.step += 1
         self.state["tokens_total"] += metrics.pop("weight")
         bad = metrics.pop("not_finite")
         self.state["skipped_total"] += bad
         row = {f"train/{key}": value for key, value in metrics.items()}
-        row["train/learning_rate"] = self.trainer.learning_rate
         row |= {f"train/{k}": self.state[k] for k in ("tokens_total", "skipped_total")}
         self.run_folder.log(self.step, row)
-        progress.advance()
+        self.progress.advance()
         if self.step % self.schedule.report_every == 0:
-            shown = {"loss": metrics["loss"], "lr": self.trainer.learning_rate}
-            progress.report(self.step, shown)
-        rows = ((b.tokens[i], b.lengths[i]) for b in batches for i in range(len(b.tokens)))
-        self.watch(bad, ({"tokens": tokens[:length].tolist()} for tokens, length in rows))
+            shown = {"loss": metrics["loss"], "lr": metrics["learning_rate"]}
+            self.progress.report(self.step, shown)
+        self.watch(bad, ({"tokens": tokens} for tokens in self.trainer.rows_of_update()))
 
     def validate(self, progress: Progress) -> bool:
         """Validate and log; whether this is the best so far."""

@@ -1,15 +1,14 @@
 """sft.py in PyTorch: supervised fine-tuning, and reward models with --reward-model.
 
 The flags, the data and their order are those of sft.py; the model is transformers', the adapter
-peft's. From the same weights both give the same losses (tests/test_baseline_parity.py). Why this is
-a plain loop and not TRL's SFTTrainer and RewardTrainer: pytorch_baseline/README.md.
+peft's, loss and loop are those of TRL's SFTTrainer and RewardTrainer. From the same weights both
+sides give the same losses (tests/test_baseline_parity.py).
 
 Within a minute on a laptop, on the embedded model:
     python pytorch_baseline/pytorch_sft.py --train --iters 100 --batch-size 32 --learning-rate 3e-3
 """
 
 import itertools
-import math
 
 import project_root  # noqa: F401
 import torch
@@ -19,8 +18,6 @@ from pytorch_flags import parse
 from pytorch_loops import Schedule, SupervisedLoop
 from pytorch_models import Tuned, load_model, pick_device
 from pytorch_reward_model import RewardModel, normalise
-from pytorch_sft_trainer import LanguageModelTask, RewardModelTask, SupervisedTrainer, evaluate
-from pytorch_sft_trainer import trainable as trainable_parameters
 from pytorch_training import (
     best_checkpoint,
     latest_checkpoint,
@@ -29,6 +26,7 @@ from pytorch_training import (
     optimizer_and_schedule,
     peak_memory,
     seed_everything,
+    trainable,
 )
 
 from data_utils import BatchIterator, BatchPlan, epoch_batches
@@ -63,11 +61,11 @@ def main(words=None) -> int:
     rows = sft_flags.load_rows(args, loaded.tokenizer)
     if args.preview:
         return 0
-    task = make_task(args, loaded)
+    model = make_model(args, loaded)
     if args.train:
-        train(args, loaded, task, rows)
+        train(args, loaded, model, rows)
     if args.test:
-        test(args, task, rows["test"])
+        test(args, loaded, model, rows["test"])
     print(f"peak memory {peak_memory(loaded.device):.2f} GB")
     return 0
 
@@ -75,8 +73,8 @@ def main(words=None) -> int:
 # ------------------------------------------------------------------------------ model
 
 
-def make_task(args, loaded):
-    """The model with what is trained on it, as a task of pytorch_sft_trainer."""
+def make_model(args, loaded) -> Tuned | RewardModel:
+    """The model with what is trained on it."""
     if args.resume_adapter_file is not None:
         model = load_adapter(loaded, args.resume_adapter_file, any_base=args.any_base)
         blocks = loaded.model.config.num_hidden_layers
@@ -84,28 +82,45 @@ def make_task(args, loaded):
     else:
         model = Tuned(loaded.model, adapter_description(args)).to(loaded.device)
     if not args.reward_model:
-        return LanguageModelTask(model)
+        return model
     reward_model = RewardModel(model, pooling=args.pooling)
     if args.resume_adapter_file is not None:
         reward_model.load_head(args.resume_adapter_file)
         refuse_other_pooling(args, args.resume_adapter_file, reward_model.pooling)
-    return RewardModelTask(reward_model, centering=args.centering, use_margin=args.margins)
+    return reward_model
+
+
+def make_trainer(args, loaded, model, **options):
+    """What trains it; without `options` it evaluates alone."""
+    # TRL comes after the command line: help and mistakes answer seconds earlier.
+    from pytorch_sft_trainer import RewardTrainer, SFTTrainer
+
+    options["seed"] = args.seed
+    if not args.reward_model:
+        return SFTTrainer(model, loaded.tokenizer, **options)
+    losses = {"centering": args.centering, "use_margin": args.margins}
+    return RewardTrainer(model, loaded.tokenizer, **losses, **options)
 
 
 # ------------------------------------------------------------------------------ loop
 
 
-def train(args, loaded, task, rows) -> None:
+def train(args, loaded, model, rows) -> None:
     """The loop, and what is left behind at its end."""
     plan = BatchPlan(rows["train"].lengths, args.batch_size, seed=args.seed)
-    updates_per_epoch = math.ceil(len(plan) / args.gradient_accumulation_steps)
-    steps = math.ceil(args.epochs * updates_per_epoch) if args.epochs else args.iters
-    parameters = trainable_parameters(task.trained)
+    updates_per_epoch = len(plan) / args.gradient_accumulation_steps
+    steps, batches = sft_flags.training_length(args, len(plan))
+    iterator = BatchIterator(rows["train"].rows, plan)
+    parameters = trainable(model)
     optimizer, scheduler = optimizer_and_schedule(parameters, optimizer_options(args), steps)
-    trainer = SupervisedTrainer(
-        task,
-        optimizer,
-        scheduler,
+    trainer = make_trainer(
+        args,
+        loaded,
+        model,
+        batches=iterator,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        accumulation=args.gradient_accumulation_steps,
         max_grad_norm=args.max_grad_norm,
         grad_checkpoint=args.grad_checkpoint,
     )
@@ -115,6 +130,7 @@ def train(args, loaded, task, rows) -> None:
         eval_every=args.steps_per_eval,
         save_every=args.save_every,
         accumulation=args.gradient_accumulation_steps,
+        batches=batches,
         keep_checkpoints=args.keep_checkpoints,
         patience=args.early_stopping_patience,
         max_bad_steps=args.max_bad_steps,
@@ -131,9 +147,9 @@ def train(args, loaded, task, rows) -> None:
         note_versions(run)
         loop = SupervisedLoop(
             run, trainer, schedule, loaded.device,
-            batches=BatchIterator(rows["train"].rows, plan),
+            batches=iterator,
             validation=sft_flags.validation(args, rows.get("valid")),
-            after_validation=lambda step: write_samples(args, loaded, task, run, step),
+            after_validation=lambda step: write_samples(args, loaded, trainer, run, step),
             base=loaded.fingerprint,
         )  # fmt: skip
         if args.resume is not None:
@@ -145,22 +161,31 @@ def train(args, loaded, task, rows) -> None:
             f"{sum(p.numel() for p in parameters.values()):,} weights trained"
         )
         loop.run(stop, name)
-        best = best_checkpoint(run.checkpoints)
-        if args.save_best and best is not None and not stop.requested:
-            loop.take_weights(load_checkpoint(best))
+        if args.save_best and not stop.requested:
+            take_best(loop, best_checkpoint(run.checkpoints))
         if not stop.requested:
-            finish(args, loaded, task, run, loop, rows)
+            finish(args, loaded, trainer, run, loop, rows)
     stop.exit_if_requested(SCRIPT, run.folder)
 
 
-def write_samples(args, loaded, task, run, step) -> None:
+def take_best(loop, checkpoint) -> None:
+    """Go back to the weights of the best validation."""
+    if checkpoint is None:
+        print("note: no validation was better than the one before training; the last weights stay")
+        return
+    saved = load_checkpoint(checkpoint)
+    loop.take_weights(saved)
+    print(f"the best weights are those of step {saved['step']}")
+
+
+def write_samples(args, loaded, trainer, run, step) -> None:
     """Continue --sample-prompts greedily; into samples.jsonl."""
     if not args.sample_prompts:
         return
     tokenizer = loaded.tokenizer
-    task.trained.eval()
+    trainer.trained.eval()
     made = generate(
-        task.model,
+        trainer.tuned,
         [tokenizer.encode(text) for text in args.sample_prompts],
         max_tokens=100,
         eos_ids=loaded.eos_ids,
@@ -174,38 +199,38 @@ def write_samples(args, loaded, task, run, step) -> None:
 # ------------------------------------------------------------------------------ save
 
 
-def finish(args, loaded, task, run, loop, rows) -> None:
+def finish(args, loaded, trainer, run, loop, rows) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
     summary = {"steps": loop.step, **loop.state, "peak_memory": peak_memory(loaded.device)}
     if args.reward_model and args.normalize_samples:
-        normalise_scores(args, loaded, task, rows["train"])
+        normalise_scores(args, loaded, trainer, rows["train"])
     path = args.save_file or str(run.folder / "model")
-    written = save_trained(path, task.model, loaded, args.tokenizer)
+    written = save_trained(path, trainer.tuned, loaded, args.tokenizer)
     if args.reward_model:
-        written.append(task.reward_model.save_head(path))
+        written.append(trainer.trained.save_head(path))
         if "valid" in rows:
-            summary |= evaluate_reward_model(task, rows["valid"], run.plots)
+            summary |= evaluate_reward_model(trainer, rows["valid"], run.plots)
     unit = "loss" if args.reward_model else "nats per token"
     written.append(plot_losses(read_rows(run.folder), run.plots / "loss.png", unit=unit))
     run.finish(summary)
     print("wrote " + "\n      ".join(map(str, [*written, run.folder / "metrics.jsonl"])))
 
 
-def normalise_scores(args, loaded, task, rows) -> None:
+def normalise_scores(args, loaded, trainer, rows) -> None:
     """Mean 0 and deviation 1 on texts that the base model writes after the beginning of rows."""
     starts = [getattr(row, "tokens", None) or row.chosen for row in rows.rows]
     starts = list(itertools.islice(itertools.cycle(starts), args.normalize_samples))
     starts = [tokens[: max(1, len(tokens) // 4)] for tokens in starts]
-    task.trained.eval()
-    if task.model.kind == "full":  # its base is gone: load it once more
+    trainer.trained.eval()
+    if trainer.tuned.kind == "full":  # its base is gone: load it once more
         base = Tuned(load_model(args.model, device=loaded.device, dtype=args.dtype).model,
                      {"fine_tune_type": "full"})  # fmt: skip
         made = write_from(base, starts, loaded)
     else:
-        with task.model.disabled():
-            made = write_from(task.model, starts, loaded)
+        with trainer.tuned.disabled():
+            made = write_from(trainer.tuned, starts, loaded)
     texts = [start + response for start, response in zip(starts, made.responses, strict=True)]
-    normalise(task.reward_model, texts)
+    normalise(trainer.trained, texts)
 
 
 def write_from(model, starts, loaded):
@@ -214,9 +239,9 @@ def write_from(model, starts, loaded):
 
 
 @torch.no_grad()
-def evaluate_reward_model(task, rows, plots=None) -> dict[str, float]:
+def evaluate_reward_model(trainer, rows, plots=None) -> dict[str, float]:
     """Agreement of scores with rewards or preferences; with `plots`, drawn there."""
-    score = task.reward_model.score
+    score = trainer.trained.score
     if hasattr(rows[0], "reward"):
         truth, scores = [row.reward for row in rows.rows], score([row.tokens for row in rows.rows])
         report, groups = regression_report(scores, truth), {"reward model": scores, "truth": truth}
@@ -234,13 +259,14 @@ def evaluate_reward_model(task, rows, plots=None) -> dict[str, float]:
     return {f"heldout/{name}": value for name, value in report.items()}
 
 
-def test(args, task, rows) -> None:
+def test(args, loaded, model, rows) -> None:
     """Loss and agreement on the test rows."""
+    trainer = make_trainer(args, loaded, model)
     plan = BatchPlan(rows.lengths, args.batch_size, shuffle=False)
-    metrics = evaluate(task, epoch_batches(rows.rows, plan))
+    metrics = trainer.evaluate(epoch_batches(rows.rows, plan))
     print("test: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     if args.reward_model:
-        evaluate_reward_model(task, rows)
+        evaluate_reward_model(trainer, rows)
 
 
 if __name__ == "__main__":

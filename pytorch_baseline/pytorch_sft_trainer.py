@@ -1,144 +1,361 @@
-"""mlx_sft_trainer.py in PyTorch: supervised training of language models and reward models.
+"""mlx_sft_trainer.py on TRL's SFTTrainer and RewardTrainer: models of language and of reward.
 
-A task says what a batch's loss is, as a sum and the weight it is divided by, so that gradients of
-several batches add up to the gradient of one large batch: 8 x 1 = 1 x 8.
+The loss, accumulation, clipping and the update are theirs (and transformers' Trainer's, on which
+they stand). Added here: the batches of data_utils in their order, weighted by their tokens (or
+rows, or prompts), so that 8 x 1 = 1 x 8; reward losses that TRL has not; and that an update whose
+gradient is not finite is skipped.
 """
 
-from collections.abc import Iterable
+import copy
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
+import trl
+from datasets import Dataset
 from pytorch_losses import pairwise_loss, regression_loss
 from pytorch_models import Tuned
 from pytorch_reward_model import RewardModel
-from pytorch_training import finite
-from torch import Tensor
+from pytorch_training import Scheduler, finite, trainable
+from torch import Tensor, nn
+from transformers import PrinterCallback, TrainerCallback
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-from data_utils import PreferenceBatch, ScalarBatch, TextBatch
+from data_utils import BatchIterator, PreferenceBatch, ScalarBatch, TextBatch
 
 Batch = TextBatch | ScalarBatch | PreferenceBatch
-Sums = dict[str, Tensor]  # sums over a batch; "weight" is what each of them is divided by
-
-
-class LanguageModelTask:
-    """Cross-entropy of the target tokens, nats per token; the weight is their number."""
-
-    def __init__(self, model: Tuned):
-        self.model = self.trained = model
-
-    def loss(self, batch: TextBatch) -> tuple[Tensor, Sums]:
-        tokens = torch.from_numpy(batch.tokens).long().to(self.model.device)  # (B, L)
-        counted = torch.from_numpy(batch.mask).to(self.model.device)[:, 1:] > 0
-        hidden = self.model.hidden_states(tokens[:, :-1])  # (B, L - 1, D)
-        logp = self.model.logits(hidden[counted]).log_softmax(-1)  # (N, V)
-        targets = tokens[:, 1:][counted]  # (N,)
-        loss = -logp.gather(-1, targets[:, None]).sum()
-        right = (logp.argmax(-1) == targets).sum()
-        return loss, {"loss": loss.detach(), "accuracy": right, "weight": counted.sum()}
-
-    @staticmethod
-    def summary(metrics: dict[str, float]) -> dict[str, float]:
-        """Means -> what is reported: with the perplexity."""
-        return {**metrics, "perplexity": float(np.exp(min(metrics["loss"], 80.0)))}
-
-
-class RewardModelTask:
-    """Regression on rewards, or Bradley-Terry on preferences; the weight is rows or prompts."""
-
-    def __init__(self, model: RewardModel, *, centering: float = 0.0, use_margin: bool = True):
-        self.model, self.trained, self.reward_model = model.model, model, model
-        self.centering, self.use_margin = centering, use_margin
-
-    def loss(self, batch: ScalarBatch | PreferenceBatch) -> tuple[Tensor, Sums]:
-        device = self.model.device
-        tokens = torch.from_numpy(batch.tokens).long().to(device)
-        scores = self.reward_model(tokens, torch.from_numpy(batch.lengths).to(device))  # (N,)
-        if isinstance(batch, ScalarBatch):
-            weight = torch.tensor(float(len(scores)))
-            loss, metrics = regression_loss(scores, torch.from_numpy(batch.rewards).to(device))
-        else:
-            weights = torch.from_numpy(batch.weights).to(device)
-            weight = weights.sum()
-            loss, metrics = pairwise_loss(
-                scores[torch.from_numpy(batch.better).long()],
-                scores[torch.from_numpy(batch.worse).long()],
-                torch.from_numpy(batch.margins).to(device) if self.use_margin else None,
-                centering=self.centering,
-                weights=weights,
-            )
-        return loss * weight, {**{k: v * weight for k, v in metrics.items()}, "weight": weight}
-
-    @staticmethod
-    def summary(metrics: dict[str, float]) -> dict[str, float]:
-        return metrics
+Inputs = dict[str, Tensor]
+IGNORED = -100  # label of a token that is no target
 
 
 class SupervisedTrainer:
-    """One optimizer update at a time on a task; no data, files or printing here."""
+    """What both add to TRL's trainers, before them in the order of methods; no files or printing.
+
+    An update is of `accumulation` batches; the last one has fewer where they end before. Without
+    an optimizer there is `evaluate` alone.
+    """
 
     def __init__(
         self,
-        task: LanguageModelTask | RewardModelTask,
-        optimizer: torch.optim.Optimizer,
-        scheduler=None,
+        trained: Tuned | RewardModel,
+        module: nn.Module,
+        tokenizer,
         *,
+        batches: BatchIterator | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: Scheduler | None = None,
+        accumulation: int = 1,
         max_grad_norm: float | None = None,
         grad_checkpoint: bool = False,
+        seed: int = 0,
+        **options,
     ):
-        self.task, self.optimizer, self.scheduler = task, optimizer, scheduler
-        self.max_grad_norm = max_grad_norm
-        self.parameters = trainable(task.trained)
-        self.learning_rate = optimizer.param_groups[0]["lr"]  # of the last update
+        self.trained, self.batches = trained, batches
+        self.parameters = trainable(trained)
+        self.update: list[Batch] = []  # that is made
+        self.parts: list[dict[str, float]] = []  # metrics of its batches
+        self.loss = 0.0  # its loss; Trainer's own sum stays NaN after the first NaN
+        self.skipped = False  # whether the last update was
+        device = next(trained.parameters()).device
+        config = self.CONFIG(
+            output_dir=".",  # no file is written: checkpoints are the loop's
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="steps",
+            logging_steps=1,
+            gradient_accumulation_steps=accumulation,
+            max_grad_norm=max_grad_norm or 0.0,
+            activation_checkpointing=False,  # Tuned.checkpoint_blocks does it
+            bf16=False,  # the weights have the type that they were loaded in
+            use_cpu=device.type == "cpu",
+            use_cache=True,
+            max_length=None,
+            seed=seed % 2**32,
+            **options,
+        )
+        config._n_gpu = min(config.n_gpu, 1)  # one of several GPUs, with no copies on the others
+        super().__init__(
+            model=module,
+            args=config,
+            # Asked for, and not read: `get_batch_samples` takes the batches of data_utils.
+            train_dataset=Dataset.from_dict({name: [[0]] for name in self.COLUMNS}),
+            data_collator=list,
+            processing_class=tokenizer,
+            optimizers=(optimizer, scheduler),
+            callbacks=[Hooks(self)],
+        )
+        self.remove_callback(PrinterCallback)
         if grad_checkpoint:
-            task.model.checkpoint_blocks()
+            self.tuned.checkpoint_blocks()
 
-    def step(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """One update from one or more batches, weighted by their tokens (or rows).
+    def inputs(self, batch: Batch) -> Inputs:
+        """A batch of data_utils as TRL's collators would give it."""
+        raise NotImplementedError
 
-        Returns means over all of them, with grad_norm. Weights stay as they are, and "not_finite"
-        is 1, where loss or gradient is NaN or infinite.
+    def weight(self, inputs: Inputs) -> float:
+        """What a batch counts for in means: its targets, rows or prompts."""
+        raise NotImplementedError
+
+    def taken(self, mode: str) -> dict[str, float]:
+        """The metrics that TRL noted of the last batch, under the names of the MLX side."""
+        raise NotImplementedError
+
+    # -------------------------------------------------------------------------- training
+
+    def train_for(
+        self, updates: int, batches: int, after_update: Callable[[dict[str, float]], Any]
+    ) -> None:
+        """Make `updates` updates from the next `batches` batches.
+
+        After each, `after_update` gets means over it, with grad_norm and learning_rate; training
+        ends where it returns True. "not_finite" is 1 where loss or gradient was NaN or infinite,
+        and the weights stayed as they were.
         """
-        self.task.trained.train()
-        parameters, sums = list(self.parameters.values()), {}
-        gradient = [torch.zeros_like(p) for p in parameters]
-        for batch in batches:
-            loss, found = self.task.loss(batch)
-            part = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-            gradient = [a + b for a, b in zip(gradient, part, strict=True)]
-            sums = {name: sums.get(name, 0.0) + value.item() for name, value in found.items()}
-        weight = sums.pop("weight")
-        for parameter, total in zip(parameters, gradient, strict=True):
-            parameter.grad = total / weight
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or float("inf"))
-        metrics = {name: total / weight for name, total in sums.items()}
-        metrics |= {"grad_norm": norm.item(), "weight": weight}
-        good = np.isfinite([metrics["loss"], metrics["grad_norm"]]).all() and finite(gradient)
-        metrics["not_finite"] = float(not good)
-        self.learning_rate = self.optimizer.param_groups[0]["lr"]
-        if good:
-            self.optimizer.step()
-            if self.scheduler is not None:
-                self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return self.task.summary(metrics)
+        self.args.max_steps, self.left, self.after_update = updates, batches, after_update
+        self.train()
 
+    def get_train_dataloader(self):
+        return Coming(self.batches, self.left)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Inputs], float]:
+        """The batches of one update, and what its loss is divided by."""
+        self.update = list(itertools.islice(epoch_iterator, num_batches))
+        self.parts, self.loss = [], 0.0
+        made = [self._prepare_inputs(self.inputs(batch)) for batch in self.update]
+        return made, sum(map(self.weight, made))
+
+    def training_step(self, model, inputs: Inputs, num_items_in_batch=None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.parts.append({"weight": self.weight(inputs), **self.taken("train")})
+        self.loss += loss.item()
+        return loss
+
+    def rows_of_update(self) -> list[list[int]]:
+        """The tokens of every sequence of the last update."""
+        return [
+            tokens[:length].tolist()
+            for batch in self.update
+            for tokens, length in zip(batch.tokens, batch.lengths, strict=True)
+        ]
+
+    # ------------------------------------------------------------------------ evaluation
+
+    @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        return evaluate(self.task, batches)
+        """Mean loss and metrics over `batches`, dropout off."""
+        self.model.eval()
+        parts = []
+        for batch in batches:
+            inputs = self._prepare_inputs(self.inputs(batch))
+            loss = self.compute_loss(self.model, inputs).item()
+            parts.append({"weight": self.weight(inputs), "loss": loss, **self.taken("eval")})
+        means = mean_of(parts)
+        means.pop("weight")
+        return self.summary(means)
+
+    @staticmethod
+    def summary(metrics: dict[str, float]) -> dict[str, float]:
+        """Means -> what is reported."""
+        return metrics
+
+    def _send_telemetry(self) -> None:
+        """TRL's trainers tell its makers what they run on; these do not."""
 
 
-@torch.no_grad()
-def evaluate(task: LanguageModelTask | RewardModelTask, batches: Iterable[Batch]) -> dict:
-    """Mean loss and metrics over `batches`, dropout off."""
-    task.trained.eval()
-    sums: dict[str, float] = {}
-    for batch in batches:
-        _, found = task.loss(batch)
-        for name, value in found.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
-    weight = sums.pop("weight")
-    return task.summary({name: total / weight for name, total in sums.items()})
+class SFTTrainer(SupervisedTrainer, trl.SFTTrainer):
+    """Cross-entropy of the target tokens, nats per token; the weight is their number."""
+
+    CONFIG, COLUMNS = trl.SFTConfig, ("input_ids",)
+
+    def __init__(self, model: Tuned, tokenizer, **options):
+        self.tuned = model
+        module = model.base if model.peft is None else model.peft
+        no_work = {"skip_prepare_dataset": True}
+        super().__init__(model, module, tokenizer, dataset_kwargs=no_work, **options)
+
+    def inputs(self, batch: TextBatch) -> Inputs:
+        labels = np.where(batch.mask > 0, batch.tokens, IGNORED)
+        labels[:, 0] = IGNORED  # peft would count it behind a soft prompt
+        return {**attended(batch.tokens, batch.lengths), "labels": torch.from_numpy(labels).long()}
+
+    def weight(self, inputs: Inputs) -> float:
+        return inputs["labels"].ne(IGNORED).sum().item()
+
+    def taken(self, mode: str) -> dict[str, float]:
+        (accuracy,) = self._metrics[mode].pop("mean_token_accuracy")
+        self._metrics[mode].clear()
+        return {"accuracy": accuracy}
+
+    @staticmethod
+    def summary(metrics: dict[str, float]) -> dict[str, float]:
+        """With the perplexity."""
+        return {**metrics, "perplexity": float(np.exp(min(metrics["loss"], 80.0)))}
 
 
-def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """What the optimizer moves, by name."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+class RewardTrainer(SupervisedTrainer, trl.RewardTrainer):
+    """Bradley-Terry on pairs by TRL; on ranked lists, and regression on rewards, by this project.
+
+    The weight is rows or prompts.
+    """
+
+    CONFIG, COLUMNS = trl.RewardConfig, ("chosen_ids", "rejected_ids")
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by the weight of the whole update
+
+    def __init__(
+        self,
+        model: RewardModel,
+        tokenizer,
+        *,
+        centering: float = 0.0,
+        use_margin: bool = True,
+        **options,
+    ):
+        self.tuned, self.centering, self.use_margin = model.model, centering, use_margin
+        tokenizer = copy.deepcopy(tokenizer)
+        if tokenizer.pad_token is None:  # asked for; rows are padded by data_utils
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        super().__init__(
+            model,
+            Classifier(model),
+            tokenizer,
+            center_rewards_coefficient=centering or None,
+            disable_dropout=False,
+            **options,
+        )
+
+    def inputs(self, batch: ScalarBatch | PreferenceBatch) -> Inputs:
+        if isinstance(batch, ScalarBatch):
+            rewards = torch.from_numpy(batch.rewards)
+            return {**attended(batch.tokens, batch.lengths), "rewards": rewards}
+        margin = {"margin": torch.from_numpy(batch.margins)} if self.use_margin else {}
+        if len(batch.tokens) == 2 * len(batch.better):  # pairs alone: all chosen, then all rejected
+            order = np.concatenate([batch.better, batch.worse])
+            return {**attended(batch.tokens[order], batch.lengths[order]), **margin}
+        columns = {"better": batch.better.astype(int), "worse": batch.worse.astype(int)}
+        columns = {k: torch.from_numpy(v) for k, v in {**columns, "weights": batch.weights}.items()}
+        return {**attended(batch.tokens, batch.lengths), **margin, **columns}
+
+    def weight(self, inputs: Inputs) -> float:
+        if "rewards" in inputs:
+            return len(inputs["rewards"])
+        weights = inputs.get("weights")
+        return len(inputs["input_ids"]) / 2 if weights is None else weights.sum().item()
+
+    def compute_loss(self, model, inputs: Inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean over the batch, or its share of an update that counts `num_items_in_batch`."""
+        if "rewards" in inputs or "weights" in inputs:
+            loss = self.own_loss(model, inputs)
+        else:
+            loss = super().compute_loss(model, inputs)
+        share = self.weight(inputs) / (num_items_in_batch or self.weight(inputs))
+        return loss * share
+
+    def own_loss(self, model, inputs: Inputs) -> Tensor:
+        """What TRL's trainer has not; its metrics are noted where TRL notes its own."""
+        scores = model(inputs["input_ids"], inputs["attention_mask"]).logits.squeeze(-1)
+        if "rewards" in inputs:
+            loss, metrics = regression_loss(scores, inputs["rewards"])
+        else:
+            better, worse = scores[inputs["better"]], scores[inputs["worse"]]
+            loss, metrics = pairwise_loss(
+                better,
+                worse,
+                inputs.get("margin"),
+                centering=self.centering,
+                weights=inputs["weights"],
+            )
+        noted = self._metrics["train" if model.training else "eval"]
+        noted |= {name: [value.item()] for name, value in metrics.items() if name != "loss"}
+        return loss
+
+    def taken(self, mode: str) -> dict[str, float]:
+        noted = {name: values[-1] for name, values in self._metrics[mode].items()}
+        self._metrics[mode].clear()
+        if "margin" not in noted:
+            return noted
+        mean, difference = noted["mean_reward"], noted["margin"]
+        return {
+            "accuracy": noted["accuracy"],
+            "score_difference": difference,
+            "chosen": mean + difference / 2,
+            "rejected": mean - difference / 2,
+        }
+
+
+class Classifier(nn.Module):
+    """A RewardModel as TRL wants it: with the face of transformers' *ForSequenceClassification."""
+
+    def __init__(self, model: RewardModel):
+        super().__init__()
+        self.reward_model = model
+        self.config = copy.deepcopy(model.model.base.config)
+        self.config.num_labels = 1
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_) -> SequenceClassifierOutput:
+        """Right-padded tokens (B, L) and their mask (B, L) -> logits (B, 1)."""
+        scores = self.reward_model(input_ids, attention_mask.sum(dim=1))
+        return SequenceClassifierOutput(logits=scores[:, None])
+
+    def add_model_tags(self, tags: list[str]) -> None:
+        """For model cards, which are not written here."""
+
+
+class Hooks(TrainerCallback):
+    """What Trainer calls in an update, before the optimizer's step and after it."""
+
+    def __init__(self, trainer: SupervisedTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **_) -> None:
+        """Leave weights, moments and schedule as they are where something is not finite."""
+        trainer, weights = self.trainer, self.trainer.parameters.values()
+        gradients = (w.grad for w in weights if w.grad is not None)
+        trainer.skipped = not (np.isfinite(trainer.loss) and finite(gradients))
+        if trainer.skipped:
+            for weight in weights:
+                weight.grad = None  # of these no optimizer takes a step
+            trainer.lr_scheduler.wait()
+
+    def on_log(self, args, state, control, logs: dict[str, float], **_) -> None:
+        """After every update, and once more, without these, when training ends."""
+        trainer = self.trainer
+        if "grad_norm" in logs:
+            metrics = {**mean_of(trainer.parts), "loss": trainer.loss}
+            metrics |= {name: logs[name] for name in ("grad_norm", "learning_rate")}
+            metrics["not_finite"] = float(trainer.skipped)
+            control.should_training_stop |= bool(trainer.after_update(trainer.summary(metrics)))
+
+
+class Coming:
+    """The next `count` batches of an iterator; Trainer asks a data loader for its length."""
+
+    def __init__(self, batches: BatchIterator, count: int):
+        self.batches, self.count = batches, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Batch]:
+        return itertools.islice(self.batches, self.count)
+
+
+def attended(tokens: np.ndarray, lengths: np.ndarray) -> Inputs:
+    """Right-padded tokens (B, L) and lengths (B,) -> input_ids and attention_mask, (B, L)."""
+    mask = np.arange(tokens.shape[1]) < lengths[:, None]
+    arrays = {"input_ids": tokens, "attention_mask": mask}
+    return {name: torch.from_numpy(array).long() for name, array in arrays.items()}
+
+
+def mean_of(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Means of metrics by "weight"; with the weight of all."""
+    total = sum(part["weight"] for part in parts) or 1.0
+    means = Counter()
+    for part in parts:
+        means.update({k: v * part["weight"] / total for k, v in part.items() if k != "weight"})
+    return {**means, "weight": total}

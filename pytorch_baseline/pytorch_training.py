@@ -119,6 +119,7 @@ class Scheduler:
 
     def __init__(self, optimizer, factor: Callable[[int], float]):
         self.optimizer, self.factor, self.done = optimizer, factor, 0
+        self.waiting = False
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self._set()
 
@@ -128,8 +129,18 @@ class Scheduler:
 
     def step(self) -> None:
         """After an update: the rate of the next one."""
-        self.done += 1
-        self._set()
+        if not self.waiting:
+            self.done += 1
+            self._set()
+        self.waiting = False
+
+    def wait(self) -> None:
+        """The update that is coming is skipped: the next `step` changes nothing."""
+        self.waiting = True
+
+    def get_last_lr(self) -> list[float]:
+        """The rates of the update that was last made, or is next; as torch's schedulers have it."""
+        return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict:
         return {"done": self.done}
@@ -274,3 +285,8 @@ def note_versions(run) -> None:
 
 def finite(tensors: Iterable[torch.Tensor]) -> bool:
     return all(torch.isfinite(t).all().item() for t in tensors)
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What the optimizer moves, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -32,3 +32,12 @@ def close(ours, theirs, what: str = "", *, relative: float = 1e-5, absolute: flo
         allowed = relative * max(np.abs(theirs).max(), 1e-2) + absolute
         difference = np.abs(ours - theirs).max()
         assert difference <= allowed, f"{what}: {difference:.2g} is above {allowed:.2g}"
+
+
+def training_losses(trainer, updates: int, accumulation: int = 1) -> list[float]:
+    """The loss of each update of a trainer of pytorch_sft_trainer."""
+    found = []
+    trainer.train_for(
+        updates, updates * accumulation, lambda metrics: found.append(metrics["loss"])
+    )
+    return found

@@ -9,7 +9,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from baseline_setup import DIGITS, ROOT, close, torch
+from baseline_setup import DIGITS, ROOT, close, torch, training_losses
 from mlx.utils import tree_flatten
 from pytorch_actor_critic import ActorCritic as TorchActorCritic
 from pytorch_actor_critic import Sampling as TorchSampling
@@ -21,11 +21,8 @@ from pytorch_models import Tuned
 from pytorch_models import load_model as load_torch
 from pytorch_ppo_trainer import PPOTrainer as TorchPPOTrainer
 from pytorch_reward_model import RewardModel as TorchRewardModel
-from pytorch_sft_trainer import LanguageModelTask as TorchLanguageModelTask
-from pytorch_sft_trainer import RewardModelTask as TorchRewardModelTask
-from pytorch_sft_trainer import SupervisedTrainer as TorchSupervisedTrainer
-from pytorch_sft_trainer import trainable
-from pytorch_training import Scheduler, build_optimizer, learning_rate_factor
+from pytorch_sft_trainer import RewardTrainer, SFTTrainer
+from pytorch_training import Scheduler, build_optimizer, learning_rate_factor, trainable
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from data_utils import (
@@ -184,8 +181,12 @@ def rows_of(kind: str, tokenizer):
     return make[kind](records, tokenizer)
 
 
+def batches_of(rows) -> BatchIterator:
+    return BatchIterator(rows.rows, BatchPlan(rows.lengths, 16, seed=0))
+
+
 def losses(trainer, rows, steps: int, accumulation: int = 1) -> list[float]:
-    batches = BatchIterator(rows.rows, BatchPlan(rows.lengths, 16, seed=0))
+    batches = batches_of(rows)
     return [
         trainer.step([next(batches) for _ in range(accumulation)])["loss"] for _ in range(steps)
     ]
@@ -197,18 +198,23 @@ RATES = {"lora": 3e-3, "dora": 3e-3, "full": 3e-4, "prompt": 3e-2}
 @pytest.mark.parametrize("kind", ["lora", "prompt", "full"])
 def test_sft_losses(kind, tmp_path):
     theirs, (model, tuning) = both_models(DIGITS, KINDS[kind], tmp_path, size=1e-3)
-    rows = rows_of("text", load_torch(str(DIGITS)).tokenizer)
+    tokenizer = load_torch(str(DIGITS)).tokenizer
+    rows = rows_of("text", tokenizer)
     ours = SupervisedTrainer(
         LanguageModelTask(model, tuning),
         build_mlx_optimizer("adam", RATES[kind], schedule="cosine", steps=50, warmup=5),
         max_grad_norm=1.0,
     )
     optimizer = build_optimizer(trainable(theirs), "adam", RATES[kind])
-    factor = learning_rate_factor("cosine", steps=50, warmup=5)
-    trainer = TorchSupervisedTrainer(
-        TorchLanguageModelTask(theirs), optimizer, Scheduler(optimizer, factor), max_grad_norm=1.0
+    trainer = SFTTrainer(
+        theirs,
+        tokenizer,
+        batches=batches_of(rows),
+        optimizer=optimizer,
+        scheduler=Scheduler(optimizer, learning_rate_factor("cosine", steps=50, warmup=5)),
+        max_grad_norm=1.0,
     )
-    found, wanted = losses(ours, rows, 50), losses(trainer, rows, 50)
+    found, wanted = losses(ours, rows, 50), training_losses(trainer, 50)
     np.testing.assert_allclose(found, wanted, atol=1e-3)
     assert np.mean(found[-5:]) < np.mean(found[:5]) - 0.1  # and it is a training
 
@@ -222,15 +228,25 @@ def test_reward_model_losses(kind, data, pooling, tmp_path):
     torch_model.save_head(str(tmp_path / "adapter.safetensors"))
     reward_model = RewardModel(model, pooling=pooling, tuning=tuning)
     load_reward_head(reward_model, tmp_path / "adapter.safetensors")
-    rows = rows_of(data, load_torch(str(DIGITS)).tokenizer)
+    tokenizer = load_torch(str(DIGITS)).tokenizer
+    rows = rows_of(data, tokenizer)
     ours = SupervisedTrainer(
         RewardModelTask(reward_model, centering=0.01), build_mlx_optimizer("adam", 1e-3)
     )
-    optimizer = build_optimizer(trainable(torch_model), "adam", 1e-3)
-    trainer = TorchSupervisedTrainer(TorchRewardModelTask(torch_model, centering=0.01), optimizer)
     steps, accumulation = (50, 1) if (kind, pooling) == ("lora", "mean") else (10, 2)
+    optimizer = build_optimizer(trainable(torch_model), "adam", 1e-3)
+    trainer = RewardTrainer(
+        torch_model,
+        tokenizer,
+        batches=batches_of(rows),
+        optimizer=optimizer,
+        scheduler=Scheduler(optimizer, lambda done: 1.0),
+        accumulation=accumulation,
+        centering=0.01,
+    )
     found = losses(ours, rows, steps, accumulation)
-    np.testing.assert_allclose(found, losses(trainer, rows, steps, accumulation), atol=1e-3)
+    wanted = training_losses(trainer, steps, accumulation)
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
     texts = [getattr(row, "tokens", None) or row.chosen for row in rows.rows[:20]]
     close(reward_model.score(texts), torch_model.score(texts), "scores", relative=2e-3)
 

@@ -1,22 +1,29 @@
-"""The baseline's plain loop trains on exactly what TRL's own trainers train on.
+"""The baseline's trainers train as TRL's own do when those are given the rows and collate them.
 
-pytorch_baseline/README.md says why it is a loop of its own all the same. From the same weights and
-the same batches, each step's loss is TRL's, and so are the weights after the last.
+From the same weights and the same rows, each step's loss is the same, and so are the weights after
+the last.
 """
 
 import json
 
 import numpy as np
 import pytest
-from baseline_setup import DIGITS, ROOT, close, torch
+from baseline_setup import DIGITS, ROOT, close, torch, training_losses
 from pytorch_models import Tuned, load_model, mlx_layout
 from pytorch_reward_model import RewardModel
-from pytorch_sft_trainer import LanguageModelTask, RewardModelTask, SupervisedTrainer, trainable
+from pytorch_sft_trainer import RewardTrainer, SFTTrainer
+from pytorch_training import Scheduler, trainable
 
-from data_utils import make_batch, read_records, tokenise_preferences, tokenise_sft
+from data_utils import (
+    BatchIterator,
+    BatchPlan,
+    read_records,
+    tokenise_preferences,
+    tokenise_sft,
+)
 
 pytestmark = pytest.mark.torch
-trl = pytest.importorskip("trl", reason="only this test needs it: pip install trl")
+trl = pytest.importorskip("trl", reason="make test-baseline installs TRL")
 LORA = {
     "fine_tune_type": "lora",
     "num_layers": -1,
@@ -40,14 +47,20 @@ def trl_losses(trainer) -> list[float]:
     return [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
 
 
-def our_losses(task, rows) -> list[float]:
-    """The loss of each step; the task's weights move as they do in TRL's."""
-    optimizer = torch.optim.AdamW(trainable(task.trained).values(), lr=RATE, weight_decay=0.0)
-    trainer = SupervisedTrainer(task, optimizer, max_grad_norm=1.0)
-    return [
-        trainer.step([make_batch(rows[start : start + BATCH])])["loss"]
-        for start in range(0, STEPS * BATCH, BATCH)
-    ]
+def our_losses(kind, model, tokenizer, rows, **losses) -> list[float]:
+    """The loss of each step; the model's weights move as they do in TRL's."""
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=RATE, weight_decay=0.0)
+    plan = BatchPlan([0] * len(rows), BATCH, shuffle=False)  # lengths order shuffled rows alone
+    trainer = kind(
+        model,
+        tokenizer,
+        batches=BatchIterator(rows, plan),
+        optimizer=optimizer,
+        scheduler=Scheduler(optimizer, lambda done: 1.0),
+        max_grad_norm=1.0,
+        **losses,
+    )
+    return training_losses(trainer, STEPS)
 
 
 @pytest.mark.parametrize("mask_prompt", [False, True])
@@ -80,7 +93,7 @@ def test_sft_trainer(mask_prompt, tmp_path):
         processing_class=theirs.tokenizer,
     )
     wanted = trl_losses(trainer)
-    found = our_losses(LanguageModelTask(model), rows)
+    found = our_losses(SFTTrainer, model, ours.tokenizer, rows)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     assert len(set(wanted)) == STEPS
     moved = same.arrays()
@@ -116,7 +129,7 @@ def test_reward_trainer(tmp_path):
         processing_class=loaded.tokenizer,
     )
     wanted = trl_losses(trainer)
-    found = our_losses(RewardModelTask(model, centering=0.01), rows)
+    found = our_losses(RewardTrainer, model, loaded.tokenizer, rows, centering=0.01)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     assert len(set(wanted)) == STEPS
     close(model.weight, classifier.score.weight, relative=WEIGHTS)

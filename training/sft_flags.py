@@ -4,6 +4,7 @@ Shared by sft.py and its PyTorch twin.
 """
 
 import itertools
+import math
 import string
 import sys
 
@@ -238,3 +239,14 @@ def validation(args, rows):
     plan = BatchPlan(rows.lengths, args.batch_size, shuffle=False)
     count = None if args.val_batches < 0 else args.val_batches
     return lambda: itertools.islice(epoch_batches(rows.rows, plan), count)
+
+
+def training_length(args, batches_per_epoch: int) -> tuple[int, int | None]:
+    """(updates, batches in all or None): with --epochs the last update may get fewer batches."""
+    each = args.gradient_accumulation_steps
+    batches = math.ceil(args.epochs * batches_per_epoch) if args.epochs else None
+    updates = math.ceil(batches / each) if batches else args.iters
+    if updates < args.steps_per_eval and (args.save_best or args.early_stopping_patience):
+        raise UserError(f"--steps-per-eval {args.steps_per_eval}: {updates} updates have no "
+                        "validation after the first, so none could be best")  # fmt: skip
+    return updates, batches
