@@ -30,10 +30,10 @@ class Lion(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             b1, b2 = group["betas"]
-            for p in group["params"]:
+            for p in [p for p in group["params"] if p.grad is not None]:
                 m = self.state[p].setdefault("m", torch.zeros_like(p))
                 direction = (b1 * m + (1 - b1) * p.grad).sign()
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * direction)
