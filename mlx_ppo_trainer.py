@@ -47,7 +47,8 @@ from rl.rewards import (
     per_token_rewards,
     scale_scores,
 )
-from rl.rollouts import Rollout, as_numbers, check_rollout, check_token_ids, pad_rows
+from rl.rollout_checks import as_numbers, check_rollout, check_token_ids
+from rl.rollouts import Rollout, pad_rows
 from training.clock import StageClock
 
 __all__ = ["PPOConfig", "PPOTrainer"]

@@ -126,6 +126,11 @@ class BatchIterator:
             self.epoch, self.index = self.epoch + 1, 0
         return make_batch(rows, pad_id=self.pad_id, pad_to_multiple=self.plan.pad_to_multiple)
 
+    @property
+    def position(self) -> int:
+        """Batches before the one that comes next."""
+        return self.epoch * len(self.plan) + self.index
+
     def state_dict(self) -> dict[str, int]:
         """The position: which batch comes next."""
         return {"epoch": self.epoch, "index": self.index}

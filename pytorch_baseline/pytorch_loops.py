@@ -19,7 +19,12 @@ from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
 from training.console import Progress
 from training.metrics import Run
-from training.resume import check_same_base, check_same_data, fingerprint
+from training.resume import (
+    check_same_base,
+    check_same_data,
+    check_whole_updates,
+    fingerprint,
+)
 from training.signals import GracefulStop
 
 
@@ -86,10 +91,15 @@ class Loop:
         self.take_weights(saved)
         for name, part in self.parts().items():
             part.load_state_dict(saved[name])
+        if not force:
+            self.check_position(saved["step"])
         self.step, self.bad_in_a_row = saved["step"], saved["bad_in_a_row"]
         self.state.update(saved["state"])
         self.run_folder.load_state_dict(saved["run"])
         set_rng_state(saved["rng"])
+
+    def check_position(self, step: int) -> None:
+        """Raise UserError where a longer run would not have come past a checkpoint of `step`."""
 
     def take_weights(self, saved: dict) -> None:
         """The trained weights of a checkpoint, and nothing else of it."""
@@ -136,6 +146,10 @@ class SupervisedLoop(Loop):
 
     def rows(self) -> Sequence:
         return self.batches.rows
+
+    def check_position(self, step: int) -> None:
+        plan = self.schedule
+        check_whole_updates(step, plan.accumulation, self.batches.position, plan.batches)
 
     def run(self, stop: GracefulStop, name: str) -> None:
         """Train. Ends with a checkpoint, also when `stop` was requested."""

@@ -44,11 +44,12 @@ from pytorch_rewards import (
     per_token_rewards,
     scale_scores,
 )
-from pytorch_rollouts import Rollout, check_rollout, pad_rows, step_statistics
+from pytorch_rollouts import Rollout, pad_rows, step_statistics
 from torch import Tensor
 
 from errors import UserError
 from rl.ppo_config import PPOConfig
+from rl.rollout_checks import as_numbers, check_rollout, check_token_ids
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 
@@ -88,6 +89,7 @@ class PPOTrainer:
         self.scheduler = scheduler
         self._learning_rate = self.optimizer.param_groups[0]["lr"]  # of the last update
         self.device = model.model.device
+        self.vocabulary = model.model.base.get_input_embeddings().num_embeddings
         self.kl_controller = (
             AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
             if config.adap_kl_ctrl
@@ -152,6 +154,7 @@ class PPOTrainer:
     def _sample(
         self, queries, max_tokens, sampling, should_stop, purpose: tuple[int, ...], value_head=None
     ) -> Generation:
+        check_token_ids("query", queries, self.vocabulary)
         return generate(
             self.model.model,
             queries,
@@ -209,9 +212,10 @@ class PPOTrainer:
 
     def prepare(self, queries, responses, scores, response_masks=None) -> Rollout:
         """Checked arguments of `step` as a `Rollout` that holds shaped scores."""
-        scores = [float(score) for score in scores]
-        check_rollout(queries, responses, scores, response_masks, self.config.batch_size)
+        scores = as_numbers(scores)
         queries, responses = token_lists(queries), token_lists(responses)
+        size = self.config.batch_size
+        check_rollout(queries, responses, scores, response_masks, size, self.vocabulary)
         if response_masks is None:
             response_masks = [[1] * len(r) for r in responses]
         masks = [np.asarray(m, dtype=bool) for m in response_masks]

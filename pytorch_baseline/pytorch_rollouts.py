@@ -8,8 +8,6 @@ import torch
 from pytorch_rewards import rollout_stats
 from torch import Tensor
 
-from errors import UserError
-
 
 @dataclass
 class Rollout:
@@ -29,27 +27,6 @@ class Rollout:
     rewards: Tensor = None  # (B, R) the same, plus the score on the last token
     advantages: Tensor = None  # (B, R) whitened
     returns: Tensor = None  # (B, R)
-
-
-def check_rollout(
-    queries: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    scores: Sequence[float],
-    masks: Sequence[Sequence[int]] | None,
-    batch_size: int,
-) -> None:
-    """Refuse what PPO cannot learn from; the UserError says which row."""
-    columns = {"queries": queries, "responses": responses, "scores": scores}
-    for name, rows in (columns | ({} if masks is None else {"response_masks": masks})).items():
-        if len(rows) != batch_size:
-            raise UserError(f"{name}: {len(rows)} given, the batch size is {batch_size}")
-    for row, (query, response, score) in enumerate(zip(queries, responses, scores, strict=True)):
-        if not len(query) or not len(response):
-            raise UserError(f"row {row}: the {'response' if len(query) else 'query'} is empty")
-        if not np.isfinite(score):
-            raise UserError(f"row {row}: the score is {score}")
-        if masks is not None and (len(masks[row]) != len(response) or not any(masks[row])):
-            raise UserError(f"row {row}: the response mask does not fit its {len(response)} tokens")
 
 
 def pad_rows(rows: Sequence[np.ndarray]) -> Tensor:

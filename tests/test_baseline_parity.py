@@ -33,6 +33,7 @@ from data_utils import (
     tokenise_scalar,
     tokenise_sft,
 )
+from errors import UserError
 from mlx_ppo_trainer import PPOConfig, PPOTrainer
 from mlx_sft_trainer import LanguageModelTask, RewardModelTask, SupervisedTrainer
 from models.actor_critic import ActorCritic
@@ -294,6 +295,32 @@ def test_ppo_step(variant, tmp_path):
         check_statistics(found, wanted)
     close(ours.kl_controller.value, trainer.kl_controller.value, "KL coefficient")
     check_weights(ours.model, trainer.model)
+
+
+BAD_ARGUMENTS = {
+    "an id beyond the vocabulary": ([[1, 469]], [[30, 2]], [0.5], None),
+    "a negative id": ([[1, 30]], [[-1, 2]], [0.5], None),
+    "an empty response": ([[1, 30]], [[]], [0.5], None),
+    "no number": ([[1, 30]], [[30, 2]], [None], None),
+    "a score that is not finite": ([[1, 30]], [[30, 2]], [float("nan")], None),
+    "a mask of another length": ([[1, 30]], [[30, 2]], [0.5], [[1]]),
+    "two rows for one": ([[1, 30]] * 2, [[30, 2]], [0.5], None),
+}
+
+
+@pytest.mark.parametrize("arguments", BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_what_cannot_be_learned_from_is_refused_alike(arguments, tmp_path):
+    theirs, (model, tuning) = both_models(DIGITS, LORA, tmp_path)
+    config, said = PPOConfig(batch_size=1), []
+    critics = (
+        ActorCritic(model, ValueHead(64), tuning),
+        TorchActorCritic(theirs, TorchValueHead(64)),
+    )
+    for kind, critic in zip((PPOTrainer, TorchPPOTrainer), critics, strict=True):
+        with pytest.raises(UserError) as error:
+            kind(config, critic, eos_ids={2}).step(*arguments)
+        said.append(str(error.value))
+    assert said[0] == said[1]
 
 
 def check_stages(ours, trainer, arguments) -> None:

@@ -24,6 +24,7 @@ from data_utils import (
     tokenise_scalar,
     tokenise_sft,
 )
+from errors import UserError
 from mlx_sft_trainer import LanguageModelTask, RewardModelTask, SupervisedTrainer
 from mlx_sft_trainer import evaluate as mlx_evaluate
 from models.adapter_files import attach
@@ -192,6 +193,8 @@ def test_epochs_end_with_the_last_batch(tmp_path):
     records = tokenise_sft(read_records(ROOT / "data" / "increasing_mult_2_train.jsonl"), tokenizer)
     assert len(records) == len(lines)
     assert rows[-1]["train/tokens_total"] == sum(sum(row.mask) for row in records.rows)
+    with pytest.raises(UserError, match="ended in an update of fewer than 3 batches"):
+        sft_main(["--resume", str(tmp_path), "--epochs", "2"])
 
 
 def test_nothing_is_written_beside_the_run(tmp_path, monkeypatch):

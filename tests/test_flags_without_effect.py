@@ -101,6 +101,23 @@ def test_with_the_other_flag_it_is_taken(script, line):
     parse(script, line)
 
 
+OF_TRAINING = (
+    "--learning-rate 1", "--iters 5", "--output-dir x", "--momentum 0.5", "--lora-dropout 0.1",
+    "--sample-prompts x",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", OF_TRAINING)
+def test_what_only_training_reads_is_refused_on_the_command_line_of_a_test(capsys, tmp_path, flag):
+    """In a file it is taken, as one serves to train and to test; so it is beside --preview."""
+    more = ["--optimizer", "sgd"] if "momentum" in flag else []
+    assert " has no effect without --train" in refusal(capsys, sft, "--test", *words(flag), *more)
+    parse(sft, "--preview", *words(flag), *more)
+    name, _, value = flag.removeprefix("--").partition(" ")
+    (tmp_path / "c.json").write_text(json.dumps({"train": True, "optimizer": "sgd", name: value}))
+    parse(sft, "--test --no-train", "--config", str(tmp_path / "c.json"))
+
+
 SENSELESS = [
     (ppo_training, f"{PPO} --top_p 0", "--top-p 0: give a probability above 0"),
     (ppo_training, f"{PPO} --top-k -7", "--top-k"),

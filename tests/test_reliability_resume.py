@@ -142,4 +142,20 @@ def test_a_change_of_length_is_refused_where_the_learning_rate_depends_on_it(ser
     line = ["--train", "--max-rows", "12", "--steps-per-eval", "0", *SHORT, "--epochs", "1"]
     assert server.run("sft.py", [*line, "--lr-schedule", "linear"], tmp_path).code == 0
     ended = server.run("sft.py", ["--resume", "run", "--iters", "50"], tmp_path)
-    assert ended.code == 2 and "--iters: 50 differs from" in ended.error
+    assert ended.code == 2 and "--iters: the rates of --lr-schedule linear depend" in ended.error
+
+
+def test_an_end_that_a_longer_run_would_not_have_is_not_gone_on_from(server, tmp_path):
+    """3 batches in updates of 2: the second update is of 1, where 2 epochs have 2, 2, 2."""
+    line = ["--train", "--max-rows", "12", "--steps-per-eval", "0", *SHORT]
+    line += ["--gradient-accumulation-steps", "2", "--epochs", "1"]
+    assert server.run("sft.py", line, tmp_path).code == 0
+    before = left_by(tmp_path / "run", "out.npz")
+    assert server.run("sft.py", ["--resume", "run"], tmp_path).code == 0  # as long as it was
+    ended = server.run("sft.py", ["--resume", "run", "--epochs", "2"], tmp_path)
+    assert ended.code == 2 and "ended in an update of fewer than 2 batches" in ended.error
+    assert differences(before, left_by(tmp_path / "run", "out.npz")) == []
+    last = "run/checkpoints/step-00000001"  # before the short update
+    ended = server.run("sft.py", ["--resume", last, "--epochs", "2"], tmp_path)
+    assert ended.code == 0, ended.err
+    assert left_by(tmp_path / "run", "out.npz")["summary"]["steps"] == 3

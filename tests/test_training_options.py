@@ -323,6 +323,8 @@ def test_iters_on_the_command_line_replace_the_epochs_of_a_config_file(tmp_path)
     assert Run("--config", "c.yaml", iters=2).rows[-1]["step"] == 2
     (tmp_path / "d.yaml").write_text("iters: 2\n")
     assert Run("--config", "d.yaml", "--epochs", 1, iters=None).rows[-1]["step"] == 3
+    (tmp_path / "null.yaml").write_text("iters: 2\nepochs: null\n")
+    assert Run("--config", "null.yaml", iters=None).rows[-1]["step"] == 2
     (tmp_path / "both.yaml").write_text("iters: 2\nepochs: 1\n")
     assert "give one of them" in run(sft, *SMALL, "--config", "both.yaml", status=2)
 

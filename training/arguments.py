@@ -37,9 +37,10 @@ OUT_OF_MEMORY = re.compile(
 class Parser(argparse.ArgumentParser):
     """argparse with this project's rules; declare booleans with ``type=bool``, flags with dashes.
 
-    ``parse_args`` returns a namespace with two extra names: ``explicit``, the set of names that
+    ``parse_args`` returns a namespace with extra names: ``explicit``, the set of names that
     the user gave, on the command line or in the ``--config`` file, and ``changed``, those of them
-    with another value than the default. ``checks`` are functions of the namespace that run last;
+    with another value than the default; and a third, ``typed``: of ``changed`` those on the command
+    line. ``checks`` are functions of the namespace that run last;
     they raise ``UserError`` for flags that contradict each other and may fill in what follows from
     other flags. ``alternatives`` are sets of names that say the same in different ways: one on the
     command line replaces another of the ``--config`` file or of the run that is resumed, and one of
@@ -159,6 +160,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unexpected argument {unknown[0]!r}")
         args.explicit = explicit
         args.changed = {n for n in explicit if getattr(args, n) != self.get_default(n)}
+        args.typed = args.changed & given
         if resumed:
             self._settle_resume(args, old)
         for check in self.checks:

@@ -12,17 +12,20 @@ from errors import UserError
 class Needs:
     """The flags named in `flags` have an effect only where `other` is set or `met(args)` is true.
 
-    `why` ends the sentence "--flag VALUE has no effect ..."; it follows from `other`.
+    `why` ends the sentence "--flag VALUE has no effect ..."; it follows from `other`. `typed`: only
+    on the command line, as one --config file may serve to train and to test.
     """
 
     flags: str
     other: str = ""
     met: Callable[[argparse.Namespace], Any] | None = None
     why: str = ""
+    typed: bool = False
 
     def check(self, args: argparse.Namespace) -> None:
         """Raise UserError where the user gave one of the flags another value than its default."""
-        names = [name for name in self.flags.split() if name in args.changed]
+        given = args.typed if self.typed else args.changed
+        names = [name for name in self.flags.split() if name in given]
         if names and not (self.met(args) if self.met else getattr(args, self.other)):
             refuse_idle(args, names[0], self.why or missing(args, self.other))
 

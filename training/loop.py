@@ -26,7 +26,12 @@ from training.console import Progress
 from training.memory import check_memory
 from training.metrics import Run
 from training.optimizers import optimizer_arrays, restore_optimizer
-from training.resume import check_same_base, check_same_data, fingerprint
+from training.resume import (
+    check_same_base,
+    check_same_data,
+    check_whole_updates,
+    fingerprint,
+)
 from training.seeds import rng_state, set_rng_state
 from training.signals import GracefulStop
 
@@ -82,6 +87,9 @@ class Loop:
         if saved is not None and not force:
             check_same_data(saved.state, self.data)
             check_same_base(saved.state, self.base)
+            self.batches.load_state_dict(saved.state["batches"])
+            plan, position = self.schedule, self.batches.position
+            check_whole_updates(saved.step, plan.accumulation, position, plan.batches)
         set_aside_after(path, self.run_folder.checkpoints)
         if saved is None:
             self.run_folder.load_state_dict({})

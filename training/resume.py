@@ -17,10 +17,12 @@ REDACTED = "<redacted>"
 # Where things are written and what is printed: a run with other values here ends the same.
 HARMLESS = frozenset(
     "any_base changed config explicit force_resume keep_checkpoints log_with max_bad_steps "
-    "memory_limit output_dir overwrite resume save_every save_file steps_per_report".split()
+    "memory_limit output_dir overwrite resume save_every save_file steps_per_report typed".split()
 )
 # Belong to one start of the program and are not taken over from the run that is resumed.
-OF_ONE_START = frozenset("changed config explicit force_resume output_dir overwrite resume".split())
+OF_ONE_START = frozenset(
+    "changed config explicit force_resume output_dir overwrite resume typed".split()
+)
 # How long a run goes on: harmless as long as the learning rate does not depend on it.
 LENGTHS = frozenset({"epochs", "iters", "num_steps", "steps"})
 # Rows that a fingerprint of the data looks at: all of a small set, a spread of a large one.
@@ -105,9 +107,15 @@ def check_resume_options(
     if refused and not force:
         name = refused[0]
         flag = "--" + name.replace("_", "-")
+        why = f"{new[name]!r} differs from {old[name]!r} in the run that is resumed, so it"
+        if name in LENGTHS:
+            why = (
+                f"the rates of --lr-schedule {new['lr_schedule']} depend on how long a run is, so "
+                "with another length than it was started with it"
+            )
         raise UserError(
-            f"{flag}: {new[name]!r} differs from {old[name]!r} in the run that is resumed, so it "
-            "would not end as it would have; leave the flag out, or add --force-resume"
+            f"{flag}: {why} would not end as it would have; leave the flag out, or add "
+            "--force-resume"
         )
     return changed
 
@@ -125,6 +133,19 @@ def check_same_data(state: Mapping[str, Any], now: str) -> None:
         raise UserError(
             "--resume: the training data is not what the run was started with, so it would not end "
             "as it would have; put the files back, or add --force-resume"
+        )
+
+
+def check_whole_updates(step: int, accumulation: int, position: int, batches: int | None) -> None:
+    """Raise ``UserError`` where a checkpoint's last update is not one that a longer run makes.
+
+    ``step`` updates of ``accumulation`` batches are done, in which ``position`` batches were used,
+    of ``batches`` in all (None: no limit).
+    """
+    if position < step * accumulation and position != batches:
+        raise UserError(
+            f"--epochs: the run that is resumed ended in an update of fewer than {accumulation} "
+            "batches, which a longer run would not have made; start anew, or add --force-resume"
         )
 
 

@@ -49,7 +49,19 @@ HARMLESS = ("test", "sample_prompts", "preview")
 AT_VALIDATIONS = ("early_stopping_patience", "save_best", "sample_prompts")
 LEARNING_RATES = {"lora": 2e-4, "dora": 2e-4, "full": 2e-5, "prompt": 1e-2}
 
+OF_TRAINING = (
+    "iters epochs gradient_accumulation_steps steps_per_report steps_per_eval val_batches "
+    "early_stopping_patience save_best sample_prompts save_file train_file validation_file "
+    "validation_split_percentage lora_dropout grad_checkpoint optimizer learning_rate "
+    "lr_schedule num_cycles warmup_steps lr_end_factor weight_decay max_grad_norm adam_beta1 "
+    "adam_beta2 adam_eps momentum output_dir overwrite save_every keep_checkpoints log_with "
+    "max_bad_steps"
+)
+
 NEEDS = (
+    Needs(
+        OF_TRAINING, met=lambda args: args.train or args.preview, why="without --train", typed=True
+    ),  # fmt: skip
     Needs("pooling centering margins normalize_samples", "reward_model"),
     Needs("test_file", "test"),
     # A reward model is evaluated on all rows in the end, a language model on --val-batches.
@@ -127,7 +139,7 @@ def check_arguments(args) -> None:
     """Refuse what contradicts itself."""
     if not (args.train or args.test or args.preview):
         raise UserError("nothing to do: give --train, --test or both")
-    if {"iters", "epochs"} <= args.explicit:
+    if {"iters", "epochs"} <= args.explicit and args.epochs is not None:
         raise UserError("--iters and --epochs both say how long to train; give one of them")
     for name in ("mask_prompt", "packing", "sample_prompts"):
         if getattr(args, name) and args.reward_model:
