@@ -23,7 +23,7 @@ from models.reward_model import HEAD, RewardModel
 from models.trunk import find_trunk, token_logprobs
 from models.tuning import Tuning
 from rl.losses import pairwise_loss, regression_loss
-from training.loop import Group
+from training.loop import Group, adapter_group
 from training.optimizers import clip_gradients
 
 Batch = TextBatch | ScalarBatch | PreferenceBatch
@@ -41,9 +41,9 @@ class LanguageModelTask:
         self.pad_to_multiple = pad_to_multiple
         allow_short_last_block(model)
 
-    def groups(self) -> dict[str, Group]:
-        """What a checkpoint holds of this task."""
-        return {"adapters": Group(self.tuning.arrays, self.tuning.load_arrays)}
+    def groups(self, adapter: dict) -> dict[str, Group]:
+        """What a checkpoint holds of this task; `adapter`: what it says of the adapter."""
+        return {"adapters": adapter_group(self.tuning, adapter)}
 
     def arrays(self, batch: TextBatch) -> list[mx.array]:
         """What of a batch goes into `loss`: inputs (B, L), index, targets and weights (N,)."""
@@ -98,12 +98,16 @@ class RewardModelTask:
         if "lm_head" in owner:
             owner.lm_head.freeze()  # scores do not pass through it; its moments would cost memory
 
-    def groups(self) -> dict[str, Group]:
-        """What a checkpoint holds of this task."""
+    def groups(self, adapter: dict) -> dict[str, Group]:
+        """What a checkpoint holds of this task; `adapter`: what it says of the adapter."""
         model = self.reward_model
         return {
-            "adapters": Group(self.tuning.arrays, self.tuning.load_arrays),
-            HEAD: Group(model.head_arrays, lambda a: model.load_head(a, model.description(), HEAD)),
+            "adapters": adapter_group(self.tuning, adapter),
+            HEAD: Group(
+                model.head_arrays,
+                lambda arrays: model.load_head(arrays, model.description(), HEAD),
+                lambda: {HEAD: model.description()},
+            ),
         }
 
     def arrays(self, batch: ScalarBatch | PreferenceBatch) -> list:

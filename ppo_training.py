@@ -110,8 +110,9 @@ def main(words=None) -> int:
 def train(args, loaded, policy, reference, rewards, prompts) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_ppo_trainer import PPOTrainer
+    from models.adapter_files import describe
     from training.checkpoints import latest_checkpoint, saving
-    from training.loop import Group
+    from training.loop import Group, adapter_group
     from training.metrics import Run
     from training.optimizers import build_optimizer
     from training.ppo_loop import PPOLoop, PPOSchedule, ScoreFilter
@@ -145,7 +146,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     score_filter.put_around(rewards)
     tuning, head = policy.tuning, policy.value_head
     groups = {
-        "adapters": Group(tuning.arrays, lambda a: tuning.load_arrays(a, "checkpoint")),
+        "adapters": adapter_group(tuning, describe(tuning, loaded)),
         "value_head": Group(head.arrays, lambda a: head.load_weights(list(a.items()))),
     }
     with (

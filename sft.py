@@ -90,6 +90,7 @@ def train(args, loaded, task, rows) -> None:
     import mlx.core as mx
 
     from mlx_sft_trainer import SupervisedTrainer
+    from models.adapter_files import describe
     from training.checkpoints import best_checkpoint, latest_checkpoint, saving
     from training.loop import Loop, Schedule
     from training.metrics import Run
@@ -128,8 +129,9 @@ def train(args, loaded, task, rows) -> None:
         ) as run,
         GracefulStop() as stop,
     ):  # fmt: skip
+        groups = task.groups(describe(task.tuning, loaded))
         loop = Loop(
-            run, trainer, task.groups(), BatchIterator(rows["train"].rows, plan), schedule,
+            run, trainer, groups, BatchIterator(rows["train"].rows, plan), schedule,
             validation=validation(args, rows.get("valid")),
             after_validation=lambda step: write_samples(args, loaded, task, rows, run, step),
             base=loaded.fingerprint,
@@ -147,14 +149,14 @@ def train(args, loaded, task, rows) -> None:
         )
         loop.run(stop, script)
         if args.save_best and not stop.requested:
-            take_best(task, best_checkpoint(run.checkpoints))
+            take_best(loop, best_checkpoint(run.checkpoints))
         if not stop.requested:
             with saving(args.save_file):
                 finish(args, loaded, task, run, loop, rows)
     stop.exit_if_requested("sft.py", run.folder)
 
 
-def take_best(task, checkpoint) -> None:
+def take_best(loop, checkpoint) -> None:
     """Go back to the weights of the best validation."""
     from training.checkpoints import load_checkpoint
 
@@ -162,7 +164,7 @@ def take_best(task, checkpoint) -> None:
         print("note: no validation was better than the one before training; the last weights stay")
         return
     saved = load_checkpoint(checkpoint)
-    for name, group in task.groups().items():
+    for name, group in loop.groups.items():
         group.put(saved.arrays[name])
     print(f"the best weights are those of step {saved.step}")
 

@@ -33,11 +33,15 @@ from models.tuning import FullTuning, Tuning
 SOFT_PROMPT_FILE = "soft_prompt.safetensors"
 
 
+def describe(tuning: Tuning, base: LoadedModel) -> dict:
+    """What an adapter file says of itself: what is trained, and on which weights."""
+    return {**tuning.description(len(base.model.layers)), **described_base(base)}
+
+
 def save_adapter(path: str | Path, tuning: Tuning, base: LoadedModel) -> list[Path]:
     """Write the arrays of `tuning` with their description; returns the files written."""
     path = Path(path)
-    config = {**tuning.description(len(base.model.layers)), **described_base(base)}
-    arrays = tuning.arrays()
+    config, arrays = describe(tuning, base), tuning.arrays()
     if is_single_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_arrays(path, arrays, {CONFIG_KEY: config})
@@ -62,8 +66,9 @@ def read_adapter(path: str | Path) -> tuple[dict[str, mx.array], dict]:
         if not config_file.exists():
             raise UserError(f"{path}: not an adapter: adapter_config.json is missing")
         config = read_json(config_file)
-        is_prompt = config.get("fine_tune_type") == "prompt"
-        file = path / (SOFT_PROMPT_FILE if is_prompt else "adapters.safetensors")
+        file = path / SOFT_PROMPT_FILE
+        if config.get("fine_tune_type") != "prompt" or not file.exists():
+            file = path / "adapters.safetensors"  # of a soft prompt: in a checkpoint
         check_inside(config_file, path)
         check_inside(file, path)
         return read_arrays(file)[0], config

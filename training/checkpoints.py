@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there, and that bring a run back to the bit.
 
     RUN/checkpoints/step-00000100/adapters.safetensors ...   one file per group of arrays
+                                  adapter_config.json        what the adapter is, for a loader
                                   state.json                 counters, RNG states, anything JSON has
                                   manifest.json              SHA-256 of every other file, and
                                                              the metric it is judged by
@@ -25,6 +26,7 @@ from typing import Any
 import mlx.core as mx
 
 from errors import UserError
+from models.adapter_description import CONFIG_FILE, CONFIG_KEY
 from training.files import plain, sync_folder, write_json, writing
 from training.redact import tell
 
@@ -70,10 +72,14 @@ def save_checkpoint(
     arrays: Mapping[str, Mapping[str, mx.array]],
     state: Mapping[str, Any],
     *,
+    described: Mapping[str, Mapping[str, Any]] | None = None,
     keep: int = 2,
     metric: Metric | None = None,
 ) -> Path:
     """Write a checkpoint of ``step`` and return its folder; then delete those no longer kept.
+
+    ``described[group]`` goes into the file of that group as JSON metadata. With the description of
+    an adapter among it, the checkpoint is also an adapter folder that every script reads.
 
     The newest ``keep`` stay, and the best one by ``metric``. Raises ``UserError`` when the disk
     refuses, with the checkpoints that were there untouched, and ``FloatingPointError`` for arrays
@@ -89,7 +95,7 @@ def save_checkpoint(
     try:
         with writing(temporary):
             temporary.mkdir()
-            manifest = write_files(temporary, step, arrays, state, metric)
+            manifest = write_files(temporary, step, arrays, state, metric, described or {})
             final = put_in_place(temporary, folder / NAME.format(step), manifest)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -112,21 +118,27 @@ def write_files(
     arrays: Mapping[str, Mapping[str, mx.array]],
     state: Mapping[str, Any],
     metric: Metric | None,
+    described: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Write and sync every file of a checkpoint; return the manifest, which is the last of them."""
     sums = {}
     for group, members in arrays.items():
         file = folder / f"{group}.safetensors"
+        about = {key: json.dumps(value) for key, value in described.get(group, {}).items()}
+        about["format"] = "mlx"
         try:
             # MLX lays names out in hash order of their arrival: sorted, the bytes are the same.
-            mx.save_safetensors(str(file), dict(sorted(members.items())))
+            mx.save_safetensors(str(file), dict(sorted(members.items())), about)
         except RuntimeError as wrong:  # MLX names no reason, so ask the disk
             free = shutil.disk_usage(folder).free
             raise OSError(0, f"{wrong} ({free / 1e6:.1f} MB free on this disk)") from None
         sums[file.name] = synced_sum(file)
-    text = json.dumps({"step": step, **plain(dict(state))}, allow_nan=False)
-    (folder / "state.json").write_text(text, encoding="utf-8")
-    sums["state.json"] = synced_sum(folder / "state.json")
+    texts = {"state.json": json.dumps({"step": step, **plain(dict(state))}, allow_nan=False)}
+    if adapter := described.get("adapters", {}).get(CONFIG_KEY):
+        texts[CONFIG_FILE] = json.dumps(adapter, indent=2) + "\n"
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        sums[name] = synced_sum(folder / name)
     manifest = {"step": step, "sha256": sums, "metric": asdict(metric) if metric else None}
     (folder / "manifest.json").write_text(json.dumps(plain(manifest), indent=1), encoding="utf-8")
     synced_sum(folder / "manifest.json")

@@ -14,6 +14,8 @@ from typing import Any
 import mlx.core as mx
 
 from errors import UserError
+from models.adapter_description import CONFIG_KEY
+from models.tuning import Tuning
 from training.checkpoints import (
     Metric,
     list_checkpoints,
@@ -40,10 +42,23 @@ Arrays = dict[str, mx.array]
 
 @dataclass
 class Group:
-    """Arrays of a checkpoint: `get()` gives them by name, `put(arrays)` takes them back."""
+    """Arrays of a checkpoint: `get()` gives them by name, `put(arrays)` takes them back.
+
+    `described()` is what their file says of itself, so that it also serves as an adapter or a head.
+    """
 
     get: Callable[[], Arrays]
     put: Callable[[Arrays], None]
+    described: Callable[[], dict[str, Any]] = dict
+
+
+def adapter_group(tuning: Tuning, described: dict) -> Group:
+    """The arrays of `tuning`; `described` is models.adapter_files.describe's."""
+    return Group(
+        tuning.arrays,
+        lambda arrays: tuning.load_arrays(arrays, "checkpoint"),
+        lambda: {CONFIG_KEY: described},
+    )
 
 
 @dataclass
@@ -186,6 +201,7 @@ class Loop:
 
     def checkpoint(self, metric: Metric | None = None) -> None:
         arrays = {name: group.get() for name, group in self.groups.items()}
+        described = {name: group.described() for name, group in self.groups.items()}
         state = {
             "validated": self.validated,
             "best": self.best,
@@ -204,6 +220,7 @@ class Loop:
                 self.step,
                 arrays | {"optimizer": optimizer_arrays(self.trainer.optimizer)},
                 state,
+                described=described,
                 keep=self.schedule.keep_checkpoints,
                 metric=metric,
             )

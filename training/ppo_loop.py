@@ -292,12 +292,14 @@ class PPOLoop:
             "rng": rng_state(),
         }
         arrays = {name: group.get() for name, group in self.groups.items()}
+        described = {name: group.described() for name, group in self.groups.items()}
         try:
             save_checkpoint(
                 self.run_folder.checkpoints,
                 self.step,
                 arrays | {"optimizer": optimizer_arrays(self.trainer.optimizer)},
                 state,
+                described=described,
                 keep=self.schedule.keep_checkpoints,
                 metric=metric,
             )
