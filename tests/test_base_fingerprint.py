@@ -251,15 +251,16 @@ def test_peft_s_form_has_no_word_that_peft_does_not_know(bases, tmp_path):
 
 # ------------------------------------------------------------------------------ in the scripts
 
-SFT = "sft.py --data DATA --model two --iters 1 --batch-size 4 --steps-per-eval 0"
+SFT = "sft.py --data DATA --model two --batch-size 4"
+TRAIN = f"{SFT} --train --iters 1 --steps-per-eval 0"
 REWARDS = "--reward-model --data-base reward_function_increasing_mult_2_"
 PPO = "ppo_training.py --data DATA --model two --num-steps 1 --batch-size 4 --eval-every 0"
 INPUT = "--input DATA/preference_increasing_mult_2_test.jsonl --max-rows 4 --output scores.jsonl"
 LINES = {
-    "sft": f"{SFT} --train --resume-adapter-file a.npz",
+    "sft": f"{TRAIN} --resume-adapter-file a.npz",
     "sft test": f"{SFT} --test --resume-adapter-file lora",
-    "sft prompt": f"{SFT} --train --prompt-tuning --resume-adapter-file prompt",
-    "reward model": f"{SFT} --train {REWARDS} --resume-adapter-file reward.npz",
+    "sft prompt": f"{TRAIN} --prompt-tuning --resume-adapter-file prompt",
+    "reward model": f"{TRAIN} {REWARDS} --resume-adapter-file reward.npz",
     "reward model test": f"{SFT} --test {REWARDS} --resume-adapter-file reward.npz",
     "ppo": f"{PPO} --ground-truth-reward --resume-file dora.safetensors",
     "ppo prompt": f"{PPO} --ground-truth-reward --prompt-tuning --resume-file prompt",
