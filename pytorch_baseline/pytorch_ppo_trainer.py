@@ -13,7 +13,6 @@ TRL took its PPO out after 1.12, so it is written out here. It equals TRL 0.11.4
 MLX one (tests/test_baseline_oracles.py).
 """
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,6 +49,7 @@ from torch import Tensor
 from errors import UserError
 from rl.ppo_config import PPOConfig
 from rl.rollout_checks import as_numbers, check_rollout, check_token_ids
+from training.clock import StageClock
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 
@@ -192,7 +192,7 @@ class PPOTrainer:
         statistics under TRL's names. Raises UserError, naming the row, for what cannot be learned
         from.
         """
-        clock = Clock()
+        clock = StageClock()
         rollout = self.prepare(queries, responses, scores, response_masks)
         self.score_policy(rollout)
         self.score_reference(rollout)
@@ -485,19 +485,3 @@ def fit_columns(tensor: Tensor, width: int) -> Tensor:
     """(b, r) cut or padded with 0 on the right to (b, width)."""
     spare = max(width - tensor.shape[1], 0)
     return torch.nn.functional.pad(tensor[:, :width], (0, spare))
-
-
-class Clock:
-    """Seconds of each stage, under TRL's names."""
-
-    def __init__(self):
-        self._start = self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self._laps[f"time/ppo/{name}"] = now - self._last
-        self._last = now
-
-    def times(self) -> dict[str, float]:
-        return self._laps | {"time/ppo/total": time.perf_counter() - self._start}
