@@ -63,7 +63,10 @@ def stored_arrays(model: Tuned) -> dict[str, Tensor]:
 def description(model: Tuned, loaded: LoadedModel) -> dict:
     """What an adapter file says of itself, in the form of mlx-lm's adapter_config.json."""
     described = {**model.description, **described_base(loaded)}
-    if "lora_parameters" in described:
+    if model.kind == "full":
+        described.pop("lora_parameters", None)  # of the flags, which ask for LoRA alone
+        described["num_layers"] = loaded.model.config.num_hidden_layers
+    elif model.kind != "prompt":
         inside = {name.rsplit(".", 1)[0].split(".", 3)[3] for name in model.arrays()}
         described["lora_parameters"] = {**described["lora_parameters"], "keys": sorted(inside)}
         blocks = {int(name.split(".")[2]) for name in model.arrays()}

@@ -212,6 +212,19 @@ def test_adapters_go_on_their_own_base_alone(tmp_path, name, words):
     sft_main([*line, "--any-base"])
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+def test_an_adapter_file_says_what_the_mlx_side_would(tmp_path, kind):
+    path, ours = tmp_path / "a.npz", tmp_path / "ours.npz"
+    sft(tmp_path / "a", "--fine-tune-type", kind, "--save-file", str(path))
+    base = load_model(DIGITS, dtype="float32")
+    save_adapter(ours, load_adapter(base, path), base)
+    assert read_adapter(ours)[1] == read_adapter(path)[1]
+    tokens = torch.tensor([[1, 30, 40, 50, 60]])
+    model = load_torch_adapter(load_torch(MODEL), str(path)).eval()
+    theirs = model.logits(model.hidden_states(tokens))
+    close(base.model(mx.array(tokens.numpy())), theirs, kind, relative=1e-4)
+
+
 def test_a_reward_adapter_goes_on_its_own_base_alone(tmp_path):
     path, other = tmp_path / "reward.npz", other_base(tmp_path / "other")
     data = ["--data-base", "preference_increasing_mult_2_"]
