@@ -111,7 +111,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_ppo_trainer import PPOTrainer
     from models.adapter_files import describe
-    from training.checkpoints import latest_checkpoint, saving
+    from training.checkpoint_folders import latest_checkpoint, saving
     from training.loop import Group, adapter_group
     from training.metrics import Run
     from training.optimizers import build_optimizer

@@ -91,7 +91,7 @@ def train(args, loaded, task, rows) -> None:
 
     from mlx_sft_trainer import SupervisedTrainer
     from models.adapter_files import describe
-    from training.checkpoints import best_checkpoint, latest_checkpoint, saving
+    from training.checkpoint_folders import best_checkpoint, latest_checkpoint, saving
     from training.loop import Loop, Schedule
     from training.metrics import Run
     from training.optimizers import build_optimizer

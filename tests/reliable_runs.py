@@ -248,7 +248,7 @@ def checkpoint_contents(path: Path) -> dict:
 
 def left_by(run: Path, saved: str) -> dict:
     """All that has to be the same however often a run was killed; `saved`: its --save-file."""
-    from training.checkpoints import best_checkpoint, latest_checkpoint
+    from training.checkpoint_folders import best_checkpoint, latest_checkpoint
 
     checkpoints = run / "checkpoints"
     summary = json.loads((run / "summary.json").read_text())

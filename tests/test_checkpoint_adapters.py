@@ -11,7 +11,7 @@ from errors import UserError
 from models.adapter_files import load_adapter, read_adapter
 from models.load import load_model
 from models.reward_model import load_reward_model
-from training.checkpoints import problem
+from training.checkpoint_folders import problem
 
 LINE = words("--train --iters 4 --save-every 2 --steps-per-eval 0 --data DATA --output-dir run")
 KINDS = {

@@ -15,15 +15,14 @@ import numpy as np
 import pytest
 
 from errors import UserError
-from training.checkpoints import (
+from training.checkpoint_folders import (
     Metric,
     best_checkpoint,
     latest_checkpoint,
     list_checkpoints,
-    load_checkpoint,
     problem,
-    save_checkpoint,
 )
+from training.checkpoints import load_checkpoint, save_checkpoint
 from training.seeds import rng_state, seed_everything, set_rng_state
 from training.signals import resume_command
 
@@ -246,7 +245,8 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
 EVERY_STAGE = """
     import os, shutil, signal, sys
     import mlx.core as mx
-    from training.checkpoints import Metric, save_checkpoint
+    from training.checkpoint_folders import Metric
+    from training.checkpoints import save_checkpoint
     folder = sys.argv[1]
 
     def save(step):
@@ -301,7 +301,8 @@ def test_a_kill_at_every_single_step_of_a_save_leaves_a_whole_checkpoint(tmp_pat
 WRITER = """
     import sys
     import mlx.core as mx
-    from training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+    from training.checkpoint_folders import latest_checkpoint
+    from training.checkpoints import load_checkpoint, save_checkpoint
     folder = sys.argv[1]
     last = latest_checkpoint(folder)
     step = load_checkpoint(last).step if last else 0
@@ -339,6 +340,7 @@ TRAINER = """
     import mlx.core as mx, mlx.nn as nn, numpy as np, random
     from mlx.utils import tree_flatten
     from training.arguments import Parser, run_main
+    from training.checkpoint_folders import *
     from training.checkpoints import *
     from training.flag_groups import add_optimizer_arguments, add_run_arguments, optimizer_options
     from training.metrics import Run

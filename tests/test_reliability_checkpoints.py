@@ -9,15 +9,15 @@ import pytest
 from reliable_runs import DATA, RUNS, Server, differences, left_by, shared_server, whole
 
 from errors import UserError
-from training import checkpoints
-from training.checkpoints import (
+from training import checkpoint_folders
+from training.checkpoint_folders import (
     Metric,
     best_checkpoint,
     latest_checkpoint,
     list_checkpoints,
-    save_checkpoint,
     set_aside_after,
 )
+from training.checkpoints import save_checkpoint
 from training.resume import check_same_base
 
 
@@ -41,7 +41,7 @@ def test_the_best_is_known_although_a_kill_came_before_the_note_of_it(tmp_path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "note_best", killed)
+        patch.setattr(checkpoint_folders, "note_best", killed)
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 2, 0.1)
     assert best_checkpoint(tmp_path).name == "step-00000001"

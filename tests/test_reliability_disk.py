@@ -19,7 +19,7 @@ from reliable_runs import (
     whole,
 )
 
-from training.checkpoints import list_checkpoints, problem
+from training.checkpoint_folders import list_checkpoints, problem
 
 
 @pytest.fixture(scope="module")

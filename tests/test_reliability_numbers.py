@@ -23,7 +23,8 @@ from reliable_runs import (
     words,
 )
 
-from training.checkpoints import list_checkpoints, load_checkpoint
+from training.checkpoint_folders import list_checkpoints
+from training.checkpoints import load_checkpoint
 
 PPO = [word for word in RUNS["ppo"][1] if word != "--ground_truth_reward"]
 REWARDS = """

@@ -15,7 +15,8 @@ from reliable_runs import (
     whole,
 )
 
-from training.checkpoints import latest_checkpoint, load_checkpoint
+from training.checkpoint_folders import latest_checkpoint
+from training.checkpoints import load_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from data_utils import read_records
 from mlx_sft_trainer import SupervisedTrainer
 from models.load import load_model
 from training.arguments import run_main
-from training.checkpoints import best_checkpoint, list_checkpoints, load_checkpoint
+from training.checkpoint_folders import best_checkpoint, list_checkpoints
+from training.checkpoints import load_checkpoint
 from training.optimizers import learning_rate_schedule
 
 DATA = ROOT / "data"

@@ -4,7 +4,6 @@ It works on a trainer with ``step``, ``evaluate`` and ``optimizer`` (mlx_sft_tra
 table of array groups that belong into a checkpoint, each with a way to get and to set them.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,17 +12,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from errors import UserError
 from models.adapter_description import CONFIG_KEY
 from models.tuning import Tuning
-from training.checkpoints import (
-    Metric,
-    list_checkpoints,
-    load_checkpoint,
-    problem,
-    save_checkpoint,
-    set_aside_after,
-)
+from training.bad_steps import not_finite, refuse_untrained, save_or_stop
+from training.checkpoint_folders import Metric, set_aside_after
+from training.checkpoints import load_checkpoint, save_checkpoint
 from training.console import Progress
 from training.memory import check_memory
 from training.metrics import Run
@@ -199,6 +192,9 @@ class Loop:
         self.after_validation(self.step)
         return Metric("valid/loss", metrics["loss"])
 
+    def check_memory(self) -> None:
+        check_memory(self.schedule.memory_limit)
+
     def checkpoint(self, metric: Metric | None = None) -> None:
         arrays = {name: group.get() for name, group in self.groups.items()}
         described = {name: group.described() for name, group in self.groups.items()}
@@ -226,55 +222,3 @@ class Loop:
             )
         except FloatingPointError as wrong:
             raise not_finite(self.run_folder, str(wrong)) from None
-
-
-def save_or_stop(
-    loop: Any, due: bool, metric: Metric | None, what: str, last_bad: str = ""
-) -> None:
-    """The end of a step: a checkpoint if one is `due`; UserError where the run cannot go on.
-
-    `loop` is a Loop or a PPOLoop; `what` was not finite in its bad steps, and `last_bad` names the
-    row where that is known. Of bad steps in a row the first is saved, its update skipped, so that
-    the newest checkpoints are from before the others.
-    """
-    plan, bad = loop.schedule, loop.bad_in_a_row
-    if bad == 1 and plan.save_every:
-        # Weights that are not finite themselves have an older checkpoint to go back to.
-        with contextlib.suppress(NotFiniteError):
-            loop.checkpoint(metric)
-    elif due and not bad:
-        loop.checkpoint(metric)
-    if bad >= plan.max_bad_steps:
-        times = f"in {bad} steps in a row (their rows: bad_rows.jsonl{last_bad})"
-        raise not_finite(loop.run_folder, f"{what} was NaN or infinite {times}")
-    try:
-        check_memory(plan.memory_limit)
-    except UserError:
-        loop.checkpoint()
-        raise
-
-
-def refuse_untrained(loop: Any, skipped: float, what: str, last_bad: str = "") -> None:
-    """The end of a run: UserError where all its steps were `skipped`, so that nothing is saved."""
-    if loop.step and skipped == loop.step:
-        raise not_finite(
-            loop.run_folder,
-            f"{what} was NaN or infinite in every step, so all {loop.step} were skipped and "
-            f"nothing was trained (their rows: bad_rows.jsonl{last_bad})",
-        )
-
-
-class NotFiniteError(UserError):
-    """Training went to NaN or infinity and cannot go on."""
-
-
-def not_finite(run_folder: Run, what: str) -> NotFiniteError:
-    """The error that ends a run, with the way back."""
-    whole = [path for path in list_checkpoints(run_folder.checkpoints) if problem(path) is None]
-    back = f"from {whole[-1].name}" if whole else "from the start: no checkpoint was written before"
-    if whole[:-1]:
-        back += f" (--resume {whole[-2]}: from an older one)"
-    return NotFiniteError(
-        f"{run_folder.folder}: {what}; --resume {run_folder.folder} goes on {back}; --force-resume "
-        "allows another --learning-rate, data or reward"
-    )

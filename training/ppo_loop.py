@@ -15,9 +15,12 @@ import numpy as np
 from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
 from rl.reward_functions import quote_row
-from training.checkpoints import Metric, load_checkpoint, save_checkpoint, set_aside_after
+from training.bad_steps import not_finite, refuse_untrained, save_or_stop
+from training.checkpoint_folders import Metric, set_aside_after
+from training.checkpoints import load_checkpoint, save_checkpoint
 from training.console import Progress
-from training.loop import Group, not_finite, refuse_untrained, save_or_stop
+from training.loop import Group
+from training.memory import check_memory
 from training.metrics import Run, read_rows
 from training.optimizers import optimizer_arrays, restore_optimizer
 from training.resume import check_same_base, check_same_data, fingerprint
@@ -280,6 +283,9 @@ class PPOLoop:
         return responses, ended
 
     # ------------------------------------------------------------------ checkpoint
+
+    def check_memory(self) -> None:
+        check_memory(self.schedule.memory_limit)
 
     def checkpoint(self, metric: Metric | None = None) -> None:
         state = {
