@@ -9,6 +9,8 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,15 @@ from torch import Tensor
 from errors import UserError
 from models.adapter_description import CONFIG_KEY, head_path, is_single_file
 from models.base_fingerprint import check_base, described_base
+from training.checkpoint_folders import disk_refused
 
 # Copied as they are; weights and config.json are written anew.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
                    "merges.txt", "spiece.model", "*.tiktoken", "chat_template.*",
                    "generation_config.json")  # fmt: skip
+# All that is in a folder that was written here.
+OUTPUTS = (*TOKENIZER_FILES, "config.json", "adapter_config.json", "*.safetensors",
+           "*.safetensors.index.json")  # fmt: skip
 
 
 def is_adapter(path: str | Path, model: Tuned) -> bool:
@@ -137,14 +143,30 @@ def merged_weights(model: Tuned) -> dict[str, Tensor]:
     return weights
 
 
-def check_free(path: str) -> None:
-    """Raise UserError unless a folder may be written at `path`: before the work, not after it."""
-    path = Path(path)
-    if is_single_file(path) or not path.exists():
+def check_free(args) -> None:
+    """Raise UserError unless --save-file may be written: before the work, not after it.
+
+    A folder that is there is replaced where a run that is resumed has written it itself.
+    """
+    if args.save_file is None or is_single_file(args.save_file):
         return
-    known = ("config.json", "adapter_config.json")
-    if not path.is_dir() or (any(path.iterdir()) and not any((path / n).exists() for n in known)):
-        raise UserError(f"--save-file {path}: is there, and is no model folder; give another name")
+    path, refused = Path(args.save_file).resolve(), f"--save-file {args.save_file}: "
+    run = Path(args.output_dir or os.devnull).resolve()
+    if path in (run, *run.parents):
+        raise UserError(f"{refused}is where the run is kept (--output-dir); give another name")
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    read = {Path(name).resolve() for name in (args.model, args.tokenizer) if name}
+    own = args.resume is not None and "save_file" not in args.typed
+    if not own or path in read or not is_output(path):
+        raise UserError(f"{refused}is there already; give another name, or move it away")
+
+
+def is_output(path: Path) -> bool:
+    """Whether a folder holds nothing but what is written here."""
+    return path.is_dir() and all(
+        any(file.match(pattern) for pattern in OUTPUTS) for file in path.iterdir()
+    )
 
 
 def save_merged(path: Path, model: Tuned, loaded: LoadedModel, tokenizer: str | None) -> None:
@@ -153,10 +175,13 @@ def save_merged(path: Path, model: Tuned, loaded: LoadedModel, tokenizer: str | 
     config.json is the base's and not one that transformers writes: version 5 moves rope_theta to
     where mlx-lm does not look for it, and would silently get the default.
     """
-    aside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    aside, old = (
+        path.with_name(f".{path.name}.{what}-{os.getpid()}") for what in ("writing", "old")
+    )
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        model.base.save_pretrained(aside, state_dict=merged_weights(model))
+        with asking_the_disk(path.parent):
+            model.base.save_pretrained(aside, state_dict=merged_weights(model))
         config = {**loaded.config, "dtype": str(model.base.dtype).removeprefix("torch.")}
         config.pop("torch_dtype", None)
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -164,10 +189,11 @@ def save_merged(path: Path, model: Tuned, loaded: LoadedModel, tokenizer: str | 
             for file in model_folder(tokenizer or loaded.name).glob(pattern):
                 shutil.copyfile(file, aside / file.name)
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, old)
         os.replace(aside, path)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        for folder in (aside, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---- arrays on disk ----------------------------------------------------------------------------
@@ -182,8 +208,18 @@ def write_arrays(path: Path, arrays: dict[str, Tensor], described: dict) -> None
         np.savez(aside, **{name: a.float().numpy() for name, a in arrays.items()}, **texts)
     else:
         texts = {name: json.dumps(value) for name, value in described.items()}
-        save_file(arrays, aside, metadata={"format": "pt", **texts})
+        with asking_the_disk(path.parent):
+            save_file(arrays, aside, metadata=texts)  # one: several would be ordered by chance
     os.replace(aside, path)
+
+
+@contextmanager
+def asking_the_disk(folder: Path) -> Iterator[None]:
+    """What safetensors could not write, as the OSError that it was."""
+    try:
+        yield
+    except SafetensorError as wrong:
+        raise disk_refused(wrong, folder) from None
 
 
 def read_arrays(path: Path) -> tuple[dict[str, Tensor], dict]:

@@ -1,5 +1,6 @@
 """training/loop.py and ppo_loop.py in PyTorch: update, report, checkpoint, stop, resume."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,18 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from pytorch_training import (
-    check_memory,
-    load_checkpoint,
-    rng_state,
-    save_checkpoint,
-    set_rng_state,
-)
+from pytorch_checkpoints import load_checkpoint, save_checkpoint
+from pytorch_training import check_memory, rng_state, set_rng_state
 
 from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
+from training.bad_steps import not_finite, refuse_untrained, save_or_stop
+from training.checkpoint_folders import Metric, set_aside_after
 from training.console import Progress
-from training.metrics import Run
+from training.metrics import Run, read_rows
 from training.resume import (
     check_same_base,
     check_same_data,
@@ -26,6 +24,8 @@ from training.resume import (
     fingerprint,
 )
 from training.signals import GracefulStop
+
+NUMBERS = "loss or gradient"
 
 
 @dataclass
@@ -64,16 +64,17 @@ class Loop:
         trainer = self.trainer
         return {"optimizer": trainer.optimizer, "schedule": trainer.scheduler}
 
-    def checkpoint(self, better: bool = False) -> None:
+    def checkpoint(self, metric: Metric | None = None) -> None:
         trained = {name: p.detach().cpu() for name, p in self.trainer.parameters.items()}
         saved = {name: part.state_dict() for name, part in self.parts().items()}
         saved |= {"trained": trained, "bad_in_a_row": self.bad_in_a_row, "state": self.state}
         saved |= {"run": self.run_folder.state_dict(), "rng": rng_state(self.device)}
         saved |= {"data": fingerprint(self.rows()), "base": self.base}
-        plan = self.schedule
-        save_checkpoint(
-            self.run_folder.checkpoints, self.step, saved, keep=plan.keep_checkpoints, better=better
-        )
+        folder, keep = self.run_folder.checkpoints, self.schedule.keep_checkpoints
+        try:
+            save_checkpoint(folder, self.step, saved, keep=keep, metric=metric)
+        except FloatingPointError as wrong:
+            raise not_finite(self.run_folder, str(wrong)) from None
 
     def rows(self) -> Sequence:
         """The rows that are trained on; a resumed run must have the same."""
@@ -81,25 +82,25 @@ class Loop:
 
     def resume(self, path: Path | None, *, force: bool = False) -> None:
         """Go back to a checkpoint (None: to the start); `force`: also with other data or base."""
-        if path is None:
-            self.run_folder.load_state_dict({})
-            return
-        saved = load_checkpoint(path)
-        if not force:
+        saved = load_checkpoint(path) if path is not None else None
+        if saved is not None and not force:
             check_same_data(saved, fingerprint(self.rows()))
             check_same_base(saved, self.base)
+            self.check_position(saved)
+        set_aside_after(path, self.run_folder.checkpoints)
+        if saved is None:
+            self.run_folder.load_state_dict({})
+            return
         self.take_weights(saved)
         for name, part in self.parts().items():
             part.load_state_dict(saved[name])
-        if not force:
-            self.check_position(saved["step"])
         self.step, self.bad_in_a_row = saved["step"], saved["bad_in_a_row"]
         self.state.update(saved["state"])
         self.run_folder.load_state_dict(saved["run"])
         set_rng_state(saved["rng"])
 
-    def check_position(self, step: int) -> None:
-        """Raise UserError where a longer run would not have come past a checkpoint of `step`."""
+    def check_position(self, saved: dict) -> None:
+        """Raise UserError where a longer run would not have come past a checkpoint."""
 
     def take_weights(self, saved: dict) -> None:
         """The trained weights of a checkpoint, and nothing else of it."""
@@ -109,20 +110,14 @@ class Loop:
             for name, parameter in self.trainer.parameters.items():
                 parameter.copy_(saved["trained"][name])
 
-    def watch(self, bad: float, rows: Iterable[dict]) -> None:
-        """Count updates without a finite gradient; set their rows aside, stop after too many."""
+    def count(self, bad: float, rows: Iterable[dict]) -> None:
+        """Count updates in a row without a finite gradient, and set their rows aside."""
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+        if bad:
+            self.run_folder.log_bad_rows(self.step, "loss or gradient not finite", rows)
+
+    def check_memory(self) -> None:
         check_memory(self.schedule.memory_limit, self.device)
-        if not bad:
-            self.bad_in_a_row = 0
-            return
-        self.bad_in_a_row += 1
-        self.run_folder.log_bad_rows(self.step, "loss or gradient not finite", rows)
-        if self.bad_in_a_row >= self.schedule.max_bad_steps:
-            raise UserError(
-                f"{self.run_folder.folder}: loss or gradient was NaN or infinite in "
-                f"{self.bad_in_a_row} steps in a row; the rows are in bad_rows.jsonl, and "
-                "--resume goes on from the last checkpoint; try a lower --learning-rate"
-            )
 
 
 @dataclass
@@ -137,7 +132,8 @@ class SupervisedLoop(Loop):
     after_validation: Callable[[int], None] = lambda step: None
 
     def __post_init__(self):
-        self.state = {"best": None, "since_best": 0, "tokens_total": 0.0, "skipped_total": 0.0}
+        self.state = {"best": None, "since_best": 0, "validated": None}
+        self.state |= {"tokens": 0.0, "skipped": 0.0}
 
     def parts(self) -> dict[str, Any]:
         trainer = self.trainer
@@ -147,9 +143,10 @@ class SupervisedLoop(Loop):
     def rows(self) -> Sequence:
         return self.batches.rows
 
-    def check_position(self, step: int) -> None:
-        plan = self.schedule
-        check_whole_updates(step, plan.accumulation, self.batches.position, plan.batches)
+    def check_position(self, saved: dict) -> None:
+        self.batches.load_state_dict(saved["batches"])
+        plan, position = self.schedule, self.batches.position
+        check_whole_updates(saved["step"], plan.accumulation, position, plan.batches)
 
     def run(self, stop: GracefulStop, name: str) -> None:
         """Train. Ends with a checkpoint, also when `stop` was requested."""
@@ -157,53 +154,65 @@ class SupervisedLoop(Loop):
         all_batches = plan.batches or plan.steps * plan.accumulation
         with Progress(plan.steps, done=self.step, name=name) as progress:
             self.stop, self.progress = stop, progress
-            if self.step == 0 and plan.eval_every and self.validation:
+            if self.validates and self.step == 0 and self.state["validated"] is None:
                 self.validate(progress)
-            if self.step < plan.steps and not stop.requested:
+            if self.step < plan.steps and not (stop.requested or self.stopped_early()):
                 left = all_batches - self.step * plan.accumulation
                 self.trainer.train_for(plan.steps - self.step, left, self.after_update)
+        if not stop.requested:
+            refuse_untrained(self, self.state["skipped"], NUMBERS)
         self.checkpoint()
+
+    @property
+    def validates(self) -> bool:
+        return bool(self.schedule.eval_every) and self.validation is not None
 
     def after_update(self, metrics: dict[str, float]) -> bool:
         """Log, validate, checkpoint; whether to stop."""
-        plan, state = self.schedule, self.state
+        plan, metric = self.schedule, None
         self.note(metrics)
-        gained = False
-        if plan.eval_every and self.step % plan.eval_every == 0 and self.validation:
-            gained = self.validate(self.progress)
-        if gained or (plan.save_every and self.step % plan.save_every == 0):
-            self.checkpoint(better=gained)
-        if plan.patience is not None and state["since_best"] >= plan.patience:
-            self.progress.line(f"stopped early: no gain in {plan.patience} validations")
-            return True
-        return self.stop.requested
+        if self.validates and self.step % plan.eval_every == 0:
+            metric = self.validate(self.progress)
+        best = metric is not None and self.state["since_best"] == 0
+        due = plan.save_every and (best or self.step % plan.save_every == 0)
+        save_or_stop(self, bool(due), metric, NUMBERS)
+        return self.stop.requested or self.stopped_early()
+
+    def stopped_early(self) -> bool:
+        patience = self.schedule.patience
+        if patience is None or self.state["since_best"] < patience:
+            return False
+        self.progress.line(f"stopped early: no gain in {patience} validations")
+        return True
 
     def note(self, metrics: dict[str, float]) -> None:
         """Log an update that was made, or skipped."""
         self.step += 1
-        self.state["tokens_total"] += metrics.pop("weight")
+        self.state["tokens"] += metrics.pop("weight")
         bad = metrics.pop("not_finite")
-        self.state["skipped_total"] += bad
+        self.state["skipped"] += bad
         row = {f"train/{key}": value for key, value in metrics.items()}
-        row |= {f"train/{k}": self.state[k] for k in ("tokens_total", "skipped_total")}
+        row |= {f"train/{key}_total": self.state[key] for key in ("tokens", "skipped")}
         self.run_folder.log(self.step, row)
         self.progress.advance()
         if self.step % self.schedule.report_every == 0:
             shown = {"loss": metrics["loss"], "lr": metrics["learning_rate"]}
             self.progress.report(self.step, shown)
-        self.watch(bad, ({"tokens": tokens} for tokens in self.trainer.rows_of_update()))
+        self.count(bad, ({"tokens": tokens} for tokens in self.trainer.rows_of_update()))
 
-    def validate(self, progress: Progress) -> bool:
-        """Validate and log; whether this is the best so far."""
+    def validate(self, progress: Progress) -> Metric:
+        """Validate, log, and note whether this is the best so far."""
         metrics, state = self.trainer.evaluate(self.validation()), self.state
         self.run_folder.log(self.step, {f"valid/{key}": v for key, v in metrics.items()})
         shown = {key: metrics[key] for key in ("loss", "perplexity", "accuracy") if key in metrics}
         progress.report(self.step, {f"valid {key}": value for key, value in shown.items()})
-        gained = state["best"] is None or metrics["loss"] < state["best"]
-        state["best"] = metrics["loss"] if gained else state["best"]
+        loss = metrics["loss"]
+        gained = math.isfinite(loss) and (state["best"] is None or loss < state["best"])
+        state["validated"] = self.step
+        state["best"] = loss if gained else state["best"]
         state["since_best"] = 0 if gained else state["since_best"] + 1
         self.after_validation(self.step)
-        return gained
+        return Metric("valid/loss", loss)
 
 
 @dataclass
@@ -217,7 +226,7 @@ class PPOLoop(Loop):
     should_stop: Callable[[list[int]], bool] | None = None
 
     def __post_init__(self):
-        self.state = {"evaluations": [], "best": None}
+        self.state = {"evaluations": []}
 
     def parts(self) -> dict[str, Any]:
         return super().parts() | {"trainer": self.trainer}
@@ -227,18 +236,29 @@ class PPOLoop(Loop):
 
     def run(self, stop: GracefulStop) -> None:
         """Train. Ends with a checkpoint, also when `stop` was requested."""
-        plan = self.schedule
+        plan, metric = self.schedule, None
         with Progress(plan.steps, done=self.step, name="ppo") as progress:
             if not self.state["evaluations"]:
                 self.evaluate(progress)
             while self.step < plan.steps and not stop.requested:
                 self.train_step(progress)
-                last, gained = self.step == plan.steps, False
+                metric, last = None, self.step == plan.steps
                 if plan.eval_every and (last or self.step % plan.eval_every == 0):
-                    gained = self.evaluate(progress)
-                if plan.save_every and self.step % plan.save_every == 0 and not last:
-                    self.checkpoint(better=gained)
-            self.checkpoint()
+                    metric = self.evaluate(progress)
+                best = metric is not None and self.is_best(metric.value)
+                due = plan.save_every and not last and (best or self.step % plan.save_every == 0)
+                save_or_stop(self, bool(due), metric, NUMBERS)
+            if not stop.requested:
+                rows = read_rows(self.run_folder.folder)
+                skipped = sum(row.get("ppo/not_finite") == 1 for row in rows)
+                refuse_untrained(self, skipped, NUMBERS)
+            # Only where every run would have one, stopped or not, may a checkpoint be the best.
+            self.checkpoint(metric if self.step == plan.steps else None)
+
+    def is_best(self, score: float) -> bool:
+        """Whether the last evaluation, which gave this score, is the best so far."""
+        earlier = [row["eval/sampled/score"] for row in self.state["evaluations"][:-1]]
+        return all(score > other for other in earlier)
 
     def train_step(self, progress: Progress) -> None:
         """Prompts, responses, rewards, update, and a row of metrics."""
@@ -253,7 +273,10 @@ class PPOLoop(Loop):
         except UserError:
             self.checkpoint()  # the weights as they were before this step
             raise
+        before = self.trainer.state_dict()
         stats = self.trainer.step(queries, responses, scores)
+        if stats["ppo/not_finite"]:  # leaves nothing in the KL controller and the running moments
+            self.trainer.load_state_dict({**before, "steps_done": before["steps_done"] + 1})
         self.step += 1
         self.trainer.log = self.run_folder.log
         self.trainer.log_stats(stats, parts, scores)
@@ -264,7 +287,7 @@ class PPOLoop(Loop):
             shown = {"score": float(np.mean(scores)), "kl": stats["objective/kl"], **means}
             progress.report(self.step, shown | {"tokens": stats["tokens/responses_len_mean"]})
         pairs = zip(queries, responses, strict=True)
-        self.watch(stats["ppo/not_finite"], ({"query": q, "response": r} for q, r in pairs))
+        self.count(stats["ppo/not_finite"], ({"query": q, "response": r} for q, r in pairs))
 
     def score(self, rows, responses, ended) -> tuple[list[str], list[float], dict]:
         """(texts of the responses, scores, {reward: its scores})."""
@@ -282,10 +305,10 @@ class PPOLoop(Loop):
         ]
         self.run_folder.log_samples(self.step, samples[: self.schedule.samples_per_step])
 
-    def evaluate(self, progress: Progress) -> bool:
-        """Score greedy and sampled responses to the validation prompts; whether a new best."""
+    def evaluate(self, progress: Progress) -> Metric | None:
+        """Score greedy and sampled responses to the validation prompts, and log the means."""
         if not self.validation or not self.schedule.eval_every:
-            return False
+            return None
         row = {"step": self.step}
         for kind, greedy, count in (
             ("greedy", True, 1),
@@ -304,9 +327,7 @@ class PPOLoop(Loop):
         shown = {"greedy": row["eval/greedy/score"], "sampled": row["eval/sampled/score"]}
         progress.report(self.step, {f"held-out {name}": value for name, value in shown.items()})
         self.state["evaluations"].append(row)
-        gained = self.state["best"] is None or shown["sampled"] > self.state["best"]
-        self.state["best"] = shown["sampled"] if gained else self.state["best"]
-        return gained
+        return Metric("eval/sampled/score", row["eval/sampled/score"], higher_is_better=True)
 
     def sample(self, rows: Sequence[PromptRow], greedy: bool) -> tuple[list[list[int]], list[bool]]:
         """(responses, whether each ended), a batch of the training's size at a time."""

@@ -24,7 +24,6 @@ from pytorch_models import Tuned, load_model, pick_device
 from pytorch_ppo_trainer import PPOTrainer
 from pytorch_reward_model import load_reward_model
 from pytorch_training import (
-    latest_checkpoint,
     note_versions,
     optimizer_and_schedule,
     peak_memory,
@@ -38,6 +37,7 @@ from rl.reward_sources import GROUND_TRUTH, LEARNED, learned_reward
 from training import ppo_flags
 from training.adapter_choice import refuse_other_adapter
 from training.arguments import run_main
+from training.checkpoint_folders import latest_checkpoint, saving
 from training.dataclass_flags import dataclass_from_arguments
 from training.flag_groups import adapter_description, optimizer_options
 from training.metrics import Run, read_rows
@@ -55,8 +55,7 @@ FULL = {"fine_tune_type": "full"}
 
 def main(words=None) -> int:
     args = parse(ppo_flags, words)
-    if args.save_file is not None:
-        check_free(args.save_file)
+    check_free(args)
     seed_everything(args.seed)
     loaded = load_model(args.model, **loading(args))
     prompts = ppo_flags.load_prompts(args, loaded.tokenizer)
@@ -182,7 +181,8 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         )
         loop.run(stop)
         if not stop.requested:
-            finish(args, loaded, policy, run, loop)
+            with saving(args.save_file or run.folder / "model"):
+                finish(args, loaded, policy, run, loop)
     stop.exit_if_requested(SCRIPT, run.folder)
 
 

@@ -11,17 +11,14 @@ Within a minute on a laptop, on the embedded model:
 import itertools
 
 import project_root  # noqa: F401
-import torch
 from pytorch_actor_critic import Sampling, generate
-from pytorch_files import check_free, load_adapter, save_trained
+from pytorch_checkpoints import load_checkpoint
+from pytorch_files import check_free, is_adapter, load_adapter, save_trained
 from pytorch_flags import parse
 from pytorch_loops import Schedule, SupervisedLoop
 from pytorch_models import Tuned, load_model, pick_device
 from pytorch_reward_model import RewardModel, normalise
 from pytorch_training import (
-    best_checkpoint,
-    latest_checkpoint,
-    load_checkpoint,
     note_versions,
     optimizer_and_schedule,
     peak_memory,
@@ -33,11 +30,12 @@ from data_utils import BatchIterator, BatchPlan, epoch_batches
 from training import sft_flags
 from training.adapter_choice import refuse_other_adapter, refuse_other_pooling
 from training.arguments import run_main
+from training.checkpoint_folders import best_checkpoint, latest_checkpoint, saving
 from training.flag_groups import adapter_description, optimizer_options
 from training.metrics import Run, read_rows
-from training.plots import plot_calibration, plot_distributions, plot_losses
+from training.plots import plot_losses
 from training.resume import checkpoint_asked_for
-from training.reward_report import preference_report, regression_report
+from training.reward_evaluation import evaluate_scores
 from training.signals import GracefulStop
 
 SCRIPT = "pytorch_baseline/pytorch_sft.py"
@@ -48,8 +46,7 @@ SCRIPT = "pytorch_baseline/pytorch_sft.py"
 
 def main(words=None) -> int:
     args = parse(sft_flags, words)
-    if args.save_file is not None:
-        check_free(args.save_file)
+    check_free(args)
     seed_everything(args.seed)
     loaded = load_model(
         args.model,
@@ -149,7 +146,7 @@ def train(args, loaded, model, rows) -> None:
             run, trainer, schedule, loaded.device,
             batches=iterator,
             validation=sft_flags.validation(args, rows.get("valid")),
-            after_validation=lambda step: write_samples(args, loaded, trainer, run, step),
+            after_validation=lambda step: write_samples(args, loaded, trainer, rows, run, step),
             base=loaded.fingerprint,
         )  # fmt: skip
         if args.resume is not None:
@@ -164,7 +161,8 @@ def train(args, loaded, model, rows) -> None:
         if args.save_best and not stop.requested:
             take_best(loop, best_checkpoint(run.checkpoints))
         if not stop.requested:
-            finish(args, loaded, trainer, run, loop, rows)
+            with saving(args.save_file or run.folder / "model"):
+                finish(args, loaded, trainer, run, loop, rows)
     stop.exit_if_requested(SCRIPT, run.folder)
 
 
@@ -178,7 +176,7 @@ def take_best(loop, checkpoint) -> None:
     print(f"the best weights are those of step {saved['step']}")
 
 
-def write_samples(args, loaded, trainer, run, step) -> None:
+def write_samples(args, loaded, trainer, rows, run, step) -> None:
     """Continue --sample-prompts greedily; into samples.jsonl."""
     if not args.sample_prompts:
         return
@@ -186,7 +184,7 @@ def write_samples(args, loaded, trainer, run, step) -> None:
     trainer.trained.eval()
     made = generate(
         trainer.tuned,
-        [tokenizer.encode(text) for text in args.sample_prompts],
+        rows["samples"],
         max_tokens=100,
         eos_ids=loaded.eos_ids,
         sampling=Sampling(temperature=0),
@@ -201,19 +199,37 @@ def write_samples(args, loaded, trainer, run, step) -> None:
 
 def finish(args, loaded, trainer, run, loop, rows) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
-    summary = {"steps": loop.step, **loop.state, "peak_memory": peak_memory(loaded.device)}
-    if args.reward_model and args.normalize_samples:
-        normalise_scores(args, loaded, trainer, rows["train"])
+    state, memory = loop.state, peak_memory(loaded.device)
+    summary = {"steps": loop.step, "best_valid_loss": state["best"], "peak_memory": memory}
+    summary |= {name: state[name] for name in ("tokens", "skipped")}
     path = args.save_file or str(run.folder / "model")
     written = save_trained(path, trainer.tuned, loaded, args.tokenizer)
     if args.reward_model:
         written.append(trainer.trained.save_head(path))
+        if args.normalize_samples:  # may fail, and what was trained lies there already
+            normalise_scores(args, loaded, trainer, rows["train"])
+            trainer.trained.save_head(path)
         if "valid" in rows:
             summary |= evaluate_reward_model(trainer, rows["valid"], run.plots)
+    elif "valid" in rows:
+        found = trainer.evaluate(sft_flags.validation(args, rows["valid"])())
+        print("validation: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        summary |= {f"valid/{name}": value for name, value in found.items()}
     unit = "loss" if args.reward_model else "nats per token"
     written.append(plot_losses(read_rows(run.folder), run.plots / "loss.png", unit=unit))
     run.finish(summary)
     print("wrote " + "\n      ".join(map(str, [*written, run.folder / "metrics.jsonl"])))
+    print(f"next: python {what_next(args, path, is_adapter(path, trainer.tuned))}")
+
+
+def what_next(args, path, adapter: bool) -> str:
+    """The command that takes what was trained."""
+    model = f" --model {args.model}" if args.model and adapter else ""
+    if args.reward_model:
+        return f"ppo_training.py{model} --reward_model {path}"
+    if adapter:
+        return f"fuse.py{model} --adapter-file {path} --save-path my_model/"
+    return f"talk_to_model.py --model {path}"
 
 
 def normalise_scores(args, loaded, trainer, rows) -> None:
@@ -222,39 +238,17 @@ def normalise_scores(args, loaded, trainer, rows) -> None:
     starts = list(itertools.islice(itertools.cycle(starts), args.normalize_samples))
     starts = [tokens[: max(1, len(tokens) // 4)] for tokens in starts]
     trainer.trained.eval()
-    if trainer.tuned.kind == "full":  # its base is gone: load it once more
-        base = Tuned(load_model(args.model, device=loaded.device, dtype=args.dtype).model,
-                     {"fine_tune_type": "full"})  # fmt: skip
-        made = write_from(base, starts, loaded)
-    else:
-        with trainer.tuned.disabled():
-            made = write_from(trainer.tuned, starts, loaded)
+    longest = max(map(len, starts)) * 3
+    with trainer.tuned.disabled():
+        made = generate(trainer.tuned, starts, max_tokens=longest, eos_ids=loaded.eos_ids, seed=0)
     texts = [start + response for start, response in zip(starts, made.responses, strict=True)]
     normalise(trainer.trained, texts)
 
 
-def write_from(model, starts, loaded):
-    longest = max(map(len, starts)) * 3
-    return generate(model, starts, max_tokens=longest, eos_ids=loaded.eos_ids, seed=0)
-
-
-@torch.no_grad()
 def evaluate_reward_model(trainer, rows, plots=None) -> dict[str, float]:
     """Agreement of scores with rewards or preferences; with `plots`, drawn there."""
-    score = trainer.trained.score
-    if hasattr(rows[0], "reward"):
-        truth, scores = [row.reward for row in rows.rows], score([row.tokens for row in rows.rows])
-        report, groups = regression_report(scores, truth), {"reward model": scores, "truth": truth}
-        if plots is not None:
-            plot_calibration(scores, truth, plots / "calibration.png")
-    else:
-        groups = {
-            "chosen": score([row.chosen for row in rows.rows]),
-            "rejected": score([row.rejected for row in rows.rows]),
-        }
-        report = preference_report(*groups.values())
-    if plots is not None:
-        plot_distributions(groups, plots / "scores.png")
+    model = trainer.trained
+    report = evaluate_scores(model.score, rows.rows, plots, gain=model.gain, offset=model.offset)
     print("held-out rows: " + "  ".join(f"{k} {v:.3f}" for k, v in report.items()))
     return {f"heldout/{name}": value for name, value in report.items()}
 

@@ -1,14 +1,11 @@
-"""training/optimizers.py, checkpoints.py, seeds.py and memory.py in PyTorch."""
+"""training/optimizers.py, seeds.py and memory.py in PyTorch."""
 
-import json
+import importlib.metadata
 import math
-import os
 import random
 import resource
-import shutil
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -230,55 +227,10 @@ def check_memory(gigabytes: float | None, device: torch.device) -> None:
         )
 
 
-# ---- checkpoints -------------------------------------------------------------------------------
-
-
-def save_checkpoint(
-    folder: Path, step: int, state: dict, *, keep: int = 2, better: bool = False
-) -> Path:
-    """Write `state` (tensors and plain values) as step-…/state.pt, under another name first.
-
-    The newest `keep` stay, and the last one that was saved with `better`.
-    """
-    final = folder / f"step-{step:08d}"
-    aside = folder / f".tmp-{final.name}-{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    torch.save({"step": step, **state}, aside / "state.pt")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(aside, final)
-    if better:
-        write_json(folder / "best.json", {"checkpoint": final.name})
-    best = best_checkpoint(folder)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        if old != best:
-            shutil.rmtree(old)
-    return final
-
-
-def load_checkpoint(path: Path) -> dict:
-    """What `save_checkpoint` was given, and the step. No pickled code is ever run."""
-    try:
-        return torch.load(path / "state.pt", weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    found = sorted(folder.glob("step-*/state.pt"))
-    return found[-1].parent if found else None
-
-
-def best_checkpoint(folder: Path) -> Path | None:
-    file = folder / "best.json"
-    return folder / json.loads(file.read_text())["checkpoint"] if file.exists() else None
-
-
 def note_versions(run) -> None:
     """Add what the baseline stands on to the run's config.json."""
-    import peft
-
-    run.config["versions"] |= {"torch": torch.__version__, "peft": peft.__version__}
+    names = ("torch", "peft", "trl")
+    run.config["versions"] |= {name: importlib.metadata.version(name) for name in names}
     run.config["machine"]["torch_threads"] = torch.get_num_threads()
     write_json(run.folder / "config.json", plain(run.config))
 

@@ -17,6 +17,7 @@ from pytorch_models import load_model as load_torch
 from pytorch_ppo_training import main as ppo_main
 from pytorch_reward_model import load_reward_model as load_torch_reward_model
 from pytorch_sft import main as sft_main
+from test_scripts_errors import tree
 
 from errors import UserError
 from models.adapter_files import load_adapter, read_adapter, save_adapter
@@ -101,12 +102,31 @@ def test_compile_is_refused(capsys):
     assert "--compile" in capsys.readouterr().err
 
 
-def test_a_folder_of_something_else_is_not_replaced(tmp_path):
+@pytest.mark.parametrize("words", [(), ("--prompt-tuning",)])
+def test_a_folder_that_is_there_is_not_replaced(tmp_path, words):
+    """Of a run, of the base model, of anything else; nor the run's own folder."""
+    run, base = tmp_path / "run", other_base(tmp_path / "base")
+    sft(run)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="letter|no model folder"):
-        sft(tmp_path / "run", "--save-file", str(tmp_path / "mine"))
-    assert (tmp_path / "mine" / "letter.txt").exists()
+    before = tree(tmp_path)
+    for there in (tmp_path / "mine", run, run / "model", base):
+        with pytest.raises(UserError, match="is there already; give another name"):
+            sft(tmp_path / "new", "--model", str(base), *words, "--save-file", str(there))
+    with pytest.raises(UserError, match="is there already"):
+        sft_main(["--resume", str(run), "--save-file", str(base)])
+    for there in (tmp_path / "new", tmp_path):
+        with pytest.raises(UserError, match="is where the run is kept"):
+            sft(tmp_path / "new", *words, "--save-file", str(there))
+    assert tree(tmp_path) == before
+
+
+def test_a_resumed_run_replaces_what_it_wrote(tmp_path):
+    run = sft(tmp_path / "run", "--save-file", str(tmp_path / "model"))
+    before = tree(tmp_path / "model")
+    sft_main(["--resume", str(run), "--iters", "6"])
+    after = tree(tmp_path / "model")
+    assert before.keys() == after.keys() and before != after
 
 
 # ---- the commands ------------------------------------------------------------------------------
