@@ -241,6 +241,7 @@ def generation_config(sampling: Sampling, longest: int, eos_ids: set[int]) -> Ge
         pad_token_id=min(eos_ids),
         return_dict_in_generate=True,
         output_logits=True,
+        remove_invalid_values=True,  # for the draw alone: NaN is found in the update, and skipped
         **chosen,
     )
 
