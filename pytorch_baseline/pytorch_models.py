@@ -81,12 +81,8 @@ def load_model(
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     config = read_config(name, trust_remote_code)
     options = {"trust_remote_code": trust_remote_code}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **options)
-        reader = AutoTokenizer.from_pretrained(tokenizer or name, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{name}: cannot be loaded: {reason}") from None
+    model = loaded_from(name, AutoModelForCausalLM, dtype=DTYPES[dtype], **options)
+    reader = loaded_from(tokenizer or name, AutoTokenizer, **options)
     # Its own sampling settings (a repetition penalty, say) must not reach the rollouts.
     model.generation_config = GenerationConfig()
     for module in model.modules():
@@ -97,6 +93,15 @@ def load_model(
     model.requires_grad_(False)
     model.to(device).eval()
     return LoadedModel(model, reader, config, name, device, base_fingerprint(model_folder(name)))
+
+
+def loaded_from(name: str, kind: type, **options):
+    """What transformers' `kind` finds at `name`, or a UserError of one line."""
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{name}: cannot be loaded: {reason}") from None
 
 
 def model_folder(name: str) -> Path:

@@ -276,8 +276,8 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 
 MEMORY_ADVICE = (
-    "lower --batch-size, --mini-batch-size or the sequence length, or add --grad-checkpoint or "
-    "--quantize 4"
+    "lower --batch-size, --mini-batch-size or the sequence length, or add --grad-checkpoint or, "
+    "with MLX, --quantize 4"
 )
 
 

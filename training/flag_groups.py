@@ -23,7 +23,7 @@ def add_run_arguments(parser: Parser, *, save_every: int = 100) -> None:
     add = group.add_argument
     add("--output-dir", help="run folder (default: runs/<script>-<time>)")
     add("--overwrite", type=bool, default=False, help="delete the run that --output-dir holds")
-    add("--seed", type=int, default=0, help="seeds Python, NumPy and MLX before anything random")
+    add("--seed", type=int, default=0, help="seed of everything random")
     add("--config", help="YAML, JSON or .conf file of options; the command line overrides it")
     add(
         "--save-every",
@@ -40,7 +40,7 @@ def add_run_arguments(parser: Parser, *, save_every: int = 100) -> None:
     add("--resume", help="run folder, or one of its checkpoints, to go on with")
     add("--force-resume", type=bool, default=False, help="resume even though options changed")
     add("--log-with", choices=("none", "wandb"), default="none", help="where else metrics go")
-    add("--memory-limit", type=float, help="stop with advice when MLX uses more than this many GB")
+    add("--memory-limit", type=float, help="stop with advice above so many GB in use")
     add(
         "--max-bad-steps",
         type=int,
