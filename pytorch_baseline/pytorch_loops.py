@@ -13,7 +13,7 @@ from pytorch_training import check_memory, rng_state, set_rng_state
 
 from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
-from training.bad_steps import not_finite, refuse_untrained, save_or_stop
+from training.bad_steps import not_finite, report_skipped, save_or_stop
 from training.checkpoint_folders import Metric, set_aside_after
 from training.console import Progress
 from training.metrics import Run, read_rows
@@ -160,7 +160,7 @@ class SupervisedLoop(Loop):
                 left = all_batches - self.step * plan.accumulation
                 self.trainer.train_for(plan.steps - self.step, left, self.after_update)
         if not stop.requested:
-            refuse_untrained(self, self.state["skipped"], NUMBERS)
+            report_skipped(self, self.state["skipped"], NUMBERS)
         self.checkpoint()
 
     @property
@@ -251,7 +251,7 @@ class PPOLoop(Loop):
             if not stop.requested:
                 rows = read_rows(self.run_folder.folder)
                 skipped = sum(row.get("ppo/not_finite") == 1 for row in rows)
-                refuse_untrained(self, skipped, NUMBERS)
+                report_skipped(self, skipped, NUMBERS)
             # Only where every run would have one, stopped or not, may a checkpoint be the best.
             self.checkpoint(metric if self.step == plan.steps else None)
 

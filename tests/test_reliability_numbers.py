@@ -219,6 +219,7 @@ def test_one_bad_gradient_is_skipped_counted_and_its_rows_kept(server, tmp_path,
     run, before = tmp_path / "run", whole(name)[0]["metrics"]
     rows = {row["step"]: row for row in metrics(run) if "train/loss" in row}
     assert rows[3]["train/skipped_total"] == 0 and rows[max(rows)]["train/skipped_total"] == 1
+    assert f"was NaN or infinite in 1 of {max(rows)} steps, which were skipped" in ended.err
     assert rows[4]["train/grad_norm"] is None
     assert [row for row in metrics(run) if row["step"] < 4] == [r for r in before if r["step"] < 4]
     weights = {}

@@ -6,6 +6,7 @@ from typing import Any
 from errors import UserError
 from training.checkpoint_folders import Metric, list_checkpoints, problem
 from training.metrics import Run
+from training.redact import tell
 
 
 def save_or_stop(
@@ -34,14 +35,18 @@ def save_or_stop(
         raise
 
 
-def refuse_untrained(loop: Any, skipped: float, what: str, last_bad: str = "") -> None:
-    """The end of a run: UserError where all its steps were `skipped`, so that nothing is saved."""
+def report_skipped(loop: Any, skipped: float, what: str, last_bad: str = "") -> None:
+    """The end of a run: a warning of steps that were `skipped`, a UserError where all were."""
+    rows = f"their rows: bad_rows.jsonl{last_bad}"
     if loop.step and skipped == loop.step:
         raise not_finite(
             loop.run_folder,
             f"{what} was NaN or infinite in every step, so all {loop.step} were skipped and "
-            f"nothing was trained (their rows: bad_rows.jsonl{last_bad})",
+            f"nothing was trained ({rows})",
         )
+    if skipped:
+        tell(f"warning: {what} was NaN or infinite in {skipped:.0f} of {loop.step} steps, which "
+             f"were skipped ({rows})")  # fmt: skip
 
 
 class NotFiniteError(UserError):

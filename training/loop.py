@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from models.adapter_description import CONFIG_KEY
 from models.tuning import Tuning
-from training.bad_steps import not_finite, refuse_untrained, save_or_stop
+from training.bad_steps import not_finite, report_skipped, save_or_stop
 from training.checkpoint_folders import Metric, set_aside_after
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.console import Progress
@@ -134,7 +134,7 @@ class Loop:
                 due = plan.save_every and (best or self.step % plan.save_every == 0)
                 save_or_stop(self, bool(due), metric, "loss or gradient")
         if not stop.requested:
-            refuse_untrained(self, self.totals["skipped"], "loss or gradient")
+            report_skipped(self, self.totals["skipped"], "loss or gradient")
         self.checkpoint()
 
     def stopped_early(self, progress: Progress) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
 from rl.reward_functions import quote_row
-from training.bad_steps import not_finite, refuse_untrained, save_or_stop
+from training.bad_steps import not_finite, report_skipped, save_or_stop
 from training.checkpoint_folders import Metric, set_aside_after
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.console import Progress
@@ -146,7 +146,7 @@ class PPOLoop:
                 due = plan.save_every and not last and (best or self.step % plan.save_every == 0)
                 save_or_stop(self, bool(due), metric, NUMBERS, self.last_bad)
             if not stop.requested:
-                refuse_untrained(self, self.skipped_steps(), NUMBERS, self.last_bad)
+                report_skipped(self, self.skipped_steps(), NUMBERS, self.last_bad)
             # Only where every run would have one, stopped or not, may a checkpoint be the best.
             self.checkpoint(metric if self.step == plan.steps else None)
 
