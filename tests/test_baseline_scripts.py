@@ -26,7 +26,8 @@ from models.load import load_model
 from models.reward_model import load_reward_model
 from training import ppo_flags, sft_flags
 from training.flag_check import unread_flags
-from training.metrics import read_rows
+from training.metrics import Run, read_rows
+from training.resume import MADE_BY
 
 pytestmark = pytest.mark.torch
 MODEL = str(DIGITS.relative_to(ROOT))
@@ -353,6 +354,21 @@ def test_ppo_repeats_and_resumes_to_the_byte(tmp_path):
     stopped = stopped_after(first, 2)
     ppo_main(["--resume", str(stopped)])
     assert weights(stopped) == weights(first) and losses(stopped) == losses(first)
+
+
+@pytest.mark.parametrize("main", [sft_main, ppo_main], ids=["sft", "ppo"])
+def test_resume_refuses_a_run_of_another_script(main, tmp_path, capsys):
+    this = "sft" if main is sft_main else "ppo_training"
+    for made, maker in MADE_BY.items():
+        Run(made, {"train": True}, output_dir=tmp_path / made).close()
+        before = tree(tmp_path)
+        if maker != f"pytorch_baseline/pytorch_{this}.py":
+            with pytest.raises(SystemExit):
+                main(["--resume", str(tmp_path / made)])
+            err = capsys.readouterr().err
+            assert f"is a run of {maker}, and this is pytorch_baseline/pytorch_{this}.py" in err
+            assert f"python {maker} --resume {tmp_path / made}" in err
+        assert tree(tmp_path) == before
 
 
 def test_resume_refuses_other_data(tmp_path):

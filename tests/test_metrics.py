@@ -112,6 +112,8 @@ def test_resume_cuts_the_files_back_to_the_checkpoint(folder, capsys):
     assert read_rows(folder / "bad_rows.jsonl") == []
     config = json.loads((folder / "config.json").read_text())
     assert config["options"]["iters"] == 12 and config["created"] == created
+    with pytest.raises(UserError, match="is a run of sft, and reward_model cannot go on"):
+        Run("reward_model", {}, output_dir=folder, resume=True)
     # Killed before its first checkpoint: everything is made again.
     with Run("sft", {}, output_dir=folder, resume=True) as run:
         run.load_state_dict({})

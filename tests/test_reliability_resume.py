@@ -23,6 +23,12 @@ from reliable_runs import (
     whole,
     words,
 )
+from test_scripts_errors import tree
+
+import ppo_training
+import sft
+from training.metrics import Run
+from training.resume import MADE_BY
 
 SEED = int(os.environ.get("MLX_RLHF_KILL_SEED", time.time_ns() % 10**6))
 
@@ -119,6 +125,38 @@ def test_every_kind_of_tuning_resumes_exactly(server, tmp_path, name, kind):
     assert list((broken / "run" / "checkpoints").glob("step-*"))
     expected = left_by(unbroken / "run", "out.npz")
     assert differences(expected, finish(server, script, line, broken)) == []
+
+
+# ------------------------------------------------------------------------------ refused
+
+
+@pytest.mark.parametrize("made", MADE_BY)
+@pytest.mark.parametrize("script", [sft, ppo_training], ids=lambda script: script.__name__)
+def test_a_run_of_another_script_is_refused(tmp_path, capsys, script, made):
+    """Given as a folder or as one of its checkpoints; the right command is named."""
+    folder = tmp_path / "a run"
+    Run(made, {"train": True, "ground_truth_reward": True}, output_dir=folder).close()
+    for path in (folder, folder / "checkpoints" / "step-00000001"):
+        if MADE_BY[made] == f"{script.__name__}.py":
+            assert script.parse_arguments(["--resume", str(path)]).output_dir == str(folder)
+            continue
+        with pytest.raises(SystemExit) as end:
+            script.parse_arguments(["--resume", str(path)])
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and err.count("\n") == 1
+        assert f"{folder}: is a run of {MADE_BY[made]}, and this is {script.__name__}.py" in err
+        assert err.endswith(f"go on with it by: python {MADE_BY[made]} --resume '{path}'\n")
+
+
+def test_the_run_of_another_script_stays_as_it_is(server, tmp_path):
+    script, line = SHORT_RUNS["sft"]
+    assert server.run(script, line, tmp_path).code == 0
+    before = tree(tmp_path)
+    last = "run/checkpoints/step-00000004"
+    for more in (["--resume", "run"], ["--resume", last, "--num-steps", "9", "--force-resume"]):
+        ended = server.run("ppo_training.py", [*more, "--ground_truth_reward"], tmp_path)
+        assert ended.code == 2 and "run: is a run of sft.py, and this is ppo_tr" in ended.error
+    assert tree(tmp_path) == before
 
 
 def test_iters_replace_the_epochs_of_the_run_that_is_resumed(server, tmp_path):

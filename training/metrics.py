@@ -82,7 +82,13 @@ class Run:
 
     def _open(self, script, options, resume, overwrite, outputs, blas) -> None:
         if resume:
-            created = read_run_config(self.folder).get("created")
+            old = read_run_config(self.folder)
+            created = old.get("created")
+            if old["script"] != script:  # sft.py has two kinds, and --force-resume forces much
+                raise UserError(
+                    f"{self.folder}: is a run of {old['script']}, and {script} cannot go on with "
+                    "it; start anew"
+                )
         else:
             created = None
             if config_of_run(self.folder) is not None and not overwrite:

@@ -86,7 +86,7 @@ NEEDS = (
 
 def parse_arguments(words=None):
     """The parsed and checked command line."""
-    parser = Parser(description=DESCRIPTION, harmless=HARMLESS)
+    parser = Parser(script="sft.py", description=DESCRIPTION, harmless=HARMLESS)
     add = parser.add_argument_group("task").add_argument
     add("--train", type=bool, default=False, help="train")
     add("--test", type=bool, default=False, help="evaluate on the test rows, after any training")
