@@ -160,7 +160,6 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         ) as run,
         GracefulStop() as stop,
     ):  # fmt: skip
-        note_versions(run)
         loop = PPOLoop(
             run, trainer, schedule, loaded.device,
             rewards=rewards,
@@ -173,6 +172,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         if args.resume is not None:
             saved = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
             loop.resume(saved, force=args.force_resume)
+        note_versions(run)
         print(
             f"{run.folder}: {config.num_steps} steps of {config.batch_size} responses, "
             f"{config.ppo_epochs} epochs of minibatches of {config.mini_batch_size}; "

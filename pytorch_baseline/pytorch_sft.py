@@ -141,7 +141,6 @@ def train(args, loaded, model, rows) -> None:
         ) as run,
         GracefulStop() as stop,
     ):  # fmt: skip
-        note_versions(run)
         loop = SupervisedLoop(
             run, trainer, schedule, loaded.device,
             batches=iterator,
@@ -152,6 +151,7 @@ def train(args, loaded, model, rows) -> None:
         if args.resume is not None:
             saved = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
             loop.resume(saved, force=args.force_resume)
+        note_versions(run)
         print(
             f"{run.folder}: {steps} updates of {args.batch_size} x "
             f"{args.gradient_accumulation_steps} rows ({steps / updates_per_epoch:.1f} epochs), "

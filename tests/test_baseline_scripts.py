@@ -376,8 +376,10 @@ def test_resume_refuses_other_data(tmp_path):
     run = sft(tmp_path / "a", "--data", str(tmp_path / "data"))
     rows = (tmp_path / "data" / "increasing_mult_2_train.jsonl").read_text().splitlines()
     (tmp_path / "data" / "increasing_mult_2_train.jsonl").write_text("\n".join(rows[:-1]) + "\n")
+    before = tree(run)
     with pytest.raises(UserError, match="--force-resume"):
-        sft_main(["--resume", str(run)])
+        sft_main(["--resume", str(run), "--iters", "9"])
+    assert tree(run) == before  # the options too
 
 
 def test_resume_refuses_other_weights_of_the_base(tmp_path):

@@ -331,6 +331,17 @@ def test_wandb_without_a_key_or_a_terminal_asks_nothing(folder):
     assert any(path.suffix == ".wandb" for path in files)
 
 
+def test_without_wandb_a_resumed_run_stays_as_it_was(folder, monkeypatch):
+    Run("sft", {"log_with": "none"}, output_dir=folder).close()
+    before = (folder / "config.json").read_bytes()
+    monkeypatch.setattr("training.tracking.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--log-with wandb: not installed"):
+        Run("sft", {"log_with": "wandb"}, output_dir=folder, resume=True, log_with="wandb")
+    with pytest.raises(UserError, match="--log-with wandb: not installed"):
+        Run("sft", {}, output_dir=folder.with_name("new"), log_with="wandb")
+    assert (folder / "config.json").read_bytes() == before and not folder.with_name("new").exists()
+
+
 # ------------------------------------------------------------------------------ memory
 
 

@@ -159,6 +159,32 @@ def test_the_run_of_another_script_stays_as_it_is(server, tmp_path):
     assert tree(tmp_path) == before
 
 
+def short_end(server: Server, folder: Path) -> None:
+    """3 batches in updates of 2: the second update is of 1, where 2 epochs have 2, 2, 2."""
+    line = ["--train", "--max-rows", "12", "--steps-per-eval", "0", *SHORT]
+    line += ["--gradient-accumulation-steps", "2", "--epochs", "1"]
+    assert server.run("sft.py", line, folder).code == 0
+
+
+LAST = "run/checkpoints/step-00000001"
+REFUSED = {
+    "--resume run --epochs 2": "--epochs: the run that is resumed ended in an update of fewer than",
+    "--resume run --iters 20": "--iters: the run that is resumed ended in an update of fewer than",
+    f"--resume {LAST} --lora-rank 3 --force-resume": "checkpoint: does not fit the model",
+}
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(server, tmp_path):
+    """Its options too: a plain --resume would go by them."""
+    short_end(server, tmp_path)
+    before = tree(tmp_path)
+    for line, said in REFUSED.items():
+        ended = server.run("sft.py", line.split(), tmp_path)
+        assert ended.code == 2 and said in ended.error, ended.err
+        assert tree(tmp_path) == before, line
+    assert server.run("sft.py", ["--resume", "run"], tmp_path).code == 0
+
+
 def test_iters_replace_the_epochs_of_the_run_that_is_resumed(server, tmp_path):
     """And epochs its iters; the longer run ends as if it had been asked for at once."""
     line = ["--train", "--max-rows", "12", "--steps-per-eval", "0", *SHORT]
@@ -184,16 +210,11 @@ def test_a_change_of_length_is_refused_where_the_learning_rate_depends_on_it(ser
 
 
 def test_an_end_that_a_longer_run_would_not_have_is_not_gone_on_from(server, tmp_path):
-    """3 batches in updates of 2: the second update is of 1, where 2 epochs have 2, 2, 2."""
-    line = ["--train", "--max-rows", "12", "--steps-per-eval", "0", *SHORT]
-    line += ["--gradient-accumulation-steps", "2", "--epochs", "1"]
-    assert server.run("sft.py", line, tmp_path).code == 0
+    short_end(server, tmp_path)
     before = left_by(tmp_path / "run", "out.npz")
     assert server.run("sft.py", ["--resume", "run"], tmp_path).code == 0  # as long as it was
-    ended = server.run("sft.py", ["--resume", "run", "--epochs", "2"], tmp_path)
-    assert ended.code == 2 and "ended in an update of fewer than 2 batches" in ended.error
     assert differences(before, left_by(tmp_path / "run", "out.npz")) == []
-    last = "run/checkpoints/step-00000001"  # before the short update
-    ended = server.run("sft.py", ["--resume", last, "--epochs", "2"], tmp_path)
+    # From before the short update:
+    ended = server.run("sft.py", ["--resume", LAST, "--epochs", "2"], tmp_path)
     assert ended.code == 0, ended.err
     assert left_by(tmp_path / "run", "out.npz")["summary"]["steps"] == 3

@@ -163,8 +163,9 @@ def check_whole_updates(step: int, accumulation: int, position: int, batches: in
     of ``batches`` in all (None: no limit).
     """
     if position < step * accumulation and position != batches:
+        flag = "--iters" if batches is None else "--epochs"
         raise UserError(
-            f"--epochs: the run that is resumed ended in an update of fewer than {accumulation} "
+            f"{flag}: the run that is resumed ended in an update of fewer than {accumulation} "
             "batches, which a longer run would not have made; start anew, or add --force-resume"
         )
 
