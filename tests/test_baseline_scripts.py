@@ -103,6 +103,14 @@ def test_compile_is_refused(capsys):
     assert "--compile" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--prompt-tuning", "--lora-rank=3", "--fine-tune-type=full"])
+def test_what_describes_an_adapter_is_refused_at_a_test_of_none(flag, capsys):
+    with pytest.raises(SystemExit):
+        sft_main(["--test", flag])
+    said = f"{flag.replace('=', ' ')} has no effect without --train or --resume-adapter-file"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [(), ("--prompt-tuning",)])
 def test_a_folder_that_is_there_is_not_replaced(tmp_path, words):
     """Of a run, of the base model, of anything else; nor the run's own folder."""
