@@ -192,7 +192,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
 def finish(args, loaded, policy, run, loop) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
     path = args.save_file or str(run.folder / "model")
-    written = save_trained(path, policy.model, loaded, args.tokenizer)
+    written = save_trained(path, policy.model, loaded, args.tokenizer, "value_head")
     written.append(save_head(path, "value_head", policy.value_head.state_dict(), {}))
     rows = read_rows(run.folder)
     target = args.target if args.adap_kl_ctrl else None

@@ -17,7 +17,7 @@ from pytorch_files import check_free, is_adapter, load_adapter, save_trained
 from pytorch_flags import parse
 from pytorch_loops import Schedule, SupervisedLoop
 from pytorch_models import Tuned, load_model, pick_device
-from pytorch_reward_model import RewardModel, normalise
+from pytorch_reward_model import HEAD, RewardModel, normalise
 from pytorch_training import (
     note_versions,
     optimizer_and_schedule,
@@ -203,7 +203,8 @@ def finish(args, loaded, trainer, run, loop, rows) -> None:
     summary = {"steps": loop.step, "best_valid_loss": state["best"], "peak_memory": memory}
     summary |= {name: state[name] for name in ("tokens", "skipped")}
     path = args.save_file or str(run.folder / "model")
-    written = save_trained(path, trainer.tuned, loaded, args.tokenizer)
+    head = HEAD if args.reward_model else None
+    written = save_trained(path, trainer.tuned, loaded, args.tokenizer, head)
     if args.reward_model:
         written.append(trainer.trained.save_head(path))
         if args.normalize_samples:  # may fail, and what was trained lies there already

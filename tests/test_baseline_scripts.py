@@ -189,6 +189,22 @@ def test_reward_model_and_ppo_against_it(tmp_path):
     assert max(np.abs(np.array(a)).max() for n, a in tuning.arrays().items() if "_b" in n) > 0
 
 
+@pytest.mark.parametrize("words", [(), ("--prompt-tuning",)], ids=["file", "soft prompt"])
+def test_what_is_saved_over_a_reward_model_is_none(tmp_path, words, recwarn):
+    """In a file; a folder of an adapter is not written over by another run."""
+    path, short = tmp_path / "a.npz", ["--iters", "1", *words]
+    data, reward = ["--data-base", "reward_function_increasing_mult_2_"], ["--reward-model"]
+    for number, more in enumerate((reward + data, reward + data, [])):
+        sft(tmp_path / f"{number}", *short, *more, "--save-file", str(path))
+        assert (tmp_path / "a.reward_head.safetensors").exists() == bool(more)
+    ppo(tmp_path / "ppo", "--num-steps", "1", *words, "--save-file", str(path))
+    assert (tmp_path / "a.value_head.safetensors").exists()
+    sft(tmp_path / "last", *short, "--save-file", str(path))
+    assert not list(tmp_path.glob("a.*head*"))
+    said = [str(each.message) for each in recwarn if "was removed" in str(each.message)]
+    assert len(said) == 2 and "reward_head" in said[0] and "value_head" in said[1]
+
+
 def test_reward_adapter_on_its_base(tmp_path):
     path, data = tmp_path / "reward.npz", ["--data-base", "preference_increasing_mult_2_"]
     sft(tmp_path / "a", "--reward-model", "--pooling", "last", "--normalize-samples", "20",
