@@ -187,7 +187,7 @@ def finish(args, loaded, policy, run, loop) -> None:
     from training.metrics import read_rows
     from training.plots import plot_learned_and_true, plot_ppo
 
-    written = save_adapter(args.save_file, policy.tuning, loaded)
+    written = save_adapter(args.save_file, policy.tuning, loaded, head="value_head")
     written.append(save_head(args.save_file, "value_head", policy.value_head.arrays(), {}))
     rows = read_rows(run.folder)
     target = args.target if args.adap_kl_ctrl else None

@@ -198,12 +198,13 @@ def write_samples(args, loaded, task, rows, run, step) -> None:
 def finish(args, loaded, task, run, loop, rows) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
     from models.adapter_files import save_adapter
-    from models.reward_model import save_reward_head
+    from models.reward_model import HEAD, save_reward_head
     from training.metrics import read_rows
     from training.plots import plot_losses
 
     summary = {"steps": loop.step, "best_valid_loss": loop.best, **loop.totals}
-    written = save_adapter(args.save_file, task.tuning, loaded)
+    head = HEAD if args.reward_model else None
+    written = save_adapter(args.save_file, task.tuning, loaded, head=head)
     if args.reward_model:
         written.append(save_reward_head(args.save_file, task.reward_model))
         if args.normalize_samples:  # may fail, and what was trained lies there already

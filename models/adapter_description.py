@@ -1,6 +1,7 @@
 """What an adapter file says of itself, read without MLX: on the command line, and in PyTorch."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from models.file_checks import check_inside, check_npz, safetensors_header
 
 CONFIG_KEY = "adapter_config"  # safetensors metadata entry; in .npz an array of UTF-8 bytes
 FILE_SUFFIXES = (".npz", ".safetensors")
+HEADS = ("reward_head", "value_head")
 CONFIG_FILE = "adapter_config.json"
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 GUESSED_SCALE = 4.0  # of files that record none: the default of this project's LoRA
@@ -30,6 +32,25 @@ def head_path(adapter_path: str | Path, name: str) -> Path:
     if is_single_file(path):
         return path.with_name(f"{path.stem}.{name}.safetensors")
     return path / f"{name}.safetensors"
+
+
+def remove_old_heads(adapter_path: str | Path, head: str | None) -> None:
+    """After an adapter was written: delete the heads of the one that it took the place of.
+
+    `head` names the one that is saved next; of another that goes, the user is told. A fused model's
+    head stays, and one that may be of the other file of this name (``a.npz``, ``a.safetensors``).
+    """
+    path = Path(adapter_path)
+    shared = is_single_file(path) and all(path.with_suffix(s).exists() for s in FILE_SUFFIXES)
+    if shared or (path / "config.json").exists():
+        return
+    for name in HEADS:
+        file = head_path(path, name)
+        if file.exists():
+            file.unlink()
+            if name != head:
+                said = f"{file} was removed: it belonged to the adapter that {path} replaces"
+                warnings.warn(said, stacklevel=2)
 
 
 def path_in_block(path: str) -> str:

@@ -22,6 +22,7 @@ from models.adapter_description import (
     is_peft_adapter,
     is_single_file,
     read_json,
+    remove_old_heads,
 )
 from models.base_fingerprint import check_base, described_base
 from models.file_checks import check_inside, check_npz, safetensors_header
@@ -38,19 +39,27 @@ def describe(tuning: Tuning, base: LoadedModel) -> dict:
     return {**tuning.description(len(base.model.layers)), **described_base(base)}
 
 
-def save_adapter(path: str | Path, tuning: Tuning, base: LoadedModel) -> list[Path]:
-    """Write the arrays of `tuning` with their description; returns the files written."""
+def save_adapter(
+    path: str | Path, tuning: Tuning, base: LoadedModel, *, head: str | None = None
+) -> list[Path]:
+    """Write the arrays of `tuning` with their description; returns the files written.
+
+    `head`: name of the head that the caller saves beside it; those of an older adapter go.
+    """
     path = Path(path)
     config, arrays = describe(tuning, base), tuning.arrays()
     if is_single_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_arrays(path, arrays, {CONFIG_KEY: config})
-        return [path]
-    path.mkdir(parents=True, exist_ok=True)
-    name = SOFT_PROMPT_FILE if tuning.kind == "prompt" else "adapters.safetensors"
-    write_arrays(path / name, arrays, {CONFIG_KEY: config})
-    write_text(path / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-    return [path / name, path / "adapter_config.json"]
+        written = [path]
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+        name = SOFT_PROMPT_FILE if tuning.kind == "prompt" else "adapters.safetensors"
+        written = [path / name, path / "adapter_config.json"]
+        write_arrays(written[0], arrays, {CONFIG_KEY: config})
+        write_text(written[1], json.dumps(config, indent=2) + "\n")
+    remove_old_heads(path, head)
+    return written
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, mx.array], dict]:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import UserError
-from models.adapter_description import CONFIG_KEY, head_path, is_single_file
+from models.adapter_description import CONFIG_KEY, head_path, is_single_file, remove_old_heads
 from models.base_fingerprint import check_base, described_base
 from training.checkpoint_folders import disk_refused
 
@@ -42,10 +42,13 @@ def is_adapter(path: str | Path, model: Tuned) -> bool:
 # ---- adapters ----------------------------------------------------------------------------------
 
 
-def save_trained(path: str, model: Tuned, loaded: LoadedModel, tokenizer: str | None) -> list[Path]:
+def save_trained(
+    path: str, model: Tuned, loaded: LoadedModel, tokenizer: str | None, head: str | None = None
+) -> list[Path]:
     """Write what was trained: an adapter file, or a merged folder; returns what was written.
 
     A soft prompt has no weights to be merged into: a folder then is an adapter of the MLX side.
+    `head`: name of the head that the caller saves beside it; those of an older adapter go.
     """
     path = Path(path)
     if is_single_file(path):
@@ -59,6 +62,7 @@ def save_trained(path: str, model: Tuned, loaded: LoadedModel, tokenizer: str | 
         (path / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n")
     else:
         save_merged(path, model, loaded, tokenizer)
+    remove_old_heads(path, head)
     return [path]
 
 

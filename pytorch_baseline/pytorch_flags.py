@@ -24,6 +24,7 @@ class BaselineParser(Parser):
 
     def __init__(self, **options):
         super().__init__(**options)
+        self.script = f"pytorch_baseline/pytorch_{self.script}"
         self.description = f"{self.description} In PyTorch."
         add = self.add_argument_group("PyTorch").add_argument
         add("--tokenizer", help="folder or hub name of the tokenizer (default: --model)")

@@ -87,17 +87,21 @@ class Loop:
             check_same_data(saved, fingerprint(self.rows()))
             check_same_base(saved, self.base)
             self.check_position(saved)
+        if saved is not None:
+            self.take(saved)
+        # Nothing refuses from here on, and until here the run folder is as it was.
         set_aside_after(path, self.run_folder.checkpoints)
-        if saved is None:
-            self.run_folder.load_state_dict({})
-            return
+        self.run_folder.load_state_dict({} if saved is None else saved["run"])
+        if saved is not None:
+            set_rng_state(saved["rng"])
+
+    def take(self, saved: dict) -> None:
+        """The weights of a checkpoint, and where its run stood."""
         self.take_weights(saved)
         for name, part in self.parts().items():
             part.load_state_dict(saved[name])
         self.step, self.bad_in_a_row = saved["step"], saved["bad_in_a_row"]
         self.state.update(saved["state"])
-        self.run_folder.load_state_dict(saved["run"])
-        set_rng_state(saved["rng"])
 
     def check_position(self, saved: dict) -> None:
         """Raise UserError where a longer run would not have come past a checkpoint."""

@@ -160,7 +160,6 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         ) as run,
         GracefulStop() as stop,
     ):  # fmt: skip
-        note_versions(run)
         loop = PPOLoop(
             run, trainer, schedule, loaded.device,
             rewards=rewards,
@@ -173,6 +172,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         if args.resume is not None:
             saved = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
             loop.resume(saved, force=args.force_resume)
+        note_versions(run)
         print(
             f"{run.folder}: {config.num_steps} steps of {config.batch_size} responses, "
             f"{config.ppo_epochs} epochs of minibatches of {config.mini_batch_size}; "
@@ -192,7 +192,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
 def finish(args, loaded, policy, run, loop) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
     path = args.save_file or str(run.folder / "model")
-    written = save_trained(path, policy.model, loaded, args.tokenizer)
+    written = save_trained(path, policy.model, loaded, args.tokenizer, "value_head")
     written.append(save_head(path, "value_head", policy.value_head.state_dict(), {}))
     rows = read_rows(run.folder)
     target = args.target if args.adap_kl_ctrl else None

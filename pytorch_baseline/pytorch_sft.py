@@ -17,7 +17,7 @@ from pytorch_files import check_free, is_adapter, load_adapter, save_trained
 from pytorch_flags import parse
 from pytorch_loops import Schedule, SupervisedLoop
 from pytorch_models import Tuned, load_model, pick_device
-from pytorch_reward_model import RewardModel, normalise
+from pytorch_reward_model import HEAD, RewardModel, normalise
 from pytorch_training import (
     note_versions,
     optimizer_and_schedule,
@@ -141,7 +141,6 @@ def train(args, loaded, model, rows) -> None:
         ) as run,
         GracefulStop() as stop,
     ):  # fmt: skip
-        note_versions(run)
         loop = SupervisedLoop(
             run, trainer, schedule, loaded.device,
             batches=iterator,
@@ -152,6 +151,7 @@ def train(args, loaded, model, rows) -> None:
         if args.resume is not None:
             saved = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
             loop.resume(saved, force=args.force_resume)
+        note_versions(run)
         print(
             f"{run.folder}: {steps} updates of {args.batch_size} x "
             f"{args.gradient_accumulation_steps} rows ({steps / updates_per_epoch:.1f} epochs), "
@@ -203,7 +203,8 @@ def finish(args, loaded, trainer, run, loop, rows) -> None:
     summary = {"steps": loop.step, "best_valid_loss": state["best"], "peak_memory": memory}
     summary |= {name: state[name] for name in ("tokens", "skipped")}
     path = args.save_file or str(run.folder / "model")
-    written = save_trained(path, trainer.tuned, loaded, args.tokenizer)
+    head = HEAD if args.reward_model else None
+    written = save_trained(path, trainer.tuned, loaded, args.tokenizer, head)
     if args.reward_model:
         written.append(trainer.trained.save_head(path))
         if args.normalize_samples:  # may fail, and what was trained lies there already

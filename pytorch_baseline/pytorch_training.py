@@ -13,7 +13,6 @@ from torch import nn
 
 from errors import UserError
 from training.arguments import MEMORY_ADVICE
-from training.files import plain, write_json
 
 # ---- optimizers --------------------------------------------------------------------------------
 
@@ -228,11 +227,11 @@ def check_memory(gigabytes: float | None, device: torch.device) -> None:
 
 
 def note_versions(run) -> None:
-    """Add what the baseline stands on to the run's config.json."""
+    """Add what the baseline stands on to the run's config.json, once nothing refuses."""
     names = ("torch", "peft", "trl")
     run.config["versions"] |= {name: importlib.metadata.version(name) for name in names}
     run.config["machine"]["torch_threads"] = torch.get_num_threads()
-    write_json(run.folder / "config.json", plain(run.config))
+    run.write_config()
 
 
 def finite(tensors: Iterable[torch.Tensor]) -> bool:

@@ -26,7 +26,8 @@ from models.load import load_model
 from models.reward_model import load_reward_model
 from training import ppo_flags, sft_flags
 from training.flag_check import unread_flags
-from training.metrics import read_rows
+from training.metrics import Run, read_rows
+from training.resume import MADE_BY
 
 pytestmark = pytest.mark.torch
 MODEL = str(DIGITS.relative_to(ROOT))
@@ -100,6 +101,14 @@ def test_compile_is_refused(capsys):
     with pytest.raises(SystemExit):
         ppo_main([*PPO, "--compile", "True"])
     assert "--compile" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--prompt-tuning", "--lora-rank=3", "--fine-tune-type=full"])
+def test_what_describes_an_adapter_is_refused_at_a_test_of_none(flag, capsys):
+    with pytest.raises(SystemExit):
+        sft_main(["--test", flag])
+    said = f"{flag.replace('=', ' ')} has no effect without --train or --resume-adapter-file"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [(), ("--prompt-tuning",)])
@@ -178,6 +187,22 @@ def test_reward_model_and_ppo_against_it(tmp_path):
     tuning = load_adapter(base, tmp_path / "ppo.npz")
     assert tuning.kind == "lora" and (tmp_path / "ppo.value_head.safetensors").exists()
     assert max(np.abs(np.array(a)).max() for n, a in tuning.arrays().items() if "_b" in n) > 0
+
+
+@pytest.mark.parametrize("words", [(), ("--prompt-tuning",)], ids=["file", "soft prompt"])
+def test_what_is_saved_over_a_reward_model_is_none(tmp_path, words, recwarn):
+    """In a file; a folder of an adapter is not written over by another run."""
+    path, short = tmp_path / "a.npz", ["--iters", "1", *words]
+    data, reward = ["--data-base", "reward_function_increasing_mult_2_"], ["--reward-model"]
+    for number, more in enumerate((reward + data, reward + data, [])):
+        sft(tmp_path / f"{number}", *short, *more, "--save-file", str(path))
+        assert (tmp_path / "a.reward_head.safetensors").exists() == bool(more)
+    ppo(tmp_path / "ppo", "--num-steps", "1", *words, "--save-file", str(path))
+    assert (tmp_path / "a.value_head.safetensors").exists()
+    sft(tmp_path / "last", *short, "--save-file", str(path))
+    assert not list(tmp_path.glob("a.*head*"))
+    said = [str(each.message) for each in recwarn if "was removed" in str(each.message)]
+    assert len(said) == 2 and "reward_head" in said[0] and "value_head" in said[1]
 
 
 def test_reward_adapter_on_its_base(tmp_path):
@@ -355,13 +380,30 @@ def test_ppo_repeats_and_resumes_to_the_byte(tmp_path):
     assert weights(stopped) == weights(first) and losses(stopped) == losses(first)
 
 
+@pytest.mark.parametrize("main", [sft_main, ppo_main], ids=["sft", "ppo"])
+def test_resume_refuses_a_run_of_another_script(main, tmp_path, capsys):
+    this = "sft" if main is sft_main else "ppo_training"
+    for made, maker in MADE_BY.items():
+        Run(made, {"train": True}, output_dir=tmp_path / made).close()
+        before = tree(tmp_path)
+        if maker != f"pytorch_baseline/pytorch_{this}.py":
+            with pytest.raises(SystemExit):
+                main(["--resume", str(tmp_path / made)])
+            err = capsys.readouterr().err
+            assert f"is a run of {maker}, and this is pytorch_baseline/pytorch_{this}.py" in err
+            assert f"python {maker} --resume {tmp_path / made}" in err
+        assert tree(tmp_path) == before
+
+
 def test_resume_refuses_other_data(tmp_path):
     shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("digits_model"))
     run = sft(tmp_path / "a", "--data", str(tmp_path / "data"))
     rows = (tmp_path / "data" / "increasing_mult_2_train.jsonl").read_text().splitlines()
     (tmp_path / "data" / "increasing_mult_2_train.jsonl").write_text("\n".join(rows[:-1]) + "\n")
+    before = tree(run)
     with pytest.raises(UserError, match="--force-resume"):
-        sft_main(["--resume", str(run)])
+        sft_main(["--resume", str(run), "--iters", "9"])
+    assert tree(run) == before  # the options too
 
 
 def test_resume_refuses_other_weights_of_the_base(tmp_path):

@@ -14,6 +14,7 @@ from pytorch_reward_model import RewardModel
 from pytorch_sft import main as sft_main
 from pytorch_sft_trainer import RewardTrainer, SFTTrainer
 from pytorch_training import Scheduler, build_optimizer, trainable
+from test_scripts_errors import tree
 
 from data_utils import (
     BatchIterator,
@@ -193,8 +194,12 @@ def test_epochs_end_with_the_last_batch(tmp_path):
     records = tokenise_sft(read_records(ROOT / "data" / "increasing_mult_2_train.jsonl"), tokenizer)
     assert len(records) == len(lines)
     assert rows[-1]["train/tokens_total"] == sum(sum(row.mask) for row in records.rows)
-    with pytest.raises(UserError, match="ended in an update of fewer than 3 batches"):
-        sft_main(["--resume", str(tmp_path), "--epochs", "2"])
+    before = tree(tmp_path)
+    for flag, value in (("--epochs", "2"), ("--iters", "20")):
+        with pytest.raises(UserError, match=f"{flag}: .* ended in an update of fewer than 3 batch"):
+            sft_main(["--resume", str(tmp_path), flag, value])
+        assert tree(tmp_path) == before
+    sft_main(["--resume", str(tmp_path)])
 
 
 def test_nothing_is_written_beside_the_run(tmp_path, monkeypatch):

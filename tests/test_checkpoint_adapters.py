@@ -52,6 +52,28 @@ def test_the_last_checkpoint_is_what_was_saved(server, tmp_path, kind):
     assert not mx.array_equal(logits(checkpoints / "step-00000002", kind), logits(saved, kind))
 
 
+def test_what_is_saved_over_a_reward_model_is_none(server, tmp_path):
+    """Nor has it the value head of PPO; each head is there as long as its own adapter."""
+    save = words("--save-file out.npz --data DATA --batch-size 4")
+    reward = words("--reward-model --data-base reward_function_increasing_mult_2_")
+    lines = {
+        "reward_head": ["sft.py", "--train", "--iters", "1", "--steps-per-eval", "0", *reward],
+        "none": ["sft.py", "--train", "--iters", "1", "--steps-per-eval", "0"],
+        "value_head": ["ppo_training.py", *words("--ground_truth_reward --num-steps 1"),
+                       *words("--max-new-tokens 4 --eval-every 0")],
+    }  # fmt: skip
+    for head in ("reward_head", "none", "value_head", "reward_head", "value_head", "none"):
+        script, *line = lines[head]
+        ended = server.run(script, [*line, *save], tmp_path)
+        assert ended.code == 0, ended.err
+        there = [path.name for path in tmp_path.glob("out.*_head.safetensors")]
+        assert there == [f"out.{head}.safetensors"] * (head != "none")
+    assert "warning: out.value_head.safetensors was removed" in ended.err
+    line = words("--input DATA/increasing_mult_2_valid.jsonl --reward-model out.npz --output s")
+    ended = server.run("score.py", line, tmp_path)
+    assert ended.code == 2 and "out.npz: has no reward head beside it" in ended.error
+
+
 def test_a_reward_model_with_its_head(server, tmp_path):
     line = words("--reward-model --pooling last --data-base preference_increasing_mult_2_")
     line = [*LINE, *line, "--save-file", "out"]

@@ -118,6 +118,36 @@ def test_what_only_training_reads_is_refused_on_the_command_line_of_a_test(capsy
     parse(sft, "--test --no-train", "--config", str(tmp_path / "c.json"))
 
 
+OF_AN_ADAPTER = (
+    "--fine-tune-type full", "--fine-tune-type dora", "--lora-layers 2", "--lora-rank 3",
+    "--lora-scale 2", "--lora-alpha 3", "--lora-keys q_proj",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", OF_AN_ADAPTER)
+def test_what_describes_an_adapter_is_refused_at_a_test_of_none(capsys, tmp_path, flag):
+    """In a file it is taken: without a file of an adapter the base is tested all the same."""
+    err = refusal(capsys, sft, "--test", *words(flag))
+    assert f"error: {flag} has no effect without --train or --resume-adapter-file" in err
+    parse(sft, "--test --train", *words(flag))
+    parse(sft, "--preview", *words(flag))
+    name, _, value = flag.removeprefix("--").partition(" ")
+    (tmp_path / "c.json").write_text(json.dumps({name: value}))
+    parse(sft, "--test", "--config", str(tmp_path / "c.json"))
+
+
+def test_a_soft_prompt_that_nobody_trained_is_not_tested(capsys, files, tmp_path):
+    (tmp_path / "c.json").write_text('{"prompt_tuning": true, "num_prompt_tokens": 3}')
+    for line in ("--prompt-tuning", f"--config {tmp_path / 'c.json'}"):
+        err = refusal(capsys, sft, "--test", *line.split())
+        assert "--prompt-tuning has no effect without --train or --resume-adapter-file" in err
+        more = [] if "config" in line else ["--num-prompt-tokens", "3"]
+        file = ["--resume-adapter-file", str(files / "prompt.npz")]
+        parse(sft, "--test", *line.split(), *more, *file)
+    err = refusal(capsys, sft, "--test --reward-model --prompt-tuning")
+    assert "--test of a reward model needs --resume-adapter-file, or --train" in err
+
+
 SENSELESS = [
     (ppo_training, f"{PPO} --top_p 0", "--top-p 0: give a probability above 0"),
     (ppo_training, f"{PPO} --top-k -7", "--top-k"),

@@ -112,6 +112,8 @@ def test_resume_cuts_the_files_back_to_the_checkpoint(folder, capsys):
     assert read_rows(folder / "bad_rows.jsonl") == []
     config = json.loads((folder / "config.json").read_text())
     assert config["options"]["iters"] == 12 and config["created"] == created
+    with pytest.raises(UserError, match="is a run of sft, and reward_model cannot go on"):
+        Run("reward_model", {}, output_dir=folder, resume=True)
     # Killed before its first checkpoint: everything is made again.
     with Run("sft", {}, output_dir=folder, resume=True) as run:
         run.load_state_dict({})
@@ -327,6 +329,17 @@ def test_wandb_without_a_key_or_a_terminal_asks_nothing(folder):
     files, err = tracked(folder, 2)
     assert "logging offline" in err
     assert any(path.suffix == ".wandb" for path in files)
+
+
+def test_without_wandb_a_resumed_run_stays_as_it_was(folder, monkeypatch):
+    Run("sft", {"log_with": "none"}, output_dir=folder).close()
+    before = (folder / "config.json").read_bytes()
+    monkeypatch.setattr("training.tracking.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--log-with wandb: not installed"):
+        Run("sft", {"log_with": "wandb"}, output_dir=folder, resume=True, log_with="wandb")
+    with pytest.raises(UserError, match="--log-with wandb: not installed"):
+        Run("sft", {}, output_dir=folder.with_name("new"), log_with="wandb")
+    assert (folder / "config.json").read_bytes() == before and not folder.with_name("new").exists()
 
 
 # ------------------------------------------------------------------------------ memory

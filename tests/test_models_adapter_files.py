@@ -10,6 +10,7 @@ from test_models_lora import TOKENS, shake
 from tiny import bare, flat, tiny_model, tiny_model_folder
 
 from errors import UserError
+from models.adapter_description import HEADS
 from models.adapter_files import (
     head_path,
     load_adapter,
@@ -210,3 +211,40 @@ def test_heads_lie_beside_an_adapter(tmp_path, place, head):
     save_head(path, "value_head", {"weight": mx.arange(3)}, {"pooling": "last"})
     arrays, described = read_head(path, "value_head")
     assert arrays["weight"].tolist() == [0, 1, 2] and described == {"pooling": "last"}
+
+
+def save_with(head: str | None, path) -> None:
+    """An adapter, and a head that is saved with it."""
+    model = tiny_model()
+    save_adapter(path, add_lora(model, LoraConfig(rank=2)), bare(model), head=head)
+    if head is not None:
+        save_head(path, head, {"weight": mx.ones(2)}, {})
+
+
+def heads_at(path) -> list[str]:
+    return [name for name in HEADS if head_path(path, name).exists()]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_heads_of_an_adapter_go_with_it(tmp_path, place, recwarn):
+    """One of the same kind is written anew; of another one that goes the user is told."""
+    path, other = tmp_path / place, tmp_path / f"other-{place}"
+    for head in ("reward_head", "reward_head", None, "value_head"):
+        save_with(head, path)
+        assert heads_at(path) == [head] * (head is not None)
+    save_with("reward_head", other)
+    assert len(recwarn) == 1 and "reward_head.safetensors was removed" in str(recwarn[0].message)
+    with pytest.warns(UserWarning, match="value_head.safetensors was removed: it belonged to the"):
+        save_with("reward_head", path)
+    assert heads_at(path) == heads_at(other) == ["reward_head"]
+
+
+def test_a_head_that_may_belong_elsewhere_stays(tmp_path, recwarn):
+    """To the other file of the same name, or to a fused model in whose folder an adapter is put."""
+    save_with("reward_head", tmp_path / "a.npz")
+    save_with(None, tmp_path / "a.safetensors")
+    save_head(tmp_path / "fused", "reward_head", {"weight": mx.ones(2)}, {})
+    (tmp_path / "fused" / "config.json").write_text("{}")
+    save_with(None, tmp_path / "fused")
+    assert heads_at(tmp_path / "a.npz") == heads_at(tmp_path / "fused") == ["reward_head"]
+    assert not recwarn.list

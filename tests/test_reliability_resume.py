@@ -23,6 +23,12 @@ from reliable_runs import (
     whole,
     words,
 )
+from test_scripts_errors import tree
+
+import ppo_training
+import sft
+from training.metrics import Run
+from training.resume import MADE_BY
 
 SEED = int(os.environ.get("MLX_RLHF_KILL_SEED", time.time_ns() % 10**6))
 
@@ -121,6 +127,64 @@ def test_every_kind_of_tuning_resumes_exactly(server, tmp_path, name, kind):
     assert differences(expected, finish(server, script, line, broken)) == []
 
 
+# ------------------------------------------------------------------------------ refused
+
+
+@pytest.mark.parametrize("made", MADE_BY)
+@pytest.mark.parametrize("script", [sft, ppo_training], ids=lambda script: script.__name__)
+def test_a_run_of_another_script_is_refused(tmp_path, capsys, script, made):
+    """Given as a folder or as one of its checkpoints; the right command is named."""
+    folder = tmp_path / "a run"
+    Run(made, {"train": True, "ground_truth_reward": True}, output_dir=folder).close()
+    for path in (folder, folder / "checkpoints" / "step-00000001"):
+        if MADE_BY[made] == f"{script.__name__}.py":
+            assert script.parse_arguments(["--resume", str(path)]).output_dir == str(folder)
+            continue
+        with pytest.raises(SystemExit) as end:
+            script.parse_arguments(["--resume", str(path)])
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and err.count("\n") == 1
+        assert f"{folder}: is a run of {MADE_BY[made]}, and this is {script.__name__}.py" in err
+        assert err.endswith(f"go on with it by: python {MADE_BY[made]} --resume '{path}'\n")
+
+
+def test_the_run_of_another_script_stays_as_it_is(server, tmp_path):
+    script, line = SHORT_RUNS["sft"]
+    assert server.run(script, line, tmp_path).code == 0
+    before = tree(tmp_path)
+    last = "run/checkpoints/step-00000004"
+    for more in (["--resume", "run"], ["--resume", last, "--num-steps", "9", "--force-resume"]):
+        ended = server.run("ppo_training.py", [*more, "--ground_truth_reward"], tmp_path)
+        assert ended.code == 2 and "run: is a run of sft.py, and this is ppo_tr" in ended.error
+    assert tree(tmp_path) == before
+
+
+def short_end(server: Server, folder: Path) -> None:
+    """3 batches in updates of 2: the second update is of 1, where 2 epochs have 2, 2, 2."""
+    line = ["--train", "--max-rows", "12", "--steps-per-eval", "0", *SHORT]
+    line += ["--gradient-accumulation-steps", "2", "--epochs", "1"]
+    assert server.run("sft.py", line, folder).code == 0
+
+
+LAST = "run/checkpoints/step-00000001"
+REFUSED = {
+    "--resume run --epochs 2": "--epochs: the run that is resumed ended in an update of fewer than",
+    "--resume run --iters 20": "--iters: the run that is resumed ended in an update of fewer than",
+    f"--resume {LAST} --lora-rank 3 --force-resume": "checkpoint: does not fit the model",
+}
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(server, tmp_path):
+    """Its options too: a plain --resume would go by them."""
+    short_end(server, tmp_path)
+    before = tree(tmp_path)
+    for line, said in REFUSED.items():
+        ended = server.run("sft.py", line.split(), tmp_path)
+        assert ended.code == 2 and said in ended.error, ended.err
+        assert tree(tmp_path) == before, line
+    assert server.run("sft.py", ["--resume", "run"], tmp_path).code == 0
+
+
 def test_iters_replace_the_epochs_of_the_run_that_is_resumed(server, tmp_path):
     """And epochs its iters; the longer run ends as if it had been asked for at once."""
     line = ["--train", "--max-rows", "12", "--steps-per-eval", "0", *SHORT]
@@ -146,16 +210,11 @@ def test_a_change_of_length_is_refused_where_the_learning_rate_depends_on_it(ser
 
 
 def test_an_end_that_a_longer_run_would_not_have_is_not_gone_on_from(server, tmp_path):
-    """3 batches in updates of 2: the second update is of 1, where 2 epochs have 2, 2, 2."""
-    line = ["--train", "--max-rows", "12", "--steps-per-eval", "0", *SHORT]
-    line += ["--gradient-accumulation-steps", "2", "--epochs", "1"]
-    assert server.run("sft.py", line, tmp_path).code == 0
+    short_end(server, tmp_path)
     before = left_by(tmp_path / "run", "out.npz")
     assert server.run("sft.py", ["--resume", "run"], tmp_path).code == 0  # as long as it was
-    ended = server.run("sft.py", ["--resume", "run", "--epochs", "2"], tmp_path)
-    assert ended.code == 2 and "ended in an update of fewer than 2 batches" in ended.error
     assert differences(before, left_by(tmp_path / "run", "out.npz")) == []
-    last = "run/checkpoints/step-00000001"  # before the short update
-    ended = server.run("sft.py", ["--resume", last, "--epochs", "2"], tmp_path)
+    # From before the short update:
+    ended = server.run("sft.py", ["--resume", LAST, "--epochs", "2"], tmp_path)
     assert ended.code == 0, ended.err
     assert left_by(tmp_path / "run", "out.npz")["summary"]["steps"] == 3

@@ -22,6 +22,7 @@ from training.flag_types import HelpFormatter, boolean, number, whole_number
 from training.redact import redact, tell
 from training.resume import (
     check_resume_options,
+    check_script,
     read_run_options,
     redacted_options,
     run_folder_of,
@@ -47,13 +48,18 @@ class Parser(argparse.ArgumentParser):
     the file another of the run.
     """
 
-    def __init__(self, *, harmless: Iterable[str] = (), **options: Any) -> None:
-        """``harmless``: names of this script's own options that ``--resume`` may change."""
+    def __init__(
+        self, *, script: str | None = None, harmless: Iterable[str] = (), **options: Any
+    ) -> None:
+        """``script``: its file, which made the runs that ``--resume`` takes (None: any run).
+
+        ``harmless``: names of this script's own options that ``--resume`` may change.
+        """
         options.setdefault("formatter_class", HelpFormatter)
         super().__init__(allow_abbrev=False, **options)
         self.checks: list[Callable[[argparse.Namespace], None]] = []
         self.alternatives: list[set[str]] = []
-        self.harmless = tuple(harmless)
+        self.script, self.harmless = script, tuple(harmless)
         for kind, convert in ((bool, boolean), (int, whole_number), (float, number)):
             self.register("type", kind, convert)
 
@@ -149,6 +155,8 @@ class Parser(argparse.ArgumentParser):
     def _parse(self, words: list[str], given: set[str], args: argparse.Namespace):
         has_resume = any(action.dest == "resume" for action in self._actions)
         resumed = last_value(words, "--resume") if has_resume else None
+        if resumed and self.script:
+            check_script(resumed, self.script)
         config = last_value(words, "--config") if "--config" in self._flags() else None
         old = self._take(args, read_run_options(resumed)) if resumed else {}
         from_file = self._take(args, read_config(Path(config), self._flags())) if config else {}

@@ -16,7 +16,7 @@ from models.adapter_description import CONFIG_KEY
 from models.tuning import Tuning
 from training.bad_steps import not_finite, report_skipped, save_or_stop
 from training.checkpoint_folders import Metric, set_aside_after
-from training.checkpoints import load_checkpoint, save_checkpoint
+from training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from training.console import Progress
 from training.memory import check_memory
 from training.metrics import Run
@@ -98,10 +98,16 @@ class Loop:
             self.batches.load_state_dict(saved.state["batches"])
             plan, position = self.schedule, self.batches.position
             check_whole_updates(saved.step, plan.accumulation, position, plan.batches)
+        if saved is not None:
+            self.take(saved)
+        # Nothing refuses from here on, and until here the run folder is as it was.
         set_aside_after(path, self.run_folder.checkpoints)
-        if saved is None:
-            self.run_folder.load_state_dict({})
-            return
+        self.run_folder.load_state_dict({} if saved is None else saved.state["run"])
+        if saved is not None:
+            set_rng_state(saved.state["rng"])
+
+    def take(self, saved: Checkpoint) -> None:
+        """The weights of a checkpoint, and where its run stood."""
         for name, group in self.groups.items():
             group.put(saved.arrays[name])
         trained = self.trainer.task.trained.trainable_parameters()
@@ -111,8 +117,6 @@ class Loop:
         self.since_best, self.totals = saved.state["since_best"], saved.state["totals"]
         self.bad_in_a_row = saved.state["bad_in_a_row"]
         self.batches.load_state_dict(saved.state["batches"])
-        self.run_folder.load_state_dict(saved.state["run"])
-        set_rng_state(saved.state["rng"])
 
     @cached_property
     def data(self) -> str:

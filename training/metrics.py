@@ -22,7 +22,7 @@ from training.files import plain, write_json, writing
 from training.redact import tell
 from training.resume import config_of_run, read_run_config
 from training.run_folder import default_folder, describe, lock_folder, remove
-from training.tracking import WandbRun
+from training.tracking import WandbRun, check_installed
 
 OWN_NAMES = (
     "config.json metrics.jsonl samples.jsonl bad_rows.jsonl summary.json checkpoints plots wandb"
@@ -51,11 +51,14 @@ class Run:
     ) -> None:
         """Open a new folder, or with ``resume`` the one of an earlier start.
 
+        That one stays as it is until ``load_state_dict``, so that a script can still refuse.
         ``options``: every resolved option by name. ``outputs``: names of what the script itself
         writes into the folder, deleted with the rest by ``overwrite``. ``blas``: name of the BLAS
         in use. Raises ``UserError`` when the folder holds another run, is in use, or holds files
         under a run's names that are no run's, with ``overwrite`` too.
         """
+        if log_with == "wandb":
+            check_installed()
         self.folder = Path(output_dir) if output_dir else default_folder(script)
         if not resume:
             self._refuse_what_is_no_run(outputs)
@@ -64,8 +67,10 @@ class Run:
             self._lock = lock_folder(self.folder)
         try:
             self._open(script, options, resume, overwrite, outputs, blas)
-            track = log_with == "wandb"
-            self.wandb = WandbRun(self.folder, script, self.config) if track else None
+            self.wandb, self._track = None, log_with == "wandb"
+            if not resume:
+                self.write_config()
+                self._start_tracking()
         except BaseException:
             self._lock.close()
             raise
@@ -82,7 +87,13 @@ class Run:
 
     def _open(self, script, options, resume, overwrite, outputs, blas) -> None:
         if resume:
-            created = read_run_config(self.folder).get("created")
+            old = read_run_config(self.folder)
+            created = old.get("created")
+            if old["script"] != script:  # sft.py has two kinds, and --force-resume forces much
+                raise UserError(
+                    f"{self.folder}: is a run of {old['script']}, and {script} cannot go on with "
+                    "it; start anew"
+                )
         else:
             created = None
             if config_of_run(self.folder) is not None and not overwrite:
@@ -95,14 +106,21 @@ class Run:
                 if name != "config.json":
                     remove(self.folder / name)
         self.config = describe(script, options, blas, created)
-        write_json(self.folder / "config.json", self.config)
         self._files = {name: self._append_to(name) for name in ROW_FILES}
 
     def _append_to(self, name: str) -> BinaryIO:
         with writing(self.folder / name):
             return open(self.folder / name, "ab", buffering=0)
 
+    def _start_tracking(self) -> None:
+        if self._track:
+            self.wandb = WandbRun(self.folder, self.config["script"], self.config)
+
     # ----------------------------------------------------------------- writing
+
+    def write_config(self) -> None:
+        """Write ``self.config`` into ``config.json``, from where a plain ``--resume`` takes it."""
+        write_json(self.folder / "config.json", self.config)
 
     @property
     def checkpoints(self) -> Path:
@@ -141,10 +159,13 @@ class Run:
         return {name: synced_length(file) for name, file in self._files.items()}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Cut the row files back to a checkpoint's lengths: later rows are going to be made again.
+        """Go on from a checkpoint, with the options of this start in ``config.json``.
 
-        An empty state (no checkpoint yet) empties them. The run is no longer a finished one.
+        The row files are cut back to its lengths: later rows are going to be made again. An empty
+        state (no checkpoint yet) empties them. The run is no longer a finished one.
         """
+        self._start_tracking()  # may refuse, and then nothing has been written
+        self.write_config()
         remove(self.folder / "summary.json")
         for name, file in self._files.items():
             wanted, there = state.get(name, 0), os.fstat(file.fileno()).st_size

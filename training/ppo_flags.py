@@ -53,7 +53,7 @@ NEEDS = (
 
 def parse_arguments(words=None):
     """The parsed and checked command line."""
-    parser = Parser(description=DESCRIPTION, harmless=HARMLESS)
+    parser = Parser(script="ppo_training.py", description=DESCRIPTION, harmless=HARMLESS)
     add_reward_arguments(parser)
     add = parser.add_argument_group("task").add_argument
     add("--use-peft", type=bool, default=None,

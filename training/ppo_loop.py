@@ -17,7 +17,7 @@ from errors import UserError
 from rl.reward_functions import quote_row
 from training.bad_steps import not_finite, report_skipped, save_or_stop
 from training.checkpoint_folders import Metric, set_aside_after
-from training.checkpoints import load_checkpoint, save_checkpoint
+from training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from training.console import Progress
 from training.loop import Group
 from training.memory import check_memory
@@ -112,10 +112,16 @@ class PPOLoop:
         if saved is not None and not force:
             check_same_data(saved.state, self.data)
             check_same_base(saved.state, self.base)
+        if saved is not None:
+            self.take(saved)
+        # Nothing refuses from here on, and until here the run folder is as it was.
         set_aside_after(path, self.run_folder.checkpoints)
-        if saved is None:
-            self.run_folder.load_state_dict({})
-            return
+        self.run_folder.load_state_dict({} if saved is None else saved.state["run"])
+        if saved is not None:
+            set_rng_state(saved.state["rng"])
+
+    def take(self, saved: Checkpoint) -> None:
+        """The weights of a checkpoint, and where its run stood."""
         for name, group in self.groups.items():
             group.put(saved.arrays[name])
         trained = self.trainer.model.trainable_parameters()
@@ -123,8 +129,6 @@ class PPOLoop:
         self.step, self.evaluations = saved.step, saved.state["evaluations"]
         self.bad_in_a_row = saved.state["bad_in_a_row"]
         self.trainer.load_state_dict(saved.state["trainer"])
-        self.run_folder.load_state_dict(saved.state["run"])
-        set_rng_state(saved.state["rng"])
 
     @functools.cached_property
     def data(self) -> str:

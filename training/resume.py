@@ -11,8 +11,19 @@ from typing import Any
 
 from errors import UserError
 from training.config_files import Setting
+from training.signals import resume_command
 
 REDACTED = "<redacted>"
+
+# The script that makes, and goes on with, what config.json calls a run of this.
+MADE_BY = {
+    "sft": "sft.py",
+    "reward_model": "sft.py",
+    "ppo": "ppo_training.py",
+    "pytorch_sft": "pytorch_baseline/pytorch_sft.py",
+    "pytorch_reward_model": "pytorch_baseline/pytorch_sft.py",
+    "pytorch_ppo": "pytorch_baseline/pytorch_ppo_training.py",
+}
 
 # Where things are written and what is printed: a run with other values here ends the same.
 HARMLESS = frozenset(
@@ -66,6 +77,15 @@ def read_run_config(path: str | Path) -> dict[str, Any]:
     raise UserError(
         f"{folder / 'config.json'}: not the config.json of a run: it has no script or no options"
     )
+
+
+def check_script(path: str | Path, script: str) -> None:
+    """Raise ``UserError`` unless ``script`` made the run: another one would begin it anew."""
+    made = read_run_config(path)["script"]
+    maker = MADE_BY.get(made, made)
+    if maker != script:
+        go_on = f"; go on with it by: {resume_command(maker, path)}" if made in MADE_BY else ""
+        raise UserError(f"{run_folder_of(path)}: is a run of {maker}, and this is {script}{go_on}")
 
 
 def read_run_options(path: str | Path) -> list[Setting]:
@@ -143,8 +163,9 @@ def check_whole_updates(step: int, accumulation: int, position: int, batches: in
     of ``batches`` in all (None: no limit).
     """
     if position < step * accumulation and position != batches:
+        flag = "--iters" if batches is None else "--epochs"
         raise UserError(
-            f"--epochs: the run that is resumed ended in an update of fewer than {accumulation} "
+            f"{flag}: the run that is resumed ended in an update of fewer than {accumulation} "
             "batches, which a longer run would not have made; start anew, or add --force-resume"
         )
 

@@ -58,7 +58,19 @@ OF_TRAINING = (
     "max_bad_steps"
 )
 
+# A test alone makes no adapter: it has that of a file, or none.
+HAS_ADAPTER = {
+    "met": lambda args: args.train or args.preview or args.resume_adapter_file is not None,
+    "why": "without --train or --resume-adapter-file",
+}
+
 NEEDS = (
+    Needs("prompt_tuning", **HAS_ADAPTER),  # in a --config file too: a random one would be tested
+    Needs(
+        "fine_tune_type lora_layers lora_rank lora_scale lora_alpha lora_keys rslora",
+        typed=True,
+        **HAS_ADAPTER,
+    ),
     Needs(
         OF_TRAINING, met=lambda args: args.train or args.preview, why="without --train", typed=True
     ),  # fmt: skip
@@ -86,7 +98,7 @@ NEEDS = (
 
 def parse_arguments(words=None):
     """The parsed and checked command line."""
-    parser = Parser(description=DESCRIPTION, harmless=HARMLESS)
+    parser = Parser(script="sft.py", description=DESCRIPTION, harmless=HARMLESS)
     add = parser.add_argument_group("task").add_argument
     add("--train", type=bool, default=False, help="train")
     add("--test", type=bool, default=False, help="evaluate on the test rows, after any training")

@@ -1,5 +1,6 @@
 """Weights & Biases: scalars step by step, decoded text once, nothing secret, no questions asked."""
 
+import importlib.util
 import netrc
 import os
 import sys
@@ -40,6 +41,12 @@ def has_netrc_key(server: str) -> bool:
         return False
 
 
+def check_installed() -> None:
+    """Raise ``UserError`` where there is no W&B, before a run folder is touched."""
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError("--log-with wandb: not installed; pip install wandb")
+
+
 class WandbRun:
     """One W&B run whose files lie inside the run folder."""
 
@@ -48,10 +55,8 @@ class WandbRun:
         # Artifacts are staged here; without this they would pile up in the home directory.
         for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
             os.environ.setdefault(name, str((folder / "wandb").resolve()))
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--log-with wandb: not installed; pip install wandb") from None
+        import wandb
+
         self.wandb = wandb
         mode, note = choose_mode(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url)
         if note:
