@@ -108,7 +108,7 @@ class Loop:
 
     def take_weights(self, saved: dict) -> None:
         """The trained weights of a checkpoint, and nothing else of it."""
-        if saved["trained"].keys() != self.trainer.parameters.keys():
+        if shapes(saved["trained"]) != shapes(self.trainer.parameters):
             raise UserError("--resume: the checkpoint holds other weights than are trained now")
         with torch.no_grad():
             for name, parameter in self.trainer.parameters.items():
@@ -342,6 +342,10 @@ class PPOLoop(Loop):
             responses += made.responses
             ended += made.finished
         return responses, ended
+
+
+def shapes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in weights.items()}
 
 
 def response_text(tokenizer, query: Sequence[int], response: Sequence[int]) -> str:

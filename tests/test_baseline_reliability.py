@@ -14,6 +14,7 @@ from pytorch_checkpoints import load_checkpoint
 from pytorch_files import write_arrays
 from pytorch_ppo_training import main as ppo_main
 from pytorch_sft import main as sft_main
+from test_scripts_errors import tree
 
 import sft
 from errors import UserError
@@ -72,6 +73,16 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path, capfd):
     sft_main(["--resume", str(run)])
     assert "state.pt is torn or was altered; using the one before it" in capfd.readouterr().err
     assert train_rows(run) == [*range(1, 7)] and (tmp_path / "run.npz").read_bytes() == whole
+
+
+def test_other_weights_than_the_checkpoint_holds_are_refused(tmp_path):
+    """--force-resume lets the options differ; the folder stays as it was."""
+    run = train(tmp_path / "run", "--iters", 1)
+    before = tree(tmp_path)
+    for words in (["--lora-rank", "3"], ["--fine-tune-type", "full"]):
+        with pytest.raises(UserError, match="holds other weights than are trained now"):
+            sft_main(["--resume", str(run), "--iters", "2", "--force-resume", *words])
+    assert tree(tmp_path) == before
 
 
 def test_what_is_no_state_is_refused_in_a_line(tmp_path, monkeypatch):
