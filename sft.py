@@ -221,7 +221,10 @@ def finish(args, loaded, task, run, loop, rows) -> None:
     run.finish(summary)
     model = f" --model {args.model}" if args.model else ""
     print(f"wrote {', '.join(map(str, written))}\n      {plot}\n      {run.folder}/metrics.jsonl")
-    print(f"next: python fuse.py{model} --adapter-file {args.save_file} --save-path my_model/")
+    if args.reward_model:
+        print(f"next: python ppo_training.py{model} --reward_model {args.save_file}")
+    else:
+        print(f"next: python fuse.py{model} --adapter-file {args.save_file} --save-path my_model/")
 
 
 def normalise_scores(args, loaded, task, rows) -> None:
