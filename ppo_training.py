@@ -207,9 +207,12 @@ def finish(args, loaded, policy, run, loop) -> None:
     run.finish({"steps": loop.step, "kl": kl, "evaluation": evaluations})
     print("wrote " + "\n      ".join(map(str, [*written, run.folder / "metrics.jsonl"])))
     model = f" --model {args.model}" if args.model else ""
-    if policy.tuning.kind != "prompt":
+    talk = f"python talk_to_model.py{model} --resume-file {args.save_file}"
+    if policy.tuning.kind == "prompt":
+        print(f"next: {talk}")
+    else:
         print(f"next: python fuse.py{model} --adapter-file {args.save_file} --save-path my_model/")
-    print(f"      python talk_to_model.py{model} --resume-file {args.save_file}")
+        print(f"      {talk}")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ weights, which every script loads with --model. Heads lie beside either, in file
 """
 
 import copy
+import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,9 +22,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import UserError
-from models.adapter_description import CONFIG_KEY, head_path, is_single_file, remove_old_heads
+from models.adapter_description import (
+    CONFIG_KEY,
+    head_path,
+    is_single_file,
+    read_json,
+    remove_old_heads,
+)
 from models.base_fingerprint import check_base, described_base
 from training.checkpoint_folders import disk_refused
+from training.files import write_json
+from training.metrics import OWN_NAMES
 
 # Copied as they are; weights and config.json are written anew.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
@@ -31,7 +40,9 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json",
                    "generation_config.json")  # fmt: skip
 # All that is in a folder that was written here.
 OUTPUTS = (*TOKENIZER_FILES, "config.json", "adapter_config.json", "*.safetensors",
-           "*.safetensors.index.json")  # fmt: skip
+           "*.safetensors.index.json", ".DS_Store")  # fmt: skip
+ASIDE = ("writing", "old")  # names of folders beside one that is replaced
+WRITTEN = "written.json"  # in a run's folder: where else it has written
 
 
 def is_adapter(path: str | Path, model: Tuned) -> bool:
@@ -43,14 +54,22 @@ def is_adapter(path: str | Path, model: Tuned) -> bool:
 
 
 def save_trained(
-    path: str, model: Tuned, loaded: LoadedModel, tokenizer: str | None, head: str | None = None
+    path: str,
+    model: Tuned,
+    loaded: LoadedModel,
+    tokenizer: str | None,
+    head: str | None = None,
+    *,
+    run: Path,
 ) -> list[Path]:
     """Write what was trained: an adapter file, or a merged folder; returns what was written.
 
     A soft prompt has no weights to be merged into: a folder then is an adapter of the MLX side.
-    `head`: name of the head that the caller saves beside it; those of an older adapter go.
+    `head`: name of the head that the caller saves beside it; those of an older adapter go. The
+    folder `run` notes what was written, so that the same run may replace it.
     """
     path = Path(path)
+    write_json(run / WRITTEN, {"path": str(path.resolve())})
     if is_single_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_arrays(path, stored_arrays(model), {CONFIG_KEY: description(model, loaded)})
@@ -150,24 +169,28 @@ def merged_weights(model: Tuned) -> dict[str, Tensor]:
 def check_free(args) -> None:
     """Raise UserError unless --save-file may be written: before the work, not after it.
 
-    A folder that is there is replaced where a run that is resumed has written it itself.
+    A folder that is there is replaced where the run that is resumed has written it itself, or where
+    --overwrite deletes it with its run.
     """
     if args.save_file is None or is_single_file(args.save_file):
         return
     path, refused = Path(args.save_file).resolve(), f"--save-file {args.save_file}: "
-    run = Path(args.output_dir or os.devnull).resolve()
-    if path in (run, *run.parents):
-        raise UserError(f"{refused}is where the run is kept (--output-dir); give another name")
+    run = Path(args.output_dir or "runs/of this start").resolve()
+    inside = path.relative_to(run).parts if path.is_relative_to(run) else ()
+    if path in (run, *run.parents) or inside[:1] and inside[0] in OWN_NAMES:
+        raise UserError(f"{refused}is where the run is kept; give another name")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    read = {Path(name).resolve() for name in (args.model, args.tokenizer) if name}
-    own = args.resume is not None and "save_file" not in args.typed
-    if not own or path in read or not is_output(path):
+    if args.overwrite and inside == ("model",):
+        return
+    written = run / WRITTEN
+    own = args.resume is not None and written.exists() and read_json(written)["path"] == str(path)
+    if not own or not is_output(path):
         raise UserError(f"{refused}is there already; give another name, or move it away")
 
 
 def is_output(path: Path) -> bool:
-    """Whether a folder holds nothing but what is written here."""
+    """Whether a folder holds nothing but what is written here, and what a Mac adds."""
     return path.is_dir() and all(
         any(file.match(pattern) for pattern in OUTPUTS) for file in path.iterdir()
     )
@@ -179,10 +202,9 @@ def save_merged(path: Path, model: Tuned, loaded: LoadedModel, tokenizer: str | 
     config.json is the base's and not one that transformers writes: version 5 moves rope_theta to
     where mlx-lm does not look for it, and would silently get the default.
     """
-    aside, old = (
-        path.with_name(f".{path.name}.{what}-{os.getpid()}") for what in ("writing", "old")
-    )
-    shutil.rmtree(aside, ignore_errors=True)
+    path = path.resolve()
+    aside, old = (path.with_name(f".{path.name}.{what}-{os.getpid()}") for what in ASIDE)
+    clear(path, ASIDE[:1])
     try:
         with asking_the_disk(path.parent):
             model.base.save_pretrained(aside, state_dict=merged_weights(model))
@@ -195,8 +217,15 @@ def save_merged(path: Path, model: Tuned, loaded: LoadedModel, tokenizer: str | 
         if path.exists():
             os.replace(path, old)
         os.replace(aside, path)
+        clear(path, ASIDE)
     finally:
-        for folder in (aside, old):
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def clear(path: Path, kinds: Sequence[str]) -> None:
+    """Delete what a process that was killed left beside `path`."""
+    for kind in kinds:
+        for folder in path.parent.glob(f".{glob.escape(path.name)}.{kind}-*"):
             shutil.rmtree(folder, ignore_errors=True)
 
 

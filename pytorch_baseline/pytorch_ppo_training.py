@@ -11,6 +11,7 @@ Within minutes on a laptop, on the embedded model:
 import project_root  # noqa: F401
 from pytorch_actor_critic import ActorCritic, ValueHead
 from pytorch_files import (
+    WRITTEN,
     check_free,
     is_adapter,
     load_adapter,
@@ -156,7 +157,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     with (
         Run(
             "pytorch_ppo", vars(args), output_dir=args.output_dir, resume=args.resume is not None,
-            overwrite=args.overwrite, log_with=args.log_with, outputs=("model",),
+            overwrite=args.overwrite, log_with=args.log_with, outputs=("model", WRITTEN),
         ) as run,
         GracefulStop() as stop,
     ):  # fmt: skip
@@ -176,7 +177,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         print(
             f"{run.folder}: {config.num_steps} steps of {config.batch_size} responses, "
             f"{config.ppo_epochs} epochs of minibatches of {config.mini_batch_size}; "
-            f"{sum(p.numel() for p in trainer.parameters.values()):,} weights trained; rewards: "
+            f"{sum(a.numel() for a in policy.model.arrays().values()):,} weights trained; rewards: "
             + ", ".join(f"{w:g} x {n}" for n, w in zip(rewards.names, rewards.weights, strict=True))
         )
         loop.run(stop)
@@ -192,8 +193,9 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
 def finish(args, loaded, policy, run, loop) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
     path = args.save_file or str(run.folder / "model")
-    written = save_trained(path, policy.model, loaded, args.tokenizer, "value_head")
-    written.append(save_head(path, "value_head", policy.value_head.state_dict(), {}))
+    head = "value_head"
+    written = save_trained(path, policy.model, loaded, args.tokenizer, head, run=run.folder)
+    written.append(save_head(path, head, policy.value_head.state_dict(), {}))
     rows = read_rows(run.folder)
     target = args.target if args.adap_kl_ctrl else None
     written.append(plot_ppo(rows, run.plots / "ppo.png", kl_target=target))
@@ -206,8 +208,8 @@ def finish(args, loaded, policy, run, loop) -> None:
                 true=f"env/{GROUND_TRUTH}_mean",
             )
         )
-    last_rows = [row for row in rows if "objective/kl" in row][-10:]
-    kl = sum(row["objective/kl"] for row in last_rows) / len(last_rows)
+    kls = [row["objective/kl"] for row in rows if row.get("objective/kl") is not None][-10:]
+    kl = sum(kls) / len(kls) if kls else None
     found = loop.state["evaluations"]
     memory = peak_memory(loaded.device)
     evaluations = {"first": found[:1], "last": found[-1:]}

@@ -13,7 +13,7 @@ import itertools
 import project_root  # noqa: F401
 from pytorch_actor_critic import Sampling, generate
 from pytorch_checkpoints import load_checkpoint
-from pytorch_files import check_free, is_adapter, load_adapter, save_trained
+from pytorch_files import WRITTEN, check_free, is_adapter, load_adapter, save_trained
 from pytorch_flags import parse
 from pytorch_loops import Schedule, SupervisedLoop
 from pytorch_models import Tuned, load_model, pick_device
@@ -137,7 +137,7 @@ def train(args, loaded, model, rows) -> None:
     with (
         Run(
             name, vars(args), output_dir=args.output_dir, resume=args.resume is not None,
-            overwrite=args.overwrite, log_with=args.log_with, outputs=("model",),
+            overwrite=args.overwrite, log_with=args.log_with, outputs=("model", WRITTEN),
         ) as run,
         GracefulStop() as stop,
     ):  # fmt: skip
@@ -155,7 +155,7 @@ def train(args, loaded, model, rows) -> None:
         print(
             f"{run.folder}: {steps} updates of {args.batch_size} x "
             f"{args.gradient_accumulation_steps} rows ({steps / updates_per_epoch:.1f} epochs), "
-            f"{sum(p.numel() for p in parameters.values()):,} weights trained"
+            f"{sum(a.numel() for a in trainer.tuned.arrays().values()):,} weights trained"
         )
         loop.run(stop, name)
         if args.save_best and not stop.requested:
@@ -204,7 +204,7 @@ def finish(args, loaded, trainer, run, loop, rows) -> None:
     summary |= {name: state[name] for name in ("tokens", "skipped")}
     path = args.save_file or str(run.folder / "model")
     head = HEAD if args.reward_model else None
-    written = save_trained(path, trainer.tuned, loaded, args.tokenizer, head)
+    written = save_trained(path, trainer.tuned, loaded, args.tokenizer, head, run=run.folder)
     if args.reward_model:
         written.append(trainer.trained.save_head(path))
         if args.normalize_samples:  # may fail, and what was trained lies there already

@@ -67,6 +67,8 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path, capfd):
     run = train(tmp_path / "run", "--iters", 6, "--save-every", 3)
     whole = (tmp_path / "run.npz").read_bytes()
     newest = list_checkpoints(run / "checkpoints")[-1]
+    with pytest.raises(UserError, match="step-9: there is no such checkpoint"):
+        sft_main(["--resume", str(newest.with_name("step-9"))])
     (newest / "state.pt").write_bytes(b"garbage")
     with pytest.raises(UserError, match="state.pt is torn or was altered; this checkpoint cannot"):
         sft_main(["--resume", str(newest)])
@@ -133,6 +135,15 @@ def test_the_checkpoints_before_a_bad_streak_are_kept(tmp_path):
     with pytest.raises(UserError, match="in 4 steps in a row .* goes on from step-00000002"):
         train(tmp_path / "run", *words)
     assert steps(tmp_path / "run") == [1, 2]
+
+
+def test_a_ppo_run_ends_although_a_step_had_no_number(tmp_path, monkeypatch):
+    rows = [{"step": 1, "objective/kl": None}, {"step": 2, "objective/kl": 0.5}]
+    monkeypatch.setattr("pytorch_ppo_training.read_rows", lambda folder: rows)
+    monkeypatch.setattr("pytorch_ppo_training.plot_ppo", lambda rows, path, **_: path)
+    run = tmp_path / "run"
+    ppo_main([*PPO, "--output-dir", str(run), "--save-file", str(tmp_path / "a.npz")])
+    assert json.loads((run / "summary.json").read_text())["kl"] == 0.5
 
 
 def test_the_first_validation_may_be_nan(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from models.adapter_files import load_adapter, read_adapter, save_adapter
 from models.base_fingerprint import KEY, base_fingerprint
 from models.load import load_model
 from models.reward_model import load_reward_model
+from ppo_training import main as mlx_ppo_main
 from training import ppo_flags, sft_flags
 from training.flag_check import unread_flags
 from training.metrics import Run, read_rows
@@ -130,12 +131,59 @@ def test_a_folder_that_is_there_is_not_replaced(tmp_path, words):
     assert tree(tmp_path) == before
 
 
+def test_a_run_is_not_replaced_by_its_model(tmp_path, monkeypatch):
+    """Nor anything that holds it, or that it holds; whatever the run folder is called."""
+    monkeypatch.chdir(tmp_path)
+    data = ["--data", str(ROOT / "data")]
+    with pytest.raises(UserError, match="is where the run is kept"):
+        sft_main(["--train", *SMALL, *data, "--save-file", "runs"])
+    for there in (".", "o", "o/checkpoints"):
+        with pytest.raises(UserError, match="is where the run is kept"):
+            sft("o", *data, "--save-file", there)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_resumed_run_replaces_what_it_wrote(tmp_path):
-    run = sft(tmp_path / "run", "--save-file", str(tmp_path / "model"))
-    before = tree(tmp_path / "model")
-    sft_main(["--resume", str(run), "--iters", "6"])
-    after = tree(tmp_path / "model")
+    model = tmp_path / "model"
+    run = sft(tmp_path / "run", "--save-file", str(model))
+    before = tree(model)
+    (model / ".DS_Store").touch()  # as a Mac does
+    (tmp_path / f".{model.name}.writing-1").mkdir()  # of a process that was killed
+    sft_main(["--resume", str(run), "--iters", "6", "--save-file", str(model)])
+    after = tree(model)
     assert before.keys() == after.keys() and before != after
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "run"}
+    (model / "letter.txt").touch()
+    with pytest.raises(UserError, match="is there already"):
+        sft_main(["--resume", str(run), "--iters", "7"])
+
+
+def test_a_resumed_run_replaces_nothing_else(tmp_path):
+    """Where it was told to write, too, as long as it has not."""
+    model = tmp_path / "model"
+    run = sft(tmp_path / "run")
+    sft(tmp_path / "other", "--save-file", str(model))
+    config = tmp_path / "c.yaml"
+    config.write_text(f"save-file: {model}")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="is there already"):
+        sft_main(["--resume", str(run), "--config", str(config)])
+    assert tree(tmp_path) == before
+
+
+def test_overwrite_deletes_the_model_with_its_run(tmp_path):
+    run = tmp_path / "run"
+    sft(run, "--save-file", str(run / "model"))
+    sft(run, "--save-file", str(run / "model"), "--overwrite")
+    assert (run / "model" / "config.json").exists()
+
+
+@pytest.mark.parametrize("main", [ppo_main, mlx_ppo_main])
+def test_a_reward_model_is_not_replaced_by_what_it_trains(main, tmp_path, capsys):
+    file = str(tmp_path / "r.npz")
+    with pytest.raises(SystemExit):
+        main(["--reward_model", file, "--save-file", file])
+    assert "--save-file: is the reward model of this run" in capsys.readouterr().err
 
 
 # ---- the commands ------------------------------------------------------------------------------

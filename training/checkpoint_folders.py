@@ -217,7 +217,10 @@ def saving(path: str | Path) -> Iterator[None]:
     # A zip file that could not be finished complains once more, with a traceback, when it goes.
     sys.unraisablehook = lambda _: None
     for half in (*path.parent.glob(f".{path.stem}*.writing*"), *path.glob(".*.writing*")):
-        half.unlink(missing_ok=True)
+        if half.is_dir():
+            shutil.rmtree(half, ignore_errors=True)
+        else:
+            half.unlink(missing_ok=True)
     raise UserError(
         f"{path}: cannot write: {said}; the trained weights are in the last checkpoint: --resume "
         "the run with another --save-file"
@@ -254,6 +257,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
 def problem(checkpoint: str | Path) -> str | None:
     """What is wrong with a checkpoint, or None when every file has the sum it was written with."""
     checkpoint = Path(checkpoint)
+    if not checkpoint.is_dir():
+        return "there is no such checkpoint"
     manifest = read_manifest(checkpoint)
     if manifest is None or not STATES & manifest["sha256"].keys():
         return "manifest.json is missing or torn"

@@ -3,6 +3,8 @@
 Shared by ppo_training.py and its PyTorch twin.
 """
 
+from pathlib import Path
+
 from data_utils import Template, data_report, load_data, tokenise_prompts
 from errors import UserError
 from rl.ppo_config import PPOConfig
@@ -106,6 +108,9 @@ def check_arguments(args) -> None:
     if not all(args.stop or ()):
         raise UserError("--stop: an empty text would end every response at once; leave it out")
     check_save_file(args.save_file)
+    same = args.reward_model and args.save_file
+    if same and Path(args.save_file).resolve() == Path(args.reward_model).resolve():
+        raise UserError("--save-file: is the reward model of this run; give another name")
     at_least(args, 0, "eval_every", "samples_per_step", "top_k")
     at_least(args, 1, "eval_samples", "steps_per_report", "prompt_words")
 
