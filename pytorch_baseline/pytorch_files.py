@@ -60,7 +60,7 @@ def save_trained(
     tokenizer: str | None,
     head: str | None = None,
     *,
-    run: Path,
+    run: Path | None = None,
 ) -> list[Path]:
     """Write what was trained: an adapter file, or a merged folder; returns what was written.
 
@@ -69,7 +69,8 @@ def save_trained(
     folder `run` notes what was written, so that the same run may replace it.
     """
     path = Path(path)
-    write_json(run / WRITTEN, {"path": str(path.resolve())})
+    if run is not None:
+        write_json(run / WRITTEN, {"path": str(path.resolve())})
     if is_single_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_arrays(path, stored_arrays(model), {CONFIG_KEY: description(model, loaded)})
