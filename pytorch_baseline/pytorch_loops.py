@@ -179,7 +179,7 @@ class SupervisedLoop(Loop):
             metric = self.validate(self.progress)
         best = metric is not None and self.state["since_best"] == 0
         due = plan.save_every and (best or self.step % plan.save_every == 0)
-        save_or_stop(self, bool(due), metric, NUMBERS)
+        save_or_stop(self, bool(due), metric if best else None, NUMBERS)
         return self.stop.requested or self.stopped_early()
 
     def stopped_early(self) -> bool:

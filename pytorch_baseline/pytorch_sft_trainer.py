@@ -31,6 +31,7 @@ class SFTTrainer(SupervisedTrainer, trl.SFTTrainer):
         self.tuned = model
         module = model.base if model.peft is None else model.peft
         no_work = {"skip_prepare_dataset": True}
+        options["router_aux_loss_coef"] = 0.0  # else a mixture of experts adds its balancing loss
         super().__init__(model, module, tokenizer, dataset_kwargs=no_work, **options)
 
     def inputs(self, batch: TextBatch) -> Inputs:

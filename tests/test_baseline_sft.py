@@ -161,6 +161,26 @@ def test_an_update_that_is_not_finite_is_as_if_it_had_not_been(optimizer, tokeni
     assert all(torch.equal(weight, after[name]) for name, weight in weights(broken).items())
 
 
+def test_a_mixture_of_experts_has_no_other_loss(tokenizer, tmp_path):
+    """TRL would add the balancing loss of its configuration to that of the tokens."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, router_aux_loss_coef=0.5,
+    )  # fmt: skip
+    model = Tuned(MixtralForCausalLM(config), FULL)
+    rows = rows_of("text", tokenizer, tmp_path)
+    (batch,) = epoch_batches(rows.rows[:8], BatchPlan(rows.lengths[:8], 8, shuffle=False))
+    found = SFTTrainer(model, tokenizer).evaluate([batch])["loss"]
+    tokens, mask = torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.mask[:, 1:]) > 0
+    with torch.no_grad():
+        logits = model.logits(model.hidden_states(tokens))[:, :-1]
+    close(found, torch.nn.functional.cross_entropy(logits[mask], tokens[:, 1:][mask]), "loss",
+          relative=1e-5)  # fmt: skip
+
+
 def test_trl_tells_nobody(tokenizer, tmp_path, monkeypatch):
     from trl.trainer import base_trainer
 

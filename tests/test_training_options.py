@@ -265,10 +265,11 @@ def test_early_stopping_waits_for_its_patience(losses):
     assert run.column("train/loss") and run.rows[-1]["step"] == 5  # 1.0 at step 2, then three
 
 
-def test_no_gain_at_all_leaves_the_last_weights(monkeypatch):
-    worse = iter([1.0, 2.0, 3.0, 4.0])
+@pytest.mark.parametrize("save_every", [9, 1])  # 1: the worse ones are saved, and are no best
+def test_no_gain_at_all_leaves_the_last_weights(monkeypatch, save_every):
+    worse = iter([1.0, 3.0, 2.0, 4.0])
     monkeypatch.setattr(SupervisedTrainer, "evaluate", lambda self, _: {"loss": next(worse)})
-    run = Run("--steps-per-eval", 1, "--save-every", 9, "--save-best", iters=2)
+    run = Run("--steps-per-eval", 1, "--save-every", save_every, "--save-best", iters=2)
     assert "no validation was better than the one before training" in run.out
 
 

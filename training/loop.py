@@ -136,7 +136,7 @@ class Loop:
                     metric = self.validate(progress)
                 best = metric is not None and self.since_best == 0
                 due = plan.save_every and (best or self.step % plan.save_every == 0)
-                save_or_stop(self, bool(due), metric, "loss or gradient")
+                save_or_stop(self, bool(due), metric if best else None, "loss or gradient")
         if not stop.requested:
             report_skipped(self, self.totals["skipped"], "loss or gradient")
         self.checkpoint()
