@@ -172,7 +172,10 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(capsys, tmp_path, scr
     (tmp_path / "rows.jsonl").write_text("{}")
     (tmp_path / "old.npz").write_text("")
     (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step" / "manifest.json").touch()
     for name, said in (
+        ("step", "is a checkpoint of a run"),
         ("rows.jsonl", "is a file, and neither .npz nor .safetensors"),
         ("folder.npz", "is a folder"),
         ("rows.jsonl/new/out.npz", "rows.jsonl is no folder"),

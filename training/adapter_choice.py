@@ -126,6 +126,8 @@ def check_save_file(path: str | None) -> None:
     if place.is_dir() if single else (place.exists() and not place.is_dir()):
         there = "a folder" if single else "a file, and neither .npz nor .safetensors"
         raise UserError(f"--save-file {path}: is {there}; give another name")
+    if (place / "manifest.json").exists():
+        raise UserError(f"--save-file {path}: is a checkpoint of a run; give another name")
     above = next(folder for folder in place.absolute().parents if os.path.lexists(folder))
     if not above.is_dir():
         raise UserError(f"--save-file {path}: {above} is no folder")

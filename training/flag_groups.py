@@ -220,7 +220,7 @@ def add_optimizer_arguments(
                 raise UserError(f"{flag_of(name)}: give a number from 0 up to, not including, 1")
         if args.max_grad_norm is not None and args.max_grad_norm <= 0:
             raise UserError(
-                "--max-grad-norm: give a number above 0, or leave it out for no clipping"
+                "--max-grad-norm: give a number above 0; a large one, such as 1e9, clips nothing"
             )
 
     parser.checks.append(check)
