@@ -15,11 +15,12 @@ import numpy as np
 from mlx.utils import tree_map
 
 from data_utils import PreferenceBatch, ScalarBatch, TextBatch
+from models.adapter_description import REWARD_HEAD
 from models.blocks import checkpointed_blocks
 from models.gradients import loss_and_gradient
 from models.last_block import allow_short_last_block, picked_hidden
 from models.packing import pick_targets, round_up
-from models.reward_model import HEAD, RewardModel
+from models.reward_model import RewardModel
 from models.trunk import find_trunk, token_logprobs
 from models.tuning import Tuning
 from rl.losses import pairwise_loss, regression_loss
@@ -103,10 +104,10 @@ class RewardModelTask:
         model = self.reward_model
         return {
             "adapters": adapter_group(self.tuning, adapter),
-            HEAD: Group(
+            REWARD_HEAD: Group(
                 model.head_arrays,
-                lambda arrays: model.load_head(arrays, model.description(), HEAD),
-                lambda: {HEAD: model.description()},
+                lambda arrays: model.load_head(arrays, model.description(), REWARD_HEAD),
+                lambda: {REWARD_HEAD: model.description()},
             ),
         }
 

@@ -16,6 +16,7 @@ import fast_blas
 import contextlib
 import sys
 
+from models.adapter_description import VALUE_HEAD
 from rl.ppo_config import PPOConfig
 from training.adapter_choice import refuse_other_adapter
 from training.arguments import run_main
@@ -41,7 +42,7 @@ def make_policy(args, loaded):
         blocks = len(loaded.model.layers)
         there = tuning.description(blocks)
         refuse_other_adapter(args, args.resume_file, there, blocks=blocks, ignore=("lora_dropout",))
-        if (saved := read_head(args.resume_file, "value_head")) is not None:
+        if (saved := read_head(args.resume_file, VALUE_HEAD)) is not None:
             head.load_weights(list(saved[0].items()))
     else:
         tuning = attach(loaded.model, adapter_description(args))
@@ -147,7 +148,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     tuning, head = policy.tuning, policy.value_head
     groups = {
         "adapters": adapter_group(tuning, describe(tuning, loaded)),
-        "value_head": Group(head.arrays, lambda a: head.load_weights(list(a.items()))),
+        VALUE_HEAD: Group(head.arrays, lambda a: head.load_weights(list(a.items()))),
     }
     with (
         Run(
@@ -187,8 +188,8 @@ def finish(args, loaded, policy, run, loop) -> None:
     from training.metrics import read_rows
     from training.plots import plot_learned_and_true, plot_ppo
 
-    written = save_adapter(args.save_file, policy.tuning, loaded, head="value_head")
-    written.append(save_head(args.save_file, "value_head", policy.value_head.arrays(), {}))
+    written = save_adapter(args.save_file, policy.tuning, loaded, head=VALUE_HEAD)
+    written.append(save_head(args.save_file, VALUE_HEAD, policy.value_head.arrays(), {}))
     rows = read_rows(run.folder)
     target = args.target if args.adap_kl_ctrl else None
     written.append(plot_ppo(rows, run.plots / "ppo.png", kl_target=target))

@@ -17,6 +17,7 @@ import itertools
 import sys
 
 from data_utils import BatchIterator, BatchPlan, epoch_batches
+from models.adapter_description import REWARD_HEAD
 from training.adapter_choice import refuse_other_adapter, refuse_other_pooling
 from training.arguments import run_main
 from training.flag_groups import adapter_description, optimizer_options
@@ -198,12 +199,12 @@ def write_samples(args, loaded, task, rows, run, step) -> None:
 def finish(args, loaded, task, run, loop, rows) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
     from models.adapter_files import save_adapter
-    from models.reward_model import HEAD, save_reward_head
+    from models.reward_model import save_reward_head
     from training.metrics import read_rows
     from training.plots import plot_losses
 
     summary = {"steps": loop.step, "best_valid_loss": loop.best, **loop.totals}
-    head = HEAD if args.reward_model else None
+    head = REWARD_HEAD if args.reward_model else None
     written = save_adapter(args.save_file, task.tuning, loaded, head=head)
     if args.reward_model:
         written.append(save_reward_head(args.save_file, task.reward_model))

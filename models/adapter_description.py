@@ -11,7 +11,7 @@ from models.file_checks import check_inside, check_npz, safetensors_header
 
 CONFIG_KEY = "adapter_config"  # safetensors metadata entry; in .npz an array of UTF-8 bytes
 FILE_SUFFIXES = (".npz", ".safetensors")
-HEADS = ("reward_head", "value_head")
+HEADS = REWARD_HEAD, VALUE_HEAD = "reward_head", "value_head"
 CONFIG_FILE = "adapter_config.json"
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 GUESSED_SCALE = 4.0  # of files that record none: the default of this project's LoRA
@@ -27,7 +27,7 @@ def is_peft_adapter(path: str | Path) -> bool:
 
 
 def head_path(adapter_path: str | Path, name: str) -> Path:
-    """Where the head `name` ("value_head", "reward_head") of an adapter or model folder lies."""
+    """Where the head `name` (of HEADS) of an adapter or model folder lies."""
     path = Path(adapter_path)
     if is_single_file(path):
         return path.with_name(f"{path.stem}.{name}.safetensors")

@@ -9,12 +9,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from errors import UserError
+from models.adapter_description import REWARD_HEAD, VALUE_HEAD
 from models.adapter_files import load_adapter, read_adapter, read_head
 from models.comparing import all_logits
 from models.fusing import blended, dequantize_model, fuse_adapters
 from models.load import LoadedModel, cast, default_dtype, load_model, resolve_path
 from models.lora import Adapter
-from models.reward_model import HEAD, RewardModel, load_reward_head, load_reward_model
+from models.reward_model import RewardModel, load_reward_head, load_reward_model
 from models.soft_prompt import SoftPrompt
 from models.soft_vocabulary import FusedPrompt, fuse_soft_prompt
 from models.tuning import Tuning
@@ -124,9 +125,9 @@ def load_parts(
     for file, weight in zip(files, weights, strict=True):
         tuning = load_adapter(base, file, any_base=any_base)
         parts.tunings.append(tuning)
-        if read_head(file, "value_head") is not None:
+        if read_head(file, VALUE_HEAD) is not None:
             parts.notes.append(f"the value head beside {file} stays behind: only training uses it")
-        if read_head(file, HEAD) is not None:
+        if read_head(file, REWARD_HEAD) is not None:
             parts.reward_model = RewardModel(base.model, tuning=tuning)
             load_reward_head(parts.reward_model, file)
             parts.reward_model.eval()
@@ -144,7 +145,7 @@ def _model_alone(model: str | None, dtype: str, options: dict) -> Parts:
     from models.classifiers import is_classifier
 
     path = resolve_path(model) if model is not None else None
-    if path is not None and (is_classifier(path) or read_head(path, HEAD) is not None):
+    if path is not None and (is_classifier(path) or read_head(path, REWARD_HEAD) is not None):
         reward_model = load_reward_model(path, **options)
         return Parts(reward_model.source, dtype, reward_model=reward_model)
     return Parts(load_model(model, **options), dtype)
@@ -155,7 +156,7 @@ def _check_together(files, weights, descriptions) -> None:
     for file, weight, kind in zip(files, weights, kinds, strict=True):
         if not np.isfinite(weight):
             raise UserError(f"--adapter-weights: {weight} is no factor")
-        is_reward = read_head(file, HEAD) is not None
+        is_reward = read_head(file, REWARD_HEAD) is not None
         if is_reward and len(files) > 1:
             raise UserError(f"{file}: a reward model is fused alone: its head fits no other sum")
         what = {"full": "a full fine-tune", "prompt": "a soft prompt"}.get(kind)

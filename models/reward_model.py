@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from errors import UserError
+from models.adapter_description import REWARD_HEAD
 from models.adapter_files import head_path, load_adapter, read_adapter, read_head, save_head
 from models.encoder_reward import EncoderReward, PlainPairs, is_encoder
 from models.hub_files import download, looks_like_hub_name
@@ -21,7 +22,6 @@ from models.trunk import hidden_size, hidden_states
 from models.tuning import Tuning, check_arrays
 
 POOLINGS = ("mean", "last")
-HEAD = "reward_head"
 
 
 class RewardModel(nn.Module):
@@ -142,17 +142,17 @@ class RewardModel(nn.Module):
 
 def save_reward_head(adapter_path: str | Path, model: RewardModel) -> Path:
     """Write head, pooling and normalisation beside an adapter, or into a model folder."""
-    return save_head(adapter_path, HEAD, model.head_arrays(), model.description())
+    return save_head(adapter_path, REWARD_HEAD, model.head_arrays(), model.description())
 
 
 def load_reward_head(model: RewardModel, adapter_path: str | Path) -> None:
     """Take over the head beside an adapter, or in a model folder. UserError where none is."""
-    found = read_head(adapter_path, HEAD)
+    found = read_head(adapter_path, REWARD_HEAD)
     if found is None:
         raise UserError(f"{adapter_path}: has no reward head beside it "
-                        f"({head_path(adapter_path, HEAD)}); make one with sft.py --reward-model "
-                        "--train")  # fmt: skip
-    model.load_head(*found, source=str(head_path(adapter_path, HEAD)))
+                        f"({head_path(adapter_path, REWARD_HEAD)}); make one with sft.py "
+                        "--reward-model --train")  # fmt: skip
+    model.load_head(*found, source=str(head_path(adapter_path, REWARD_HEAD)))
 
 
 def right_pad(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from errors import UserError
+from models.adapter_description import REWARD_HEAD
 from models.adapter_files import is_single_file, read_adapter, save_adapter
 from models.comparing import all_logits, compare_logits
 from models.model_folders import check_free, new_folder
 from models.parts import Parts
-from models.reward_model import HEAD, save_reward_head
+from models.reward_model import save_reward_head
 from publishing.card import write_card
 from publishing.card_facts import CardChoices, facts_of_parts
 from publishing.checks import Check, Exported, refuse_broken
@@ -17,7 +18,7 @@ def export_adapter(parts: Parts, path: Path, card: CardChoices, force: bool) -> 
     (tuning,) = parts.tunings
     if is_single_file(path):
         check_free(path, force, suffix=path.suffix)
-        head = HEAD if parts.reward_model is not None else None
+        head = REWARD_HEAD if parts.reward_model is not None else None
         save_adapter(path, tuning, parts.base, head=head)
         if parts.reward_model is not None:
             save_reward_head(path, parts.reward_model)

@@ -32,6 +32,7 @@ from pytorch_training import (
 )
 
 from data_utils import Template
+from models.adapter_description import VALUE_HEAD
 from rl.ppo_config import PPOConfig
 from rl.reward_set import Reward
 from rl.reward_sources import GROUND_TRUTH, LEARNED, learned_reward
@@ -90,7 +91,7 @@ def make_policy(args, loaded):
         refuse_other_adapter(
             args, args.resume_file, model.description, blocks=blocks, ignore=("lora_dropout",)
         )
-        if (saved := read_head(args.resume_file, "value_head")) is not None:
+        if (saved := read_head(args.resume_file, VALUE_HEAD)) is not None:
             head.load_state_dict(saved[0])
     else:
         model = Tuned(loaded.model, adapter_description(args)).to(loaded.device)
@@ -193,9 +194,8 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
 def finish(args, loaded, policy, run, loop) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
     path = args.save_file or str(run.folder / "model")
-    head = "value_head"
-    written = save_trained(path, policy.model, loaded, args.tokenizer, head, run=run.folder)
-    written.append(save_head(path, head, policy.value_head.state_dict(), {}))
+    written = save_trained(path, policy.model, loaded, args.tokenizer, VALUE_HEAD, run=run.folder)
+    written.append(save_head(path, VALUE_HEAD, policy.value_head.state_dict(), {}))
     rows = read_rows(run.folder)
     target = args.target if args.adap_kl_ctrl else None
     written.append(plot_ppo(rows, run.plots / "ppo.png", kl_target=target))

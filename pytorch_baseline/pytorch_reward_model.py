@@ -10,9 +10,9 @@ from pytorch_models import Tuned, load_model
 from torch import Tensor, nn
 
 from errors import UserError
+from models.adapter_description import REWARD_HEAD
 
 POOLINGS = ("mean", "last")
-HEAD = "reward_head"
 NOTHING_TRAINED = {"fine_tune_type": "full"}
 
 
@@ -74,11 +74,11 @@ class RewardModel(nn.Module):
         described = {"pooling": self.pooling, "gain": self.gain, "offset": self.offset}
         if self.pad_id is not None:
             described["pad_id"] = self.pad_id
-        return save_head(path, HEAD, {"weight": self.weight, "bias": self.bias}, described)
+        return save_head(path, REWARD_HEAD, {"weight": self.weight, "bias": self.bias}, described)
 
     def load_head(self, path: str) -> None:
         """Take over the head beside an adapter or in a folder, and what it says of itself."""
-        found = read_head(path, HEAD)
+        found = read_head(path, REWARD_HEAD)
         if found is None:
             raise UserError(f"{path}: has no reward head beside it; make one with --reward-model")
         arrays, described = found

@@ -17,7 +17,7 @@ from pytorch_files import WRITTEN, check_free, is_adapter, load_adapter, save_tr
 from pytorch_flags import parse
 from pytorch_loops import Schedule, SupervisedLoop
 from pytorch_models import Tuned, load_model, pick_device
-from pytorch_reward_model import HEAD, RewardModel, normalise
+from pytorch_reward_model import RewardModel, normalise
 from pytorch_training import (
     note_versions,
     optimizer_and_schedule,
@@ -27,6 +27,7 @@ from pytorch_training import (
 )
 
 from data_utils import BatchIterator, BatchPlan, epoch_batches
+from models.adapter_description import REWARD_HEAD
 from training import sft_flags
 from training.adapter_choice import refuse_other_adapter, refuse_other_pooling
 from training.arguments import run_main
@@ -203,7 +204,7 @@ def finish(args, loaded, trainer, run, loop, rows) -> None:
     summary = {"steps": loop.step, "best_valid_loss": state["best"], "peak_memory": memory}
     summary |= {name: state[name] for name in ("tokens", "skipped")}
     path = args.save_file or str(run.folder / "model")
-    head = HEAD if args.reward_model else None
+    head = REWARD_HEAD if args.reward_model else None
     written = save_trained(path, trainer.tuned, loaded, args.tokenizer, head, run=run.folder)
     if args.reward_model:
         written.append(trainer.trained.save_head(path))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from models.adapter_description import FILE_SUFFIXES, head_path, read_description
+from models.adapter_description import FILE_SUFFIXES, VALUE_HEAD, head_path, read_description
 from training.effects import flag_of, shown_value
 from training.flag_groups import LORA_ONLY, adapter_description
 
@@ -102,7 +102,7 @@ def same_keys(asked: list[str], there: list) -> bool:
 
 def refuse_other_head(args: argparse.Namespace, file: str) -> None:
     """UserError for --value-head-init-std where `file` has a value head beside it."""
-    head = head_path(file, "value_head")
+    head = head_path(file, VALUE_HEAD)
     if "value_head_init_std" in args.changed and head.exists():
         raise UserError(f"--value-head-init-std {args.value_head_init_std:g} has no effect: the "
                         f"value head of {head} is used; leave the flag out")  # fmt: skip
