@@ -6,11 +6,10 @@ weights, which every script loads with --model. Heads lie beside either, in file
 """
 
 import copy
-import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from models.base_fingerprint import check_base, described_base
 from training.checkpoint_folders import disk_refused
 from training.files import write_json
 from training.metrics import OWN_NAMES
+from training.run_folder import RUNS
 
 # Copied as they are; weights and config.json are written anew.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
@@ -41,8 +41,7 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json",
 # All that is in a folder that was written here.
 OUTPUTS = (*TOKENIZER_FILES, "config.json", "adapter_config.json", "*.safetensors",
            "*.safetensors.index.json", ".DS_Store")  # fmt: skip
-ASIDE = ("writing", "old")  # names of folders beside one that is replaced
-WRITTEN = "written.json"  # in a run's folder: where else it has written
+WRITTEN = "written.json"  # in a run's folder: where it has written its model
 
 
 def is_adapter(path: str | Path, model: Tuned) -> bool:
@@ -54,23 +53,18 @@ def is_adapter(path: str | Path, model: Tuned) -> bool:
 
 
 def save_trained(
-    path: str,
+    path: str | Path,
     model: Tuned,
     loaded: LoadedModel,
     tokenizer: str | None,
     head: str | None = None,
-    *,
-    run: Path | None = None,
 ) -> list[Path]:
     """Write what was trained: an adapter file, or a merged folder; returns what was written.
 
     A soft prompt has no weights to be merged into: a folder then is an adapter of the MLX side.
-    `head`: name of the head that the caller saves beside it; those of an older adapter go. The
-    folder `run` notes what was written, so that the same run may replace it.
+    `head`: name of the head that the caller saves beside it; those of an older adapter go.
     """
     path = Path(path)
-    if run is not None:
-        write_json(run / WRITTEN, {"path": str(path.resolve())})
     if is_single_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_arrays(path, stored_arrays(model), {CONFIG_KEY: description(model, loaded)})
@@ -176,9 +170,9 @@ def check_free(args) -> None:
     if args.save_file is None or is_single_file(args.save_file):
         return
     path, refused = Path(args.save_file).resolve(), f"--save-file {args.save_file}: "
-    run = Path(args.output_dir or "runs/of this start").resolve()
+    run = (Path(args.output_dir) if args.output_dir else Path(RUNS, "new")).resolve()
     inside = path.relative_to(run).parts if path.is_relative_to(run) else ()
-    if path in (run, *run.parents) or inside[:1] and inside[0] in OWN_NAMES:
+    if path in (run, *run.parents) or (inside and inside[0] in OWN_NAMES):
         raise UserError(f"{refused}is where the run is kept; give another name")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
@@ -188,6 +182,13 @@ def check_free(args) -> None:
     own = args.resume is not None and written.exists() and read_json(written)["path"] == str(path)
     if not own or not is_output(path):
         raise UserError(f"{refused}is there already; give another name, or move it away")
+
+
+def place_of_model(args, run: Path) -> Path:
+    """Where the model of a run goes; noted there, so that the same run may replace it."""
+    path = Path(args.save_file or run / "model")
+    write_json(run / WRITTEN, {"path": str(path.resolve())})
+    return path
 
 
 def is_output(path: Path) -> bool:
@@ -204,8 +205,8 @@ def save_merged(path: Path, model: Tuned, loaded: LoadedModel, tokenizer: str | 
     where mlx-lm does not look for it, and would silently get the default.
     """
     path = path.resolve()
-    aside, old = (path.with_name(f".{path.name}.{what}-{os.getpid()}") for what in ASIDE)
-    clear(path, ASIDE[:1])
+    aside, old = (path.with_name(f".{path.name}.{what}") for what in ("writing", "old"))
+    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
     try:
         with asking_the_disk(path.parent):
             model.base.save_pretrained(aside, state_dict=merged_weights(model))
@@ -216,18 +217,12 @@ def save_merged(path: Path, model: Tuned, loaded: LoadedModel, tokenizer: str | 
             for file in model_folder(tokenizer or loaded.name).glob(pattern):
                 shutil.copyfile(file, aside / file.name)
         if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(path, old)
         os.replace(aside, path)
-        clear(path, ASIDE)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def clear(path: Path, kinds: Sequence[str]) -> None:
-    """Delete what a process that was killed left beside `path`."""
-    for kind in kinds:
-        for folder in path.parent.glob(f".{glob.escape(path.name)}.{kind}-*"):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---- arrays on disk ----------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pytorch_files import (
     check_free,
     is_adapter,
     load_adapter,
+    place_of_model,
     read_head,
     save_head,
     save_trained,
@@ -193,8 +194,8 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
 
 def finish(args, loaded, policy, run, loop) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
-    path = args.save_file or str(run.folder / "model")
-    written = save_trained(path, policy.model, loaded, args.tokenizer, VALUE_HEAD, run=run.folder)
+    path = place_of_model(args, run.folder)
+    written = save_trained(path, policy.model, loaded, args.tokenizer, VALUE_HEAD)
     written.append(save_head(path, VALUE_HEAD, policy.value_head.state_dict(), {}))
     rows = read_rows(run.folder)
     target = args.target if args.adap_kl_ctrl else None

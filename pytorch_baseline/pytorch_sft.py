@@ -13,7 +13,14 @@ import itertools
 import project_root  # noqa: F401
 from pytorch_actor_critic import Sampling, generate
 from pytorch_checkpoints import load_checkpoint
-from pytorch_files import WRITTEN, check_free, is_adapter, load_adapter, save_trained
+from pytorch_files import (
+    WRITTEN,
+    check_free,
+    is_adapter,
+    load_adapter,
+    place_of_model,
+    save_trained,
+)
 from pytorch_flags import parse
 from pytorch_loops import Schedule, SupervisedLoop
 from pytorch_models import Tuned, load_model, pick_device
@@ -203,9 +210,9 @@ def finish(args, loaded, trainer, run, loop, rows) -> None:
     state, memory = loop.state, peak_memory(loaded.device)
     summary = {"steps": loop.step, "best_valid_loss": state["best"], "peak_memory": memory}
     summary |= {name: state[name] for name in ("tokens", "skipped")}
-    path = args.save_file or str(run.folder / "model")
+    path = place_of_model(args, run.folder)
     head = REWARD_HEAD if args.reward_model else None
-    written = save_trained(path, trainer.tuned, loaded, args.tokenizer, head, run=run.folder)
+    written = save_trained(path, trainer.tuned, loaded, args.tokenizer, head)
     if args.reward_model:
         written.append(trainer.trained.save_head(path))
         if args.normalize_samples:  # may fail, and what was trained lies there already

@@ -148,7 +148,7 @@ def test_a_resumed_run_replaces_what_it_wrote(tmp_path):
     run = sft(tmp_path / "run", "--save-file", str(model))
     before = tree(model)
     (model / ".DS_Store").touch()  # as a Mac does
-    (tmp_path / f".{model.name}.writing-1").mkdir()  # of a process that was killed
+    (tmp_path / f".{model.name}.writing").mkdir()  # of a process that was killed
     sft_main(["--resume", str(run), "--iters", "6", "--save-file", str(model)])
     after = tree(model)
     assert before.keys() == after.keys() and before != after

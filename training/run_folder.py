@@ -15,10 +15,11 @@ from training.files import plain, writing
 from training.redact import redact
 from training.resume import OF_ONE_START
 
+RUNS = "runs"  # where runs lie that are given no folder
 LIBRARIES = ("mlx", "mlx-lm", "transformers", "numpy")
 
 
-def default_folder(script: str, base: str | Path = "runs") -> Path:
+def default_folder(script: str, base: str | Path = RUNS) -> Path:
     """Make and return a folder ``runs/<script>-<time>`` that did not exist before."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     with writing(base):
