@@ -113,10 +113,10 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     from mlx_ppo_trainer import PPOTrainer
     from models.adapter_files import describe
     from training.checkpoint_folders import latest_checkpoint, saving
-    from training.loop import Group, adapter_group
     from training.metrics import Run
     from training.optimizers import build_optimizer
     from training.ppo_loop import PPOLoop, PPOSchedule, ScoreFilter
+    from training.resumable import Group, adapter_group
     from training.resume import checkpoint_asked_for
     from training.signals import GracefulStop
 

@@ -5,53 +5,18 @@ table of array groups that belong into a checkpoint, each with a way to get and 
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
-import mlx.core as mx
-
-from models.adapter_description import CONFIG_KEY
-from models.tuning import Tuning
-from training.bad_steps import not_finite, report_skipped, save_or_stop
-from training.checkpoint_folders import Metric, set_aside_after
-from training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from training.bad_steps import report_skipped, save_or_stop
+from training.checkpoint_folders import Metric
+from training.checkpoints import Checkpoint
 from training.console import Progress
-from training.memory import check_memory
 from training.metrics import Run
-from training.optimizers import optimizer_arrays, restore_optimizer
-from training.resume import (
-    check_same_base,
-    check_same_data,
-    check_whole_updates,
-    fingerprint,
-)
-from training.seeds import rng_state, set_rng_state
+from training.resumable import Group, Resumable
+from training.resume import check_whole_updates
 from training.signals import GracefulStop
-
-Arrays = dict[str, mx.array]
-
-
-@dataclass
-class Group:
-    """Arrays of a checkpoint: `get()` gives them by name, `put(arrays)` takes them back.
-
-    `described()` is what their file says of itself, so that it also serves as an adapter or a head.
-    """
-
-    get: Callable[[], Arrays]
-    put: Callable[[Arrays], None]
-    described: Callable[[], dict[str, Any]] = dict
-
-
-def adapter_group(tuning: Tuning, described: dict) -> Group:
-    """The arrays of `tuning`; `described` is models.adapter_files.describe's."""
-    return Group(
-        tuning.arrays,
-        lambda arrays: tuning.load_arrays(arrays, "checkpoint"),
-        lambda: {CONFIG_KEY: described},
-    )
 
 
 @dataclass
@@ -71,7 +36,7 @@ class Schedule:
 
 
 @dataclass
-class Loop:
+class Loop(Resumable):
     """`run()` trains from where it stands to `schedule.steps`, or until it is told to stop."""
 
     run_folder: Run
@@ -89,38 +54,30 @@ class Loop:
     bad_in_a_row: int = 0
     totals: dict[str, float] = field(default_factory=lambda: {"tokens": 0.0, "skipped": 0.0})
 
-    def resume(self, path, *, force: bool = False) -> None:
-        """Go back to a checkpoint (None: to the start); `force`: also with other data or base."""
-        saved = load_checkpoint(path) if path is not None else None
-        if saved is not None and not force:
-            check_same_data(saved.state, self.data)
-            check_same_base(saved.state, self.base)
-            self.batches.load_state_dict(saved.state["batches"])
-            plan, position = self.schedule, self.batches.position
-            check_whole_updates(saved.step, plan.accumulation, position, plan.batches)
-        if saved is not None:
-            self.take(saved)
-        # Nothing refuses from here on, and until here the run folder is as it was.
-        set_aside_after(path, self.run_folder.checkpoints)
-        self.run_folder.load_state_dict({} if saved is None else saved.state["run"])
-        if saved is not None:
-            set_rng_state(saved.state["rng"])
+    def rows(self) -> Sequence:
+        return self.batches.rows
 
-    def take(self, saved: Checkpoint) -> None:
-        """The weights of a checkpoint, and where its run stood."""
-        for name, group in self.groups.items():
-            group.put(saved.arrays[name])
-        trained = self.trainer.task.trained.trainable_parameters()
-        restore_optimizer(self.trainer.optimizer, saved.arrays["optimizer"], trained)
-        self.step, self.best = saved.step, saved.state["best"]
-        self.validated = saved.state["validated"]
-        self.since_best, self.totals = saved.state["since_best"], saved.state["totals"]
-        self.bad_in_a_row = saved.state["bad_in_a_row"]
+    def trained(self) -> dict:
+        return self.trainer.task.trained.trainable_parameters()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "validated": self.validated,
+            "best": self.best,
+            "since_best": self.since_best,
+            "totals": self.totals,
+            "batches": self.batches.state_dict(),
+        }
+
+    def check_position(self, saved: Checkpoint) -> None:
         self.batches.load_state_dict(saved.state["batches"])
+        plan, position = self.schedule, self.batches.position
+        check_whole_updates(saved.step, plan.accumulation, position, plan.batches)
 
-    @cached_property
-    def data(self) -> str:
-        return fingerprint(self.batches.rows)
+    def take_state(self, state: Mapping[str, Any]) -> None:
+        for name in ("validated", "best", "since_best", "totals"):
+            setattr(self, name, state[name])
+        self.batches.load_state_dict(state["batches"])
 
     def run(self, stop: GracefulStop, name: str) -> None:
         """Train. Ends with a checkpoint, also when `stop` was requested."""
@@ -195,34 +152,3 @@ class Loop:
         self.since_best = 0 if gained else self.since_best + 1
         self.after_validation(self.step)
         return Metric("valid/loss", metrics["loss"])
-
-    def check_memory(self) -> None:
-        check_memory(self.schedule.memory_limit)
-
-    def checkpoint(self, metric: Metric | None = None) -> None:
-        arrays = {name: group.get() for name, group in self.groups.items()}
-        described = {name: group.described() for name, group in self.groups.items()}
-        state = {
-            "validated": self.validated,
-            "best": self.best,
-            "since_best": self.since_best,
-            "bad_in_a_row": self.bad_in_a_row,
-            "totals": self.totals,
-            "batches": self.batches.state_dict(),
-            "data": self.data,
-            "base": self.base,
-            "run": self.run_folder.state_dict(),
-            "rng": rng_state(),
-        }
-        try:
-            save_checkpoint(
-                self.run_folder.checkpoints,
-                self.step,
-                arrays | {"optimizer": optimizer_arrays(self.trainer.optimizer)},
-                state,
-                described=described,
-                keep=self.schedule.keep_checkpoints,
-                metric=metric,
-            )
-        except FloatingPointError as wrong:
-            raise not_finite(self.run_folder, str(wrong)) from None

@@ -15,16 +15,11 @@ import numpy as np
 from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
 from rl.reward_functions import quote_row
-from training.bad_steps import not_finite, report_skipped, save_or_stop
-from training.checkpoint_folders import Metric, set_aside_after
-from training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from training.bad_steps import report_skipped, save_or_stop
+from training.checkpoint_folders import Metric
 from training.console import Progress
-from training.loop import Group
-from training.memory import check_memory
 from training.metrics import Run, read_rows
-from training.optimizers import optimizer_arrays, restore_optimizer
-from training.resume import check_same_base, check_same_data, fingerprint
-from training.seeds import rng_state, set_rng_state
+from training.resumable import Group, Resumable
 from training.signals import GracefulStop
 
 NUMBERS = "score, loss or gradient"
@@ -87,7 +82,7 @@ def beyond_float32(score: object) -> bool:
 
 
 @dataclass
-class PPOLoop:
+class PPOLoop(Resumable):
     """`run()` trains from where it stands to `schedule.steps`, or until it is told to stop."""
 
     run_folder: Run
@@ -106,33 +101,18 @@ class PPOLoop:
     last_bad: str = ""  # names the row of the last score that was not finite, for an error
     evaluations: list[dict] = field(default_factory=list)  # metrics of each, with its step
 
-    def resume(self, path, *, force: bool = False) -> None:
-        """Go back to a checkpoint (None: to the start); `force`: also with other data or base."""
-        saved = load_checkpoint(path) if path is not None else None
-        if saved is not None and not force:
-            check_same_data(saved.state, self.data)
-            check_same_base(saved.state, self.base)
-        if saved is not None:
-            self.take(saved)
-        # Nothing refuses from here on, and until here the run folder is as it was.
-        set_aside_after(path, self.run_folder.checkpoints)
-        self.run_folder.load_state_dict({} if saved is None else saved.state["run"])
-        if saved is not None:
-            set_rng_state(saved.state["rng"])
+    def rows(self) -> Sequence[PromptRow]:
+        return self.prompts
 
-    def take(self, saved: Checkpoint) -> None:
-        """The weights of a checkpoint, and where its run stood."""
-        for name, group in self.groups.items():
-            group.put(saved.arrays[name])
-        trained = self.trainer.model.trainable_parameters()
-        restore_optimizer(self.trainer.optimizer, saved.arrays["optimizer"], trained)
-        self.step, self.evaluations = saved.step, saved.state["evaluations"]
-        self.bad_in_a_row = saved.state["bad_in_a_row"]
-        self.trainer.load_state_dict(saved.state["trainer"])
+    def trained(self) -> dict:
+        return self.trainer.model.trainable_parameters()
 
-    @functools.cached_property
-    def data(self) -> str:
-        return fingerprint(self.prompts)
+    def state(self) -> dict[str, Any]:
+        return {"evaluations": self.evaluations, "trainer": self.trainer.state_dict()}
+
+    def take_state(self, state: Mapping[str, Any]) -> None:
+        self.evaluations = state["evaluations"]
+        self.trainer.load_state_dict(state["trainer"])
 
     def run(self, stop: GracefulStop) -> None:
         """Train. Ends with a checkpoint, also when `stop` was requested."""
@@ -285,36 +265,6 @@ class PPOLoop:
             responses += made.responses
             ended += made.finished
         return responses, ended
-
-    # ------------------------------------------------------------------ checkpoint
-
-    def check_memory(self) -> None:
-        check_memory(self.schedule.memory_limit)
-
-    def checkpoint(self, metric: Metric | None = None) -> None:
-        state = {
-            "evaluations": self.evaluations,
-            "bad_in_a_row": self.bad_in_a_row,
-            "trainer": self.trainer.state_dict(),
-            "run": self.run_folder.state_dict(),
-            "data": self.data,
-            "base": self.base,
-            "rng": rng_state(),
-        }
-        arrays = {name: group.get() for name, group in self.groups.items()}
-        described = {name: group.described() for name, group in self.groups.items()}
-        try:
-            save_checkpoint(
-                self.run_folder.checkpoints,
-                self.step,
-                arrays | {"optimizer": optimizer_arrays(self.trainer.optimizer)},
-                state,
-                described=described,
-                keep=self.schedule.keep_checkpoints,
-                metric=metric,
-            )
-        except FloatingPointError as wrong:
-            raise not_finite(self.run_folder, str(wrong)) from None
 
 
 def response_text(tokenizer, query: Sequence[int], response: Sequence[int]) -> str:
