@@ -16,7 +16,8 @@ from errors import UserError
 from training.bad_steps import not_finite, report_skipped, save_or_stop
 from training.checkpoint_folders import Metric, set_aside_after
 from training.console import Progress
-from training.metrics import Run, read_rows
+from training.metrics import Run
+from training.ppo_steps import SCORE, is_best, response_text, skipped_steps
 from training.resume import (
     check_same_base,
     check_same_data,
@@ -249,20 +250,13 @@ class PPOLoop(Loop):
                 metric, last = None, self.step == plan.steps
                 if plan.eval_every and (last or self.step % plan.eval_every == 0):
                     metric = self.evaluate(progress)
-                best = metric is not None and self.is_best(metric.value)
+                best = metric is not None and is_best(self.state["evaluations"])
                 due = plan.save_every and not last and (best or self.step % plan.save_every == 0)
                 save_or_stop(self, bool(due), metric, NUMBERS)
             if not stop.requested:
-                rows = read_rows(self.run_folder.folder)
-                skipped = sum(row.get("ppo/not_finite") == 1 for row in rows)
-                report_skipped(self, skipped, NUMBERS)
+                report_skipped(self, skipped_steps(self.run_folder.folder), NUMBERS)
             # Only where every run would have one, stopped or not, may a checkpoint be the best.
             self.checkpoint(metric if self.step == plan.steps else None)
-
-    def is_best(self, score: float) -> bool:
-        """Whether the last evaluation, which gave this score, is the best so far."""
-        earlier = [row["eval/sampled/score"] for row in self.state["evaluations"][:-1]]
-        return all(score > other for other in earlier)
 
     def train_step(self, progress: Progress) -> None:
         """Prompts, responses, rewards, update, and a row of metrics."""
@@ -331,7 +325,7 @@ class PPOLoop(Loop):
         shown = {"greedy": row["eval/greedy/score"], "sampled": row["eval/sampled/score"]}
         progress.report(self.step, {f"held-out {name}": value for name, value in shown.items()})
         self.state["evaluations"].append(row)
-        return Metric("eval/sampled/score", row["eval/sampled/score"], higher_is_better=True)
+        return Metric(SCORE, row[SCORE], higher_is_better=True)
 
     def sample(self, rows: Sequence[PromptRow], greedy: bool) -> tuple[list[list[int]], list[bool]]:
         """(responses, whether each ended), a batch of the training's size at a time."""
@@ -346,12 +340,3 @@ class PPOLoop(Loop):
 
 def shapes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {name: weight.shape for name, weight in weights.items()}
-
-
-def response_text(tokenizer, query: Sequence[int], response: Sequence[int]) -> str:
-    """The text that `response` adds to `query`, so that prompt + response is the whole text."""
-    start = tokenizer.decode(list(query), skip_special_tokens=True)
-    whole = tokenizer.decode([*query, *response], skip_special_tokens=True)
-    if whole.startswith(start):
-        return whole[len(start) :]
-    return tokenizer.decode(list(response), skip_special_tokens=True)

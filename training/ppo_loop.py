@@ -18,7 +18,8 @@ from rl.reward_functions import quote_row
 from training.bad_steps import report_skipped, save_or_stop
 from training.checkpoint_folders import Metric
 from training.console import Progress
-from training.metrics import Run, read_rows
+from training.metrics import Run
+from training.ppo_steps import SCORE, is_best, response_text, skipped_steps
 from training.resumable import Group, Resumable
 from training.signals import GracefulStop
 
@@ -126,23 +127,13 @@ class PPOLoop(Resumable):
                 metric, last = None, self.step == plan.steps
                 if plan.eval_every and (last or self.step % plan.eval_every == 0):
                     metric = self.evaluate(progress)
-                best = metric is not None and self.is_best(metric.value)
+                best = metric is not None and is_best(self.evaluations)
                 due = plan.save_every and not last and (best or self.step % plan.save_every == 0)
                 save_or_stop(self, bool(due), metric, NUMBERS, self.last_bad)
             if not stop.requested:
-                report_skipped(self, self.skipped_steps(), NUMBERS, self.last_bad)
+                report_skipped(self, skipped_steps(self.run_folder.folder), NUMBERS, self.last_bad)
             # Only where every run would have one, stopped or not, may a checkpoint be the best.
             self.checkpoint(metric if self.step == plan.steps else None)
-
-    def skipped_steps(self) -> int:
-        """How many steps of the run, resumed ones included, moved no weight."""
-        rows = read_rows(self.run_folder.folder)
-        return sum(row.get("ppo/not_finite") == 1 for row in rows)
-
-    def is_best(self, score: float) -> bool:
-        """Whether the last evaluation, which gave this score, is the best so far."""
-        earlier = [row["eval/sampled/score"] for row in self.evaluations[:-1]]
-        return all(score > other for other in earlier if other is not None)
 
     # ------------------------------------------------------------------ a step
 
@@ -254,7 +245,7 @@ class PPOLoop(Resumable):
         shown = {"greedy": row["eval/greedy/score"], "sampled": row["eval/sampled/score"]}
         progress.report(self.step, {f"held-out {name}": value for name, value in shown.items()})
         self.evaluations.append(row)
-        return Metric("eval/sampled/score", row["eval/sampled/score"], higher_is_better=True)
+        return Metric(SCORE, row[SCORE], higher_is_better=True)
 
     def sample(self, rows: Sequence[PromptRow], greedy: bool) -> tuple[list[list[int]], list[bool]]:
         """(responses, whether each ended), a batch of the training's size at a time."""
@@ -265,15 +256,3 @@ class PPOLoop(Resumable):
             responses += made.responses
             ended += made.finished
         return responses, ended
-
-
-def response_text(tokenizer, query: Sequence[int], response: Sequence[int]) -> str:
-    """The text that `response` adds to `query`, so that prompt + response is the whole text.
-
-    Some decoders drop the blank in front of a text, so the two are decoded together.
-    """
-    start = tokenizer.decode(list(query), skip_special_tokens=True)
-    whole = tokenizer.decode([*query, *response], skip_special_tokens=True)
-    if whole.startswith(start):
-        return whole[len(start) :]
-    return tokenizer.decode(list(response), skip_special_tokens=True)

@@ -17,7 +17,7 @@ from data_utils import (
     tokenise_scalar,
 )
 from errors import UserError
-from training.ppo_loop import response_text
+from training.ppo_steps import response_text
 from training.reward_report import pearson, preference_report, ranks, spearman
 
 # Fields of rows with several responses that belong to all of them together.

@@ -1,0 +1,32 @@
+"""What both backends' PPO loops ask of their steps and evaluations. Loads no MLX."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from training.metrics import read_rows
+
+SCORE = "eval/sampled/score"  # of held-out prompts; what makes one checkpoint the best
+
+
+def skipped_steps(run_folder: Path) -> int:
+    """How many steps of the run, resumed ones included, moved no weight."""
+    return sum(row.get("ppo/not_finite") == 1 for row in read_rows(run_folder))
+
+
+def is_best(evaluations: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last evaluation has the best score so far."""
+    *earlier, last = [row[SCORE] for row in evaluations]
+    return all(last > other for other in earlier if other is not None)
+
+
+def response_text(tokenizer, query: Sequence[int], response: Sequence[int]) -> str:
+    """The text that `response` adds to `query`, so that prompt + response is the whole text.
+
+    Some decoders drop the blank in front of a text, so the two are decoded together.
+    """
+    start = tokenizer.decode(list(query), skip_special_tokens=True)
+    whole = tokenizer.decode([*query, *response], skip_special_tokens=True)
+    if whole.startswith(start):
+        return whole[len(start) :]
+    return tokenizer.decode(list(response), skip_special_tokens=True)
