@@ -14,8 +14,8 @@ def save_or_stop(
 ) -> None:
     """The end of a step: a checkpoint if one is `due`; UserError where the run cannot go on.
 
-    `loop` is of either backend; `what` was not finite in its bad steps, and `last_bad` names the row
-    where that is known. Of bad steps in a row the first is saved, its update skipped, so that
+    `loop` is of either backend; `what` was not finite in its bad steps, and `last_bad` names the
+    row where that is known. Of bad steps in a row the first is saved, its update skipped, so that
     the newest checkpoints are from before the others.
     """
     plan, bad = loop.schedule, loop.bad_in_a_row
