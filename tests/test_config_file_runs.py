@@ -1,0 +1,164 @@
+"""Runs by files of options are those of the flags that they stand for."""
+
+import json
+
+import pytest
+from test_training_options import DATA, SMALL, TRAIN, Run, in_tmp, run, same  # noqa: F401
+
+import ppo_training
+import sft
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("c.yaml", "optimizer: lion\nlora_rank: 3\nepochs: 1\nlr-schedule: linear\n"),
+        ("c.json", '{"optimizer": "lion", "lora_rank": 3, "epochs": 1, "lr_schedule": "linear"}'),
+    ],
+)
+def test_a_config_file_is_the_same_as_its_flags(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    words = ("--optimizer", "lion", "--lora-rank", 3, "--epochs", 1, "--lr-schedule", "linear")
+    assert same(Run("--config", name, iters=None), Run(*words, iters=None))
+    assert (
+        Run("--config", name, "--lora-rank", 2, iters=None).config["lora_parameters"]["rank"] == 2
+    )
+
+
+def test_iters_on_the_command_line_replace_the_epochs_of_a_config_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("epochs: 1\n")
+    assert Run("--config", "c.yaml", iters=2).rows[-1]["step"] == 2
+    (tmp_path / "d.yaml").write_text("iters: 2\n")
+    assert Run("--config", "d.yaml", "--epochs", 1, iters=None).rows[-1]["step"] == 3
+    (tmp_path / "null.yaml").write_text("iters: 2\nepochs: null\n")
+    assert Run("--config", "null.yaml", iters=None).rows[-1]["step"] == 2
+    (tmp_path / "both.yaml").write_text("iters: 2\nepochs: 1\n")
+    assert "give one of them" in run(sft, *SMALL, "--config", "both.yaml", status=2)
+
+
+# As the workflow's own files are written: a Python dictionary in sections, with dictionaries in
+# them, comments, None, trailing commas, and keys that mean nothing here.
+FINETUNE = """# I am python, not json
+{
+    "General": {
+        "base_model": %(model)r,
+        # for old tokenizers
+        "gpt_base_model": True,
+        "output_dir": "conf_run",
+        "checkpoint_dir": "/tmp/elsewhere",
+        "config": {
+            "trust_remote_code": False,
+            "use_auth_token": None,
+        },
+        "lora_config": {
+            "task_type": "CAUSAL_LM",
+            "r": 3,
+            "lora_alpha": 12,
+            "lora_dropout": 0.1
+        }
+    },
+    "Dataset": {
+        "train_file": %(train)r,
+        "validation_file": None,
+        "validation_split_percentage": 20
+    },
+    "Training": {
+        "optimizer": "AdamW",
+        "batch_size": 10,
+        "epochs": 1,
+        "learning_rate": 1e-3,
+        "lr_scheduler": "linear",
+        "weight_decay": 0.0,
+        "mixed_precision": "no",
+        "device": "CPU",
+        "num_training_workers": 2,
+        "resources_per_worker": {
+            "CPU": 32
+        },
+    },
+}
+"""
+PPO = """{
+    "General": {
+        "model_name": %(model)r,
+        "model_pretrain": None,
+        "rm_name": %(reward)r,
+        "rm_pretrain": None,
+        "output_dir": "ppo_run",
+    },
+    "Dataset": {
+        "train_file": %(train)r,
+        "validation_file": None,
+        "validation_split_percentage": 10
+    },
+    "Training": {
+        "optimizer": "AdamW",
+        "experience_batch_size": 8,
+        "batch_size": 4,
+        "training_iteration": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler": "cosine",
+        "kl_coeff": 0.2,
+        "num_training_workers": 2,
+        "resources_per_worker": {
+            "CPU": 56
+        },
+    },
+}
+"""
+
+
+def options_of(folder) -> dict:
+    with open(f"{folder}/config.json", encoding="utf-8") as file:
+        return json.load(file)["options"]
+
+
+def test_a_conf_file_of_the_other_workflow_trains(tmp_path):
+    values = {"model": str(DATA / "digits_model"), "train": str(TRAIN)}
+    (tmp_path / "finetune.conf").write_text(FINETUNE % values)
+    out = run(sft, "--train", "--config", "finetune.conf")
+    assert "lora_r -> --lora-rank 3" in out and "lr_scheduler -> --lr-schedule linear" in out
+    assert "checkpoint_dir is not used here" in out and "resources_per_worker is not used" in out
+    options = options_of("conf_run")
+    assert (options["optimizer"], options["weight_decay"], options["dtype"]) == (
+        "adamw",
+        0,
+        "float32",
+    )
+    assert (options["lora_scale"], options["lora_dropout"]) == (4, 0.1)
+    with open("conf_run/metrics.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    trained = [row for row in rows if "train/loss" in row]
+    assert len(trained) == 12  # 150 rows less a fifth, ten at a time, once
+    assert trained[-1]["train/learning_rate"] == pytest.approx(1e-3 / 12)
+    assert any("valid/loss" in row for row in rows)
+
+
+def test_a_conf_file_of_the_other_workflow_runs_ppo(tmp_path):
+    run(sft, "--reward-model", "--train", "--data", DATA, "--data-base",
+        "reward_function_increasing_mult_2_", "--max-rows", 16, "--iters", 1,
+        "--save-file", "rm.npz", "--output-dir", "rm")  # fmt: skip
+    values = {"model": str(DATA / "digits_model"), "train": str(TRAIN), "reward": "rm.npz"}
+    (tmp_path / "ppo.conf").write_text(PPO % values)
+    out = run(ppo_training, "--config", "ppo.conf", "--max-new-tokens", 4, "--eval-every", 0)
+    assert "experience_batch_size -> --batch-size 8" in out
+    assert "kl_coeff -> --init-kl-coef 0.2" in out and "rm_name -> --reward-model rm.npz" in out
+    options = options_of("ppo_run")
+    assert (options["batch_size"], options["mini_batch_size"], options["num_steps"]) == (8, 4, 2)
+    with open("ppo_run/metrics.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    assert rows[-1]["step"] == 2 and rows[-1]["objective/kl_coef"] == 0.2
+    assert "env/reward_model_mean" in rows[-1]
+    # what is said of a reward model means nothing in fine-tuning, and the other way round
+    out = run(sft, "--preview", "--config", "ppo.conf")
+    assert "rm_name is not used here" in out and "kl_coeff is not used here" in out
+
+
+def test_entries_of_inner_dictionaries_count_in_lines_too(tmp_path):
+    (tmp_path / "c.conf").write_text(
+        "[General]\nlora_config = {'r': 5, 'lora_alpha': 10,}\n"
+        f"[Dataset]\ntrain_file = {str(TRAIN)!r},\nvalidation_file = None\n"
+        "[Training]\nmixed_precision = 'bf16'\nepochs = 1\n"
+    )
+    out = run(sft, "--preview", "--config", "c.conf")
+    assert "lora_r -> --lora-rank 5" in out and "mixed_precision -> --dtype bfloat16" in out
