@@ -282,11 +282,14 @@ def add_peft(base: nn.Module, description: dict):
 def lora_targets(base: nn.Module, keys: list[str] | None, num_layers: int) -> list[str]:
     """Full names of the linear layers that `keys` (None: all) pick in the last blocks.
 
-    Raises UserError for a key that picks none.
+    Raises UserError for a key that picks none, and for a model without any (GPT-2 has Conv1D).
     """
     inside = re.compile(r".*\.\d+\.(.+)")  # a block's number, then the path inside the block
     linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
     linear = [name for name in linear if inside.fullmatch(name)]
+    if not linear:
+        kind = base.config.model_type
+        raise UserError(f"{kind}: has no linear layers for an adapter here; the MLX scripts may")
     paths = sorted({inside.fullmatch(name)[1] for name in linear})
     for key in keys or ():
         if not any(path == key or path.endswith(f".{key}") for path in paths):

@@ -181,6 +181,16 @@ def test_a_mixture_of_experts_has_no_other_loss(tokenizer, tmp_path):
           relative=1e-5)  # fmt: skip
 
 
+def test_a_model_without_linear_layers_takes_no_adapter():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    described = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters":
+                 {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": None}}  # fmt: skip
+    with pytest.raises(UserError, match="gpt2: has no linear layers for an adapter"):
+        Tuned(GPT2LMHeadModel(config), described)
+
+
 def test_trl_tells_nobody(tokenizer, tmp_path, monkeypatch):
     from trl.trainer import base_trainer
 
