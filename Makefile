@@ -46,8 +46,9 @@ $(BASELINE)/.installed: requirements-dev.txt pytorch_baseline/requirements.txt
 	@touch $@
 
 test-baseline: $(BASELINE)/.installed
-	$(BASELINE)/bin/python -m pytest -q tests/test_baseline_*.py tests/test_encoder_reward.py \
-		tests/test_interop.py tests/test_fuse_soft_prompt.py tests/test_digits_model.py
+	$(BASELINE)/bin/python -m pytest -q tests/baseline tests/rewards/test_encoder_reward.py \
+		tests/models/test_interop.py tests/publishing/test_fuse_soft_prompt.py \
+		tests/data/test_digits_model.py
 
 compare: setup-dev $(BASELINE)/.installed
 	$(PY) benchmarks/compare.py

@@ -15,9 +15,9 @@ import fast_blas
 import sys
 from pathlib import Path
 
+from command_line.parser import Parser, run_main
+from command_line.shared_flags import add_any_base
 from errors import UserError
-from training.arguments import Parser, run_main
-from training.flag_groups import add_any_base
 
 FORMATS = ("model", "adapter", "peft", "classifier", "gguf")
 UNFUSED = ("adapter", "peft")

@@ -40,15 +40,15 @@ from rl.kl import AdaptiveKLController, FixedKLController, full_kl, kl_penalty
 from rl.losses import masked_mean, masked_whiten, policy_loss, value_loss
 from rl.ppo_config import PPOConfig
 from rl.ppo_statistics import sampling_warnings, step_statistics, warnings_for
-from rl.rewards import (
+from rl.rollout_checks import as_numbers, check_rollout, check_token_ids
+from rl.rollouts import Rollout, pad_rows
+from rl.shaping import (
     RunningMoments,
     clip_scores,
     length_penalties,
     per_token_rewards,
     scale_scores,
 )
-from rl.rollout_checks import as_numbers, check_rollout, check_token_ids
-from rl.rollouts import Rollout, pad_rows
 from training.clock import StageClock
 
 __all__ = ["PPOConfig", "PPOTrainer"]

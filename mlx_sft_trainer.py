@@ -24,8 +24,8 @@ from models.reward_model import RewardModel
 from models.trunk import find_trunk, token_logprobs
 from models.tuning import Tuning
 from rl.losses import pairwise_loss, regression_loss
+from training.checkpointed import Group, adapter_group
 from training.optimizers import clip_gradients
-from training.resumable import Group, adapter_group
 
 Batch = TextBatch | ScalarBatch | PreferenceBatch
 Sums = dict[str, mx.array]  # sums over a batch; "weight" is what each of them is divided by

@@ -16,14 +16,14 @@ import fast_blas
 import contextlib
 import sys
 
+from command_line.adapter_file import refuse_other_adapter
+from command_line.dataclass_flags import dataclass_from_arguments
+from command_line.parser import run_main
+from command_line.ppo_flags import ends, load_prompts, parse_arguments, stop_at, validation_prompts
+from command_line.reward_flags import make_rewards
+from command_line.shared_flags import adapter_description, optimizer_options
 from models.adapter_description import VALUE_HEAD
 from rl.ppo_config import PPOConfig
-from training.adapter_choice import refuse_other_adapter
-from training.arguments import run_main
-from training.dataclass_flags import dataclass_from_arguments
-from training.flag_groups import adapter_description, optimizer_options
-from training.ppo_flags import ends, load_prompts, parse_arguments, stop_at, validation_prompts
-from training.reward_flags import make_rewards
 
 # ------------------------------------------------------------------------------ model
 
@@ -61,7 +61,7 @@ def make_learned_reward(args, loaded, policy):
     """A reward model as a reward; an adapter shares the policy's base unless that is trained."""
     from models.load import load_model
     from models.reward_model import load_reward_model, retokeniser
-    from rl.reward_sources import learned_reward
+    from rewards.learned import learned_reward
 
     options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     if policy.tuning.kind == "full":  # training moves the base, so an adapter needs one of its own
@@ -87,7 +87,7 @@ def main(words=None) -> int:
     # MLX and what stands on it come after the command line: help and mistakes answer at once.
     from models.load import load_model
     from training.memory import peak_memory, set_memory_limit
-    from training.seeds import seed_everything
+    from training.streams import seed_everything
 
     if notice := fast_blas.notice():
         print(notice, file=sys.stderr)
@@ -112,13 +112,13 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_ppo_trainer import PPOTrainer
     from models.adapter_files import describe
-    from training.checkpoint_folders import latest_checkpoint, saving
-    from training.metrics import Run
+    from run_folder.checkpoint_folder import latest_checkpoint, saving
+    from run_folder.run import Run
+    from run_folder.run_config import checkpoint_asked_for
+    from run_folder.stopping import GracefulStop
+    from training.checkpointed import Group, adapter_group
     from training.optimizers import build_optimizer
-    from training.ppo_loop import PPOLoop, PPOSchedule, ScoreFilter
-    from training.resumable import Group, adapter_group
-    from training.resume import checkpoint_asked_for
-    from training.signals import GracefulStop
+    from training.rollout_loop import PPOLoop, PPOSchedule, ScoreFilter
 
     config = dataclass_from_arguments(PPOConfig, args)
     updates = config.num_steps * config.updates_per_step
@@ -184,9 +184,9 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
 def finish(args, loaded, policy, run, loop) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
     from models.adapter_files import save_adapter, save_head
-    from rl.reward_sources import GROUND_TRUTH, LEARNED
-    from training.metrics import read_rows
-    from training.plots import plot_learned_and_true, plot_ppo
+    from reports.training_plots import plot_learned_and_true, plot_ppo
+    from rewards.learned import GROUND_TRUTH, LEARNED
+    from run_folder.run import read_rows
 
     written = save_adapter(args.save_file, policy.tuning, loaded, head=VALUE_HEAD)
     written.append(save_head(args.save_file, VALUE_HEAD, policy.value_head.arrays(), {}))

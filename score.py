@@ -17,11 +17,11 @@ import json
 import sys
 from pathlib import Path
 
+from command_line.data_flags import tokenising
+from command_line.parser import run_main
+from command_line.reward_flags import make_rewards
+from command_line.score_flags import parse_arguments, read_input, refuse_overwriting
 from errors import UserError
-from training.arguments import run_main
-from training.data_flags import tokenising
-from training.reward_flags import make_rewards
-from training.score_flags import parse_arguments, read_input, refuse_overwriting
 
 # ------------------------------------------------------------------------------ main
 
@@ -31,8 +31,8 @@ def main(words=None) -> int:
     records = read_input(args)
     # MLX and what stands on it come after the command line: help and mistakes answer at once.
     from data_utils import data_report
-    from training.console import Progress
-    from training.scoring import make_pairs, refuse_promptless, score_pairs
+    from rewards.scored_rows import make_pairs, refuse_promptless, score_pairs
+    from run_folder.console import Progress
 
     if notice := fast_blas.notice():
         print(notice, file=sys.stderr)
@@ -82,7 +82,7 @@ def load(args):
 def make_learned_reward(args, tokenizer, reward_model):
     """The reward model as a reward, or None."""
     from models.reward_model import retokeniser
-    from rl.reward_sources import learned_reward
+    from rewards.learned import learned_reward
 
     if reward_model is None:
         return None
@@ -98,8 +98,8 @@ def make_learned_reward(args, tokenizer, reward_model):
 
 def print_summary(pairs) -> None:
     """A line for the score and one for each reward, aligned."""
-    from training.console import NUMBER_WIDTH, short
-    from training.scoring import summary
+    from rewards.scored_rows import summary
+    from run_folder.console import NUMBER_WIDTH, short
 
     found = summary(pairs)
     width = max(map(len, found))
@@ -110,8 +110,8 @@ def print_summary(pairs) -> None:
 
 def write(args, pairs) -> None:
     """All rows with their scores, or the best of each prompt; aside, then renamed."""
-    from training.files import plain, write_atomically
-    from training.scoring import best_of, best_rows, scored_rows
+    from rewards.scored_rows import best_of, best_rows, scored_rows
+    from safe_files import plain, write_atomically
 
     rows = scored_rows(pairs)
     if args.best_of:

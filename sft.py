@@ -16,12 +16,12 @@ import fast_blas
 import itertools
 import sys
 
+from command_line.adapter_file import refuse_other_adapter, refuse_other_pooling
+from command_line.parser import run_main
+from command_line.sft_flags import load_rows, parse_arguments, training_length, validation
+from command_line.shared_flags import adapter_description, optimizer_options
 from data_utils import BatchIterator, BatchPlan, epoch_batches
 from models.adapter_description import REWARD_HEAD
-from training.adapter_choice import refuse_other_adapter, refuse_other_pooling
-from training.arguments import run_main
-from training.flag_groups import adapter_description, optimizer_options
-from training.sft_flags import load_rows, parse_arguments, training_length, validation
 
 # ------------------------------------------------------------------------------ main
 
@@ -31,7 +31,7 @@ def main(words=None) -> int:
     # MLX and what stands on it come after the command line: help and mistakes answer at once.
     from models.load import load_model
     from training.memory import peak_memory, set_memory_limit
-    from training.seeds import seed_everything
+    from training.streams import seed_everything
 
     if notice := fast_blas.notice():
         print(notice, file=sys.stderr)
@@ -92,12 +92,12 @@ def train(args, loaded, task, rows) -> None:
 
     from mlx_sft_trainer import SupervisedTrainer
     from models.adapter_files import describe
-    from training.checkpoint_folders import best_checkpoint, latest_checkpoint, saving
-    from training.loop import Loop, Schedule
-    from training.metrics import Run
+    from run_folder.checkpoint_folder import best_checkpoint, latest_checkpoint, saving
+    from run_folder.run import Run
+    from run_folder.run_config import checkpoint_asked_for
+    from run_folder.stopping import GracefulStop
     from training.optimizers import build_optimizer
-    from training.resume import checkpoint_asked_for
-    from training.signals import GracefulStop
+    from training.supervised_loop import Loop, Schedule
 
     multiple = 16 if mx.default_device().type == mx.DeviceType.gpu else 1
     plan = BatchPlan(
@@ -200,8 +200,8 @@ def finish(args, loaded, task, run, loop, rows) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
     from models.adapter_files import save_adapter
     from models.reward_model import save_reward_head
-    from training.metrics import read_rows
-    from training.plots import plot_losses
+    from reports.training_plots import plot_losses
+    from run_folder.run import read_rows
 
     summary = {"steps": loop.step, "best_valid_loss": loop.best, **loop.totals}
     head = REWARD_HEAD if args.reward_model else None
@@ -249,7 +249,7 @@ def normalise_scores(args, loaded, task, rows) -> None:
 
 def evaluate_reward_model(task, rows, plots=None) -> dict[str, float]:
     """Agreement of scores with rewards or preferences; with `plots`, drawn there."""
-    from training.reward_evaluation import evaluate_scores
+    from reports.reward_evaluation import evaluate_scores
 
     model = task.reward_model
     report = evaluate_scores(model.score, rows.rows, plots, gain=model.gain, offset=model.offset)

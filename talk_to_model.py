@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from chat.settings import Settings
+from command_line.dataclass_flags import add_dataclass_arguments, dataclass_from_arguments
+from command_line.parser import Parser, complain, run_main
+from command_line.shared_flags import add_any_base, add_model_arguments
 from data_utils import TOKEN_FORMATS
 from errors import UserError
-from training.arguments import Parser, complain, run_main
-from training.dataclass_flags import add_dataclass_arguments, dataclass_from_arguments
-from training.flag_groups import add_any_base, add_model_arguments
 
 # ------------------------------------------------------------------------------ arguments
 

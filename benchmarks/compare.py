@@ -23,9 +23,9 @@ from digits_stages import ROOT, base_stages, run, summary
 from tables import processor
 
 sys.path.insert(0, str(ROOT))
-from training.metrics import read_rows  # noqa: E402
-from training.plot_style import BLUE, ORANGE, label, legend, new_figure, save, series  # noqa: E402
-from training.plots import plot_seeds  # noqa: E402
+from reports.plot_style import BLUE, ORANGE, label, legend, new_figure, save, series  # noqa: E402
+from reports.training_plots import plot_seeds  # noqa: E402
+from run_folder.run import read_rows  # noqa: E402
 
 IMAGES, PAGE = ROOT / "docs" / "images", ROOT / "docs" / "comparison.md"
 TRUE, KL = "env/ground_truth_mean", "objective/kl"
@@ -261,9 +261,9 @@ The clock counts whatever else the machine is doing, processor time hardly. In t
 Each by itself: [MLX](images/mlx_reward.png), [PyTorch](images/pytorch_reward.png).
 
 **What it shows:** that both learn the same thing. Given the same rollout, a step agrees to 1e-4 in
-loss, KL, advantages and weights (tests/test_baseline_parity.py). **What it does not show:** Apple
-GPUs, CUDA, and models of a useful size were not measured. These times are of a model of 130,688
-parameters on a CPU, where the cost of a call outweighs arithmetic.
+loss, KL, advantages and weights (`tests/baseline/test_baseline_parity.py`). **What it does not
+show:** Apple GPUs, CUDA, and models of a useful size were not measured. These times are of a model
+of 130,688 parameters on a CPU, where the cost of a call outweighs arithmetic.
 
 Machine: {machine}.
 """

@@ -81,8 +81,8 @@ def mean(values: list[float]) -> float:
 
 def draw(folder: Path, seeds: list[int]) -> None:
     sys.path.insert(0, str(ROOT))
-    from training.metrics import read_rows
-    from training.plots import plot_seeds
+    from reports.training_plots import plot_seeds
+    from run_folder.run import read_rows
 
     runs = {seed: read_rows(folder / str(seed) / "ppo") for seed in seeds}
     plot_seeds(

@@ -19,7 +19,7 @@ import pexpect
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rl.ground_truth import digits_score  # noqa: E402
+from rewards.digits import digits_score  # noqa: E402
 
 FOLDER = ROOT / "runs/feedback"
 GOOD = 0.75

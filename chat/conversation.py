@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_loading.messages import BadRow, read_messages
 from errors import UserError
-from training.files import write_atomically
+from safe_files import write_atomically
 
 
 @dataclass

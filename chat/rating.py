@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from errors import UserError
-from training.files import writing
+from safe_files import writing
 
 FIELDS = {"unpaired": {"prompt", "completion", "label"},
           "preference": {"prompt", "chosen", "rejected"}}  # fmt: skip

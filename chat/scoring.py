@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from chat.speaker import Reply, Speaker, is_adapter, switch_off
 from errors import UserError
-from rl.reward_functions import load_function
-from rl.reward_set import Reward, RewardSet
-from rl.reward_sources import learned_reward
+from rewards.learned import learned_reward
+from rewards.reward_set import Reward, RewardSet
+from rewards.user_function import load_function
 
 
 class Scorer:

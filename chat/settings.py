@@ -3,8 +3,8 @@
 from argparse import ArgumentTypeError
 from dataclasses import dataclass, field, fields, replace
 
+from command_line.values import number, whole_number
 from errors import UserError
-from training.flag_types import number, whole_number
 
 
 def option(default, text: str):

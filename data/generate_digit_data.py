@@ -29,10 +29,10 @@ import zlib  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
+from command_line.parser import Parser, run_main  # noqa: E402
 from errors import UserError  # noqa: E402
-from rl.ground_truth import PROMPT_NUMBERS, digits_score  # noqa: E402
-from training.arguments import Parser, run_main  # noqa: E402
-from training.files import write_atomically, writing  # noqa: E402
+from rewards.digits import PROMPT_NUMBERS, digits_score  # noqa: E402
+from safe_files import write_atomically, writing  # noqa: E402
 
 SPLITS = ("train", "valid", "test")
 SHORT_ROWS = 0.1  # fraction of the reward rows that are shorter than --min-length

@@ -34,8 +34,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  
 from tqdm import tqdm  # noqa: E402
 
 from errors import UserError  # noqa: E402
-from training.arguments import Parser, run_main  # noqa: E402
-from training.files import write_atomically, write_json, writing  # noqa: E402
+from command_line.parser import Parser, run_main  # noqa: E402
+from safe_files import write_atomically, write_json, writing  # noqa: E402
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 SPECIAL = (PAD, BOS, EOS)  # ids 0, 1, 2

@@ -10,7 +10,7 @@ from pathlib import Path
 from errors import UserError
 from models.file_checks import check_inside
 from models.hub_files import reason
-from training.redact import redact
+from run_folder.secrets import redact
 
 NO_LOGIN = "no login found; `hf auth login`, or set HF_TOKEN"
 

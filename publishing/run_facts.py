@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from training.metrics import read_rows
-from training.redact import redact
+from run_folder.run import read_rows
+from run_folder.secrets import redact
 
 # How a run was carried out, not what the model learned from.
 LEFT_OUT = {

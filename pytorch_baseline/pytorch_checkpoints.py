@@ -6,7 +6,7 @@ from pickle import UnpicklingError
 import torch
 
 from errors import UserError
-from training.checkpoint_folders import Metric, disk_refused, problem, write_checkpoint
+from run_folder.checkpoint_folder import Metric, disk_refused, problem, write_checkpoint
 
 
 def save_checkpoint(

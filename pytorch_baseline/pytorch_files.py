@@ -29,10 +29,10 @@ from models.adapter_description import (
     remove_old_heads,
 )
 from models.base_fingerprint import check_base, described_base
-from training.checkpoint_folders import disk_refused
-from training.files import write_json
-from training.metrics import OWN_NAMES
-from training.run_folder import RUNS
+from run_folder.checkpoint_folder import disk_refused
+from run_folder.folder import RUNS
+from run_folder.run import OWN_NAMES
+from safe_files import write_json
 
 # Copied as they are; weights and config.json are written anew.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",

@@ -1,6 +1,6 @@
 """The command lines of the MLX scripts, with --tokenizer and --device.
 
-The flags are declared once, in training/sft_flags.py and training/ppo_flags.py.
+The flags are declared once, in command_line/sft_flags.py and command_line/ppo_flags.py.
 """
 
 from types import ModuleType
@@ -8,8 +8,8 @@ from unittest.mock import patch
 
 import project_root  # noqa: F401
 
+from command_line.parser import Parser
 from errors import UserError
-from training.arguments import Parser
 
 # Options of the MLX side that nothing here computes in the same way.
 REFUSED = {
@@ -49,6 +49,6 @@ def refuse_what_is_missing(args) -> None:
 
 
 def parse(flags: ModuleType, words: list[str] | None = None):
-    """The parsed command line; `flags` is training.sft_flags or training.ppo_flags."""
+    """The parsed command line; `flags` is command_line.sft_flags or command_line.ppo_flags."""
     with patch.object(flags, "Parser", BaselineParser):
         return flags.parse_arguments(words)

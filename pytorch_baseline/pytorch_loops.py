@@ -1,4 +1,4 @@
-"""training/loop.py and ppo_loop.py in PyTorch: update, report, checkpoint, stop, resume."""
+"""training/supervised_loop.py and rollout_loop.py in PyTorch: update, checkpoint, stop, resume."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -11,20 +11,21 @@ import torch
 from pytorch_checkpoints import load_checkpoint, save_checkpoint
 from pytorch_training import check_memory, rng_state, set_rng_state
 
-from data_utils import PromptRow, columns_of, prompt_batch
-from errors import UserError
-from training.bad_steps import not_finite, report_skipped, save_or_stop
-from training.checkpoint_folders import Metric, set_aside_after
-from training.console import Progress
-from training.metrics import Run
-from training.ppo_steps import SCORE, is_best, response_text, skipped_steps
-from training.resume import (
+from command_line.resumed_options import (
     check_same_base,
     check_same_data,
     check_whole_updates,
     fingerprint,
 )
-from training.signals import GracefulStop
+from data_utils import PromptRow, columns_of, prompt_batch
+from errors import UserError
+from rewards.scored_rows import response_text
+from run_folder.checkpoint_folder import Metric, set_aside_after
+from run_folder.console import Progress
+from run_folder.run import Run
+from run_folder.stopping import GracefulStop
+from training.endings import not_finite, report_skipped, save_or_stop
+from training.ppo_steps import SCORE, is_best, skipped_steps
 
 NUMBERS = "loss or gradient"
 

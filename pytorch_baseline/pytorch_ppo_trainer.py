@@ -10,7 +10,7 @@
 8. statistics; and the controller moves beta
 
 TRL took its PPO out after 1.12, so it is written out here. It equals TRL 0.11.4's numbers, like the
-MLX one (tests/test_baseline_oracles.py).
+MLX one (tests/baseline/test_baseline_oracles.py).
 """
 
 import warnings

@@ -32,22 +32,22 @@ from pytorch_training import (
     seed_everything,
 )
 
+from command_line import ppo_flags
+from command_line.adapter_file import refuse_other_adapter
+from command_line.dataclass_flags import dataclass_from_arguments
+from command_line.parser import run_main
+from command_line.reward_flags import make_rewards
+from command_line.shared_flags import adapter_description, optimizer_options
 from data_utils import Template
 from models.adapter_description import VALUE_HEAD
+from reports.training_plots import plot_learned_and_true, plot_ppo
+from rewards.learned import GROUND_TRUTH, LEARNED, learned_reward
+from rewards.reward_set import Reward
 from rl.ppo_config import PPOConfig
-from rl.reward_set import Reward
-from rl.reward_sources import GROUND_TRUTH, LEARNED, learned_reward
-from training import ppo_flags
-from training.adapter_choice import refuse_other_adapter
-from training.arguments import run_main
-from training.checkpoint_folders import latest_checkpoint, saving
-from training.dataclass_flags import dataclass_from_arguments
-from training.flag_groups import adapter_description, optimizer_options
-from training.metrics import Run, read_rows
-from training.plots import plot_learned_and_true, plot_ppo
-from training.resume import checkpoint_asked_for
-from training.reward_flags import make_rewards
-from training.signals import GracefulStop
+from run_folder.checkpoint_folder import latest_checkpoint, saving
+from run_folder.run import Run, read_rows
+from run_folder.run_config import checkpoint_asked_for
+from run_folder.stopping import GracefulStop
 
 SCRIPT = "pytorch_baseline/pytorch_ppo_training.py"
 FULL = {"fine_tune_type": "full"}

@@ -1,4 +1,4 @@
-"""rl/kl.py, rl/rewards.py and rl/advantages.py in PyTorch: from scores to advantages.
+"""rl/kl.py, rl/shaping.py and rl/advantages.py in PyTorch: from scores to advantages.
 
 Legend: B batch, T tokens, V vocabulary.
 """

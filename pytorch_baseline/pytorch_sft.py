@@ -2,7 +2,7 @@
 
 The flags, the data and their order are those of sft.py; the model is transformers', the adapter
 peft's, loss and loop are those of TRL's SFTTrainer and RewardTrainer. From the same weights both
-sides give the same losses (tests/test_baseline_parity.py).
+sides give the same losses (tests/baseline/test_baseline_parity.py).
 
 Within a minute on a laptop, on the embedded model:
     python pytorch_baseline/pytorch_sft.py --train --iters 100 --batch-size 32 --learning-rate 3e-3
@@ -33,18 +33,18 @@ from pytorch_training import (
     trainable,
 )
 
+from command_line import sft_flags
+from command_line.adapter_file import refuse_other_adapter, refuse_other_pooling
+from command_line.parser import run_main
+from command_line.shared_flags import adapter_description, optimizer_options
 from data_utils import BatchIterator, BatchPlan, epoch_batches
 from models.adapter_description import REWARD_HEAD
-from training import sft_flags
-from training.adapter_choice import refuse_other_adapter, refuse_other_pooling
-from training.arguments import run_main
-from training.checkpoint_folders import best_checkpoint, latest_checkpoint, saving
-from training.flag_groups import adapter_description, optimizer_options
-from training.metrics import Run, read_rows
-from training.plots import plot_losses
-from training.resume import checkpoint_asked_for
-from training.reward_evaluation import evaluate_scores
-from training.signals import GracefulStop
+from reports.reward_evaluation import evaluate_scores
+from reports.training_plots import plot_losses
+from run_folder.checkpoint_folder import best_checkpoint, latest_checkpoint, saving
+from run_folder.run import Run, read_rows
+from run_folder.run_config import checkpoint_asked_for
+from run_folder.stopping import GracefulStop
 
 SCRIPT = "pytorch_baseline/pytorch_sft.py"
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from command_line.parser import MEMORY_ADVICE
 from errors import UserError
-from training.arguments import MEMORY_ADVICE
 
 # ---- optimizers --------------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ def learning_rate_factor(
 
 
 def optimizer_and_schedule(parameters: dict[str, nn.Parameter], options: dict, steps: int):
-    """Both from `training.flag_groups.optimizer_options`; `steps` counts updates."""
+    """Both from `command_line.shared_flags.optimizer_options`; `steps` counts updates."""
     schedule = {"cycles": options.pop("cycles"), "end_factor": options.pop("end_factor")}
     name, warmup = options.pop("schedule"), options.pop("warmup")
     optimizer = build_optimizer(parameters, **options)

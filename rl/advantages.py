@@ -32,7 +32,7 @@ def _scan_from_right(a: mx.array, b: mx.array) -> mx.array:
     """x (B, T) with x_t = b_t + a_t x_{t+1} and 0 after the end.
 
     In log2(T) rounds instead of T steps: after each, x_t = b_t + a_t x_{t + reach}, and reach has
-    doubled. The loop that it replaces is in tests/test_rl_identities.py.
+    doubled. The loop that it replaces is in tests/rl/test_rl_identities.py.
     """
     reach = 1
     while reach < b.shape[1]:

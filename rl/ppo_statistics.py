@@ -3,8 +3,8 @@
 import numpy as np
 
 from rl.ppo_config import PPOConfig
-from rl.rewards import rollout_stats
 from rl.rollouts import Rollout
+from rl.shaping import rollout_stats
 
 # What may be wrong, from metrics to a sentence; each is said once a run.
 ALMOST_NO_ENTROPY = 0.01  # nats per token

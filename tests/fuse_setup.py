@@ -12,13 +12,13 @@ import pytest
 from conftest import ROOT
 
 import fuse as fuse_script
+from command_line.parser import run_main
 from models.adapter_files import save_adapter
 from models.decoding import Sampling, generate
 from models.load import load_model
 from models.lora import LoraConfig, add_lora
 from models.soft_prompt import SoftPrompt
 from models.tuning import FullTuning, Tuning
-from training.arguments import run_main
 
 PROMPTS = ("2 4 6", "10 8", "", "0 1 2 3 5 8 13")
 

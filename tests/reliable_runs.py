@@ -248,7 +248,7 @@ def checkpoint_contents(path: Path) -> dict:
 
 def left_by(run: Path, saved: str) -> dict:
     """All that has to be the same however often a run was killed; `saved`: its --save-file."""
-    from training.checkpoint_folders import best_checkpoint, latest_checkpoint
+    from run_folder.checkpoint_folder import best_checkpoint, latest_checkpoint
 
     checkpoints = run / "checkpoints"
     summary = json.loads((run / "summary.json").read_text())
@@ -306,9 +306,9 @@ def serve() -> None:
     import mlx_ppo_trainer  # noqa: F401
     import mlx_sft_trainer  # noqa: F401
     import ppo_training  # noqa: F401
+    import reports.training_plots  # noqa: F401
     import sft  # noqa: F401
-    import training.plots  # noqa: F401
-    import training.ppo_loop  # noqa: F401
+    import training.rollout_loop  # noqa: F401
 
     codes: dict[int, int | None] = {}
     for line in sys.stdin:

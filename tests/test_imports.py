@@ -162,6 +162,6 @@ def test_what_the_page_names_is_there():
         elif re.fullmatch(r"[A-Za-z_][\w.]*", word):
             assert re.search(rf"\b{word.rpartition('.')[2]}\b", source), word
     placed = re.findall(r"`(\w+)` (?:of|\()\s*`?([\w/]+\.py)`", PAGE)
-    assert ("make_rewards", "training/reward_flags.py") in placed
+    assert ("make_rewards", "command_line/reward_flags.py") in placed
     for name, file in placed:
         assert re.search(rf"^(def|class) {name}\b", (ROOT / file).read_text("utf-8"), re.M), name

@@ -18,14 +18,14 @@ import mlx.core as mx
 
 from errors import UserError
 from models.adapter_description import CONFIG_FILE, CONFIG_KEY
-from training.checkpoint_folders import (
+from run_folder.checkpoint_folder import (
     Metric,
     disk_refused,
     problem,
     read_manifest,
     write_checkpoint,
 )
-from training.files import plain
+from safe_files import plain
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import mlx.core as mx
 
+from command_line.parser import MEMORY_ADVICE
 from errors import UserError
-from training.arguments import MEMORY_ADVICE
 
 GB = 1e9
 

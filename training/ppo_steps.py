@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.metrics import read_rows
+from run_folder.run import read_rows
 
 SCORE = "eval/sampled/score"  # of held-out prompts; what makes one checkpoint the best
 
@@ -18,15 +18,3 @@ def is_best(evaluations: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the last evaluation has the best score so far."""
     *earlier, last = [row[SCORE] for row in evaluations]
     return all(last > other for other in earlier if other is not None)
-
-
-def response_text(tokenizer, query: Sequence[int], response: Sequence[int]) -> str:
-    """The text that `response` adds to `query`, so that prompt + response is the whole text.
-
-    Some decoders drop the blank in front of a text, so the two are decoded together.
-    """
-    start = tokenizer.decode(list(query), skip_special_tokens=True)
-    whole = tokenizer.decode([*query, *response], skip_special_tokens=True)
-    if whole.startswith(start):
-        return whole[len(start) :]
-    return tokenizer.decode(list(response), skip_special_tokens=True)

@@ -1,0 +1,95 @@
+"""Options from a file: YAML and JSON with our own names, sectioned ``.conf`` files with others'.
+
+Nothing in a file is executed: YAML goes through the safe loader, ``.conf`` values through
+``ast.literal_eval``. Importing this loads no MLX.
+"""
+
+import json
+import re
+from argparse import Action
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One option of a file: its name there, its value, and where it stands (``FILE:LINE``)."""
+
+    key: str
+    value: Any
+    where: str
+    optional: bool = False  # True: skipped in silence by a script that has no such flag
+
+
+def read_config(path: Path, flags: Mapping[str, Action]) -> list[Setting]:
+    """The settings of a YAML, JSON or ``.conf`` file; ``flags``: the script's, by ``--name``."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as wrong:
+        raise UserError(f"{path}: cannot read the config file: {wrong.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: the config file is not UTF-8 text") from None
+    if path.suffix == ".conf":
+        from command_line.foreign_config import read_conf
+
+        return read_conf(path, text, flags)
+    return read_json(path, text) if path.suffix == ".json" else read_yaml(path, text)
+
+
+def read_json(path: Path, text: str) -> list[Setting]:
+    """The members of one JSON object."""
+    try:
+        pairs = json.loads(text, object_pairs_hook=Pairs)
+    except json.JSONDecodeError as wrong:
+        raise UserError(f"{path}:{wrong.lineno}: not JSON: {wrong.msg}") from None
+    if not isinstance(pairs, Pairs):
+        raise UserError(f"{path}: the config file must hold one JSON object, {{...}}")
+    lines = {}
+    for match in re.finditer(r'"((?:[^"\\]|\\.)*)"\s*:', text):
+        lines.setdefault(match[1], text.count("\n", 0, match.start()) + 1)
+    found = [Setting(key, value, f"{path}:{lines.get(key, 1)}") for key, value in pairs]
+    return refuse_doubles(found)
+
+
+class Pairs(list):
+    """The members of a JSON object in order, doubles included."""
+
+
+def read_yaml(path: Path, text: str) -> list[Setting]:
+    """The entries of one YAML mapping."""
+    import yaml
+
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return []
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{path}: the config file must hold one mapping, lines of `key: value`")
+        found = []
+        for key, value in node.value:
+            where = f"{path}:{key.start_mark.line + 1}"
+            found.append(Setting(str(key.value), loader.construct_object(value, True), where))
+        return refuse_doubles(found)
+    except yaml.YAMLError as wrong:
+        mark = getattr(wrong, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not YAML: {getattr(wrong, 'problem', wrong)}") from None
+    finally:
+        loader.dispose()
+
+
+def refuse_doubles(settings: list[Setting]) -> list[Setting]:
+    """The same settings; raises ``UserError`` when a key stands there twice."""
+    seen: dict[str, str] = {}
+    for setting in settings:
+        name = setting.key.replace("-", "_")
+        if name in seen:
+            first = seen[name].rpartition(":")[2]
+            raise UserError(f"{setting.where}: {setting.key!r} stands in line {first} already")
+        seen[name] = setting.where
+    return settings

@@ -1,0 +1,95 @@
+"""Flags that say which data a script reads and how a row becomes tokens. Loads no MLX."""
+
+import argparse
+from typing import Any
+
+from command_line.parser import Parser
+from command_line.shared_flags import at_least
+from data_utils import KNOWN_FORMATS, TOKEN_FORMATS, folder_file
+from errors import UserError
+
+
+def add_data_arguments(parser: Parser, *, max_length: int = 2048, test_rows: bool = False) -> None:
+    """Where rows come from, and their form; `test_rows`: of a script that reads such."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="data", help="folder with the data files")
+    add("--data-base", default="increasing_mult_2_", help="file names up to train.jsonl")
+    add("--train-file", nargs="+", help="training files, in place of the folder's")
+    add("--validation-file", help="validation file, in place of the folder's")
+    if test_rows:
+        add("--test-file", help="test file, in place of the folder's")
+    add("--validation-split-percentage", type=float, help="validate on this share of the rows")
+    add("--dataset", nargs="+", help="names or paths that the datasets library opens")
+    add("--dataset-config", help="configuration of --dataset")
+    add("--split", default="train", help="split of --dataset, or a part: train[:50%%]")
+    add("--streaming", type=bool, default=False, help="read --dataset without storing it")
+    add("--max-rows", type=int, help="read at most this many rows of each source")
+    add("--data-weights", type=float, nargs="+", help="share of each of several sources")
+    add("--format", choices=tuple(KNOWN_FORMATS), help="of the rows (default: from their fields)")
+    add("--skip-bad-rows", type=bool, default=False, help="count unusable rows, do not stop at one")
+    add("--prompt-template", help='such as "Question: {question}\\n\\nAnswer: "')
+    formats = "; ".join(f"{name}: {what}" for name, what in TOKEN_FORMATS.items())
+    add("--token-format", choices=tuple(TOKEN_FORMATS), default="standard", help=formats)
+    add("--max-length", type=int, default=max_length, help="longest row, in tokens")
+    add("--too-long", choices=("cut", "refuse"), help="what happens to a longer one")
+
+    def check(args: argparse.Namespace) -> None:
+        at_least(args, 1, "max_rows", "max_length")
+        share = getattr(args, "validation_split_percentage", None)  # score.py has no such flag
+        if share is not None and not 0 < share < 100:
+            raise UserError(f"--validation-split-percentage {share:g}: give a number between 0 and "
+                            "100, or leave it out")  # fmt: skip
+        if args.dataset is None:
+            for name in ("dataset_config", "split", "streaming"):
+                if name in args.explicit:
+                    raise UserError(f"--{name.replace('_', '-')} has no effect without --dataset")
+        if args.prompt_template is not None:  # the two characters \n, as shells hand them over
+            args.prompt_template = args.prompt_template.replace("\\n", "\n")
+
+    parser.checks.append(check)
+
+
+NO_VALIDATION = (
+    "without rows to validate on: give --validation-file or --validation-split-percentage"
+)
+
+
+def has_validation(args: argparse.Namespace) -> bool:
+    """Whether there is anything to validate on, as ``load_data`` will find it."""
+    if args.validation_file or args.validation_split_percentage:
+        return True
+    if args.train_file or args.dataset:
+        return False
+    return folder_file(args.data, args.data_base, "valid", required=False) is not None
+
+
+def data_sources(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of ``data_utils.load_data``, all but ``splits``."""
+    return {
+        "data": args.data,
+        "data_base": args.data_base,
+        "train_files": args.train_file or (),
+        "validation_file": args.validation_file,
+        "test_file": getattr(args, "test_file", None),
+        "validation_split_percentage": args.validation_split_percentage,
+        "datasets": args.dataset or (),
+        "dataset_config": args.dataset_config,
+        "split": args.split,
+        "streaming": args.streaming,
+        "weights": args.data_weights,
+        "format": args.format,
+        "skip_bad_rows": args.skip_bad_rows,
+        "max_rows": args.max_rows,
+        "seed": args.seed,
+    }
+
+
+def tokenising(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments that the ``tokenise_…`` functions of data_utils share."""
+    chosen = {} if args.too_long is None else {"too_long": args.too_long}
+    return chosen | {
+        "max_length": args.max_length,
+        "prompt_template": args.prompt_template,
+        "token_format": args.token_format,
+        "skip_bad_rows": args.skip_bad_rows,
+    }

@@ -1,0 +1,301 @@
+"""The command line of every script: one parser class, its value types, and ``run_main``.
+
+Flags take dashes or underscores, unambiguous prefixes, and booleans in every usual form; a
+``--config`` file or the run that is resumed gives defaults. All of it happens before argparse sees
+the words, so argparse itself keeps its own plain rules. Importing this loads no MLX.
+"""
+
+import argparse
+import difflib
+import errno
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from command_line.config_files import Setting, read_config
+from command_line.resumed_options import (
+    check_resume_options,
+    check_script,
+    read_run_options,
+    redacted_options,
+)
+from command_line.values import HelpFormatter, boolean, number, whole_number
+from errors import UserError
+from run_folder.run_config import run_folder_of
+from run_folder.secrets import redact, tell
+
+# Nothing a person at the terminal did wrong in the program's code: the disk is full or read-only.
+DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
+OUT_OF_MEMORY = re.compile(
+    "out of memory|unable to allocate|insufficient memory|attempting to allocate", re.IGNORECASE
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with this project's rules; declare booleans with ``type=bool``, flags with dashes.
+
+    ``parse_args`` returns a namespace with extra names: ``explicit``, the set of names that
+    the user gave, on the command line or in the ``--config`` file, and ``changed``, those of them
+    with another value than the default; and a third, ``typed``: of ``changed`` those on the command
+    line. ``checks`` are functions of the namespace that run last;
+    they raise ``UserError`` for flags that contradict each other and may fill in what follows from
+    other flags. ``alternatives`` are sets of names that say the same in different ways: one on the
+    command line replaces another of the ``--config`` file or of the run that is resumed, and one of
+    the file another of the run.
+    """
+
+    def __init__(
+        self, *, script: str | None = None, harmless: Iterable[str] = (), **options: Any
+    ) -> None:
+        """``script``: its file, which made the runs that ``--resume`` takes (None: any run).
+
+        ``harmless``: names of this script's own options that ``--resume`` may change.
+        """
+        options.setdefault("formatter_class", HelpFormatter)
+        super().__init__(allow_abbrev=False, **options)
+        self.checks: list[Callable[[argparse.Namespace], None]] = []
+        self.alternatives: list[set[str]] = []
+        self.script, self.harmless = script, tuple(harmless)
+        for kind, convert in ((bool, boolean), (int, whole_number), (float, number)):
+            self.register("type", kind, convert)
+
+    def error(self, message: str) -> None:
+        sys.stdout.flush()
+        raise SystemExit(complain(re.sub(r"^argument (--\S+?)(/--\S+)*: ", r"\1: ", message)))
+
+    def format_help(self) -> str:
+        # The list of all flags stands below anyway; twenty lines of usage say no more.
+        names = [a.metavar or a.dest.upper() for a in self._actions if not a.option_strings]
+        self.usage = " ".join(["%(prog)s [flags]", *names])
+        return super().format_help()
+
+    # ----------------------------------------------------------------- names of flags
+
+    def _flags(self) -> dict[str, argparse.Action]:
+        """Every name that a flag can be written as, ``--no-x`` included, to its action."""
+        found = {}
+        for action in self._actions:
+            for name in action.option_strings:
+                found[name] = action
+                if action.type is bool:
+                    found.setdefault(f"--no-{name[2:]}", action)
+        return found
+
+    def _find(self, written: str) -> tuple[str, argparse.Action]:
+        """The full name and the action of a flag as the user wrote it; exits when none fits."""
+        flags = self._flags()
+        name = written.replace("_", "-")
+        if name in flags:
+            return name, flags[name]
+        fits = [full for full in flags if full.startswith(name)]
+        # A bare "--n" must not stumble over every "--no-x" there is.
+        positive = [full for full in fits if full in flags[full].option_strings] or fits
+        if len({id(flags[full]) for full in positive}) == 1:
+            return positive[0], flags[positive[0]]
+        if positive:
+            self.error(f"{written} could be {', '.join(sorted(positive))}: write more of it")
+        self.error(f"unknown flag {written}{nearest(name, flags)}")
+
+    # ----------------------------------------------------------------- the words of the user
+
+    def _spell_out(self, words: list[str]) -> tuple[list[str], set[str]]:
+        """Words with every flag in full and every boolean as ``--flag=value``; names given."""
+        out: list[str] = []
+        given: set[str] = set()
+        position = 0
+        while position < len(words):
+            word = words[position]
+            position += 1
+            if word == "--":
+                return out + words[position - 1 :], given
+            if not word.startswith("--"):
+                out.append(word)
+                continue
+            written, equals, value = word.partition("=")
+            name, action = self._find(written)
+            given.add(action.dest)
+            if action.type is bool:
+                following = words[position] if position < len(words) else "-"
+                if not equals and self._is_value(following):
+                    value, equals, position = following, "=", position + 1
+                word = self._boolean_word(name, action, value if equals else "true")
+            else:
+                word = name + equals + value
+            out.append(word)
+        return out, given
+
+    def _is_value(self, word: str) -> bool:
+        """Whether the word after a boolean flag is its value and not a positional argument."""
+        if any(not action.option_strings for action in self._actions):
+            return word.lower() in ("true", "false")
+        return not word.startswith("-")
+
+    def _boolean_word(self, name: str, action: argparse.Action, value: str) -> str:
+        try:
+            truth = boolean(value)
+        except argparse.ArgumentTypeError as wrong:
+            self.error(f"{name}: {wrong}")
+        if name not in action.option_strings:
+            truth = not truth
+        return f"{action.option_strings[0]}={truth}"
+
+    # ----------------------------------------------------------------- parsing
+
+    def parse_args(self, words=None, namespace=None):  # type: ignore[override]
+        words, given = self._spell_out(list(sys.argv[1:] if words is None else words))
+        try:
+            return self._parse(words, given, namespace or argparse.Namespace())
+        except UserError as wrong:
+            self.error(str(wrong))
+
+    def _parse(self, words: list[str], given: set[str], args: argparse.Namespace):
+        has_resume = any(action.dest == "resume" for action in self._actions)
+        resumed = last_value(words, "--resume") if has_resume else None
+        if resumed and self.script:
+            check_script(resumed, self.script)
+        config = last_value(words, "--config") if "--config" in self._flags() else None
+        old = self._take(args, read_run_options(resumed)) if resumed else {}
+        from_file = self._take(args, read_config(Path(config), self._flags())) if config else {}
+        self._replace_alternatives(args, set(from_file))
+        self._replace_alternatives(args, given)
+        explicit = given | {name for name in from_file if hasattr(args, name)}
+        args, unknown = self.parse_known_args(words, args)
+        if unknown:
+            self.error(f"unexpected argument {unknown[0]!r}")
+        args.explicit = explicit
+        args.changed = {n for n in explicit if getattr(args, n) != self.get_default(n)}
+        args.typed = args.changed & given
+        if resumed:
+            self._settle_resume(args, old)
+        for check in self.checks:
+            check(args)
+        return args
+
+    def _replace_alternatives(self, args: argparse.Namespace, chosen: set[str]) -> None:
+        """Take back to its default what ``chosen`` options say in another way."""
+        for group in self.alternatives:
+            for name in group - chosen if group & chosen else ():
+                if hasattr(args, name):
+                    delattr(args, name)
+
+    def _settle_resume(self, args: argparse.Namespace, old: dict[str, Any]) -> None:
+        folder = str(run_folder_of(args.resume))
+        if "output_dir" in args.explicit and Path(args.output_dir) != Path(folder):
+            raise UserError("--output-dir: a resumed run stays in its own folder; leave it out")
+        args.output_dir = folder
+        for name in sorted(redacted_options(folder) & set(vars(args)) - args.explicit):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag}: it held a secret, which no file keeps; give it once more")
+        check_resume_options(
+            old, vars(args), harmless=self.harmless, force=getattr(args, "force_resume", False)
+        )
+
+    def _take(self, args: argparse.Namespace, settings: list[Setting]) -> dict[str, Any]:
+        """Put settings from a file into the namespace as defaults; return them by name."""
+        taken = {}
+        flags = self._flags()
+        for setting in settings:
+            name = "--" + setting.key.replace("_", "-")
+            action = flags.get(name)
+            if action is None or name not in action.option_strings or action.dest == "help":
+                if setting.optional:
+                    continue
+                raise UserError(
+                    f"{setting.where}: unknown key {setting.key!r}{nearest(name, flags)}"
+                )
+            if action.dest in ("config", "resume"):
+                raise UserError(f"{setting.where}: {setting.key!r} belongs on the command line")
+            taken[action.dest] = self._convert(action, setting)
+            action.required = False
+            setattr(args, action.dest, taken[action.dest])
+        return taken
+
+    def _convert(self, action: argparse.Action, setting: Setting) -> Any:
+        """One value of a file, checked and converted as if it stood on the command line."""
+        value = setting.value
+        if value is None and (action.default is None or setting.optional):
+            return None
+        many = isinstance(value, list) and action.nargs in ("+", "*")
+        words = [plain_word(item, action, setting) for item in (value if many else [value])]
+        try:
+            return self._get_values(action, words)
+        except argparse.ArgumentError as wrong:
+            raise UserError(f"{setting.where}: {setting.key}: {wrong.message}") from None
+
+
+def plain_word(value: Any, action: argparse.Action, setting: Setting) -> str:
+    """A value of a file as the word that a user would have typed; raises ``UserError``."""
+    fits = isinstance(value, str | int | float) or (value is None and action.type is not bool)
+    if not fits or (isinstance(value, bool) and action.type in (int, float)):
+        raise UserError(f"{setting.where}: {setting.key}: {value!r} is no value for this option")
+    return "none" if value is None else str(value)
+
+
+def nearest(name: str, flags: Iterable[str]) -> str:
+    """``; did you mean --x?`` for the flag spelt most like ``name``, or an empty string."""
+    bare = {flag.lstrip("-"): flag for flag in flags}
+    close = difflib.get_close_matches(name.lstrip("-"), bare, n=1, cutoff=0.7)
+    return f"; did you mean {bare[close[0]]}?" if close else "; --help lists the flags"
+
+
+def last_value(words: list[str], flag: str) -> str | None:
+    """The value of the last ``flag`` in spelt-out words, or None."""
+    found = None
+    for position, word in enumerate(words):
+        if word == "--":
+            break
+        if word.startswith(flag + "="):
+            found = word.partition("=")[2]
+        elif word == flag and position + 1 < len(words):
+            found = words[position + 1]
+    return found
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a script's ``main`` and exit: 2 and one line for what the user can put right.
+
+    Any other exception is a bug and keeps its traceback.
+    """
+    warnings.formatwarning = one_line_warning
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except UserError as wrong:
+        code = complain(str(wrong))
+    except KeyboardInterrupt:
+        code = complain("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of our output is gone; Python would complain once more while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as wrong:
+        if wrong.errno not in DISK_ERRORS:
+            raise
+        code = complain(f"{wrong.filename or 'output'}: {wrong.strerror}")
+    except (RuntimeError, MemoryError) as wrong:
+        if not (isinstance(wrong, MemoryError) or OUT_OF_MEMORY.search(str(wrong))):
+            raise
+        code = complain(f"out of memory ({wrong}): {MEMORY_ADVICE}")
+    sys.exit(code)
+
+
+MEMORY_ADVICE = (
+    "lower --batch-size, --mini-batch-size or the sequence length, or add --grad-checkpoint or, "
+    "with MLX, --quantize 4"
+)
+
+
+def one_line_warning(message, category, filename, lineno, line=None) -> str:
+    """A warning for people in one line; one about code says where, as Python does."""
+    place = "" if category is UserWarning else f"{filename}:{lineno}: {category.__name__}: "
+    return redact(f"warning: {place}{message}") + "\n"
+
+
+def complain(message: str, code: int = 2) -> int:
+    """Print ``error: MESSAGE`` as one redacted line on standard error; return the exit status."""
+    tell(f"error: {message}")
+    return code

@@ -1,0 +1,165 @@
+"""The command line of PPO, and the prompts it asks for. Loads no MLX.
+
+Shared by ppo_training.py and its PyTorch twin.
+"""
+
+from pathlib import Path
+
+from command_line.adapter_file import check_save_file, refuse_other_head, settle_adapter
+from command_line.data_flags import (
+    NO_VALIDATION,
+    add_data_arguments,
+    data_sources,
+    has_validation,
+    tokenising,
+)
+from command_line.dataclass_flags import add_dataclass_arguments, dataclass_from_arguments
+from command_line.parser import Parser
+from command_line.reward_flags import add_reward_arguments
+from command_line.rules import Needs, needs, refuse_idle
+from command_line.shared_flags import (
+    add_adapter_arguments,
+    add_any_base,
+    add_model_arguments,
+    add_optimizer_arguments,
+    add_run_arguments,
+    at_least,
+)
+from data_utils import Template, data_report, load_data, tokenise_prompts
+from errors import UserError
+from rl.ppo_config import PPOConfig
+
+DESCRIPTION = "PPO on a language model, against a ground-truth reward, a learned one, or your own."
+LEARNING_RATES = {"lora": 3e-3, "dora": 3e-3, "full": 3e-4, "prompt": 1e-1}
+SHARED = ("seed", "learning_rate", "max_grad_norm")  # fields of PPOConfig with a flag elsewhere
+HARMLESS = ("eval_every", "eval_prompts", "eval_samples", "samples_per_step")
+NEEDS = (
+    Needs("target horizon", "adap_kl_ctrl"),
+    Needs("adap_kl_ctrl", "init_kl_coef"),  # the coefficient is only ever multiplied
+    Needs("target_kl", "early_stopping"),
+    Needs("overlong_penalty", "overlong_buffer"),
+    Needs("overlong_buffer", "overlong_penalty"),
+    Needs("lora_dropout", met=lambda args: False, why="in PPO, which trains without dropout"),
+    Needs("eval_samples eval_prompts", "eval_every"),
+    Needs(
+        "eval_every",
+        met=lambda args: not args.eval_every or has_validation(args),
+        why=NO_VALIDATION,
+    ),
+    Needs("eval_samples eval_prompts", met=has_validation, why=NO_VALIDATION),
+)
+
+
+# ------------------------------------------------------------------------------ arguments
+
+
+def parse_arguments(words=None):
+    """The parsed and checked command line."""
+    parser = Parser(script="ppo_training.py", description=DESCRIPTION, harmless=HARMLESS)
+    add_reward_arguments(parser)
+    add = parser.add_argument_group("task").add_argument
+    add("--use-peft", type=bool, default=None,
+        help="train an adapter (the default), or with --no-use-peft every weight")  # fmt: skip
+    add("--save-file", default="ppo_weights.npz", help=".npz, .safetensors, or a folder to write")
+    add("--resume-file", help="adapter to start from; the reference is the model without it")
+    add("--reference-quantize", type=int, choices=(4, 8),
+        help="bits of the reference copy in full fine-tuning (default: as the policy)")  # fmt: skip
+    add("--prompt-words", type=int, default=2, help="of a plain text, how many words are a prompt")
+    add("--stop", nargs="+", help="texts that end a response")
+    add("--eval-every", type=int, default=20, help="steps between evaluations; 0: none")
+    add("--eval-prompts", type=int, default=128, help="validation prompts to use; -1: all")
+    add("--eval-samples", type=int, default=4, help="sampled responses per validation prompt")
+    add("--samples-per-step", type=int, default=2, help="responses a step into samples.jsonl")
+    add("--steps-per-report", type=int, default=5, help="steps between lines of metrics")
+    add_dataclass_arguments(parser, PPOConfig, title="PPO", exclude=SHARED)
+    add_data_arguments(parser, max_length=1024)
+    add_model_arguments(parser)
+    add_any_base(parser, "resume_file", "reward_model")
+    add_adapter_arguments(parser, lora_scale=4.0)
+    add_optimizer_arguments(
+        parser, learning_rate=None, lr_schedule="linear", max_grad_norm=1.0, lr_end_factor=0.1,
+        learning_rate_note="default: lora 3e-3, full 3e-4, prompt 0.1, by flags or --resume-file; "
+        "found on the digits task",
+    )  # fmt: skip
+    add_run_arguments(parser)
+    parser.checks += [check_arguments, needs(NEEDS), settle_arguments]
+    return parser.parse_args(words)
+
+
+def check_arguments(args) -> None:
+    """Refuse what contradicts itself."""
+    full = args.fine_tune_type == "full"
+    if args.use_peft and full:
+        raise UserError("--use-peft trains an adapter; leave out --fine-tune-type full")
+    if args.use_peft is False and not full:
+        given = {"prompt_tuning", "fine_tune_type", "lora_rank", "lora_layers", "lora_keys"}
+        if given & args.explicit:
+            raise UserError("--use-peft False trains every weight; leave out the adapter's flags")
+        full = True
+    if args.reference_quantize and not full:
+        raise UserError("--reference-quantize needs full fine-tuning: else there is no copy")
+    if full and args.resume_file:
+        raise UserError("--resume-file takes an adapter; fuse it first for full fine-tuning")
+    if args.eval_prompts == 0 or args.eval_prompts < -1:
+        raise UserError("--eval-prompts: give a number above 0, or -1 for all; --eval-every 0 "
+                        "evaluates nothing")  # fmt: skip
+    if args.top_p <= 0:
+        raise UserError(f"--top-p {args.top_p:g}: give a probability above 0; 1 leaves every token")
+    if not all(args.stop or ()):
+        raise UserError("--stop: an empty text would end every response at once; leave it out")
+    check_save_file(args.save_file)
+    same = args.reward_model and args.save_file
+    if same and Path(args.save_file).resolve() == Path(args.reward_model).resolve():
+        raise UserError("--save-file: is the reward model of this run; give another name")
+    at_least(args, 0, "eval_every", "samples_per_step", "top_k")
+    at_least(args, 1, "eval_samples", "steps_per_report", "prompt_words")
+
+
+def settle_arguments(args) -> None:
+    """Fill in what follows from other flags, and make sure of PPO's own options."""
+    if args.use_peft is False:
+        args.fine_tune_type = "full"
+    file = args.resume_file
+    kind = settle_adapter(args, file, LEARNING_RATES, ignore="lora_dropout")  # there is none
+    if file is not None:
+        if kind == "full":
+            raise UserError(f"--resume-file takes an adapter, and {file} holds every weight; fuse "
+                            "it first (fuse.py), and give the model with --model")  # fmt: skip
+        refuse_other_head(args, file)
+    dataclass_from_arguments(PPOConfig, args)
+
+
+# ------------------------------------------------------------------------------ data
+
+
+def load_prompts(args, tokenizer) -> dict:
+    """Prompts to train on and, where there are any, to validate on."""
+    found, loaded = {}, load_data(splits=("train", "valid"), **data_sources(args))
+    if not any("text" in records.kinds for records in loaded.values()):
+        refuse_idle(args, "prompt_words", "on rows that have prompts of their own")
+    for split, records in loaded.items():
+        found[split] = tokenise_prompts(
+            records, tokenizer, prompt_words=args.prompt_words, **tokenising(args)
+        )
+        print(data_report(f"{split} prompts", records, found[split]))
+    return found
+
+
+def ends(args, tokenizer) -> set[int]:
+    """Token ids that end a response: the tokenizer's EOS, and its chat template's end of turn."""
+    turn_end = Template(tokenizer, args.prompt_template, args.token_format).turn_end_id()
+    return set(tokenizer.eos_token_ids) | ({turn_end} if turn_end is not None else set())
+
+
+def validation_prompts(args, prompts) -> list:
+    rows = prompts["valid"].rows if "valid" in prompts else []
+    return rows if args.eval_prompts < 0 else rows[: args.eval_prompts]
+
+
+def stop_at(stops, tokenizer):
+    """Whether response tokens hold one of the texts `stops`; None without any."""
+    if not stops:
+        return None
+    # A token may stand for less than a character, but not for less than a byte.
+    reach = max(len(text.encode()) for text in stops) + 8
+    return lambda tokens: any(text in tokenizer.decode(tokens[-reach:]) for text in stops)

@@ -1,0 +1,89 @@
+"""Flags that say what is rewarded, and the rewards they ask for. Loads no MLX."""
+
+import argparse
+
+from command_line.parser import Parser
+from command_line.rules import Needs, needs
+from command_line.shared_flags import at_least
+from errors import UserError
+from rewards.learned import digits_rewards
+from rewards.reward_set import Reward, RewardSet
+from rewards.service import HTTPReward
+from rewards.user_function import load_function
+
+NEEDS = (
+    Needs("reward_retries", "reward_url"),
+    Needs(
+        "reward_timeout",
+        met=lambda args: args.reward_model or args.reward_function or args.reward_url,
+        why="on the digits score: nothing there is waited for",
+    ),
+)
+
+
+def add_reward_arguments(parser: Parser) -> None:
+    """The digits score, a reward model, functions, services; and their weights."""
+    add = parser.add_argument_group("reward").add_argument
+    add("--ground-truth-reward", type=bool, default=False, help="the digits task's true score")
+    add("--reward-model", help="fused reward model, *ForSequenceClassification model, or adapter "
+        "with a reward head on --model; an encoder (BERT) needs PyTorch")  # fmt: skip
+    add("--reward-function", nargs="+", help="FILE.py:NAME, a function of your own; runs FILE")
+    add("--reward-url", nargs="+", help="services that take prompts and responses as JSON")
+    add("--reward-weights", type=float, nargs="+", help="of the rewards, in the order above")
+    add("--reward-timeout", type=float, default=120.0, help="seconds for a batch's reward")
+    add("--reward-retries", type=int, default=3, help="of a request to --reward-url")
+    add("--true-score", type=bool, default=False, help="log the digits score, do not train on it")
+    add("--increasing", type=bool, default=None, help="digits score: numbers rise (the default)")
+    add("--decreasing", type=bool, default=None, help="digits score: numbers fall")
+    add("--multiple-of", type=int, default=2, help="digits score: of this number")
+    add("--min-length", type=int, default=5, help="digits score: fewer words count as this many")
+    parser.checks += [check_rewards, needs(NEEDS)]
+
+
+def check_rewards(args: argparse.Namespace) -> None:
+    """Refuse no reward, weights that do not fit, and rules of a score that is not used."""
+    if args.increasing and args.decreasing:
+        raise UserError("--increasing and --decreasing contradict each other; give one of them")
+    if args.increasing is False and not args.decreasing:
+        raise UserError("--increasing False needs --decreasing")
+    for name in ("increasing", "decreasing", "multiple_of", "min_length"):
+        if name in args.explicit and not (args.ground_truth_reward or args.true_score):
+            raise UserError(f"--{name.replace('_', '-')} has no effect without "
+                            "--ground-truth-reward or --true-score")  # fmt: skip
+    count = args.ground_truth_reward + bool(args.reward_model)
+    count += len(args.reward_function or ()) + len(args.reward_url or ())
+    if not count:
+        raise UserError("no reward: give --ground-truth-reward, --reward-model, --reward-function "
+                        "or --reward-url")  # fmt: skip
+    if args.reward_weights is not None and len(args.reward_weights) != count:
+        raise UserError(f"--reward-weights: {len(args.reward_weights)} for {count} rewards")
+    if args.true_score and args.ground_truth_reward:
+        raise UserError("--true-score is logged anyway with --ground-truth-reward; leave it out")
+    at_least(args, 0, "reward_retries")
+    at_least(args, 1, "multiple_of", "min_length")
+    if args.reward_timeout <= 0:
+        raise UserError("--reward-timeout: give seconds above 0")
+
+
+def make_rewards(args: argparse.Namespace, learned: Reward | None = None) -> RewardSet:
+    """The weighted set of all rewards that were asked for; `learned` is the reward model's."""
+    rewards = []
+    rule = {"increasing": args.increasing or not args.decreasing, "multiple_of": args.multiple_of,
+            "min_length": args.min_length}  # fmt: skip
+    if args.ground_truth_reward:
+        rewards.append(digits_rewards(**rule)[0])
+    if learned is not None:
+        learned.timeout = args.reward_timeout
+        rewards.append(learned)
+    for spec in args.reward_function or ():
+        name = spec.rpartition(":")[2]
+        rewards.append(Reward(name, load_function(spec), timeout=args.reward_timeout))
+    for url in args.reward_url or ():  # has a time limit of its own, for each request
+        service = HTTPReward(url, timeout=args.reward_timeout, retries=args.reward_retries)
+        rewards.append(Reward("service", service))
+    for reward, weight in zip(rewards, args.reward_weights or (), strict=False):
+        reward.weight = weight
+    if args.ground_truth_reward or args.true_score:
+        logged = digits_rewards(**rule, weight=0.0)
+        rewards += logged if args.true_score else logged[1:]
+    return RewardSet(rewards)

@@ -1,0 +1,73 @@
+"""The command line of score.py, and the rows it asks for. Loads no MLX."""
+
+import os
+
+from command_line.data_flags import add_data_arguments
+from command_line.parser import Parser
+from command_line.reward_flags import add_reward_arguments
+from command_line.shared_flags import add_any_base, add_model_arguments, at_least
+from data_utils import Records, mix_records, read_dataset, read_records
+from errors import UserError
+
+DESCRIPTION = "Score a file of prompts and responses with any reward; pick the best of several."
+# Of the flags that say where training rows come from, those that are for rows to score as well.
+ROW_FLAGS = frozenset(
+    "--dataset --dataset-config --split --streaming --max-rows --format --skip-bad-rows "
+    "--prompt-template --token-format --max-length --too-long".split()
+)
+
+
+def parse_arguments(words=None):
+    """The parsed and checked command line."""
+    parser = Parser(description=DESCRIPTION)
+    add = parser.add_argument_group("task").add_argument
+    add("--input", nargs="+", help="files with prompts and responses, in any record format")
+    add("--output", help="JSON lines to write: a row for each response, with its score")
+    add("--best-of", type=bool, default=False,
+        help="write the best response to each prompt alone, as a row for sft.py")  # fmt: skip
+    add("--force", type=bool, default=False, help="overwrite --output")
+    add("--batch-size", type=int, default=64, help="responses that are scored together")
+    parser.checks.append(check_arguments)
+    add_reward_arguments(parser)
+    add_row_arguments(parser)
+    add_model_arguments(parser)
+    add_any_base(parser, "reward_model")
+    return parser.parse_args(words)
+
+
+def add_row_arguments(parser: Parser) -> None:
+    """ROW_FLAGS, as the training scripts have them."""
+    others = Parser(add_help=False)
+    add_data_arguments(others)
+    group = parser.add_argument_group("data")
+    for action in others._actions:
+        if ROW_FLAGS & set(action.option_strings):
+            group._add_action(action)
+    parser.checks += others.checks
+
+
+def check_arguments(args) -> None:
+    """Refuse what contradicts itself."""
+    if not (args.input or args.dataset):
+        raise UserError("nothing to score: give --input FILE, or --dataset NAME")
+    if args.best_of and args.output is None:
+        raise UserError("--best-of needs --output FILE to write to")
+    if args.force and args.output is None:
+        raise UserError("--force has no effect without --output")
+    refuse_overwriting(args)
+    at_least(args, 1, "batch_size")
+
+
+def refuse_overwriting(args) -> None:
+    """Before the work, and again after it, when the file may have come up."""
+    if args.output is not None and os.path.lexists(args.output) and not args.force:
+        raise UserError(f"{args.output}: is there already; --force overwrites it")
+
+
+def read_input(args) -> Records:
+    """The rows of all files and data sets, in their order."""
+    reading = {name: getattr(args, name) for name in ("format", "skip_bad_rows", "max_rows")}
+    sets = [read_records(path, **reading) for path in args.input or ()]
+    opening = {"split": args.split, "config": args.dataset_config, "streaming": args.streaming}
+    sets += [read_dataset(name, **opening, **reading) for name in args.dataset or ()]
+    return mix_records(sets)

@@ -1,0 +1,276 @@
+"""The command line of supervised training, and the rows it asks for. Loads no MLX.
+
+Shared by sft.py and its PyTorch twin.
+"""
+
+import itertools
+import math
+import string
+import sys
+
+from command_line.adapter_file import check_save_file, settle_adapter
+from command_line.data_flags import (
+    NO_VALIDATION,
+    add_data_arguments,
+    data_sources,
+    has_validation,
+    tokenising,
+)
+from command_line.parser import Parser
+from command_line.rules import Needs, flag_of, needs, refuse_idle
+from command_line.shared_flags import (
+    add_adapter_arguments,
+    add_any_base,
+    add_model_arguments,
+    add_optimizer_arguments,
+    add_run_arguments,
+    at_least,
+)
+from data_utils import (
+    BatchPlan,
+    data_report,
+    encode_prompt,
+    epoch_batches,
+    load_data,
+    pack_rows,
+    preview,
+    tokenise_preferences,
+    tokenise_scalar,
+    tokenise_sft,
+    use_colour,
+)
+from errors import UserError
+
+DESCRIPTION = (
+    "Supervised fine-tuning of a language model; with --reward-model, training of a reward model."
+)
+# May change when a run is resumed, beside what resumed_options.py lists: they train nothing.
+HARMLESS = ("test", "sample_prompts", "preview")
+AT_VALIDATIONS = ("early_stopping_patience", "save_best", "sample_prompts")
+LEARNING_RATES = {"lora": 2e-4, "dora": 2e-4, "full": 2e-5, "prompt": 1e-2}
+
+OF_TRAINING = (
+    "iters epochs gradient_accumulation_steps steps_per_report steps_per_eval val_batches "
+    "early_stopping_patience save_best sample_prompts save_file train_file validation_file "
+    "validation_split_percentage lora_dropout grad_checkpoint optimizer learning_rate "
+    "lr_schedule num_cycles warmup_steps lr_end_factor weight_decay max_grad_norm adam_beta1 "
+    "adam_beta2 adam_eps momentum output_dir overwrite save_every keep_checkpoints log_with "
+    "max_bad_steps"
+)
+
+# A test alone makes no adapter: it has that of a file, or none.
+HAS_ADAPTER = {
+    "met": lambda args: args.train or args.preview or args.resume_adapter_file is not None,
+    "why": "without --train or --resume-adapter-file",
+}
+
+NEEDS = (
+    Needs("prompt_tuning", **HAS_ADAPTER),  # in a --config file too: a random one would be tested
+    Needs(
+        "fine_tune_type lora_layers lora_rank lora_scale lora_alpha lora_keys rslora",
+        typed=True,
+        **HAS_ADAPTER,
+    ),
+    Needs(
+        OF_TRAINING, met=lambda args: args.train or args.preview, why="without --train", typed=True
+    ),  # fmt: skip
+    Needs("pooling centering margins normalize_samples", "reward_model"),
+    Needs("test_file", "test"),
+    # A reward model is evaluated on all rows in the end, a language model on --val-batches.
+    Needs(
+        "val_batches",
+        met=lambda args: args.steps_per_eval or not args.reward_model,
+        why="at --steps-per-eval 0",
+    ),
+    Needs(
+        "steps_per_eval",
+        met=lambda args: not (args.train and args.steps_per_eval) or has_validation(args),
+        why=NO_VALIDATION,
+    ),
+    Needs(
+        "val_batches", met=lambda args: not args.train or has_validation(args), why=NO_VALIDATION
+    ),
+)
+
+
+# ------------------------------------------------------------------------------ arguments
+
+
+def parse_arguments(words=None):
+    """The parsed and checked command line."""
+    parser = Parser(script="sft.py", description=DESCRIPTION, harmless=HARMLESS)
+    add = parser.add_argument_group("task").add_argument
+    add("--train", type=bool, default=False, help="train")
+    add("--test", type=bool, default=False, help="evaluate on the test rows, after any training")
+    add("--reward-model", type=bool, default=False, help="a reward model, not a language model")
+    add("--save-file", default="peft_weights.npz", help=".npz, .safetensors, or a folder to write")
+    add("--resume-adapter-file", help="adapter to start from, or to test")
+    add("--batch-size", type=int, default=4, help="rows per gradient")
+    add("--iters", type=int, default=1000, help="updates of the weights")
+    add("--epochs", type=float, help="passes over the data, in place of --iters")
+    add("--gradient-accumulation-steps", type=int, default=1, help="gradients per update")
+    add("--steps-per-report", type=int, default=10, help="updates between lines of metrics")
+    add("--steps-per-eval", type=int, default=200, help="updates between validations; 0: none")
+    add("--val-batches", type=int, default=25, help="batches of a validation; -1: all rows")
+    add("--early-stopping-patience", type=int, help="stop after this many validations in vain")
+    add(
+        "--save-best",
+        type=bool,
+        default=False,
+        help="save the best validated weights, not the last",
+    )
+    add("--sample-prompts", nargs="+", help="prompts to continue greedily at each validation")
+    add("--mask-prompt", type=bool, default=False, help="train on answers alone")
+    add(
+        "--packing",
+        type=bool,
+        default=False,
+        help="whole rows in packs of up to --max-length tokens; attention crosses rows",
+    )
+    add("--preview", type=bool, default=False, help="show the data as it is trained on, and stop")
+    add = parser.add_argument_group("reward model").add_argument
+    add("--pooling", choices=("mean", "last"), default="mean", help="of hidden states")
+    add("--centering", type=float, default=0.0, help="weight of (chosen + rejected)^2 in the loss")
+    add("--margins", type=bool, default=True, help="use the margins of preference rows")
+    add("--normalize-samples", type=int, default=0,
+        help="scores get mean 0, deviation 1 on this many samples; 0: as trained")  # fmt: skip
+    add_data_arguments(parser, test_rows=True)
+    add_model_arguments(parser)
+    add_any_base(parser, "resume_adapter_file")
+    add_adapter_arguments(parser, lora_scale=4.0)
+    note = ("default: lora 2e-4, full 2e-5, prompt 1e-2, by flags or --resume-adapter-file; the "
+            "1e-6 of old scripts teaches nothing")  # fmt: skip
+    add_optimizer_arguments(parser, learning_rate=None, max_grad_norm=1.0, learning_rate_note=note)
+    add_run_arguments(parser)
+    parser.alternatives.append({"iters", "epochs"})
+    parser.checks += [check_arguments, needs(NEEDS), settle_arguments]
+    return parser.parse_args(words)
+
+
+def check_arguments(args) -> None:
+    """Refuse what contradicts itself."""
+    if not (args.train or args.test or args.preview):
+        raise UserError("nothing to do: give --train, --test or both")
+    if {"iters", "epochs"} <= args.explicit and args.epochs is not None:
+        raise UserError("--iters and --epochs both say how long to train; give one of them")
+    for name in ("mask_prompt", "packing", "sample_prompts"):
+        if getattr(args, name) and args.reward_model:
+            raise UserError(f"{flag_of(name)} has no effect with --reward-model")
+    if args.test and not args.train and args.resume_adapter_file is None and args.reward_model:
+        raise UserError("--test of a reward model needs --resume-adapter-file, or --train")
+    at_least(args, 1, "batch_size", "iters", "gradient_accumulation_steps", "steps_per_report",
+             "early_stopping_patience")  # fmt: skip
+    at_least(args, 0, "steps_per_eval", "centering")
+    if args.val_batches == 0 or args.val_batches < -1:
+        raise UserError("--val-batches: give a number of batches, or -1 for all rows; "
+                        "--steps-per-eval 0 means no validation")  # fmt: skip
+    if args.epochs is not None and args.epochs <= 0:
+        raise UserError("--epochs: give a number above 0")
+    check_normalisation(args)
+    check_validations(args)
+    check_save_file(args.save_file)
+
+
+def settle_arguments(args) -> None:
+    """Fill in what follows from the adapter that is made or loaded, if its file fits the flags."""
+    file = args.resume_adapter_file
+    if settle_adapter(args, file, LEARNING_RATES) == "full" and file and args.normalize_samples:
+        raise UserError(f"--normalize-samples: {file} holds every weight, and no base to sample")
+
+
+def check_normalisation(args) -> None:
+    """Refuse --normalize-samples where there is no base model, no training, or one sample."""
+    if not args.normalize_samples:
+        return
+    if args.fine_tune_type == "full":
+        raise UserError("--normalize-samples: samples come from the base model, of which "
+                        "--fine-tune-type full leaves nothing; leave one of them out")  # fmt: skip
+    if not args.train:
+        raise UserError("--normalize-samples has no effect without --train")
+    at_least(args, 2, "normalize_samples")
+
+
+def check_validations(args) -> None:
+    """Refuse what happens at validations where there are none."""
+    wanted = [name for name in AT_VALIDATIONS if getattr(args, name)]
+    if wanted and not args.steps_per_eval:
+        raise UserError(f"{flag_of(wanted[0])} needs validations; --steps-per-eval 0 means none")
+    if args.save_best and not args.save_every:
+        raise UserError("--save-best takes weights from a checkpoint; --save-every 0 keeps none")
+    if wanted and args.train and not has_validation(args):
+        raise UserError(f"{flag_of(wanted[0])} needs rows to validate on: give --validation-file "
+                        "or --validation-split-percentage")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ data
+
+
+def load_rows(args, tokenizer) -> dict:
+    """Tokenised rows by split: train and valid when training, test when testing.
+
+    With --sample-prompts also "samples": their tokens, in the form of the training rows.
+    """
+    splits = (["train", "valid"] if args.train or args.preview else []) + ["test"] * args.test
+    rows, found = {}, load_data(splits=splits, **data_sources(args))
+    check_kinds(args, {kind for records in found.values() for kind in records.kinds})
+    for split, records in found.items():
+        if not args.reward_model:
+            rows[split] = tokenise_sft(
+                records, tokenizer, mask_prompt=args.mask_prompt, **tokenising(args)
+            )
+        elif set(records.kinds) == {"preference"}:
+            rows[split] = tokenise_preferences(records, tokenizer, **tokenising(args))
+        else:
+            rows[split] = tokenise_scalar(records, tokenizer, **tokenising(args))
+        print(data_report(split, records, rows[split]))
+        if args.packing:
+            rows[split].rows = pack_rows(rows[split].rows, args.max_length)
+            fill = sum(rows[split].lengths) / (len(rows[split]) * args.max_length)
+            print(f"  packed into {len(rows[split])} rows of up to {args.max_length} tokens, "
+                  f"{fill:.0%} full")  # fmt: skip
+        if args.sample_prompts and split == "train":
+            rows["samples"] = encode_samples(args, tokenizer, set(records.kinds) == {"text"})
+    if args.preview:
+        print(preview(rows["train"][0], tokenizer, use_colour(sys.stdout)))
+    return rows
+
+
+def check_kinds(args, kinds: set[str]) -> None:
+    """Refuse what has no effect on rows of these kinds."""
+    if "preference" not in kinds and args.reward_model:
+        for name in ("centering", "margins"):
+            refuse_idle(args, name, "on rows with a reward: it is for pairs of chosen and rejected")
+    if kinds == {"text"}:
+        refuse_idle(args, "token_format", "on rows of plain text")
+
+
+def encode_samples(args, tokenizer, plain: bool) -> list[list[int]]:
+    """Tokens of --sample-prompts as the prompts of training rows have them; `plain`: as text."""
+    if plain:
+        return [list(tokenizer.encode(text)) for text in args.sample_prompts]
+    template = args.prompt_template
+    names = {name for _, name, _, _ in string.Formatter().parse(template or "") if name}
+    if len(names) == 1:  # "Question: {question}": the prompt is the question
+        template = template.replace("{" + names.pop() + "}", "{prompt}")
+    options = {"prompt_template": template, "token_format": args.token_format}
+    return [encode_prompt(text, tokenizer, **options) for text in args.sample_prompts]
+
+
+def validation(args, rows):
+    """A function that gives the batches of a validation, or None without rows for one."""
+    if rows is None:
+        return None
+    plan = BatchPlan(rows.lengths, args.batch_size, shuffle=False)
+    count = None if args.val_batches < 0 else args.val_batches
+    return lambda: itertools.islice(epoch_batches(rows.rows, plan), count)
+
+
+def training_length(args, batches_per_epoch: int) -> tuple[int, int | None]:
+    """(updates, batches in all or None): with --epochs the last update may get fewer batches."""
+    each = args.gradient_accumulation_steps
+    batches = math.ceil(args.epochs * batches_per_epoch) if args.epochs else None
+    updates = math.ceil(batches / each) if batches else args.iters
+    if updates < args.steps_per_eval and (args.save_best or args.early_stopping_patience):
+        raise UserError(f"--steps-per-eval {args.steps_per_eval}: {updates} updates have no "
+                        "validation after the first, so none could be best")  # fmt: skip
+    return updates, batches

@@ -1,0 +1,168 @@
+"""Several rewards as one: called under a time limit, checked, weighted, each reported by name."""
+
+import inspect
+import math
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from errors import UserError
+from rewards.user_function import RewardFunction, as_list, check_scores, describe, quote_row
+
+
+@dataclass
+class Reward:
+    """One reward under the name that it is reported by."""
+
+    name: str
+    function: RewardFunction
+    weight: float = 1.0
+    timeout: float | None = None  # seconds for one call, all rows together; None: no limit
+
+
+class RewardSet:
+    """The weighted sum of several rewards, each reported by its name.
+
+    A name that occurs again gets a number: ``score``, ``score_2``. Raises UserError for an empty
+    list, a weight that is not finite, or a timeout that is not above 0.
+    """
+
+    def __init__(self, rewards: Sequence[Reward]):
+        if not rewards:
+            raise UserError("no reward was given: at least one is needed")
+        for reward in rewards:
+            if not math.isfinite(reward.weight):
+                raise UserError(f"reward {reward.name!r}: weight {reward.weight} is not finite")
+            if reward.timeout is not None and not 0 < reward.timeout < math.inf:
+                raise UserError(f"reward {reward.name!r}: timeout {reward.timeout} is not above 0")
+        self.rewards = list(rewards)
+        self.names: list[str] = []
+        for reward in rewards:
+            name, number = reward.name, 2
+            while name in self.names:
+                name, number = f"{reward.name}_{number}", number + 1
+            self.names.append(name)
+
+    @property
+    def weights(self) -> list[float]:
+        return [reward.weight for reward in self.rewards]
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], /, **columns: Sequence
+    ) -> tuple[list[float], dict[str, list[float]]]:
+        """(weighted sums, {name: unweighted scores}), one number for each response.
+
+        Raises UserError if a reward raises, runs out of time, or returns something that
+        `check_scores` refuses.
+        """
+        prompts, responses = list(prompts), list(responses)
+        _check_columns(prompts, responses, columns)
+        parts = {
+            name: _call(name, reward, prompts, responses, columns)
+            for name, reward in zip(self.names, self.rewards, strict=True)
+        }
+        totals = [
+            math.fsum(weight * score for weight, score in zip(self.weights, row, strict=True))
+            for row in zip(*parts.values(), strict=True)
+        ]
+        return totals, parts
+
+
+def _check_columns(prompts: list[str], responses: list[str], columns: dict[str, Sequence]) -> None:
+    taken = {"prompts", "responses"} & set(columns)
+    if taken:
+        raise UserError(f"the data has a column {min(taken)!r}, which rewards get from the model")
+    for name, column in {"prompts": prompts, **columns}.items():
+        if len(column) != len(responses):
+            raise UserError(f"{name}: {len(column)} entries for {len(responses)} responses")
+
+
+def _call(
+    name: str, reward: Reward, prompts: list[str], responses: list[str], columns: dict
+) -> list[float]:
+    """The reward's checked scores, or a UserError that says which reward and row failed."""
+    columns = _accepted(reward.function, columns)
+    try:
+        # Copies: a function that sorts or shortens its input must not change the rows.
+        scores = _timed(reward, list(prompts), list(responses), columns)
+    except UserError as error:
+        raise UserError(f"reward {name!r}: {error}") from error
+    except OutOfTime:
+        row = _row_to_blame(reward, prompts, responses, columns)
+        problem = f"no answer within {reward.timeout:g} s"
+        raise UserError(f"reward {name!r}: {problem}; {row}") from None
+    except (Exception, SystemExit) as error:
+        row = _row_to_blame(reward, prompts, responses, columns)
+        raise UserError(f"reward {name!r} raised {describe(error)}; {row}") from error
+    return check_scores(scores, prompts, responses, name)
+
+
+def _timed(reward: Reward, prompts: list[str], responses: list[str], columns: dict) -> object:
+    with time_limit(reward.timeout):
+        return as_list(reward.function(prompts, responses, **columns))
+
+
+def _accepted(function: RewardFunction, columns: dict) -> dict:
+    """The columns that `function` takes: all, if it has **columns, else those it names."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some functions written in C have no signature
+        return columns
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return columns
+    return {name: column for name, column in columns.items() if name in parameters}
+
+
+def _row_to_blame(reward: Reward, prompts: list[str], responses: list[str], columns: dict) -> str:
+    """Which row a failed call failed on, found by calling the function on one row at a time.
+
+    The run is over, so calls more do no harm; together they get one more `timeout`.
+    """
+    row = 0
+    try:
+        with time_limit(reward.timeout):
+            for row in range(len(responses)):
+                one = {name: [column[row]] for name, column in columns.items()}
+                as_list(reward.function([prompts[row]], [responses[row]], **one))
+    except (OutOfTime, Exception, SystemExit):
+        return f"row {row}: {quote_row(prompts, responses, row)}"
+    rows = f"no single row of the {len(responses)} does it alone"
+    return f"{rows}; row 0: {quote_row(prompts, responses, 0)}"
+
+
+class OutOfTime(BaseException):
+    """Not an Exception, so that an ``except Exception`` in the user's function lets it through."""
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Raise OutOfTime inside the block once `seconds` have passed; None sets no limit.
+
+    By an alarm signal (SIGALRM), not a thread: a thread cannot be stopped, and in another thread
+    MLX finds no stream for arrays made in this one. Therefore it works on the main thread only
+    (UserError elsewhere), and compiled code that does not return to Python is not interrupted.
+    """
+    if seconds is None:
+        yield
+        return
+    if threading.current_thread() is not threading.main_thread():
+        raise UserError("a reward's time limit works on the main thread only; set none elsewhere")
+    running = True
+
+    def ring(*_):
+        if running:
+            raise OutOfTime
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    # Again every second, in case a bare "except:" swallowed the first.
+    outer = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        try:
+            yield
+        finally:
+            running = False  # an alarm from here on must not keep the two lines below from running
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *outer)
+        signal.signal(signal.SIGALRM, previous)

@@ -1,0 +1,286 @@
+"""Pairs of prompt and response out of any records, scored by a reward set, and what is written."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from data_utils import (
+    Record,
+    Records,
+    ScalarRow,
+    Tokenised,
+    columns_of,
+    tokenise_prompts,
+    tokenise_scalar,
+)
+from errors import UserError
+from reports.reward_report import pearson, preference_report, ranks, spearman
+
+# Fields of rows with several responses that belong to all of them together.
+SHARED = ("chosen", "rejected", "responses", "scores", "margin")
+SCORE, PARTS = "score", "rewards"  # fields that are written
+
+
+@dataclass
+class Pair:
+    """A response to a prompt, as a reward gets it; `record` has it alone, `whole` is the row."""
+
+    record: Record
+    whole: Record
+    tokens: list[int]  # prompt and response, EOS included where it ended
+    prompt: str
+    response: str
+    ended: bool
+    rank: int | None = None  # among the responses of a preference row, 0 the best
+    score: float = float("nan")
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+# ------------------------------------------------------------------------------ pairs
+
+
+def make_pairs(
+    records: Records, tokenizer: Any, options: dict[str, Any]
+) -> tuple[list[Pair], Tokenised[ScalarRow]]:
+    """Every response of every row, in their order, and the tokens for a report.
+
+    `options` are those that data_utils' ``tokenise_...`` functions share. Raises UserError for rows
+    without a response, unless bad rows are skipped.
+    """
+    bad: list[tuple[str, str]] = []
+    singles: list[tuple[Record, Record, int | None]] = []
+    for record in records:
+        if (problem := _unanswered(record)) is None:
+            singles += _singles(record)
+        elif options["skip_bad_rows"]:
+            bad.append((record.where, problem))
+        else:
+            raise UserError(f"{record.where}: {problem}")
+    if not singles:
+        raise UserError(f"{records.name}: no row has a response; the first: {bad[0][1]}")
+    done = tokenise_scalar([single for single, _, _ in singles], tokenizer, **options)
+    eos, left = _eos_ids(tokenizer), iter(done.rows)
+    row = next(left, None)
+    pairs = []
+    for single, whole, rank in singles:
+        if row is None or row.where != single.where:
+            continue  # refused, in done.refused
+        ended = row.tokens[-1] in eos
+        pairs.append(Pair(single, whole, row.tokens, "", "", ended, rank))
+        row = next(left, None)
+    done.refused = bad + done.refused
+    _add_texts(pairs, tokenizer, options)
+    return pairs, done
+
+
+def _unanswered(record: Record) -> str | None:
+    if record.kind == "prompt":
+        return "a prompt without a response; there is nothing to score"
+    if record.kind == "conversation" and record.messages[-1]["role"] != "assistant":
+        return "the conversation does not end with an answer; there is nothing to score"
+    return None
+
+
+def _singles(record: Record) -> list[tuple[Record, Record, int | None]]:
+    """(record with one response, the row it is from, its rank) for each response of a row."""
+    if record.kind != "preference":
+        kind = "prompt_completion" if record.kind == "unpaired" else record.kind
+        return [(replace(record, kind=kind, reward=0.0), record, None)]
+    ranked = enumerate(zip(record.responses, record.ranks, strict=True), 1)
+    return [
+        (
+            replace(
+                record,
+                kind="prompt_completion",
+                where=f"{record.where} response {place}",
+                completion=response,
+                reward=0.0,  # tokenise_scalar asks for one; nothing reads it
+            ),
+            record,
+            rank,
+        )
+        for place, (response, rank) in ranked
+    ]
+
+
+def _eos_ids(tokenizer: Any) -> set[int]:
+    several = getattr(tokenizer, "eos_token_ids", None)
+    return set(several) if isinstance(several, set | list | tuple) else {tokenizer.eos_token_id}
+
+
+def _add_texts(pairs: list[Pair], tokenizer: Any, options: dict[str, Any]) -> None:
+    """Prompt and response of each pair as PPO hands them to a reward."""
+    asked = [pair for pair in pairs if pair.record.kind == "conversation" or pair.record.prompt]
+    longest = max((len(pair.tokens) for pair in pairs), default=2)
+    options = {**options, "max_length": max(longest, options["max_length"])}
+    records = [pair.record for pair in asked]
+    prompts = tokenise_prompts(records, tokenizer, **options).rows if asked else []
+    for pair, prompt in zip(asked, prompts, strict=True):
+        start = len(prompt.tokens)
+        pair.prompt = prompt.text
+        if pair.tokens[:start] == prompt.tokens:
+            pair.response = response_text(tokenizer, prompt.tokens, pair.tokens[start:])
+        else:  # a tokenizer that joins them differently
+            pair.response = plain(answer_of(pair.record))
+    for pair in pairs:
+        if pair.record.kind == "text":
+            pair.response = pair.record.text
+        elif not pair.prompt:
+            pair.response = plain(answer_of(pair.record))
+
+
+def answer_of(record: Record) -> Any:
+    """The response of a record that has one: text, or messages."""
+    return record.messages[-1:] if record.kind == "conversation" else record.completion
+
+
+def prompt_of(record: Record) -> Any:
+    """Its prompt: text, or messages."""
+    return record.messages[:-1] if record.kind == "conversation" else record.prompt
+
+
+def plain(text: Any) -> str:
+    return text if isinstance(text, str) else "\n\n".join(turn["content"] for turn in text)
+
+
+# ------------------------------------------------------------------------------ scores
+
+
+def score_pairs(
+    rewards: Callable, pairs: Sequence[Pair], batch_size: int, advance: Callable[[int], None]
+) -> None:
+    """Fill in the scores, the longest pairs first; `advance` is told how many are done."""
+    order = sorted(pairs, key=lambda pair: -len(pair.tokens))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        columns = columns_of([pair.whole for pair in batch])
+        columns |= {
+            "token_ids": [pair.tokens for pair in batch],
+            "ended": [pair.ended for pair in batch],
+        }
+        prompts, responses = [p.prompt for p in batch], [p.response for p in batch]
+        scores, parts = rewards(prompts, responses, **columns)
+        for i, pair in enumerate(batch):
+            pair.score = scores[i]
+            pair.parts = {name: column[i] for name, column in parts.items()}
+        advance(len(batch))
+
+
+def summary(pairs: Sequence[Pair]) -> dict[str, dict[str, float]]:
+    """Count, mean, deviation and range of the score and of each reward, by name.
+
+    Where the rows say so, also how well it agrees with them: "accuracy" over pairs of responses
+    that are ranked, or over all pairs of a good and a bad response; "pearson" and "spearman" with
+    rewards in the rows.
+    """
+    columns = {SCORE: [pair.score for pair in pairs]}
+    for name in pairs[0].parts:
+        columns[name] = [pair.parts[name] for pair in pairs]
+    return {name: _describe(np.array(column), pairs) for name, column in columns.items()}
+
+
+def _describe(scores: np.ndarray, pairs: Sequence[Pair]) -> dict[str, float]:
+    found = {
+        "count": len(scores),
+        "mean": float(scores.mean()),
+        "std": float(scores.std()),
+        "min": float(scores.min()),
+        "max": float(scores.max()),
+    }
+    better, worse, weights = _ordered(pairs)
+    if better:
+        report = preference_report(scores[better], scores[worse], weights)
+        found["accuracy"] = report["accuracy"]
+    labels = [pair.whole.label for pair in pairs]
+    if None not in labels and len(set(labels)) == 2:
+        found["accuracy"] = _separation(scores, np.array(labels))
+    rewards = [pair.whole.reward for pair in pairs]
+    if None not in rewards and len(set(rewards)) > 1:
+        rewards = np.array(rewards, dtype=np.float64)
+        found |= {"pearson": pearson(scores, rewards), "spearman": spearman(scores, rewards)}
+    return found
+
+
+def _ordered(pairs: Sequence[Pair]) -> tuple[list[int], list[int], list[float]]:
+    """(better, worse, weight) of all pairs of responses of a row whose ranks differ."""
+    groups: dict[int, list[int]] = {}
+    for place, pair in enumerate(pairs):
+        if pair.rank is not None:
+            groups.setdefault(id(pair.whole), []).append(place)
+    found: list[tuple[int, int, float]] = []
+    for places in groups.values():
+        own = [(i, j) for i in places for j in places if pairs[i].rank < pairs[j].rank]
+        found += [(i, j, 1 / len(own)) for i, j in own]
+    return tuple(list(column) for column in zip(*found, strict=True)) if found else ([], [], [])
+
+
+def _separation(scores: np.ndarray, good: np.ndarray) -> float:
+    """The share of pairs of a good and a bad response in which the good one scores higher.
+
+    Ties count half (the area under the ROC curve, by the rank sum of Mann and Whitney).
+    """
+    count = int(good.sum())
+    above = ranks(scores)[good].sum() - count * (count - 1) / 2
+    return float(above / (count * (len(good) - count)))
+
+
+# ------------------------------------------------------------------------------ rows
+
+
+def scored_rows(pairs: Iterable[Pair]) -> list[dict[str, Any]]:
+    """Each response as a row with its score: the row it was read from, or a part of it."""
+    rows = []
+    for pair in pairs:
+        row = dict(pair.whole.fields)
+        if pair.rank is not None:
+            row = {name: value for name, value in row.items() if name not in SHARED}
+            row |= {"prompt": pair.record.prompt, "response": pair.record.completion}
+            row["rank"] = pair.rank
+        rows.append(row | {SCORE: pair.score, PARTS: pair.parts})
+    return rows
+
+
+def refuse_promptless(pairs: Sequence[Pair]) -> None:
+    """UserError for a row whose response answers nothing."""
+    for pair in pairs:
+        if not prompt_of(pair.record):
+            raise UserError(f"{pair.whole.where}: --best-of picks among the responses to a prompt, "
+                            "and this row has none")  # fmt: skip
+
+
+def best_of(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pair with the highest score of each prompt, the first of equals; in order of prompts."""
+    best: dict[str, Pair] = {}
+    for pair in pairs:
+        key = json.dumps(prompt_of(pair.record), sort_keys=True)
+        if key not in best or pair.score > best[key].score:
+            best[key] = pair
+    return list(best.values())
+
+
+def best_rows(best: Iterable[Pair]) -> list[dict[str, Any]]:
+    """Rows of prompt and completion for supervised fine-tuning."""
+    return [
+        {
+            "prompt": prompt_of(pair.record),
+            "completion": answer_of(pair.record),
+            SCORE: pair.score,
+            PARTS: pair.parts,
+        }
+        for pair in best
+    ]
+
+
+def response_text(tokenizer, query: Sequence[int], response: Sequence[int]) -> str:
+    """The text that `response` adds to `query`, so that prompt + response is the whole text.
+
+    Some decoders drop the blank in front of a text, so the two are decoded together.
+    """
+    start = tokenizer.decode(list(query), skip_special_tokens=True)
+    whole = tokenizer.decode([*query, *response], skip_special_tokens=True)
+    if whole.startswith(start):
+        return whole[len(start) :]
+    return tokenizer.decode(list(response), skip_special_tokens=True)

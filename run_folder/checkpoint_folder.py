@@ -1,0 +1,299 @@
+"""The folder of a run's checkpoints: each whole or not there, the newest and the best kept.
+
+    RUN/checkpoints/step-00000100/...             what a backend saves (checkpoints.py)
+                                  manifest.json   SHA-256 of every other file, and the metric that
+                                                  the checkpoint is judged by
+    RUN/checkpoints/best.json                     which one is best, and by what
+
+A checkpoint is written under a temporary name, synced, and renamed. Importing this loads no MLX.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from run_folder.secrets import tell
+from safe_files import plain, sync_folder, write_json, writing
+
+NAME = "step-{:08d}"
+TEMPORARY = ".tmp-"
+STATES = {"state.json", "state.pt"}  # one of them is in every checkpoint: of MLX, of PyTorch
+MLX_CANNOT_WRITE = re.compile(r"\[(save_safetensors|write|save)\]")
+ASIDE = "aside-"  # a checkpoint that the run went back behind; neither used nor deleted
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What makes one checkpoint better than another."""
+
+    name: str
+    value: float
+    higher_is_better: bool = False
+
+    def beats(self, other: float | None) -> bool:
+        """Whether this value is better than ``other``; NaN beats nothing."""
+        if math.isnan(self.value):
+            return False
+        if other is None:
+            return True
+        return self.value > other if self.higher_is_better else self.value < other
+
+
+# ------------------------------------------------------------------------------ saving
+
+
+def write_checkpoint(
+    folder: str | Path,
+    step: int,
+    write: Callable[[Path], None],
+    *,
+    keep: int = 2,
+    metric: Metric | None = None,
+) -> Path:
+    """Make a checkpoint of the files that ``write`` puts into the folder it is given.
+
+    Returns the checkpoint's folder, having deleted those no longer kept: the newest ``keep`` stay,
+    and the best one by ``metric``. Raises ``UserError`` when the disk refuses, with the checkpoints
+    that were there untouched.
+    """
+    folder = Path(folder)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)  # no parents: a run folder that has vanished stays away
+        for left_over in folder.glob(TEMPORARY + "*"):
+            shutil.rmtree(left_over)
+    temporary = folder / f"{TEMPORARY}{NAME.format(step)}-{os.getpid()}"
+    try:
+        with writing(temporary):
+            temporary.mkdir()
+            write(temporary)
+            manifest = write_manifest(temporary, step, metric)
+            final = put_in_place(temporary, folder / NAME.format(step), manifest)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    note_best(folder)
+    prune(folder, keep)
+    return final
+
+
+def write_manifest(folder: Path, step: int, metric: Metric | None) -> dict[str, Any]:
+    """Sync every file of a checkpoint and write their sums, the last of its files."""
+    sums = {file.name: synced_sum(file) for file in sorted(folder.iterdir())}
+    manifest = {"step": step, "sha256": sums, "metric": asdict(metric) if metric else None}
+    (folder / "manifest.json").write_text(json.dumps(plain(manifest), indent=1), encoding="utf-8")
+    synced_sum(folder / "manifest.json")
+    sync_folder(folder)
+    return manifest
+
+
+def disk_refused(wrong: Exception, folder: Path) -> OSError:
+    """What to raise for an error of a library that does not say that the disk was the reason."""
+    free = shutil.disk_usage(folder).free
+    return OSError(0, f"{wrong} ({free / 1e6:.1f} MB free on this disk)")
+
+
+def synced_sum(file: Path) -> str:
+    """SHA-256 of a file as read back, after it has been synced."""
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def put_in_place(temporary: Path, wanted: Path, manifest: dict[str, Any]) -> Path:
+    """Rename a finished folder to ``wanted``, or where that is taken to ``wanted-2`` and so on.
+
+    A run that was resumed comes by its old checkpoints again: the same one is left as it is, a
+    broken one replaced.
+    """
+    taken = [path for path in list_checkpoints(wanted.parent) if path.name.startswith(wanted.name)]
+    final = wanted
+    if taken:
+        final = taken[-1]
+        if problem(final):
+            discard(final)
+        elif read_manifest(final)["sha256"] == manifest["sha256"]:
+            return final
+        else:
+            number = int(final.name.removeprefix(wanted.name)[1:] or 1) + 1
+            final = wanted.with_name(f"{wanted.name}-{number}")
+    os.rename(temporary, final)
+    sync_folder(final.parent)
+    return final
+
+
+def note_best(folder: Path) -> None:
+    """Point ``best.json`` at the best of the checkpoints that are there, by the newest's metric.
+
+    All of them are asked, for a process may have been killed between a checkpoint and its note.
+    """
+    judged = [(path, metric) for path in list_checkpoints(folder) if (metric := metric_of(path))]
+    best = read_best(folder)
+    for path, metric in judged:
+        if metric.name != judged[-1][1].name:
+            continue
+        there = best and best["metric"] == metric.name and best_checkpoint(folder)
+        if metric.beats(best["value"] if there else None):
+            best = {"metric": metric.name, "value": metric.value, "checkpoint": path.name}
+            write_json(folder / "best.json", best)
+
+
+def metric_of(checkpoint: Path) -> Metric | None:
+    """What a checkpoint is judged by, or None where it was saved with no metric, or with NaN."""
+    try:
+        metric = Metric(**read_manifest(checkpoint)["metric"])
+        return metric if isinstance(metric.value, int | float) else None
+    except (TypeError, KeyError):
+        return None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints and the best one."""
+    best = best_checkpoint(folder)
+    with writing(folder):
+        for old in list_checkpoints(folder)[: -max(keep, 1)]:
+            if old != best:
+                discard(old)
+
+
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint so that a stop half-way leaves nothing that looks like one."""
+    doomed = checkpoint.with_name(f"{TEMPORARY}old-{checkpoint.name}")
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+def set_aside_after(checkpoint: Path | None, folder: Path) -> None:
+    """Rename every checkpoint newer than the one that a run goes back to (None: all of them).
+
+    Else a torn one would count among the newest that are kept, and a whole one be gone on from.
+    """
+    last = (-1, 0)
+    if checkpoint is not None:
+        name = checkpoint.name.removeprefix(ASIDE)
+        last = place_of(name) or (read_manifest(checkpoint)["step"], 1)
+    newer = [path for path in list_checkpoints(folder) if place_of(path.name) > last]
+    with writing(folder):
+        for path in reversed(newer):
+            aside = free_name(path.with_name(ASIDE + path.name))
+            os.rename(path, aside)
+            tell(f"note: {path} is not gone on from; it is now {aside}")
+
+
+def free_name(path: Path) -> Path:
+    """``path``, or where that is taken the same with a number behind it."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}.{number}")
+    return free
+
+
+@contextlib.contextmanager
+def saving(path: str | Path) -> Iterator[None]:
+    """Around the writing of trained weights to ``path``: a disk that refuses is a ``UserError``.
+
+    Half a file under a temporary name does not stay behind.
+    """
+    path, said = Path(path), None
+    try:
+        yield
+    except OSError as wrong:
+        said = f"{wrong.strerror or wrong}" + (f" ({wrong.filename})" if wrong.filename else "")
+    except RuntimeError as wrong:
+        if not MLX_CANNOT_WRITE.match(str(wrong)):
+            raise
+        said = str(wrong)
+    if said is None:
+        return
+    # A zip file that could not be finished complains once more, with a traceback, when it goes.
+    sys.unraisablehook = lambda _: None
+    for half in (*path.parent.glob(f".{path.stem}*.writing*"), *path.glob(".*.writing*")):
+        if half.is_dir():
+            shutil.rmtree(half, ignore_errors=True)
+        else:
+            half.unlink(missing_ok=True)
+    raise UserError(
+        f"{path}: cannot write: {said}; the trained weights are in the last checkpoint: --resume "
+        "the run with another --save-file"
+    )
+
+
+# ------------------------------------------------------------------------------ finding
+
+
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """Every finished checkpoint of a folder, oldest first, broken ones included."""
+    found = [p for p in Path(folder).glob("step-*") if place_of(p.name) and p.is_dir()]
+    return sorted(found, key=lambda path: place_of(path.name))
+
+
+def place_of(name: str) -> tuple[int, int] | None:
+    """(step, number) of ``step-00000100`` or ``step-00000100-2``, or None for other names."""
+    found = re.fullmatch(r"step-(\d+)(?:-(\d+))?", name)
+    return (int(found[1]), int(found[2] or 1)) if found else None
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint, or None where it is missing or makes no sense."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        names = manifest["sha256"].keys()
+        if isinstance(manifest["step"], int) and all(Path(n).name == n for n in names):
+            return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def problem(checkpoint: str | Path) -> str | None:
+    """What is wrong with a checkpoint, or None when every file has the sum it was written with."""
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_dir():
+        return "there is no such checkpoint"
+    manifest = read_manifest(checkpoint)
+    if manifest is None or not STATES & manifest["sha256"].keys():
+        return "manifest.json is missing or torn"
+    for name, expected in manifest["sha256"].items():
+        file = checkpoint / name
+        try:
+            with open(file, "rb") as opened:
+                if hashlib.file_digest(opened, "sha256").hexdigest() != expected:
+                    return f"{name} is torn or was altered"
+        except OSError as wrong:
+            return f"{name} cannot be read: {wrong.strerror}"
+    return None
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint that is whole, or None; warns of every newer one that is not."""
+    for path in reversed(list_checkpoints(folder)):
+        wrong = problem(path)
+        if wrong is None:
+            return path
+        tell(f"warning: {path}: {wrong}; using the one before it")
+    return None
+
+
+def read_best(folder: str | Path) -> dict[str, Any] | None:
+    """The contents of ``best.json``, or None where there is none."""
+    try:
+        best = json.loads((Path(folder) / "best.json").read_text(encoding="utf-8"))
+        return best if {"metric", "value", "checkpoint"} <= set(best) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def best_checkpoint(folder: str | Path) -> Path | None:
+    """The best checkpoint by the metric it was saved with, or None."""
+    best = read_best(folder)
+    path = Path(folder) / Path(best["checkpoint"]).name if best else None
+    return path if path is not None and path.is_dir() else None

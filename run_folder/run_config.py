@@ -1,0 +1,63 @@
+"""``config.json`` of a run: where it is, what it holds, which script made it. Loads no MLX."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+
+REDACTED = "<redacted>"
+
+# The script that makes, and goes on with, what config.json calls a run of this.
+MADE_BY = {
+    "sft": "sft.py",
+    "reward_model": "sft.py",
+    "ppo": "ppo_training.py",
+    "pytorch_sft": "pytorch_baseline/pytorch_sft.py",
+    "pytorch_reward_model": "pytorch_baseline/pytorch_sft.py",
+    "pytorch_ppo": "pytorch_baseline/pytorch_ppo_training.py",
+}
+
+# Belong to one start of the program and are not taken over from the run that is resumed.
+OF_ONE_START = frozenset(
+    "changed config explicit force_resume output_dir overwrite resume typed".split()
+)
+
+
+def run_folder_of(path: str | Path) -> Path:
+    """The run folder, given it or one of its checkpoints (``RUN/checkpoints/step-...``)."""
+    path = Path(path)
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(f"{path}: no run to resume here: it holds no config.json")
+
+
+def checkpoint_asked_for(path: str | Path) -> Path | None:
+    """The checkpoint that ``--resume`` names itself, or None where it names the run folder."""
+    path = Path(path)
+    return path if path.parent.name == "checkpoints" else None
+
+
+def config_of_run(folder: Path) -> dict[str, Any] | None:
+    """The parsed ``config.json`` of a folder, or None where it is missing or not a run's.
+
+    A model folder has a ``config.json`` too, without a script and options in it.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if isinstance(config["script"], str) and isinstance(config["options"], dict):
+            return config
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return None
+
+
+def read_run_config(path: str | Path) -> dict[str, Any]:
+    """The parsed ``config.json`` of a run; raises ``UserError`` when it cannot be used."""
+    folder = run_folder_of(path)
+    if (config := config_of_run(folder)) is not None:
+        return config
+    raise UserError(
+        f"{folder / 'config.json'}: not the config.json of a run: it has no script or no options"
+    )

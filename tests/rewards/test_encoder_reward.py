@@ -1,0 +1,241 @@
+"""Encoder classifiers (BERT and the like) as rewards: through transformers, if torch is there."""
+
+import importlib.util
+import json
+
+import pytest
+from conftest import ROOT
+from tiny_tokenizers import tiny_tokenizer
+
+from errors import UserError
+from models.encoder_reward import PlainPairs, is_encoder
+from models.reward_model import load_reward_model, retokeniser
+from rewards.learned import learned_reward
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] 0 1 2 3 4 5 6 7 8 9 10 12 14 16 18 20 22 24 26 28".split()
+PAIRS = [("8 20", " 22 24"), ("2 4", " 6"), ("", "2 4 6 8"), ("8 20", " 22 24 26 28 1 3 5")]
+
+
+def needs_torch(test):
+    absent = pytest.mark.skipif(not HAS_TORCH, reason="make test-baseline installs PyTorch")
+    return pytest.mark.torch(absent(test))
+
+
+def write_config(folder, **changes):
+    folder.mkdir(exist_ok=True)
+    config = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def tiny_bert(folder, *, labels=1, longest=64):
+    """A random BertForSequenceClassification with a tokenizer, as transformers saves it."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=longest, num_labels=labels,
+        initializer_range=0.5,
+    )  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    BertForSequenceClassification(config).save_pretrained(folder)
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def transformers_scores(folder, pairs):
+    """The logits as a model card's example computes them, one pair at a time."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return [
+            model(**tokenizer(*(text for text in pair if text), return_tensors="pt")).logits.item()
+            for pair in pairs
+        ]
+
+
+# ------------------------------------------------------------------------------ without torch
+
+
+@pytest.mark.parametrize(
+    ("config", "is_one"),
+    [
+        ({}, True),
+        ({"model_type": "deberta-v2"}, True),
+        ({"model_type": "llama"}, False),
+        ({"architectures": ["BertForMaskedLM"]}, False),
+        ({"architectures": None}, False),
+    ],
+)  # fmt: skip
+def test_which_folders_are_encoders(tmp_path, config, is_one):
+    assert is_encoder(write_config(tmp_path / "m", **config)) is is_one
+    assert not is_encoder(tmp_path)
+
+
+@pytest.mark.skipif(HAS_TORCH, reason="torch is there")
+@pytest.mark.parametrize("script", ["ppo_training.py", "score.py", "talk_to_model.py"])
+def test_without_torch_one_line_says_what_to_install(tmp_path, script, capsys, monkeypatch):
+    import ppo_training
+    import score
+    import talk_to_model
+    from command_line.parser import run_main
+
+    monkeypatch.chdir(tmp_path)
+    folder = str(write_config(tmp_path / "bert"))
+    data = str(ROOT / "data" / "increasing_mult_2_test.jsonl")
+    words = {
+        "ppo_training.py": ["--data", str(ROOT / "data"), "--output-dir", "run"],
+        "score.py": ["--input", data],
+        "talk_to_model.py": ["8 20"],
+    }[script]
+    module = {"ppo_training.py": ppo_training, "score.py": score, "talk_to_model.py": talk_to_model}
+    with pytest.raises(SystemExit) as end:
+        run_main(lambda: module[script].main([*words, "--reward-model", folder]))
+    assert end.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and error.endswith("not installed: pip install torch")
+    assert "bert" in error and not (tmp_path / "run").exists()
+
+
+def test_an_encoder_is_not_fused(tmp_path):
+    with pytest.raises(UserError, match="neither fused nor exported"):
+        load_reward_model(write_config(tmp_path / "bert"), dtype="stored")
+
+
+def test_an_unknown_family_is_named(tmp_path):
+    folder = write_config(
+        tmp_path / "t5", model_type="t5", architectures=["T5ForSequenceClassification"]
+    )
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="t5"):
+        load_reward_model(folder)
+
+
+def test_prompts_lose_the_chat_template_and_special_tokens():
+    policy = tiny_tokenizer(template="chatml")
+    turn = [{"role": "user", "content": "What is 2 + 2?"}]
+    asked = policy.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    asked = asked.removeprefix(policy.bos_token or "")
+    assert asked != "What is 2 + 2?"
+    pairs = PlainPairs(policy)
+    assert pairs.pairs([asked], ["4"]) == [("What is 2 + 2?", "4")]
+    talk = [*turn, {"role": "assistant", "content": "4"}, {"role": "user", "content": "And 3?"}]
+    several = policy.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    shown = pairs.plain(several.removeprefix(policy.bos_token or ""))
+    assert shown.startswith("What is 2 + 2?") and shown.endswith("And 3?")
+    assert not any(text in shown for text in policy.all_special_tokens)
+    assert PlainPairs(tiny_tokenizer()).plain("8 20") == "8 20"
+
+
+def test_a_reward_that_reads_pairs_gets_prompt_and_response_apart():
+    class Reader:
+        reads_pairs = True
+
+    seen = []
+
+    def score(pairs):
+        seen.extend(pairs)
+        return [float(len(response)) for _, response in pairs]
+
+    reward = learned_reward(score, retokeniser(tiny_tokenizer(), Reader()))
+    assert reward.function(["8 20"], [" 22"], token_ids=[[1, 2]], ended=[True]) == [3.0]
+    assert seen == [("8 20", " 22")]
+
+
+# ------------------------------------------------------------------------------ with torch
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return tiny_bert(tmp_path_factory.mktemp("bert") / "bert")
+
+
+@needs_torch
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_scores_are_those_of_transformers(bert, batch_size):
+    model = load_reward_model(bert)
+    expected = transformers_scores(bert, PAIRS)
+    assert model.score(PAIRS, batch_size) == pytest.approx(expected, abs=1e-5)
+    assert max(expected) - min(expected) > 0.05
+
+
+@needs_torch
+def test_a_long_text_is_cut_and_said_once(bert):
+    model = load_reward_model(bert)
+    long = ("8 20", " 22 24" * 100)
+    fits = ("8 20", (" 22 24" * 100)[: len(" 22 24") * 29 + 3])  # 64 tokens with the marks
+    assert model.max_tokens == 64
+    with pytest.warns(UserWarning, match="reads 64 tokens") as said:
+        cut = model.score([long, long])
+    assert cut == pytest.approx(model.score([fits]) * 2, abs=1e-5)
+    assert len([one for one in said if "reads 64 tokens" in str(one.message)]) == 1
+
+
+@needs_torch
+def test_other_than_one_label_and_missing_weights_are_refused(tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    with pytest.raises(UserError, match="3 labels"):
+        load_reward_model(tiny_bert(tmp_path / "three", labels=3))
+    folder = tiny_bert(tmp_path / "headless")
+    arrays = load_file(folder / "model.safetensors")
+    arrays = {k: v.contiguous() for k, v in arrays.items() if not k.startswith("classifier")}
+    assert all(isinstance(v, torch.Tensor) for v in arrays.values())
+    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks 2 arrays, such as classifier.bias"):
+        load_reward_model(folder)
+
+
+@needs_torch
+def test_pickled_weights_are_refused(tmp_path):
+    folder = tiny_bert(tmp_path / "pickled")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pickled"):
+        load_reward_model(folder)
+
+
+@needs_torch
+def test_ppo_is_rewarded_by_it(bert, tmp_path, monkeypatch):
+    import ppo_training
+    from run_folder.run import read_rows
+
+    monkeypatch.chdir(tmp_path)
+    ppo_training.main(
+        ["--reward_model", str(bert), "--data", str(ROOT / "data"), "--num_steps", "2",
+         "--batch_size", "4", "--max-new-tokens", "6", "--eval-every", "0",
+         "--samples-per-step", "4", "--output-dir", "run"]
+    )  # fmt: skip
+    first = [row for row in read_rows(tmp_path / "run") if row["step"] == 1][-1]
+    lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    samples = [sample for sample in map(json.loads, lines) if sample["step"] == 1]
+    pairs = [(sample["prompt"], sample["response"]) for sample in samples]
+    expected = transformers_scores(bert, pairs)
+    assert [s["score"] for s in samples] == pytest.approx(expected, abs=1e-4)
+    assert first["env/reward_mean"] == pytest.approx(sum(expected) / 4, abs=1e-4)
+
+
+@needs_torch
+def test_score_py_and_chat_give_the_same(bert, tmp_path, monkeypatch, capsys):
+    import score
+    import talk_to_model
+
+    monkeypatch.chdir(tmp_path)
+    row = {"prompt": "8 20", "completion": " 22 24"}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row))
+    score.main(["--input", "in.jsonl", "--reward-model", str(bert), "--output", "out.jsonl"])
+    (expected,) = transformers_scores(bert, [("8 20", " 22 24")])
+    scored = json.loads((tmp_path / "out.jsonl").read_text())
+    assert scored["score"] == pytest.approx(expected, abs=1e-5)
+    capsys.readouterr()
+    talk_to_model.main(["8 20", "--reward-model", str(bert), "--temp", "0"])
+    reply = capsys.readouterr()
+    (expected,) = transformers_scores(bert, [("8 20", reply.out.rstrip("\n"))])
+    assert f"{expected:.3f}"[:4] in reply.err, reply

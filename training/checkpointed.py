@@ -1,0 +1,127 @@
+"""A run's checkpoints on MLX: what both loops save, and how they go back to it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from command_line.resumed_options import check_same_base, check_same_data, fingerprint
+from models.adapter_description import CONFIG_KEY
+from models.tuning import Tuning
+from run_folder.checkpoint_folder import Metric, set_aside_after
+from run_folder.run import Run
+from training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from training.endings import not_finite
+from training.memory import check_memory
+from training.optimizers import optimizer_arrays, restore_optimizer
+from training.streams import rng_state, set_rng_state
+
+Arrays = dict[str, mx.array]
+
+
+@dataclass
+class Group:
+    """Arrays of a checkpoint: `get()` gives them by name, `put(arrays)` takes them back.
+
+    `described()` is what their file says of itself, so that it also serves as an adapter or a head.
+    """
+
+    get: Callable[[], Arrays]
+    put: Callable[[Arrays], None]
+    described: Callable[[], dict[str, Any]] = dict
+
+
+def adapter_group(tuning: Tuning, described: dict) -> Group:
+    """The arrays of `tuning`; `described` is models.adapter_files.describe's."""
+    return Group(
+        tuning.arrays,
+        lambda arrays: tuning.load_arrays(arrays, "checkpoint"),
+        lambda: {CONFIG_KEY: described},
+    )
+
+
+class Resumable:
+    """The part of a loop that saves it and goes back; the loop has these, and says the rest."""
+
+    run_folder: Run
+    trainer: Any
+    groups: Mapping[str, Group]
+    schedule: Any  # with keep_checkpoints and memory_limit
+    base: str | None  # fingerprint of the model that is trained
+    step: int
+    bad_in_a_row: int
+
+    def rows(self) -> Sequence:
+        """The rows that are trained on; a resumed run must have the same."""
+        raise NotImplementedError
+
+    def trained(self) -> dict:
+        """The parameters that the optimizer moves."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """Plain values of this loop that a checkpoint holds as well."""
+        raise NotImplementedError
+
+    def take_state(self, state: Mapping[str, Any]) -> None:
+        """What `state` gave, back."""
+        raise NotImplementedError
+
+    def check_position(self, saved: Checkpoint) -> None:
+        """Raise UserError where a longer run would not have come past a checkpoint."""
+
+    @cached_property
+    def data(self) -> str:
+        return fingerprint(self.rows())
+
+    def resume(self, path: Path | None, *, force: bool = False) -> None:
+        """Go back to a checkpoint (None: to the start); `force`: also with other data or base."""
+        saved = load_checkpoint(path) if path is not None else None
+        if saved is not None:
+            if not force:
+                check_same_data(saved.state, self.data)
+                check_same_base(saved.state, self.base)
+                self.check_position(saved)
+            self.take(saved)
+        # Nothing refuses from here on, and until here the run folder is as it was.
+        set_aside_after(path, self.run_folder.checkpoints)
+        self.run_folder.load_state_dict({} if saved is None else saved.state["run"])
+        if saved is not None:
+            set_rng_state(saved.state["rng"])
+
+    def take(self, saved: Checkpoint) -> None:
+        """The weights of a checkpoint, and where its run stood."""
+        for name, group in self.groups.items():
+            group.put(saved.arrays[name])
+        restore_optimizer(self.trainer.optimizer, saved.arrays["optimizer"], self.trained())
+        self.step, self.bad_in_a_row = saved.step, saved.state["bad_in_a_row"]
+        self.take_state(saved.state)
+
+    def checkpoint(self, metric: Metric | None = None) -> None:
+        arrays = {name: group.get() for name, group in self.groups.items()}
+        described = {name: group.described() for name, group in self.groups.items()}
+        state = self.state() | {
+            "bad_in_a_row": self.bad_in_a_row,
+            "data": self.data,
+            "base": self.base,
+            "run": self.run_folder.state_dict(),
+            "rng": rng_state(),
+        }
+        try:
+            save_checkpoint(
+                self.run_folder.checkpoints,
+                self.step,
+                arrays | {"optimizer": optimizer_arrays(self.trainer.optimizer)},
+                state,
+                described=described,
+                keep=self.schedule.keep_checkpoints,
+                metric=metric,
+            )
+        except FloatingPointError as wrong:
+            raise not_finite(self.run_folder, str(wrong)) from None
+
+    def check_memory(self) -> None:
+        check_memory(self.schedule.memory_limit)

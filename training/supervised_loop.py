@@ -1,0 +1,154 @@
+"""The loop of supervised training: update, report, validate, checkpoint, stop, resume.
+
+It works on a trainer with ``step``, ``evaluate`` and ``optimizer`` (mlx_sft_trainer), and on a
+table of array groups that belong into a checkpoint, each with a way to get and to set them.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from command_line.resumed_options import check_whole_updates
+from run_folder.checkpoint_folder import Metric
+from run_folder.console import Progress
+from run_folder.run import Run
+from run_folder.stopping import GracefulStop
+from training.checkpointed import Group, Resumable
+from training.checkpoints import Checkpoint
+from training.endings import report_skipped, save_or_stop
+
+
+@dataclass
+class Schedule:
+    """Numbers of updates; 0 means never (checkpoints: at the end alone)."""
+
+    steps: int
+    report_every: int
+    eval_every: int
+    save_every: int
+    accumulation: int = 1
+    batches: int | None = None  # in all, where the last update gets fewer than `accumulation`
+    keep_checkpoints: int = 2
+    patience: int | None = None
+    max_bad_steps: int = 5
+    memory_limit: float | None = None
+
+
+@dataclass
+class Loop(Resumable):
+    """`run()` trains from where it stands to `schedule.steps`, or until it is told to stop."""
+
+    run_folder: Run
+    trainer: Any
+    groups: Mapping[str, Group]
+    batches: Any  # an iterator with state_dict and load_state_dict
+    schedule: Schedule
+    validation: Callable[[], Iterable] | None = None
+    after_validation: Callable[[int], None] = lambda step: None
+    base: str | None = None  # fingerprint of the model that is trained
+    step: int = 0
+    validated: int | None = None  # the step of the last validation
+    best: float | None = None
+    since_best: int = 0
+    bad_in_a_row: int = 0
+    totals: dict[str, float] = field(default_factory=lambda: {"tokens": 0.0, "skipped": 0.0})
+
+    def rows(self) -> Sequence:
+        return self.batches.rows
+
+    def trained(self) -> dict:
+        return self.trainer.task.trained.trainable_parameters()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "validated": self.validated,
+            "best": self.best,
+            "since_best": self.since_best,
+            "totals": self.totals,
+            "batches": self.batches.state_dict(),
+        }
+
+    def check_position(self, saved: Checkpoint) -> None:
+        self.batches.load_state_dict(saved.state["batches"])
+        plan, position = self.schedule, self.batches.position
+        check_whole_updates(saved.step, plan.accumulation, position, plan.batches)
+
+    def take_state(self, state: Mapping[str, Any]) -> None:
+        for name in ("validated", "best", "since_best", "totals"):
+            setattr(self, name, state[name])
+        self.batches.load_state_dict(state["batches"])
+
+    def run(self, stop: GracefulStop, name: str) -> None:
+        """Train. Ends with a checkpoint, also when `stop` was requested."""
+        plan = self.schedule
+        with Progress(plan.steps, done=self.step, name=name) as progress:
+            validates = plan.eval_every and self.validation is not None
+            if validates and self.step == 0 and self.validated is None:
+                self.validate(progress)
+            while self.step < plan.steps and not (stop.requested or self.stopped_early(progress)):
+                self.update(progress)
+                metric = None
+                if validates and self.step % plan.eval_every == 0:
+                    metric = self.validate(progress)
+                best = metric is not None and self.since_best == 0
+                due = plan.save_every and (best or self.step % plan.save_every == 0)
+                save_or_stop(self, bool(due), metric if best else None, "loss or gradient")
+        if not stop.requested:
+            report_skipped(self, self.totals["skipped"], "loss or gradient")
+        self.checkpoint()
+
+    def stopped_early(self, progress: Progress) -> bool:
+        patience = self.schedule.patience
+        if patience is None or self.since_best < patience:
+            return False
+        progress.line(f"stopped early: no gain in {patience} validations")
+        return True
+
+    def update(self, progress: Progress) -> None:
+        """One update of the weights, logged."""
+        plan, count = self.schedule, self.schedule.accumulation
+        if plan.batches is not None:
+            count = max(1, min(count, plan.batches - self.step * count))
+        batches = [next(self.batches) for _ in range(count)]
+        metrics = self.trainer.step(batches)
+        self.step += 1
+        self.totals["tokens"] += metrics.pop("weight")
+        bad = metrics.pop("not_finite")
+        self.totals["skipped"] += bad
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+        rate = float(self.trainer.optimizer.learning_rate)
+        row = {f"train/{key}": value for key, value in metrics.items()}
+        self.run_folder.log(self.step, row | {"train/learning_rate": rate, **self.totals_row()})
+        progress.advance()
+        if self.step % self.schedule.report_every == 0:
+            progress.report(self.step, {"loss": metrics["loss"], "lr": rate})
+        if bad:
+            self.set_aside(batches)
+
+    def totals_row(self) -> dict[str, float]:
+        return {f"train/{key}_total": value for key, value in self.totals.items()}
+
+    def set_aside(self, batches: list) -> None:
+        """Keep the token ids of rows that gave no finite gradient."""
+        rows = [
+            {"tokens": tokens[:length].tolist()}
+            for batch in batches
+            for tokens, length in zip(batch.tokens, batch.lengths, strict=True)
+        ]
+        self.run_folder.log_bad_rows(self.step, "loss or gradient not finite", rows)
+
+    def validate(self, progress: Progress) -> Metric:
+        """Validate, log, and note whether this is the best so far."""
+        metrics = self.trainer.evaluate(self.validation())
+        self.run_folder.log(self.step, {f"valid/{key}": v for key, v in metrics.items()})
+        shown = {key: metrics[key] for key in ("loss", "perplexity", "accuracy") if key in metrics}
+        progress.report(self.step, {f"valid {key}": value for key, value in shown.items()})
+        gained = math.isfinite(metrics["loss"])
+        gained = gained and (self.best is None or metrics["loss"] < self.best)
+        self.validated = self.step
+        if gained:
+            self.best = metrics["loss"]
+        self.since_best = 0 if gained else self.since_best + 1
+        self.after_validation(self.step)
+        return Metric("valid/loss", metrics["loss"])
