@@ -1,5 +1,5 @@
 # make demo    from nothing to a model that learned, on the embedded model
-# make test    the tests          make lint    ruff          make clean    caches and demo_run
+# make test    the tests (make test-long: the long ones)          make lint    ruff          make clean    caches and demo_run
 # make test-baseline   the PyTorch baseline against MLX and TRL (installs PyTorch)
 # make compare         both on the digits task, five seeds: docs/comparison.md
 # make bench           every benchmark, against pinned peers (Python 3.11 or 3.12; 20 minutes)
@@ -11,7 +11,7 @@ BASELINE := .venv-baseline
 BENCH := .venv-bench
 BENCH_MLX := .venv-bench-mlx
 
-.PHONY: setup setup-dev demo test test-baseline compare bench lint clean
+.PHONY: setup setup-dev demo test test-long test-baseline compare bench lint clean
 
 setup: $(VENV)/.installed
 
@@ -36,7 +36,10 @@ demo: setup
 	@$(PY) benchmarks/demo.py
 
 test: setup-dev
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -m "not long"
+
+test-long: setup-dev
+	$(PY) -m pytest -q -m long
 
 $(BASELINE)/.installed: requirements-dev.txt pytorch_baseline/requirements.txt
 	@test -x $(BASELINE)/bin/python || { echo "making $(BASELINE)"; $(PYTHON) -m venv $(BASELINE); }
@@ -46,7 +49,7 @@ $(BASELINE)/.installed: requirements-dev.txt pytorch_baseline/requirements.txt
 	@touch $@
 
 test-baseline: $(BASELINE)/.installed
-	$(BASELINE)/bin/python -m pytest -q tests/baseline tests/rewards/test_encoder_reward.py \
+	$(BASELINE)/bin/python -m pytest -q -m "not long" tests/baseline tests/rewards/test_encoder_reward.py \
 		tests/models/test_interop.py tests/publishing/test_fuse_soft_prompt.py \
 		tests/data/test_digits_model.py
 
