@@ -116,7 +116,7 @@ def make_rewards(
     for url in args.reward_url or ():  # has a time limit of its own, for each request
         service = HTTPReward(url, timeout=args.reward_timeout, retries=args.reward_retries)
         rewards.append(Reward("service", service))
-    rewards += checked_answers(args)
+    rewards += answer_rewards(args)
     for reward, weight in zip(rewards, args.reward_weights or (), strict=False):
         reward.weight = weight
     if args.ground_truth_reward or args.true_score:
@@ -125,7 +125,7 @@ def make_rewards(
     return RewardSet(rewards, unscored=unscored)
 
 
-def checked_answers(args: argparse.Namespace) -> list[Reward]:
+def answer_rewards(args: argparse.Namespace) -> list[Reward]:
     """The rewards for answers that can be checked, in the order of their flags."""
     found = []
     if args.answer_reward is not None:
