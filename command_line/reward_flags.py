@@ -65,7 +65,9 @@ def check_rewards(args: argparse.Namespace) -> None:
         raise UserError("--reward-timeout: give seconds above 0")
 
 
-def make_rewards(args: argparse.Namespace, learned: Reward | None = None) -> RewardSet:
+def make_rewards(
+    args: argparse.Namespace, learned: Reward | None = None, *, unscored: bool = False
+) -> RewardSet:
     """The weighted set of all rewards that were asked for; `learned` is the reward model's."""
     rewards = []
     rule = {"increasing": args.increasing or not args.decreasing, "multiple_of": args.multiple_of,
@@ -86,4 +88,4 @@ def make_rewards(args: argparse.Namespace, learned: Reward | None = None) -> Rew
     if args.ground_truth_reward or args.true_score:
         logged = digits_rewards(**rule, weight=0.0)
         rewards += logged if args.true_score else logged[1:]
-    return RewardSet(rewards)
+    return RewardSet(rewards, unscored=unscored)

@@ -9,7 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from errors import UserError
-from rewards.user_function import RewardFunction, as_list, check_scores, describe, quote_row
+from rewards.user_function import (
+    RewardFunction,
+    as_list,
+    check_scores,
+    describe,
+    no_float32,
+    quote_row,
+)
 
 
 @dataclass
@@ -26,10 +33,11 @@ class RewardSet:
     """The weighted sum of several rewards, each reported by its name.
 
     A name that occurs again gets a number: ``score``, ``score_2``. Raises UserError for an empty
-    list, a weight that is not finite, or a timeout that is not above 0.
+    list, a weight that is not finite, or a timeout that is not above 0. With `unscored`, a function
+    may leave a row without a score (None, NaN, infinity): NaN in its part, and in the row's sum.
     """
 
-    def __init__(self, rewards: Sequence[Reward]):
+    def __init__(self, rewards: Sequence[Reward], *, unscored: bool = False):
         if not rewards:
             raise UserError("no reward was given: at least one is needed")
         for reward in rewards:
@@ -37,7 +45,7 @@ class RewardSet:
                 raise UserError(f"reward {reward.name!r}: weight {reward.weight} is not finite")
             if reward.timeout is not None and not 0 < reward.timeout < math.inf:
                 raise UserError(f"reward {reward.name!r}: timeout {reward.timeout} is not above 0")
-        self.rewards = list(rewards)
+        self.rewards, self.unscored = list(rewards), unscored
         self.names: list[str] = []
         for reward in rewards:
             name, number = reward.name, 2
@@ -60,13 +68,15 @@ class RewardSet:
         prompts, responses = list(prompts), list(responses)
         _check_columns(prompts, responses, columns)
         parts = {
-            name: _call(name, reward, prompts, responses, columns)
+            name: _call(name, reward, prompts, responses, columns, self.unscored)
             for name, reward in zip(self.names, self.rewards, strict=True)
         }
         totals = [
             math.fsum(weight * score for weight, score in zip(self.weights, row, strict=True))
             for row in zip(*parts.values(), strict=True)
         ]
+        if self.unscored:
+            totals = [math.nan if no_float32(total) else total for total in totals]
         return totals, parts
 
 
@@ -80,7 +90,12 @@ def _check_columns(prompts: list[str], responses: list[str], columns: dict[str, 
 
 
 def _call(
-    name: str, reward: Reward, prompts: list[str], responses: list[str], columns: dict
+    name: str,
+    reward: Reward,
+    prompts: list[str],
+    responses: list[str],
+    columns: dict,
+    unscored: bool,
 ) -> list[float]:
     """The reward's checked scores, or a UserError that says which reward and row failed."""
     columns = _accepted(reward.function, columns)
@@ -96,7 +111,7 @@ def _call(
     except (Exception, SystemExit) as error:
         row = _row_to_blame(reward, prompts, responses, columns)
         raise UserError(f"reward {name!r} raised {describe(error)}; {row}") from error
-    return check_scores(scores, prompts, responses, name)
+    return check_scores(scores, prompts, responses, name, unscored=unscored)
 
 
 def _timed(reward: Reward, prompts: list[str], responses: list[str], columns: dict) -> object:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+
 from errors import UserError
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -81,13 +83,22 @@ def _line_in(error: BaseException, path: Path) -> int:
 # ---- checked scores ----------------------------------------------------------------------------
 
 
+LARGEST = float(np.finfo(np.float32).max)  # scores become float32
+
+
 def check_scores(
-    scores: object, prompts: Sequence[str], responses: Sequence[str], name: str
+    scores: object,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    name: str,
+    *,
+    unscored: bool = False,
 ) -> list[float]:
     """`scores` as a list of floats, one for each response.
 
     Takes a list, tuple or array of numbers (bool included). Raises UserError for anything else, a
-    wrong count, or (naming the row) something that is not a finite number.
+    wrong count, or (naming the row) something that is not a finite number. With `unscored`, a row
+    may be left without a score by None, NaN, or a number that float32 does not have: NaN then.
     """
     scores = as_list(scores)
     if not isinstance(scores, list | tuple):
@@ -101,7 +112,9 @@ def check_scores(
     checked = []
     for row, score in enumerate(scores):
         number = _as_float(score)
-        if not math.isfinite(number):
+        if unscored and (score is None or no_float32(score)):
+            number = math.nan
+        elif not math.isfinite(number):
             raise UserError(
                 f"reward {name!r}, row {row}: the score {shorten(repr(score))} is not a finite "
                 f"number; {quote_row(prompts, responses, row)}"
@@ -123,6 +136,15 @@ def _as_float(score: object) -> float:
         return float(score)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return math.nan
+
+
+def no_float32(score: object) -> bool:
+    """Whether this is a number, and one that float32 has no finite value for."""
+    try:
+        number = float(score) if hasattr(type(score), "__float__") else 0.0
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
+    return not abs(number) <= LARGEST
 
 
 # ---- words for messages ------------------------------------------------------------------------
