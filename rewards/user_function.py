@@ -97,8 +97,8 @@ def check_scores(
     """`scores` as a list of floats, one for each response.
 
     Takes a list, tuple or array of numbers (bool included). Raises UserError for anything else, a
-    wrong count, or (naming the row) something that is not a finite number. With `unscored`, a row
-    may be left without a score by None, NaN, or a number that float32 does not have: NaN then.
+    wrong count, or (naming the row) something that is not a finite number. With `unscored`, None
+    and NaN are no score, and NaN in the result; a number beyond float32 is infinity there.
     """
     scores = as_list(scores)
     if not isinstance(scores, list | tuple):
@@ -112,8 +112,10 @@ def check_scores(
     checked = []
     for row, score in enumerate(scores):
         number = _as_float(score)
-        if unscored and (score is None or no_float32(score)):
+        if unscored and score is None:
             number = math.nan
+        elif unscored and no_float32(score):
+            number = number if math.isnan(number) else math.copysign(math.inf, number)
         elif not math.isfinite(number):
             raise UserError(
                 f"reward {name!r}, row {row}: the score {shorten(repr(score))} is not a finite "

@@ -62,10 +62,12 @@ def sample(
     random: np.random.Generator,
     value_head: Callable[[mx.array], mx.array] | None = None,
     should_stop: Callable[[list[int]], bool] | None = None,
+    samples: int = 1,
 ) -> Rollout:
     """A response (EOS included) to each query, with log-probabilities and, given a head, values.
 
-    `prefix`: ids of virtual tokens in front of every query. Raises UserError, naming the row, for a
+    `prefix`: ids of virtual tokens in front of every query. `samples` responses to each query
+    adjoin, and their query stands there as often. Raises UserError, naming the row, for a
     query with an id beyond the `vocabulary`.
     """
     queries = token_lists(queries)
@@ -79,7 +81,9 @@ def sample(
         key=mx.random.key(int(random.integers(2**63))),
         value_head=value_head,
         should_stop=should_stop,
+        samples=samples,
     )
+    queries = [query for query in queries for _ in range(samples)]
     return Rollout(queries, made.responses, made.finished, made.logprobs, made.values)
 
 

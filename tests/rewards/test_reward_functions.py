@@ -1,5 +1,6 @@
 """Rewards from files and functions, checked and added up, and how each of them can fail."""
 
+import math
 import threading
 import time
 
@@ -161,7 +162,10 @@ def test_a_row_may_be_left_without_a_score_where_that_is_allowed():
     totals, parts = RewardSet(rewards, unscored=True)(PROMPTS, RESPONSES)
     assert [math.isnan(total) for total in totals] == [True, True, False] and totals[2] == 2
     assert [math.isnan(score) for score in parts["some"]] == [True, True, False]
-    assert [math.isnan(score) for score in parts["huge"]] == [False, True, False]
+    assert parts["huge"] == [1, math.inf, 1]
+    rewards[1].weight = 1.0
+    totals = RewardSet(rewards, unscored=True)(PROMPTS, RESPONSES)[0]
+    assert totals[0] == 1 and math.isnan(totals[1]) and totals[2] == 3
     with pytest.raises(UserError, match="reward 'some', row 0: the score None is not a finite"):
         RewardSet(rewards)(PROMPTS, RESPONSES)
     for wrong in ("1", [1.0]):  # no numbers, so no row that was left out
