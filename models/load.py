@@ -137,6 +137,7 @@ def _load(path: Path, name: str, trust_remote_code: bool):
             path,
             lazy=True,
             model_config=unnested(read_config(path)),
+            get_model_classes=model_classes,
             trust_remote_code=trust_remote_code,
         )
         extra = {"trust_remote_code": True} if trust_remote_code else None
@@ -150,6 +151,15 @@ def _load(path: Path, name: str, trust_remote_code: bool):
                         'set "eos_token" in tokenizer_config.json')  # fmt: skip
     check_tokens(model, tokenizer, name)
     return model, tokenizer, config
+
+
+def model_classes(config: dict) -> tuple[type, type]:
+    """(Model, ModelArgs) of a configuration: mlx-lm's, or one of ours that mlx-lm lacks."""
+    from mlx_lm.utils import _get_classes
+
+    from models import opt
+
+    return (opt.Model, opt.ModelArgs) if config["model_type"] == "opt" else _get_classes(config)
 
 
 def check_tokens(model: nn.Module, tokenizer, name: str) -> None:
