@@ -156,15 +156,6 @@ def _load(path: Path, name: str, trust_remote_code: bool):
     return model, tokenizer, config
 
 
-def model_classes(config: dict) -> tuple[type, type]:
-    """(Model, ModelArgs) of a configuration: mlx-lm's, or one of ours that mlx-lm lacks."""
-    from mlx_lm.utils import _get_classes
-
-    from models import opt
-
-    return (opt.Model, opt.ModelArgs) if config["model_type"] == "opt" else _get_classes(config)
-
-
 def check_tokens(model: nn.Module, tokenizer, name: str) -> None:
     """Raise UserError for tokens that the model has no row for: MLX would read beyond its memory.
 

@@ -1,5 +1,6 @@
 """Tiny random models, in memory or in Hugging Face's format, made in a second."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from tiny_tokenizers import SPECIAL, tiny_tokenizer
 
-from models.load import LoadedModel, model_classes
+from models import opt
+from models.load import LoadedModel
 
 SIZES = {
     "hidden_size": 32,
@@ -125,8 +127,9 @@ def _stored_weights(config: dict, model: nn.Module, seed: int) -> dict[str, mx.a
 
 
 def _empty_model(config: dict) -> nn.Module:
-    model_class, arguments = model_classes(config)
-    return model_class(arguments.from_dict(config))
+    kind = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
+    module = opt if kind == "opt" else importlib.import_module(f"mlx_lm.models.{kind}")
+    return module.Model(module.ModelArgs.from_dict(config))
 
 
 def tiny_model_folder(

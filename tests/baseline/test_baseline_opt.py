@@ -8,7 +8,7 @@ import mlx.core as mx  # isort: skip
 from mlx_lm.utils import load_model
 
 from models.caches import padded_cache
-from models.load import model_classes
+from models.repairs import model_classes
 
 pytestmark = pytest.mark.torch
 KINDS = {
