@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from mlx_lm.models import activations
 from mlx_lm.models import llama as llama_module
-from tiny import tiny_model_folder
+from tiny import tiny_model, tiny_model_folder
 
 from models import exponentials
 from models.load import load_model
