@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from data_utils import PreferenceBatch, UnpairedBatch
-from mlx_sft_trainer import PASS_TOKENS, Sums, by_length
+from mlx_sft_trainer import PASS_TOKENS, Sums, Task, by_length
 from models.last_block import allow_short_last_block, picked_hidden
 from models.packing import Layout, lay_out, left_justified
 from models.reference import Reference
@@ -29,7 +29,7 @@ from training.checkpointed import Group, adapter_group
 EXTRAS = ("entropy", "top1", "mean_logit")
 
 
-class PreferenceTask:
+class PreferenceTask(Task):
     """What both kinds share: forward passes, the reference, metrics of tokens. Dropout is off."""
 
     def __init__(
@@ -113,10 +113,6 @@ class PreferenceTask:
     def rows(batch) -> int:
         """How many rows of a batch the gradient is of."""
         return len(batch.tokens)
-
-    def inputs(self, batches: Iterable) -> Iterator[list]:
-        """`arrays` of each batch of an update, when its turn comes."""
-        return map(self.arrays, batches)
 
     @staticmethod
     def summary(metrics: dict[str, float]) -> dict[str, float]:
@@ -270,7 +266,8 @@ class UnpairedTask(PreferenceTask):
             (logprobs,) = self._score(mismatched.arrays())
             mx.eval(logprobs)
             reference = self._reference_logprobs(batch, other, picked)
-            baseline = kto_baseline(logprobs.sum(axis=1) - reference.sum(axis=1))
+            # Token by token: a difference of two sums would lose digits.
+            baseline = kto_baseline((logprobs - reference).sum(axis=1))
         tokens = mx.array(float(batch.lengths[own].sum()))
         return [layout.arrays(), mx.array(batch.label), ref_logps, baseline, tokens]
 
