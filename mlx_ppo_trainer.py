@@ -50,6 +50,7 @@ from rl.shaping import (
     scale_scores,
 )
 from training.clock import StageClock
+from training.optimizers import build_optimizer
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 
@@ -60,8 +61,9 @@ class PPOTrainer:
     """PPO on an `ActorCritic`.
 
     The reference is the model with its adapter off, or `ref_model` (needed for full fine-tuning).
-    `optimizer` defaults to bias-corrected Adam at `config.learning_rate`. `eos_ids` end a
-    response; by default they are the tokenizer's. `log_stats` calls `log(step, row)`.
+    `optimizer` defaults to torch's Adam (training/optimizers.py) at `config.learning_rate`.
+    `eos_ids` end a response; by default they are the tokenizer's. `log_stats` calls
+    `log(step, row)`.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class PPOTrainer:
         self.tokenizer, self.log = tokenizer, log
         self.eos_ids = set(eos_ids if eos_ids is not None else tokenizer.eos_token_ids)
         self.vocabulary = vocabulary_size(model.model)
-        self.optimizer = optimizer or optim.Adam(config.learning_rate, bias_correction=True)
+        self.optimizer = optimizer or build_optimizer("adam", config.learning_rate)
         self.optimizer.init(model.trainable_parameters())
         self.kl_controller = (
             AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
@@ -100,6 +102,7 @@ class PPOTrainer:
         self._generated: dict[tuple, tuple[np.ndarray, np.ndarray, bool]] = {}
         self._calls = 0  # of generate() since the last step
         self._warned: set[str] = set()
+        self.before_update: Callable[[], None] = lambda: None  # called before weights move
         model.eval()  # no dropout, in rollouts and in updates
         self._warn(**sampling_warnings(config))
 
@@ -382,6 +385,7 @@ class PPOTrainer:
             return metrics
         gradient = tree_map(lambda g: g / config.gradient_accumulation_steps, total)
         gradient, norm = optim.clip_grad_norm(gradient, config.max_grad_norm or float("inf"))
+        self.before_update()
         self.optimizer.update(self.model, gradient)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state, norm)
         metrics[-1]["grad_norm"] = norm.item()
