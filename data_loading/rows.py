@@ -37,7 +37,9 @@ class PreferenceRow:
     ranks: list[int]
     margin: float | None = None
     where: str = ""
-    masks: list[list[int]] = field(default_factory=list)  # as long as `responses`, each too
+    # As long as `responses`, each too. Not in the repr, of which a run's data is fingerprinted:
+    # checkpoints from before rows had masks go on.
+    masks: list[list[int]] = field(default_factory=list, repr=False)
     # log p of each token under a reference model, 0 outside of the mask, if it was computed before
     reference: list[np.ndarray] | None = field(default=None, repr=False, compare=False)
 
