@@ -6,14 +6,15 @@ several batches add up to the gradient of one large batch: 8 x 1 = 1 x 8.
 
 import fast_blas  # noqa: F401
 
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from data_utils import PreferenceBatch, ScalarBatch, TextBatch
+from data_utils import PreferenceBatch, ScalarBatch, TextBatch, UnpairedBatch
 from models.adapter_description import REWARD_HEAD
 from models.blocks import checkpointed_blocks
 from models.gradients import loss_and_gradient
@@ -26,14 +27,25 @@ from rl.losses import pairwise_loss, regression_loss
 from training.checkpointed import Group, adapter_group
 from training.update import added, apply_update
 
-Batch = TextBatch | ScalarBatch | PreferenceBatch
-Sums = dict[str, mx.array]  # sums over a batch; "weight" is what each of them is divided by
+Batch = TextBatch | ScalarBatch | PreferenceBatch | UnpairedBatch
+# Sums over a batch. "weight" is what each of them is divided by, but for those that are pairs of a
+# sum and a weight of its own. "num_tokens" is a total, and stays one.
+Sums = dict[str, mx.array | tuple[mx.array, mx.array]]
+TOTALS = ("weight", "num_tokens")
 # Of one forward pass on a CPU: a core is busy with these, and more in one pass only spoils its
 # caches, while passes of like lengths need less padding (docs/LOG.md).
 PASS_TOKENS = 512
 
 
-class LanguageModelTask:
+class Task:
+    """What the trainer asks of a task, beside `trained`, `groups`, `arrays`, `loss`, `summary`."""
+
+    def inputs(self, batches: Iterable[Batch]) -> Iterator[Sequence]:
+        """What goes into `loss` for each batch of an update, made when its turn comes."""
+        return map(self.arrays, batches)
+
+
+class LanguageModelTask(Task):
     """Cross-entropy of the target tokens, nats per token; the weight is their number."""
 
     def __init__(self, model: nn.Module, tuning: Tuning, pad_to_multiple: int = 1):
@@ -74,7 +86,7 @@ class LanguageModelTask:
         return {**metrics, "perplexity": float(np.exp(min(metrics["loss"], 80.0)))}
 
 
-class RewardModelTask:
+class RewardModelTask(Task):
     """Regression on rewards, or Bradley-Terry on preferences; the weight is rows or prompts.
 
     All rows of a batch go through the model in one forward pass; on a CPU in one for about every
@@ -174,7 +186,7 @@ class SupervisedTrainer:
 
     def __init__(
         self,
-        task: LanguageModelTask | RewardModelTask,
+        task: Task,
         optimizer: optim.Optimizer,
         *,
         max_grad_norm: float | None = None,
@@ -197,23 +209,21 @@ class SupervisedTrainer:
         """
         self.task.trained.train()
         total = None
-        for batch in batches:
+        for arrays in self.task.inputs(batches):
             with checkpointed_blocks(self.task.model, self.grad_checkpoint):
-                (_, sums), gradient = self._loss_and_grad(self.task.arrays(batch))
+                (_, sums), gradient = self._loss_and_grad(arrays)
             total = added(total, (gradient, sums))
         gradient, sums = total
-        weight = sums["weight"]
-        metrics = {k: (v / weight).item() for k, v in sums.items() if k != "weight"}
+        metrics = means(sums)
         metrics["grad_norm"] = apply_update(
             self.task.trained,
             self.optimizer,
             gradient,
-            weight,
+            sums["weight"],
             self.max_grad_norm,
             loss=metrics["loss"],
             before=self.before_update,
         )
-        metrics["weight"] = weight.item()
         finite = np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
         metrics["not_finite"] = float(not finite)
         return self.task.summary(metrics)
@@ -222,14 +232,29 @@ class SupervisedTrainer:
         return evaluate(self.task, batches)
 
 
-def evaluate(task: LanguageModelTask | RewardModelTask, batches: Iterable[Batch]) -> dict:
+def means(sums: dict) -> dict[str, float]:
+    """Sums over batches as means; one of weight 0 is left out, and TOTALS stay as they are."""
+    found = {}
+    for name, value in sums.items():
+        total, weight = value if isinstance(value, tuple) else (value, sums["weight"])
+        if name in TOTALS:
+            found[name] = float(total)
+        elif isinstance(value, tuple) and not float(weight):
+            continue
+        else:
+            found[name] = float(total / weight)
+    return found
+
+
+def evaluate(task: Task, batches: Iterable[Batch]) -> dict[str, float]:
     """Mean loss and metrics over `batches`, dropout off."""
     task.trained.eval()
-    sums: dict[str, float] = {}
-    for batch in batches:
-        _, found = task.loss(task.arrays(batch))
+    sums: dict = {}
+    for arrays in task.inputs(batches):
+        _, found = task.loss(arrays)
         mx.eval(found)
-        for name, value in found.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
-    weight = sums.pop("weight")
-    return task.summary({name: total / weight for name, total in sums.items()})
+        # In Python's own floats: a float32 sum over many batches would lose digits.
+        found = tree_map(lambda value: value.item(), found)
+        sums = tree_map(operator.add, sums, found) if sums else found
+    found = means(sums)
+    return task.summary({name: value for name, value in found.items() if name not in TOTALS})
