@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_map
 
 from data_utils import PreferenceBatch, ScalarBatch, TextBatch, UnpairedBatch
 from models.adapter_description import REWARD_HEAD
