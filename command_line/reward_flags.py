@@ -1,7 +1,8 @@
 """Flags that say what is rewarded, and the rewards they ask for. Loads no MLX."""
 
 import argparse
-from typing import get_args
+import contextlib
+from typing import Any, get_args
 
 from command_line.parser import Parser
 from command_line.rules import Needs, needs
@@ -15,7 +16,7 @@ from rewards.answers import (
     json_reward,
     length_reward,
 )
-from rewards.learned import digits_rewards
+from rewards.learned import digits_rewards, learned_reward
 from rewards.reward_set import Reward, RewardSet
 from rewards.service import HTTPReward
 from rewards.user_function import load_function
@@ -93,6 +94,33 @@ def check_rewards(args: argparse.Namespace) -> None:
     at_least(args, 1, "multiple_of", "min_length")
     if args.reward_timeout <= 0:
         raise UserError("--reward-timeout: give seconds above 0")
+
+
+def make_learned_reward(args: argparse.Namespace, loaded: Any, tuning: Any) -> Reward | None:
+    """--reward-model as a reward beside a policy, or None where none is asked for.
+
+    An adapter shares the base of the policy, whose own `tuning` is off meanwhile, unless that base
+    is trained.
+    """
+    if not args.reward_model:
+        return None
+    from models.load import load_model
+    from models.reward_model import load_reward_model, retokeniser
+
+    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    if tuning.kind == "full":  # training moves the base, so an adapter needs one of its own
+        base = load_model(args.model, quantize=args.quantize, **options)
+        off = contextlib.nullcontext
+    else:
+        base, off = loaded, tuning.disabled
+    with off():
+        reward_model = load_reward_model(args.reward_model, base, any_base=args.any_base, **options)
+
+    def score(sequences: list[list[int]]) -> list[float]:
+        with off():
+            return reward_model.score(sequences, batch_size=args.batch_size)
+
+    return learned_reward(score, retokeniser(loaded.tokenizer, reward_model.source.tokenizer))
 
 
 def make_rewards(
