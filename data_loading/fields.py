@@ -63,13 +63,16 @@ def read_prompt(fields: dict[str, Any]) -> Prompt:
     """The prompt of a row: every field that is part of one, in whatever format the row is."""
     made = Prompt()
     for name in (*PROMPT_FIELDS, *CONVERSATION_FIELDS, *ADDED_FIELDS):
-        if given(fields, name) and (name not in ADDED_FIELDS or isinstance(fields[name], str)):
-            made.fields.append(name)
-            if name in CONVERSATION_FIELDS:
-                made.text = read_messages(fields[name], name)
-            else:
-                made.text = prompt_of(fields[name], name)
-            break
+        if not given(fields, name):
+            continue
+        made.fields.append(name)
+        if name in CONVERSATION_FIELDS:
+            made.text = read_messages(fields[name], name)
+        elif name in ADDED_FIELDS:
+            made.text = added_text(fields, name)
+        else:
+            made.text = prompt_of(fields[name], name)
+        break
     return with_surroundings(made, fields)
 
 
@@ -108,7 +111,10 @@ def added_text(fields: dict[str, Any], name: str) -> str:
     value = fields.get(name)
     if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) for v in value):
         value = "\n\n".join(value)
-    return value if isinstance(value, str) and value.strip() else ""
+    if given(fields, name) and not isinstance(value, str):
+        raise BadRow(f"{name} must be a string or a list of strings, found {shorten(value)}; "
+                     "rename the field if it is no part of the prompt")  # fmt: skip
+    return value if given(fields, name) else ""
 
 
 def _with_added(text: Text, added: str) -> Text:
