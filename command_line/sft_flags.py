@@ -40,6 +40,7 @@ from data_utils import (
     use_colour,
 )
 from errors import UserError
+from run_folder.output import own_text, printable
 
 DESCRIPTION = (
     "Supervised fine-tuning of a language model; with --reward-model, training of a reward model."
@@ -231,7 +232,8 @@ def load_rows(args, tokenizer) -> dict:
         if args.sample_prompts and split == "train":
             rows["samples"] = encode_samples(args, tokenizer, set(records.kinds) == {"text"})
     if args.preview:
-        print(preview(rows["train"][0], tokenizer, use_colour(sys.stdout)))
+        shown = preview(rows["train"][0], tokenizer, use_colour(sys.stdout), printable)
+        print(shown, file=own_text(sys.stdout))
     return rows
 
 

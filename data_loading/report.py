@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 import numpy as np
@@ -65,29 +65,40 @@ def histogram(lengths: Sequence[int], what: str = "a row", bins: int = 8, width:
 
 
 def preview(
-    row: TextRow | ScalarRow | PreferenceRow | PromptRow, tokenizer: Any, colour: bool
+    row: TextRow | ScalarRow | PreferenceRow | PromptRow,
+    tokenizer: Any,
+    colour: bool,
+    clean: Callable[[str], str] = str,
 ) -> str:
-    """One row decoded: trained tokens in green, the others dim; without colour, in [[ ]]."""
+    """One row decoded: trained tokens in green, the others dim; without colour, in [[ ]].
+
+    `clean` is put over what the row brings, as the colours are escape sequences themselves.
+    """
+
+    def text_of(tokens: Sequence[int]) -> str:
+        return clean(tokenizer.decode(tokens))
+
+    where = clean(row.where)
     if isinstance(row, PreferenceRow):
         shown = [
-            f"rank {rank}: {tokenizer.decode(tokens)}"
+            f"rank {rank}: {text_of(tokens)}"
             for rank, tokens in zip(row.ranks, row.responses, strict=True)
         ]
-        return "\n".join([f"{row.where}: preference, best first", *shown])
+        return "\n".join([f"{where}: preference, best first", *shown])
     if isinstance(row, ScalarRow):
-        return f"{row.where}: reward {row.reward:g}\n{tokenizer.decode(row.tokens)}"
+        return f"{where}: reward {row.reward:g}\n{text_of(row.tokens)}"
     if isinstance(row, PromptRow):
-        return f"{row.where}: prompt of {len(row.tokens)} tokens\n{tokenizer.decode(row.tokens)}"
+        return f"{where}: prompt of {len(row.tokens)} tokens\n{text_of(row.tokens)}"
     trained = sum(row.mask)
     parts = []
     for start, end in _runs(row.mask):
-        text = tokenizer.decode(row.tokens[start:end])
+        text = text_of(row.tokens[start:end])
         if colour:
             parts.append(f"{GREEN if row.mask[start] else DIM}{text}{RESET}")
         else:
             parts.append(f"[[{text}]]" if row.mask[start] else text)
     key = "green" if colour else "in [[ ]]"
-    head = f"{row.where}: {len(row.tokens)} tokens, {trained} trained ({key})"
+    head = f"{where}: {len(row.tokens)} tokens, {trained} trained ({key})"
     return head + "\n" + "".join(parts)
 
 
