@@ -3,6 +3,7 @@
 Shared by sft.py and its PyTorch twin.
 """
 
+import dataclasses
 import itertools
 import math
 import string
@@ -232,9 +233,25 @@ def load_rows(args, tokenizer) -> dict:
         if args.sample_prompts and split == "train":
             rows["samples"] = encode_samples(args, tokenizer, set(records.kinds) == {"text"})
     if args.preview:
-        shown = preview(rows["train"][0], tokenizer, use_colour(sys.stdout), printable)
-        print(shown, file=own_text(sys.stdout))
+        show(rows["train"][0], tokenizer)
     return rows
+
+
+class Decoder:
+    """A tokenizer whose texts hold no escape sequence, so that those of the colours can pass."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def decode(self, tokens) -> str:
+        return printable(self.tokenizer.decode(tokens))
+
+
+def show(row, tokenizer) -> None:
+    """--preview of one row."""
+    row = dataclasses.replace(row, where=printable(row.where))
+    text = preview(row, Decoder(tokenizer), use_colour(sys.stdout))
+    print(text, file=own_text(sys.stdout))
 
 
 def check_kinds(args, kinds: set[str]) -> None:
