@@ -15,13 +15,10 @@ Legend: N rows, T tokens, F reward functions, G rows of a group.
 
 import warnings
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 
-ScaleRewards = Literal["group", "batch", "none"]
-Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
-AdvantageEstimator = Literal["grpo", "rloo", "reinforce", "reinforce_baseline"]
+from rl.group_config import Aggregation, ScaleRewards
 
 # Added to a standard deviation that divides (TRL's GRPOTrainer and RLOOTrainer).
 STD_FLOOR = 1e-4
