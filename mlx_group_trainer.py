@@ -41,7 +41,12 @@ from models.trunk import vocabulary_size
 from rl.group_advantages import ESTIMATORS, group_stds, reward_metrics, weighted_sum
 from rl.group_config import GroupConfig
 from rl.group_losses import Pass, group_loss, mean_of, rloo_loss, surrogate_options
-from rl.group_statistics import completion_metrics, pass_metrics, warnings_for
+from rl.group_statistics import (
+    completion_metrics,
+    config_warnings,
+    pass_metrics,
+    warnings_for,
+)
 from rl.ppo_statistics import sampling_warnings
 from rl.preference_losses import DPO_LOSSES, Pairs, pair_sums
 from rl.rollout_checks import check_rollout
@@ -108,8 +113,9 @@ class GroupTrainer:
         self.blend = without_effect(model.tuning.arrays()) if self._blends_adapter else None
         self._warned: set[str] = set()
         self._set_up_gradient()
+        self.before_update: Callable[[], None] = lambda: None  # called before weights move
         model.eval()  # no dropout, in rollouts and in updates
-        self._warn(**sampling_warnings(config))
+        self._warn(**sampling_warnings(config), **config_warnings(config))
 
     def _set_up_gradient(self) -> None:
         on_gpu = mx.default_device().type == mx.DeviceType.gpu
@@ -357,6 +363,7 @@ class GroupTrainer:
             return metrics
         gradient = tree_map(lambda g: g / config.gradient_accumulation_steps, total)
         gradient, norm = optim.clip_grad_norm(gradient, config.max_grad_norm or float("inf"))
+        self.before_update()
         self.optimizer.update(self.model, gradient)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state, norm)
         metrics[-1]["grad_norm"] = norm.item()

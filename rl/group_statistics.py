@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rl.group_config import GroupConfig
 from rl.ppo_statistics import ALMOST_NO_ENTROPY, MOSTLY_CUT_OFF
 from rl.rollouts import Rollout
 
@@ -48,6 +49,17 @@ def pass_metrics(passes: Sequence[dict[str, float]]) -> dict[str, float]:
         if name not in NOT_SHOWN:
             join = min if name in LEAST else max if name in LARGEST else np.mean
             found[name] = float(join(values))
+    return found
+
+
+def config_warnings(config: GroupConfig) -> dict[str, str]:
+    """What is unusual about the options."""
+    found = {}
+    if config.importance_sampling_level == "sequence" and config.loss_type != "grpo":
+        found["level"] = (
+            f"--importance-sampling-level sequence with --loss-type {config.loss_type}: GSPO is "
+            "--loss-type grpo, where each response weighs the same"
+        )
     return found
 
 
