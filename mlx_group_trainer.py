@@ -38,6 +38,7 @@ from models.last_block import allow_short_last_block
 from models.packing import Packed
 from models.policy import Policy
 from models.trunk import vocabulary_size
+from models.tuning import check_arrays
 from rl.group_advantages import ESTIMATORS, group_stds, reward_metrics, weighted_sum
 from rl.group_config import GroupConfig
 from rl.group_losses import Pass, group_loss, mean_of, rloo_loss, surrogate_options
@@ -500,6 +501,20 @@ class GroupTrainer:
             own, there = self.model.model.parameters(), self.reference.parameters()
             self.reference.update(tree_map(mixed, own, there))
             mx.eval(self.reference.parameters())
+
+    def reference_arrays(self) -> dict[str, mx.array]:
+        """The blended reference by name, for checkpoints."""
+        if self.blend is not None:
+            return self.blend
+        return dict(tree_flatten(self.reference.parameters()))
+
+    def load_reference(self, arrays: dict[str, mx.array]) -> None:
+        """Take `reference_arrays` back."""
+        if self.blend is not None:
+            check_arrays(arrays, self.blend, "checkpoint")
+            self.blend = dict(arrays)
+        else:
+            self.reference.load_weights(list(arrays.items()))
 
     def statistics(self, rollout: Rollout, passes: list[dict[str, float]]) -> dict:
         """The step's metrics; warns, once each, of what usually goes wrong."""

@@ -30,9 +30,13 @@ VARIANCE_FLOOR = 1e-8
 
 
 def weighted_sum(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(N, F) -> (N,): sum of weight x reward over the functions that scored; NaN where none did."""
-    total = np.nansum(rewards * weights, axis=1)
-    return np.where(np.isnan(rewards).all(axis=1), np.nan, total)
+    """(N, F) -> (N,): sum of weight x reward over the functions that scored; NaN where none did.
+
+    A function of weight 0 is only logged, and scores no row.
+    """
+    scored = ~np.isnan(rewards) & (weights != 0)
+    total = np.where(scored, rewards * weights, 0.0).sum(axis=1)
+    return np.where(scored.any(axis=1), total, np.nan)
 
 
 def group_means(rewards: np.ndarray, group_size: int) -> np.ndarray:

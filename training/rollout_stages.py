@@ -66,7 +66,6 @@ def sample(
 ) -> Rollout:
     """A response (EOS included) to each query, with log-probabilities and, given a head, values.
 
-    `samples` responses to each query, which adjoin; the query is read once for them.
     `prefix`: ids of virtual tokens in front of every query. `samples` responses to each query
     adjoin, and their query stands there as often. Raises UserError, naming the row, for a
     query with an id beyond the `vocabulary`.
