@@ -52,6 +52,7 @@ from rl.shaping import (
     scale_scores,
 )
 from training.clock import StageClock
+from training.optimizers import build_optimizer
 from training.rollout_stages import (
     EVALUATION,
     SAMPLING,
@@ -76,8 +77,9 @@ class PPOTrainer:
     """PPO on an `ActorCritic`.
 
     The reference is the model with its adapter off, or `ref_model` (needed for full fine-tuning).
-    `optimizer` defaults to bias-corrected Adam at `config.learning_rate`. `eos_ids` end a
-    response; by default they are the tokenizer's. `log_stats` calls `log(step, row)`.
+    `optimizer` defaults to torch's Adam (training/optimizers.py) at `config.learning_rate`.
+    `eos_ids` end a response; by default they are the tokenizer's. `log_stats` calls
+    `log(step, row)`.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class PPOTrainer:
         self.tokenizer, self.log = tokenizer, log
         self.eos_ids = set(eos_ids if eos_ids is not None else tokenizer.eos_token_ids)
         self.vocabulary = vocabulary_size(model.model)
-        self.optimizer = optimizer or optim.Adam(config.learning_rate, bias_correction=True)
+        self.optimizer = optimizer or build_optimizer("adam", config.learning_rate)
         self.optimizer.init(model.trainable_parameters())
         self.kl_controller = (
             AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)

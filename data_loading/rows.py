@@ -35,7 +35,9 @@ class PreferenceRow:
     ranks: list[int]
     margin: float | None = None
     where: str = ""
-    masks: list[list[int]] = field(default_factory=list)  # as long as `responses`, each too
+    # As long as `responses`, each too. Not in the repr, of which a run's data is fingerprinted:
+    # checkpoints from before rows had masks go on.
+    masks: list[list[int]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         self.masks = self.masks or [[0] + [1] * (len(tokens) - 1) for tokens in self.responses]
