@@ -184,10 +184,16 @@ class GroupTrainer:
         response_masks: Sequence[Sequence[int]] | None = None,
     ) -> dict:
         """`update` for responses (token ids) that were written elsewhere, groups adjoining."""
+        rollout = self.as_rollout(queries, responses)
+        return self.update(rollout, rewards, response_masks=response_masks)
+
+    def as_rollout(
+        self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> Rollout:
+        """Responses that were written elsewhere; they have ended where they end with EOS."""
         responses = token_lists(responses)
         ended = [bool(response) and response[-1] in self.eos_ids for response in responses]
-        rollout = Rollout(token_lists(queries), responses, ended)
-        return self.update(rollout, rewards, response_masks=response_masks)
+        return Rollout(token_lists(queries), responses, ended)
 
     def update(
         self,
