@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from rl.group_config import Level, LossType
+from rl.group_config import GroupConfig, Level, LossType
 from rl.losses import Metrics, _counted, _detached, masked_mean
 
 # VESPO holds the product of ratios within these.
@@ -213,18 +213,27 @@ LOSSES: dict[str, tuple[Callable, Callable]] = {
 }
 
 
-OPTIONS = {
-    clipped: ("epsilon", "epsilon_high", "delta"),
-    cispo: ("epsilon_high",),
-    sapo: ("sapo_temperature_pos", "sapo_temperature_neg"),
-    vespo: ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
-}
-
-
-def surrogate_options(config) -> dict:
-    """The options of a config that its loss has; None leaves the loss's own default."""
+def surrogate_options(config: GroupConfig) -> dict:
+    """The options that the surrogate of a config's loss has; None leaves it its own default."""
     surrogate, _ = LOSSES[config.loss_type]
-    found = {name: getattr(config, name) for name in OPTIONS[surrogate]}
+    found = {
+        clipped: {
+            "epsilon": config.epsilon,
+            "epsilon_high": config.epsilon_high,
+            "delta": config.delta,
+        },
+        cispo: {"epsilon_high": config.epsilon_high},
+        sapo: {
+            "sapo_temperature_pos": config.sapo_temperature_pos,
+            "sapo_temperature_neg": config.sapo_temperature_neg,
+        },
+        vespo: {
+            "vespo_k_pos": config.vespo_k_pos,
+            "vespo_lambda_pos": config.vespo_lambda_pos,
+            "vespo_k_neg": config.vespo_k_neg,
+            "vespo_lambda_neg": config.vespo_lambda_neg,
+        },
+    }[surrogate]
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -132,7 +132,9 @@ def test_every_kind_of_tuning_resumes_exactly(server, tmp_path, name, kind):
 
 
 @pytest.mark.parametrize("made", MADE_BY)
-@pytest.mark.parametrize("script", [sft, ppo_training, group_training], ids=lambda script: script.__name__)
+@pytest.mark.parametrize(
+    "script", [sft, ppo_training, group_training], ids=lambda script: script.__name__
+)
 def test_a_run_of_another_script_is_refused(tmp_path, capsys, script, made):
     """Given as a folder or as one of its checkpoints; the right command is named."""
     folder = tmp_path / "a run"
