@@ -60,7 +60,7 @@ def make_policy(args, loaded):
 def make_learned_reward(args, loaded, policy):
     """A reward model as a reward; an adapter shares the policy's base unless that is trained."""
     from models.load import load_model
-    from models.reward_model import load_reward_model, retokeniser
+    from models.reward_model import load_reward_model
     from rewards.learned import learned_reward
 
     options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
@@ -72,11 +72,14 @@ def make_learned_reward(args, loaded, policy):
     with off():
         reward_model = load_reward_model(args.reward_model, base, any_base=args.any_base, **options)
 
-    def score(sequences: list[list[int]]) -> list[float]:
-        with off():
-            return reward_model.score(sequences, batch_size=args.batch_size)
-
-    return learned_reward(score, retokeniser(loaded.tokenizer, reward_model.source.tokenizer))
+    return learned_reward(
+        reward_model,
+        loaded.tokenizer,
+        batch_size=args.batch_size,
+        off=off,
+        prompt_template=args.prompt_template,
+        token_format=args.token_format,
+    )
 
 
 # ------------------------------------------------------------------------------ loop

@@ -9,11 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from errors import UserError
+from rewards.texts import GIVEN
 from rewards.user_function import RewardFunction, as_list, check_scores, describe, quote_row
-
-# What every function may ask for beside the data's columns: tokens of prompt and response, and
-# whether the response ended by itself.
-GIVEN = ("token_ids", "ended")
 
 
 @dataclass

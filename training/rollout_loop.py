@@ -15,6 +15,7 @@ import numpy as np
 from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
 from rewards.scored_rows import response_text
+from rewards.texts import asked, reward_columns
 from rewards.user_function import quote_row
 from run_folder.checkpoint_folder import Metric
 from run_folder.console import Progress
@@ -210,9 +211,14 @@ class PPOLoop(Resumable):
             for row, response in zip(rows, responses, strict=True)
         ]
         token_ids = [[*row.tokens, *r] for row, r in zip(rows, responses, strict=True)]
-        columns = {**columns_of(rows), "token_ids": token_ids, "ended": ended}
+        columns = reward_columns(
+            columns_of(rows),
+            token_ids=token_ids,
+            ended=ended,
+            prompt_text=[row.text for row in rows],
+        )
         self.score_filter.rows.clear()
-        scores, parts = self.rewards([row.text for row in rows], texts, **columns)
+        scores, parts = self.rewards([row.prompt for row in rows], texts, **columns)
         bad = self.score_filter.rows
         scores = [
             math.nan if row in bad or beyond_float32(score) else score
@@ -222,7 +228,7 @@ class PPOLoop(Resumable):
 
     def write_samples(self, rows, texts, scores, kls) -> None:
         samples = [
-            {"prompt": row.text, "response": text, "score": score, "kl": float(kl)}
+            {**asked(row), "response": text, "score": score, "kl": float(kl)}
             for row, text, score, kl in zip(rows, texts, scores, kls, strict=True)
         ]
         self.run_folder.log_samples(self.step, samples[: self.schedule.samples_per_step])
@@ -233,9 +239,9 @@ class PPOLoop(Resumable):
         reason = "score not finite" if len(bad) else "loss or gradient not finite"
         self.last_bad = ""
         if len(bad):
-            self.last_bad = "; the last: " + quote_row([row.text for row in rows], texts, bad[-1])
+            self.last_bad = "; the last: " + quote_row([row.prompt for row in rows], texts, bad[-1])
         entries = [
-            {"prompt": row.text, "response": text, "score": score, "query_tokens": row.tokens,
+            {**asked(row), "response": text, "score": score, "query_tokens": row.tokens,
              "response_tokens": response}
             for row, response, text, score in zip(rows, responses, texts, scores, strict=True)
         ]  # fmt: skip
@@ -257,7 +263,7 @@ class PPOLoop(Resumable):
             for name, column in parts.items():
                 row[f"eval/{kind}/{name}"] = float(np.mean(column))
             row[f"eval/{kind}/response_tokens"] = float(np.mean([len(r) for r in responses]))
-            sample = {"prompt": rows[0].text, "response": texts[0], "score": scores[0]}
+            sample = {**asked(rows[0]), "response": texts[0], "score": scores[0]}
             self.run_folder.log_samples(self.step, [{"evaluation": kind, **sample}])
         self.run_folder.log(self.step, {k: v for k, v in row.items() if k != "step"})
         shown = {"greedy": row["eval/greedy/score"], "sampled": row["eval/sampled/score"]}
