@@ -58,27 +58,21 @@ def make_policy(args, loaded):
 
 
 def make_learned_reward(args, loaded, policy):
-    """A reward model as a reward; an adapter shares the policy's base unless that is trained."""
-    from models.load import load_model
-    from models.reward_model import load_reward_model
-    from rewards.learned import learned_reward
+    """The reward model of --reward-model as a reward."""
+    from rewards.learned import reward_beside
 
-    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    if policy.tuning.kind == "full":  # training moves the base, so an adapter needs one of its own
-        base = load_model(args.model, quantize=args.quantize, **options)
-        off = contextlib.nullcontext
-    else:
-        base, off = loaded, policy.tuning.disabled
-    with off():
-        reward_model = load_reward_model(args.reward_model, base, any_base=args.any_base, **options)
-
-    return learned_reward(
-        reward_model,
-        loaded.tokenizer,
+    return reward_beside(
+        loaded,
+        policy.tuning,
+        args.reward_model,
+        model=args.model,
         batch_size=args.batch_size,
-        off=off,
+        any_base=args.any_base,
+        quantize=args.quantize,
         prompt_template=args.prompt_template,
         token_format=args.token_format,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
     )
 
 
@@ -105,7 +99,7 @@ def main(words=None) -> int:
     prompts = load_prompts(args, loaded.tokenizer)
     policy, reference = make_policy(args, loaded)
     learned = make_learned_reward(args, loaded, policy) if args.reward_model else None
-    rewards = make_rewards(args, learned)
+    rewards = make_rewards(args, learned, unscored=True)
     train(args, loaded, policy, reference, rewards, prompts)
     print(f"peak memory {peak_memory():.2f} GB")
     return 0
@@ -121,7 +115,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     from run_folder.stopping import GracefulStop, StepGivenUp
     from training.checkpointed import Group, adapter_group
     from training.optimizers import build_optimizer
-    from training.rollout_loop import PPOLoop, PPOSchedule, ScoreFilter
+    from training.rollout_loop import RolloutLoop, RolloutSchedule
 
     config = dataclass_from_arguments(PPOConfig, args)
     updates = config.num_steps * config.updates_per_step
@@ -135,7 +129,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         eos_ids=ends(args, loaded.tokenizer),
         grad_checkpoint=args.grad_checkpoint,
     )
-    schedule = PPOSchedule(
+    schedule = RolloutSchedule(
         steps=config.num_steps,
         report_every=args.steps_per_report,
         eval_every=args.eval_every,
@@ -146,8 +140,6 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         max_bad_steps=args.max_bad_steps,
         memory_limit=args.memory_limit,
     )
-    score_filter = ScoreFilter()
-    score_filter.put_around(rewards)
     tuning, head = policy.tuning, policy.value_head
     groups = {
         "adapters": adapter_group(tuning, describe(tuning, loaded)),
@@ -160,10 +152,10 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         ) as run,
         GracefulStop() as stop,
     ):  # fmt: skip
-        loop = PPOLoop(
+        loop = RolloutLoop(
             run, trainer, rewards, loaded.tokenizer, prompts["train"].rows,
             validation_prompts(args, prompts), groups, schedule,
-            stop_at(args.stop, loaded.tokenizer), score_filter, loaded.fingerprint,
+            stop_at(args.stop, loaded.tokenizer), loaded.fingerprint,
         )  # fmt: skip
         if args.resume is not None:
             last = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)

@@ -89,6 +89,43 @@ def learned_reward(
     return Reward(LEARNED, reward_model, weight)
 
 
+def reward_beside(
+    loaded: Any,
+    tuning: Any,
+    path: str,
+    *,
+    model: str | None,
+    batch_size: int,
+    any_base: bool,
+    quantize: int | None,
+    prompt_template: str | None,
+    token_format: str,
+    **options: Any,
+) -> Reward:
+    """The reward model at `path` as a reward for a policy: `loaded` with `tuning` on it.
+
+    One that is an adapter shares the policy's base; unless every weight of that is trained, which
+    needs a base of its own, `model` with `quantize` bits. `options` are those of ``load_model``.
+    """
+    from models.load import load_model
+    from models.reward_model import load_reward_model
+
+    if tuning.kind == "full":  # training moves the base
+        base, off = load_model(model, quantize=quantize, **options), nullcontext
+    else:
+        base, off = loaded, tuning.disabled
+    with off():
+        reward_model = load_reward_model(path, base, any_base=any_base, **options)
+    return learned_reward(
+        reward_model,
+        loaded.tokenizer,
+        batch_size=batch_size,
+        off=off,
+        prompt_template=prompt_template,
+        token_format=token_format,
+    )
+
+
 def _reads_alike(policy: Any, own: Any, template: tuple[str | None, str], model: Any) -> bool:
     """Whether the policy's tokens are those that a reward model would make of the same text."""
     if policy is not own:

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 
 from errors import UserError
 from rewards.texts import GIVEN
-from rewards.user_function import RewardFunction, as_list, check_scores, describe, quote_row
+from rewards.user_function import (
+    RewardFunction,
+    as_list,
+    check_scores,
+    describe,
+    no_float32,
+    quote_row,
+)
 
 
 @dataclass
@@ -71,13 +78,16 @@ class RewardSet:
         return totals, parts
 
     def _total(self, scores: Sequence[float]) -> float:
-        """The weighted sum of one row's scores, NaN where none of them is a number."""
+        """The weighted sum of one row's scores; NaN where none is a number, or it is not finite."""
         found = [
             weight * score
             for weight, score in zip(self.weights, scores, strict=True)
             if weight and not math.isnan(score)
         ]
-        return math.fsum(found) if found or not any(self.weights) else math.nan
+        if not all(map(math.isfinite, found)):
+            return math.nan
+        total = math.fsum(found) if found or not any(self.weights) else math.nan
+        return math.nan if self.unscored and no_float32(total) else total
 
     def check_columns(self, given: Iterable[str]) -> None:
         """Raise UserError where a reward needs a column of the data that is not among `given`."""

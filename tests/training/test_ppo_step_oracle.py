@@ -111,7 +111,7 @@ def test_step_equals_trl(case):
 
 def check_stages(trainer, root, queries, responses, scores) -> None:
     """The arrays before the update, at response tokens."""
-    rollout = trainer.prepare(queries, responses, scores)
+    rollout = trainer.prepare(trainer.as_rollout(queries, responses), scores)
     trainer.score_policy(rollout)
     trainer.score_reference(rollout)
     trainer.compute_rewards(rollout)
