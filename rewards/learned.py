@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from string import Formatter
 from typing import Any
 
-from data_utils import Record, tokenise_scalar
+from data_utils import Record, extras_of, tokenise_scalar
 from models.reading import Ending, Reading, template_tail
 from rewards.digits import count_numbers, digits_score
 from rewards.reward_set import Reward
@@ -192,7 +192,9 @@ class Reader:
             chat = template_tail(self.tokenizer) is not None
             answer = response.strip() if chat else response
         kind = "prompt_completion"
-        return Record(kind, where, fields, prompt=prompt, completion=answer, reward=0.0)
+        made = Record(kind, where, fields, prompt=prompt, completion=answer, reward=0.0)
+        made.extras = extras_of(fields)
+        return made
 
     def _template(self, record: Record) -> str | None:
         """The prompt template; its one field is the prompt where the row has no such field."""
