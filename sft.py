@@ -31,6 +31,8 @@ def main(words=None) -> int:
     if args.preview:
         return 0
     task = make_task(args, loaded)
+    if args.reward_model:
+        task.reward_model.reading = rows["reading"]
     if args.train:
         train(args, loaded, task, rows)
     if args.test:

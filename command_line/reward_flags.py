@@ -1,7 +1,6 @@
 """Flags that say what is rewarded, and the rewards they ask for. Loads no MLX."""
 
 import argparse
-import contextlib
 from typing import Any, get_args
 
 from command_line.parser import Parser
@@ -16,7 +15,7 @@ from rewards.answers import (
     json_reward,
     length_reward,
 )
-from rewards.learned import digits_rewards, learned_reward
+from rewards.learned import digits_rewards, reward_beside
 from rewards.reward_set import Reward, RewardSet
 from rewards.service import HTTPReward
 from rewards.user_function import load_function
@@ -99,28 +98,23 @@ def check_rewards(args: argparse.Namespace) -> None:
 def make_learned_reward(args: argparse.Namespace, loaded: Any, tuning: Any) -> Reward | None:
     """--reward-model as a reward beside a policy, or None where none is asked for.
 
-    An adapter shares the base of the policy, whose own `tuning` is off meanwhile, unless that base
-    is trained.
+    `tuning` is the policy's, which is off while the reward model scores on the same base.
     """
     if not args.reward_model:
         return None
-    from models.load import load_model
-    from models.reward_model import load_reward_model, retokeniser
-
-    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    if tuning.kind == "full":  # training moves the base, so an adapter needs one of its own
-        base = load_model(args.model, quantize=args.quantize, **options)
-        off = contextlib.nullcontext
-    else:
-        base, off = loaded, tuning.disabled
-    with off():
-        reward_model = load_reward_model(args.reward_model, base, any_base=args.any_base, **options)
-
-    def score(sequences: list[list[int]]) -> list[float]:
-        with off():
-            return reward_model.score(sequences, batch_size=args.batch_size)
-
-    return learned_reward(score, retokeniser(loaded.tokenizer, reward_model.source.tokenizer))
+    return reward_beside(
+        loaded,
+        tuning,
+        args.reward_model,
+        model=args.model,
+        batch_size=args.batch_size,
+        any_base=args.any_base,
+        quantize=args.quantize,
+        prompt_template=args.prompt_template,
+        token_format=args.token_format,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def make_rewards(

@@ -7,7 +7,8 @@ import mlx.core as mx
 
 from models.decoding import Sampling, generate
 from models.load import LoadedModel
-from models.reward_model import normalise
+from models.reading import Ending
+from models.reward_network import normalise
 
 # Fixed: samples beside training must not move its random state.
 KEY = 0
@@ -46,5 +47,7 @@ def normalise_on_samples(task, loaded: LoadedModel, rows: Sequence, count: int) 
             eos_ids=loaded.eos_ids,
             key=mx.random.key(KEY),
         )
-    texts = [start + response for start, response in zip(starts, made.responses, strict=True)]
+    ending = Ending(loaded.tokenizer, task.reward_model.reading)
+    made = zip(starts, made.responses, made.finished, strict=True)
+    texts = [ending.put(start + response, end) for start, response, end in made]
     normalise(task.reward_model, texts)
