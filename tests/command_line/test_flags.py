@@ -9,6 +9,7 @@ from conftest import ROOT
 
 import fuse
 import ppo_training
+import preference_training
 import score
 import sft
 import talk_to_model
@@ -23,6 +24,7 @@ TRAINING = [
 SCRIPTS = {
     sft: ["sft.py"],
     ppo_training: ["ppo_training.py", "mlx_ppo_trainer.py"],
+    preference_training: ["preference_training.py"],
     fuse: ["fuse.py", "publishing/*.py"],
     score: ["score.py"],
     talk_to_model: ["talk_to_model.py", "chat/*.py"],
