@@ -20,6 +20,7 @@ reward), Huang et al. 2024 (the implementation details that matter).
 
 import fast_blas  # noqa: F401
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -27,7 +28,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
 
 from errors import UserError
 from models.actor_critic import ActorCritic
@@ -69,6 +69,7 @@ from training.rollout_stages import (
     use_sampled,
     whole_kl,
 )
+from training.update import added, all_finite, apply_update
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 
@@ -362,16 +363,20 @@ class PPOTrainer:
             gradient, found = self._gradient(rollout, rows[start : start + config.mini_batch_size])
             metrics.append(found)
             if gradient is not None:
-                total = gradient if total is None else tree_map(mx.add, total, gradient)
-                mx.eval(total)  # or every gradient stays in memory until the last one
+                total = added(total, gradient)
         if total is None:
             return metrics
-        gradient = tree_map(lambda g: g / config.gradient_accumulation_steps, total)
-        gradient, norm = optim.clip_grad_norm(gradient, config.max_grad_norm or float("inf"))
-        self.before_update()
-        self.optimizer.update(self.model, gradient)
-        mx.eval(self.model.trainable_parameters(), self.optimizer.state, norm)
-        metrics[-1]["grad_norm"] = norm.item()
+        norm = apply_update(
+            self.model,
+            self.optimizer,
+            total,
+            config.gradient_accumulation_steps,
+            config.max_grad_norm,
+            before=self.before_update,
+        )
+        metrics[-1]["grad_norm"] = norm
+        if not math.isfinite(norm):  # of numbers that were finite themselves
+            metrics[-1] |= {"not_finite": 1.0, "skipped": 1.0}
         return metrics
 
     def _gradient(self, rollout: Rollout, rows: np.ndarray) -> tuple[dict | None, dict]:
@@ -382,7 +387,7 @@ class PPOTrainer:
         columns = [fit_columns(column[index], width) for column in columns]  # (b, r)
         with checkpointed_blocks(self.model.model, self.grad_checkpoint):
             (_, metrics), gradient = self._loss_and_grad(packed.arrays(), columns)
-        finite = mx.stack([mx.isfinite(g).all() for _, g in tree_flatten(gradient)]).all()
+        finite = all_finite(gradient)
         mx.eval(metrics, gradient, finite)
         metrics = {name: value.item() for name, value in metrics.items()}
         bad = not (finite.item() and np.isfinite(metrics["loss/total"]))

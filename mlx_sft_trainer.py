@@ -26,7 +26,7 @@ from models.trunk import find_trunk, token_logprobs
 from models.tuning import Tuning
 from rl.losses import pairwise_loss, regression_loss
 from training.checkpointed import Group, adapter_group
-from training.optimizers import clip_gradients
+from training.update import added, apply_update
 
 Batch = TextBatch | ScalarBatch | PreferenceBatch | UnpairedBatch
 # Sums over a batch. "weight" is what each of them is divided by, but for those that are pairs of a
@@ -209,25 +209,24 @@ class SupervisedTrainer:
         is 1, where loss or gradient is NaN or infinite.
         """
         self.task.trained.train()
-        sums, gradient = None, None
+        total = None
         for arrays in self.task.inputs(batches):
             with checkpointed_blocks(self.task.model, self.grad_checkpoint):
-                (_, found), part = self._loss_and_grad(arrays)
-            gradient = part if gradient is None else tree_map(mx.add, gradient, part)
-            sums = found if sums is None else tree_map(mx.add, sums, found)
-            mx.eval(gradient, sums)
-        weight = sums["weight"]
-        gradient = tree_map(lambda g: g / weight, gradient)
-        gradient, norm = clip_gradients(gradient, self.max_grad_norm)
+                (_, sums), gradient = self._loss_and_grad(arrays)
+            total = added(total, (gradient, sums))
+        gradient, sums = total
         metrics = means(sums)
-        metrics["grad_norm"] = norm.item()
-        metrics["not_finite"] = float(
-            not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+        metrics["grad_norm"] = apply_update(
+            self.task.trained,
+            self.optimizer,
+            gradient,
+            sums["weight"],
+            self.max_grad_norm,
+            loss=metrics["loss"],
+            before=self.before_update,
         )
-        if not metrics["not_finite"]:
-            self.before_update()
-            self.optimizer.update(self.task.trained, gradient)
-            mx.eval(self.task.trained.trainable_parameters(), self.optimizer.state)
+        finite = np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+        metrics["not_finite"] = float(not finite)
         return self.task.summary(metrics)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
