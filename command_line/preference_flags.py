@@ -251,7 +251,18 @@ def settle_arguments(args) -> None:
 
 def loss_options(args, name: str) -> dict[str, Any]:
     """The keyword arguments of one loss."""
-    return {option: getattr(args, option) for option in READS[args.algorithm][name]}
+    values = {
+        "beta": args.beta,
+        "label_smoothing": args.label_smoothing,
+        "f_divergence_type": args.f_divergence_type,
+        "f_alpha_divergence_coef": args.f_alpha_divergence_coef,
+        "discopop_tau": args.discopop_tau,
+        "desirable_weight": args.desirable_weight,
+        "undesirable_weight": args.undesirable_weight,
+        "simpo_gamma": args.simpo_gamma,
+        "alpha": args.alpha,
+    }
+    return {option: values[option] for option in READS[args.algorithm][name]}
 
 
 # ------------------------------------------------------------------------------ data
