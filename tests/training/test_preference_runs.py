@@ -18,7 +18,7 @@ COMMON = (
 )
 
 
-OTHER_KINDS = ("--prompt-tuning", "--fine-tune-type")
+OTHER_KINDS = ("--prompt-tuning", "--fine-tune-type", "--resume ")  # a resumed run has its own
 
 
 def train(folder, line: str = "", save: str = "out.npz") -> dict:
