@@ -19,7 +19,7 @@ from command_line.sft_flags import load_rows, parse_arguments, training_length, 
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
 from data_utils import BatchIterator, BatchPlan, epoch_batches
 from models.adapter_description import REWARD_HEAD
-from training.launch import run_training, say_peak_memory, say_written, start
+from training.launch import run_training, say_peak_memory, say_written, shape_multiple, start
 
 # ------------------------------------------------------------------------------ main
 
@@ -67,7 +67,7 @@ def train(args, loaded, task, rows) -> None:
     from mlx_sft_trainer import SupervisedTrainer
     from models.adapter_files import describe
     from training.optimizers import build_optimizer
-    from training.samples import continued
+    from training.samples import write_samples
     from training.supervised_loop import Loop, Schedule
 
     plan = BatchPlan(
@@ -90,12 +90,6 @@ def train(args, loaded, task, rows) -> None:
     )
 
     def make_loop(run) -> Loop:
-        def write_samples(step: int) -> None:
-            task.trained.eval()
-            texts = continued(loaded, rows["samples"], task.tuning.prefix)
-            pairs = zip(args.sample_prompts, texts, strict=True)
-            run.log_samples(step, [{"prompt": p, "response": r} for p, r in pairs])
-
         return Loop(
             run,
             trainer,
@@ -103,7 +97,9 @@ def train(args, loaded, task, rows) -> None:
             BatchIterator(rows["train"].rows, plan),
             schedule,
             validation=validation(args, rows.get("valid")),
-            after_validation=write_samples if args.sample_prompts else lambda step: None,
+            after_validation=lambda step: write_samples(
+                run, step, loaded, task, args.sample_prompts, rows.get("samples")
+            ),
             base=loaded.fingerprint,
         )
 
@@ -120,13 +116,6 @@ def train(args, loaded, task, rows) -> None:
     run_training(
         args, kind, make_loop, said, lambda run, loop: finish(args, loaded, run, loop, rows)
     )
-
-
-def shape_multiple() -> int:
-    """What lengths are padded to multiples of: few shapes where each is compiled anew."""
-    import mlx.core as mx
-
-    return 16 if mx.default_device().type == mx.DeviceType.gpu else 1
 
 
 # ------------------------------------------------------------------------------ save

@@ -42,13 +42,14 @@ def run_training(
     said: Callable[[Any], str],
     finish: Callable[[Run, Any], None],
     *,
+    name: str | None = None,
     outputs: Sequence[str] = (),
     place: Callable[[Run], str | Path] | None = None,
 ) -> None:
     """A run of `kind` (run_folder/run_config.py) from its folder to what it leaves behind.
 
-    `make_loop(run)` gives a loop with `run(stop, kind)` and `resume`; `said(loop)` is printed when
-    it is about to begin; `finish(run, loop)` saves to --save-file, or where `place(run)` says, once
+    `make_loop(run)` gives a loop with `run(stop, name)` and `resume`; `said(loop)` is called when it
+    is about to begin, and printed; `finish(run, loop)` saves to --save-file, or where `place(run)` says, once
     the loop is through. Of `args`, the flags of `add_run_arguments` are read. `outputs`: names of
     what the script itself writes into the folder. Exits with 130 or 143 after a stop.
     """
@@ -69,7 +70,7 @@ def run_training(
             last = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
             loop.resume(last, force=args.force_resume)
         print(f"{run.folder}: {said(loop)}")
-        loop.run(stop, kind)
+        loop.run(stop, name or kind)
         if not stop.requested:
             path = args.save_file if place is None else place(run)
             with suppress(StepGivenUp), stop.giving_up(), saving(path):
@@ -87,3 +88,10 @@ def say_written(run: Run, written: Iterable[Any], *commands: str) -> None:
     """The last words of a run: where everything lies, and what to do with it."""
     print("wrote " + "\n      ".join(map(str, [*written, run.folder / "metrics.jsonl"])))
     print("next: " + "\n      ".join(f"python {command}" for command in commands))
+
+
+def shape_multiple() -> int:
+    """What lengths are padded to multiples of: on a GPU each new shape is compiled anew."""
+    import mlx.core as mx
+
+    return 16 if mx.default_device().type == mx.DeviceType.gpu else 1

@@ -1,7 +1,8 @@
-"""Texts that models write beside training: prompts continued, and samples to set a scale by."""
+"""What a model writes beside training: answers to fixed prompts, samples to set a scale by."""
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -9,31 +10,36 @@ from models.decoding import Sampling, generate
 from models.load import LoadedModel
 from models.reading import Ending
 from models.reward_network import normalise
-
-# Fixed: samples beside training must not move its random state.
-KEY = 0
+from run_folder.run import Run
 
 
-def continued(
-    loaded: LoadedModel, prompts: Sequence[Sequence[int]], prefix: Sequence[int] = (), *,
-    max_tokens: int = 100,
-) -> list[str]:  # fmt: skip
-    """The most likely continuation of each prompt (token ids), as text.
-
-    `prefix`: ids of virtual tokens in front of each.
-    """
+def write_samples(
+    run: Run,
+    step: int,
+    loaded: LoadedModel,
+    task: Any,
+    prompts: Sequence[str] | None,
+    tokens: Sequence[Sequence[int]] | None,
+) -> None:
+    """Continue `prompts`, which are `tokens`, greedily; into samples.jsonl. None: nothing."""
+    if not prompts or tokens is None:
+        return
+    tokenizer, prefix = loaded.tokenizer, task.tuning.prefix
+    task.trained.eval()
     made = generate(
         loaded.model,
-        [[*prefix, *tokens] for tokens in prompts],
-        max_tokens=max_tokens,
+        [[*prefix, *prompt] for prompt in tokens],
+        max_tokens=100,
         eos_ids=loaded.eos_ids,
         sampling=Sampling(temperature=0),
-        key=mx.random.key(KEY),
+        key=mx.random.key(0),  # leaves the random state of training alone
     )
-    return [loaded.tokenizer.decode(r, skip_special_tokens=True) for r in made.responses]
+    texts = [tokenizer.decode(r, skip_special_tokens=True) for r in made.responses]
+    pairs = zip(prompts, texts, strict=True)
+    run.log_samples(step, [{"prompt": p, "response": r} for p, r in pairs])
 
 
-def normalise_on_samples(task, loaded: LoadedModel, rows: Sequence, count: int) -> None:
+def normalise_on_samples(task: Any, loaded: LoadedModel, rows: Sequence, count: int) -> None:
     """Scores get mean 0 and deviation 1 on `count` texts that the base writes from row starts."""
     starts = [getattr(row, "tokens", None) or row.chosen for row in rows]
     starts = list(itertools.islice(itertools.cycle(starts), count))
@@ -41,13 +47,8 @@ def normalise_on_samples(task, loaded: LoadedModel, rows: Sequence, count: int) 
     with task.tuning.disabled():
         longest = max(map(len, starts)) * 3
         made = generate(
-            loaded.model,
-            starts,
-            max_tokens=longest,
-            eos_ids=loaded.eos_ids,
-            key=mx.random.key(KEY),
+            loaded.model, starts, max_tokens=longest, eos_ids=loaded.eos_ids, key=mx.random.key(0)
         )
     ending = Ending(loaded.tokenizer, task.reward_model.reading)
-    made = zip(starts, made.responses, made.finished, strict=True)
-    texts = [ending.put(start + response, end) for start, response, end in made]
-    normalise(task.reward_model, texts)
+    rows = zip(starts, made.responses, made.finished, strict=True)
+    normalise(task.reward_model, [ending.put(start + answer, end) for start, answer, end in rows])

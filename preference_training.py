@@ -1,0 +1,232 @@
+"""Preference training: a model learns from answers that people prefer, without a reward model.
+
+Pairs of a chosen and a rejected answer train DPO and its family, ORPO, CPO, SimPO and AlphaPO;
+answers with a label each (thumbs up, thumbs down) train KTO. The reference is the model with its
+adapter off, so that one copy of the base is held; an adapter that is loaded stays as the reference
+in a second set of its own weights.
+
+Within a minute on a laptop, on the embedded model:
+    python preference_training.py --train --iters 100 --batch-size 16
+With answers that were rated in the chat:
+    python preference_training.py --model MODEL --train --algorithm kto --train-file ratings.jsonl
+"""
+
+import fast_blas  # noqa: F401
+
+import functools
+
+from command_line.adapter_file import make_tuning
+from command_line.parser import run_main
+from command_line.preference_flags import (
+    WITH_REFERENCE,
+    load_rows,
+    loss_options,
+    make_plan,
+    parse_arguments,
+)
+from command_line.sft_flags import training_length, validation
+from command_line.shared_flags import model_options, optimizer_options, schedule_options
+from data_utils import BatchIterator, epoch_batches, make_batch
+from training.launch import run_training, say_peak_memory, say_written, shape_multiple, start
+
+# ------------------------------------------------------------------------------ main
+
+
+def main(words=None) -> int:
+    args = parse_arguments(words)
+    loaded = start(args.seed, args.memory_limit, **model_options(args))
+    rows = load_rows(args, loaded.tokenizer)
+    if args.preview:
+        return 0
+    task = make_task(args, loaded)
+    if args.train:
+        train(args, loaded, task, rows)
+    if args.test:
+        batches = epoch_batches(rows["test"].rows, make_plan(args, rows["test"], shuffle=False))
+        from mlx_sft_trainer import evaluate
+
+        show("test", evaluate(task, batches))
+    say_peak_memory()
+    return 0
+
+
+# ------------------------------------------------------------------------------ model and loss
+
+
+def make_task(args, loaded):
+    """The model with what is trained on it and its reference, as a task of mlx_sft_trainer."""
+    from mlx_preference_tasks import PairTask, UnpairedTask
+    from rl.preference_losses import cpo_loss, dpo_loss, orpo_loss
+
+    tuning = make_tuning(args, loaded, args.resume_adapter_file)
+    common = {
+        "reference": make_reference(args, loaded, tuning),
+        "pad_to_multiple": shape_multiple(),
+    }
+    losses = {name: loss_options(args, name) for name in args.loss_type}
+    own = losses[args.loss_type[0]]
+    if args.algorithm == "kto":
+        return UnpairedTask(
+            loaded.model, tuning, loss_type=args.loss_type[0], loss_options=own, **common
+        )
+    if args.algorithm == "orpo":
+        loss = functools.partial(orpo_loss, **own)
+        return PairTask(loaded.model, tuning, loss, nll_of_prompt=True, **common)
+    if args.algorithm != "dpo":
+        loss = functools.partial(
+            cpo_loss, loss_type=args.loss_type[0], cpo_alpha=args.cpo_alpha, **own
+        )
+        return PairTask(loaded.model, tuning, loss, **common)
+    loss = functools.partial(
+        dpo_loss, loss_type=args.loss_type, loss_weights=args.loss_weights, options=losses,
+        beta=args.beta,
+    )  # fmt: skip
+    return PairTask(
+        loaded.model, tuning, loss, ld_alpha=args.ld_alpha, use_weighting=args.use_weighting,
+        **common,
+    )  # fmt: skip
+
+
+def make_reference(args, loaded, tuning):
+    """What the policy is compared with, or None for losses that need nothing."""
+    from models.adapter_files import load_adapter
+    from models.load import load_model
+    from models.reference import adapter_as_it_is, adapter_off, frozen_copy
+
+    if args.algorithm not in WITH_REFERENCE:
+        return None
+    as_loaded = args.resume_adapter_file is not None and args.reference == "loaded"
+    if tuning.kind != "full":
+        return (adapter_as_it_is if as_loaded else adapter_off)(loaded.model, tuning)
+    options = model_options(args) | {"quantize": args.reference_quantize}
+    other = load_model(options.pop("model"), **options)
+    if as_loaded:
+        load_adapter(other, args.resume_adapter_file, any_base=args.any_base)
+        other.model.freeze()
+    return frozen_copy(other.model)
+
+
+def precompute(args, loaded, task, rows, folder) -> None:
+    """The reference's log-probabilities of the rows of both splits, into the rows."""
+    from training.reference_cache import NAME, describe_arrays, fill_in, key_of
+
+    if not args.precompute_ref_log_probs:
+        return
+    kept = task.reference.kept
+    about = describe_arrays(kept) if kept is not None else f"{args.resume_adapter_file}"
+    model = f"{loaded.fingerprint} {args.dtype} {args.quantize} {args.reference_quantize} {about}"
+    for split in ("train", "valid"):
+        if split not in rows:
+            continue
+        every = rows[split].rows
+        plan = make_plan(args, rows[split], shuffle=False)
+        batches = ((numbers, make_batch([every[i] for i in numbers])) for numbers in plan.epoch(0))
+        file = folder / NAME / f"{key_of(every, model)}.safetensors"
+        known = fill_in(every, batches, task.reference_logprobs, file)
+        print(f"{split}: reference log-probabilities {'read from' if known else 'kept in'} {file}")
+
+
+# ------------------------------------------------------------------------------ loop
+
+
+def train(args, loaded, task, rows) -> None:
+    """The loop, and what is left behind at its end."""
+    from mlx_sft_trainer import SupervisedTrainer
+    from models.adapter_files import describe
+    from training.optimizers import build_optimizer
+    from training.preference_warnings import PreferenceWatch
+    from training.reference_cache import NAME
+    from training.samples import write_samples
+    from training.supervised_loop import Loop, Schedule
+
+    plan = make_plan(args, rows["train"], seed=args.seed, pad_to_multiple=shape_multiple())
+    steps, batches = training_length(args, len(plan))
+    trainer = SupervisedTrainer(
+        task,
+        build_optimizer(**optimizer_options(args), steps=steps),
+        max_grad_norm=args.max_grad_norm,
+        grad_checkpoint=args.grad_checkpoint,
+    )
+    schedule = Schedule(
+        steps=steps,
+        eval_every=args.steps_per_eval,
+        accumulation=args.gradient_accumulation_steps,
+        batches=batches,
+        patience=args.early_stopping_patience,
+        **schedule_options(args),
+    )
+
+    def make_loop(run) -> Loop:
+        return Loop(
+            run,
+            trainer,
+            task.groups(describe(task.tuning, loaded)),
+            BatchIterator(rows["train"].rows, plan),
+            schedule,
+            validation=validation(args, rows.get("valid"), least_rows(args)),
+            after_validation=lambda step: write_samples(
+                run, step, loaded, task, args.sample_prompts, rows.get("samples")
+            ),
+            base=loaded.fingerprint,
+            watch=PreferenceWatch(
+                log_2={*args.loss_type} <= {"sigmoid", "sigmoid_norm"} and args.algorithm == "dpo",
+                reference=task.reference is not None,
+            ),
+        )
+
+    def said(loop: Loop) -> str:
+        precompute(args, loaded, task, rows, loop.run_folder.folder)
+        count = sum(a.size for a in task.tuning.arrays().values())
+        size = f"{args.batch_size} x {args.gradient_accumulation_steps}"
+        return f"{steps} updates of {size} rows, {count:,} weights trained"
+
+    run_training(
+        args,
+        "preference",
+        make_loop,
+        said,
+        lambda run, loop: finish(args, loaded, run, loop, rows),
+        name=args.algorithm,
+        outputs=(NAME,),
+    )
+
+
+def least_rows(args) -> int:
+    """Of a batch: KTO compares the rows of one."""
+    return 2 if args.algorithm == "kto" else 1
+
+
+# ------------------------------------------------------------------------------ save
+
+
+def finish(args, loaded, run, loop, rows) -> None:
+    """Write the trained weights, plots and a summary; say where everything lies."""
+    from models.adapter_files import save_adapter
+    from reports.training_plots import plot_losses, plot_preferences
+    from run_folder.run import read_rows
+
+    task, found = loop.trainer.task, {}
+    if args.save_best:
+        loop.take_best()
+    written = save_adapter(args.save_file, task.tuning, loaded)
+    if "valid" in rows:
+        found = loop.trainer.evaluate(validation(args, rows["valid"], least_rows(args))())
+        show("validation", found)
+    logged = read_rows(run.folder)
+    written.append(plot_losses(logged, run.plots / "loss.png", unit="loss"))
+    written.append(plot_preferences(logged, run.plots / "preferences.png"))
+    valid = {f"valid/{name}": value for name, value in found.items()}
+    run.finish({"steps": loop.step, "best_valid_loss": loop.best, **loop.totals, **valid})
+    model = f" --model {args.model}" if args.model else ""
+    fuse = f"fuse.py{model} --adapter-file {args.save_file} --save-path my_model/"
+    talk = f"talk_to_model.py{model} --resume-file {args.save_file}"
+    say_written(run, written, fuse, talk)
+
+
+def show(what: str, metrics: dict[str, float]) -> None:
+    """One line of metrics."""
+    print(f"{what}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+if __name__ == "__main__":
+    run_main(main)
