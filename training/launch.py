@@ -48,10 +48,11 @@ def run_training(
 ) -> None:
     """A run of `kind` (run_folder/run_config.py) from its folder to what it leaves behind.
 
-    `make_loop(run)` gives a loop with `run(stop, name)` and `resume`; `said(loop)` is called when it
-    is about to begin, and printed; `finish(run, loop)` saves to --save-file, or where `place(run)` says, once
-    the loop is through. Of `args`, the flags of `add_run_arguments` are read. `outputs`: names of
-    what the script itself writes into the folder. Exits with 130 or 143 after a stop.
+    `make_loop(run)` gives a loop with `run(stop, name)` and `resume`; `said(loop)` is called, and
+    printed, when it is about to begin; `finish(run, loop)` saves to --save-file, or where
+    `place(run)` says, once the loop is through. Of `args`, the flags of `add_run_arguments` are
+    read. `outputs`: names of what the script itself writes into the folder. Exits with 130 or 143
+    after a stop.
     """
     resuming = args.resume is not None
     run = Run(

@@ -7,7 +7,6 @@ table of array groups that belong into a checkpoint, each with a way to get and 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from command_line.resumed_options import check_whole_updates
