@@ -199,10 +199,7 @@ def free_name(path: Path) -> Path:
 
 @contextlib.contextmanager
 def saving(path: str | Path) -> Iterator[None]:
-    """Around the writing of trained weights to ``path``: a disk that refuses is a ``UserError``.
-
-    Half a file under a temporary name does not stay behind.
-    """
+    """Around the writing of trained weights to ``path``: a disk that refuses is a ``UserError``."""
     path, said = Path(path), None
     try:
         yield
@@ -216,11 +213,6 @@ def saving(path: str | Path) -> Iterator[None]:
         return
     # A zip file that could not be finished complains once more, with a traceback, when it goes.
     sys.unraisablehook = lambda _: None
-    for half in (*path.parent.glob(f".{path.stem}*.writing*"), *path.glob(".*.writing*")):
-        if half.is_dir():
-            shutil.rmtree(half, ignore_errors=True)
-        else:
-            half.unlink(missing_ok=True)
     raise UserError(
         f"{path}: cannot write: {said}; the trained weights are in the last checkpoint: --resume "
         "the run with another --save-file"
