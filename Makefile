@@ -10,6 +10,8 @@ PY := $(VENV)/bin/python
 BASELINE := .venv-baseline
 BENCH := .venv-bench
 BENCH_MLX := .venv-bench-mlx
+# Test processes side by side; each takes one core.
+PARALLEL := -n 2 --dist worksteal
 
 .PHONY: setup setup-dev demo test test-long test-baseline compare bench lint clean
 
@@ -36,10 +38,10 @@ demo: setup
 	@$(PY) benchmarks/demo.py
 
 test: setup-dev
-	$(PY) -m pytest -q -m "not long"
+	$(PY) -m pytest -q -m "not long" $(PARALLEL)
 
 test-long: setup-dev
-	$(PY) -m pytest -q -m long
+	$(PY) -m pytest -q -m long $(PARALLEL)
 
 $(BASELINE)/.installed: requirements-dev.txt pytorch_baseline/requirements.txt
 	@test -x $(BASELINE)/bin/python || { echo "making $(BASELINE)"; $(PYTHON) -m venv $(BASELINE); }
@@ -49,7 +51,7 @@ $(BASELINE)/.installed: requirements-dev.txt pytorch_baseline/requirements.txt
 	@touch $@
 
 test-baseline: $(BASELINE)/.installed
-	$(BASELINE)/bin/python -m pytest -q -m "not long" tests/baseline tests/rewards/test_encoder_reward.py \
+	$(BASELINE)/bin/python -m pytest -q -m "not long" $(PARALLEL) tests/baseline tests/rewards/test_encoder_reward.py \
 		tests/models/test_interop.py tests/publishing/test_fuse_soft_prompt.py \
 		tests/data/test_digits_model.py
 

@@ -18,12 +18,11 @@ from data_loading.batching import (
     prompt_batch,  # which prompts a PPO step takes
 )
 from data_loading.collate import (
-    PreferenceBatch,  # all responses in one array, pairs (better, worse), margins, weights
+    PreferenceBatch,  # all responses in one array, its mask, pairs (better, worse), margins
     ScalarBatch,  # tokens, lengths, rewards
     TextBatch,  # tokens, mask, lengths
     make_batch,  # rows of one kind to padded arrays
     pack_rows,  # several rows into rows of constant length
-    pad_rows,  # token lists to (B, L) and lengths
 )
 from data_loading.formats import ALIASES, FORMATS, KNOWN_FORMATS  # names for --format
 from data_loading.reading import read_dataset, read_records  # rows of a file, of a data set
@@ -46,6 +45,7 @@ from data_loading.tokenise import (
     tokenise_scalar,  # text and reward, for reward models
     tokenise_sft,  # tokens and loss mask
 )
+from padding import pad_rows  # token lists to (B, L) and lengths
 
 __all__ = [
     "ALIASES",

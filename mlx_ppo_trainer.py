@@ -100,6 +100,7 @@ class PPOTrainer:
         self._generated: dict[tuple, tuple[np.ndarray, np.ndarray, bool]] = {}
         self._calls = 0  # of generate() since the last step
         self._warned: set[str] = set()
+        self.before_update: Callable[[], None] = lambda: None  # called before weights move
         model.eval()  # no dropout, in rollouts and in updates
         self._warn(**sampling_warnings(config))
 
@@ -382,6 +383,7 @@ class PPOTrainer:
             return metrics
         gradient = tree_map(lambda g: g / config.gradient_accumulation_steps, total)
         gradient, norm = optim.clip_grad_norm(gradient, config.max_grad_norm or float("inf"))
+        self.before_update()
         self.optimizer.update(self.model, gradient)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state, norm)
         metrics[-1]["grad_norm"] = norm.item()

@@ -6,7 +6,7 @@ several batches add up to the gradient of one large batch: 8 x 1 = 1 x 8.
 
 import fast_blas  # noqa: F401
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -188,6 +188,7 @@ class SupervisedTrainer:
         on_gpu = mx.default_device().type == mx.DeviceType.gpu
         compiled = on_gpu if compile is None else compile
         self._loss_and_grad = loss_and_gradient(task.trained, task.loss, compiled)
+        self.before_update: Callable[[], None] = lambda: None  # called before weights move
 
     def step(self, batches: Iterable[Batch]) -> dict[str, float]:
         """One update from one or more batches, weighted by their tokens (or rows).
@@ -213,6 +214,7 @@ class SupervisedTrainer:
             not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
         )
         if not metrics["not_finite"]:
+            self.before_update()
             self.optimizer.update(self.task.trained, gradient)
             mx.eval(self.task.trained.trainable_parameters(), self.optimizer.state)
         return self.task.summary(metrics)

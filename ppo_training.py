@@ -115,7 +115,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     from run_folder.checkpoint_folder import latest_checkpoint, saving
     from run_folder.run import Run
     from run_folder.run_config import checkpoint_asked_for
-    from run_folder.stopping import GracefulStop
+    from run_folder.stopping import GracefulStop, StepGivenUp
     from training.checkpointed import Group, adapter_group
     from training.optimizers import build_optimizer
     from training.rollout_loop import PPOLoop, PPOSchedule, ScoreFilter
@@ -173,7 +173,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         )
         loop.run(stop)
         if not stop.requested:
-            with saving(args.save_file):
+            with contextlib.suppress(StepGivenUp), stop.giving_up(), saving(args.save_file):
                 finish(args, loaded, policy, run, loop)
     stop.exit_if_requested("ppo_training.py", run.folder)
 

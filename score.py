@@ -30,7 +30,7 @@ def main(words=None) -> int:
     args = parse_arguments(words)
     records = read_input(args)
     # MLX and what stands on it come after the command line: help and mistakes answer at once.
-    from data_utils import data_report
+    from data_utils import columns_of, data_report
     from rewards.scored_rows import make_pairs, refuse_promptless, score_pairs
     from run_folder.console import Progress
 
@@ -42,6 +42,7 @@ def main(words=None) -> int:
     print(data_report("responses", records, tokenised))
     if args.best_of:
         refuse_promptless(pairs)
+    rewards.check_columns(columns_of(pair.whole for pair in pairs))
     with Progress(len(pairs), name="score") as progress:
         score_pairs(rewards, pairs, args.batch_size, progress.advance)
     print_summary(pairs)

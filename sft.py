@@ -15,6 +15,7 @@ import fast_blas
 
 import itertools
 import sys
+from contextlib import suppress
 
 from command_line.adapter_file import refuse_other_adapter, refuse_other_pooling
 from command_line.parser import run_main
@@ -95,7 +96,7 @@ def train(args, loaded, task, rows) -> None:
     from run_folder.checkpoint_folder import best_checkpoint, latest_checkpoint, saving
     from run_folder.run import Run
     from run_folder.run_config import checkpoint_asked_for
-    from run_folder.stopping import GracefulStop
+    from run_folder.stopping import GracefulStop, StepGivenUp
     from training.optimizers import build_optimizer
     from training.supervised_loop import Loop, Schedule
 
@@ -152,7 +153,7 @@ def train(args, loaded, task, rows) -> None:
         if args.save_best and not stop.requested:
             take_best(loop, best_checkpoint(run.checkpoints))
         if not stop.requested:
-            with saving(args.save_file):
+            with suppress(StepGivenUp), stop.giving_up(), saving(args.save_file):
                 finish(args, loaded, task, run, loop, rows)
     stop.exit_if_requested("sft.py", run.folder)
 

@@ -1,24 +1,42 @@
 """Flags that say what is rewarded, and the rewards they ask for. Loads no MLX."""
 
 import argparse
+from typing import get_args
 
 from command_line.parser import Parser
 from command_line.rules import Needs, needs
 from command_line.shared_flags import at_least
 from errors import UserError
+from rewards.answers import (
+    AnswerFrom,
+    AnswerMatch,
+    answer_reward,
+    format_reward,
+    json_reward,
+    length_reward,
+)
 from rewards.learned import digits_rewards
 from rewards.reward_set import Reward, RewardSet
 from rewards.service import HTTPReward
 from rewards.user_function import load_function
 
 NEEDS = (
+    Needs("answer_from answer_tag answer_match", "answer_reward"),
     Needs("reward_retries", "reward_url"),
     Needs(
         "reward_timeout",
-        met=lambda args: args.reward_model or args.reward_function or args.reward_url,
+        met=lambda args: (
+            args.reward_model
+            or args.reward_function
+            or args.reward_url
+            or any(getattr(args, name) is not None for name in CHECKED_ANSWERS)
+        ),
         why="on the digits score: nothing there is waited for",
     ),
 )
+
+
+CHECKED_ANSWERS = ("answer_reward", "format_reward", "length_reward", "json_reward")
 
 
 def add_reward_arguments(parser: Parser) -> None:
@@ -29,6 +47,16 @@ def add_reward_arguments(parser: Parser) -> None:
         "with a reward head on --model; an encoder (BERT) needs PyTorch")  # fmt: skip
     add("--reward-function", nargs="+", help="FILE.py:NAME, a function of your own; runs FILE")
     add("--reward-url", nargs="+", help="services that take prompts and responses as JSON")
+    add("--answer-reward", metavar="COLUMN", help="1 where the response has this column's answer")
+    add("--answer-from", choices=get_args(AnswerFrom), default="auto",
+        help="where in the response: its tag, its \\boxed{}, its last number, all of it; auto: the "
+        "first of these that is there")  # fmt: skip
+    add("--answer-tag", default="answer", help="name of the tag around an answer")
+    add("--answer-match", choices=get_args(AnswerMatch), default="value",
+        help="as numbers or else texts; as texts; as mathematics (needs math-verify)")  # fmt: skip
+    add("--format-reward", metavar="REGEX", help="1 where this is found in the response")
+    add("--length-reward", type=int, metavar="WORDS", help="1 at so many words, 0 at none or twice")
+    add("--json-reward", metavar="SCHEMA", help="1 for JSON that fits this file's JSON Schema")
     add("--reward-weights", type=float, nargs="+", help="of the rewards, in the order above")
     add("--reward-timeout", type=float, default=120.0, help="seconds for a batch's reward")
     add("--reward-retries", type=int, default=3, help="of a request to --reward-url")
@@ -52,9 +80,11 @@ def check_rewards(args: argparse.Namespace) -> None:
                             "--ground-truth-reward or --true-score")  # fmt: skip
     count = args.ground_truth_reward + bool(args.reward_model)
     count += len(args.reward_function or ()) + len(args.reward_url or ())
+    count += sum(getattr(args, name) is not None for name in CHECKED_ANSWERS)
     if not count:
-        raise UserError("no reward: give --ground-truth-reward, --reward-model, --reward-function "
-                        "or --reward-url")  # fmt: skip
+        raise UserError("no reward: give --ground-truth-reward, --reward-model, --reward-function, "
+                        "--reward-url, --answer-reward, --format-reward, --length-reward or "
+                        "--json-reward")  # fmt: skip
     if args.reward_weights is not None and len(args.reward_weights) != count:
         raise UserError(f"--reward-weights: {len(args.reward_weights)} for {count} rewards")
     if args.true_score and args.ground_truth_reward:
@@ -65,8 +95,13 @@ def check_rewards(args: argparse.Namespace) -> None:
         raise UserError("--reward-timeout: give seconds above 0")
 
 
-def make_rewards(args: argparse.Namespace, learned: Reward | None = None) -> RewardSet:
-    """The weighted set of all rewards that were asked for; `learned` is the reward model's."""
+def make_rewards(
+    args: argparse.Namespace, learned: Reward | None = None, *, unscored: bool = False
+) -> RewardSet:
+    """The weighted set of all rewards that were asked for; `learned` is the reward model's.
+
+    `unscored`: rows may be left without a score.
+    """
     rewards = []
     rule = {"increasing": args.increasing or not args.decreasing, "multiple_of": args.multiple_of,
             "min_length": args.min_length}  # fmt: skip
@@ -81,9 +116,34 @@ def make_rewards(args: argparse.Namespace, learned: Reward | None = None) -> Rew
     for url in args.reward_url or ():  # has a time limit of its own, for each request
         service = HTTPReward(url, timeout=args.reward_timeout, retries=args.reward_retries)
         rewards.append(Reward("service", service))
+    rewards += answer_rewards(args)
     for reward, weight in zip(rewards, args.reward_weights or (), strict=False):
         reward.weight = weight
     if args.ground_truth_reward or args.true_score:
         logged = digits_rewards(**rule, weight=0.0)
         rewards += logged if args.true_score else logged[1:]
-    return RewardSet(rewards)
+    return RewardSet(rewards, unscored=unscored)
+
+
+def answer_rewards(args: argparse.Namespace) -> list[Reward]:
+    """The rewards for answers that can be checked, in the order of their flags."""
+    found = []
+    if args.answer_reward is not None:
+        found.append(
+            answer_reward(
+                args.answer_reward,
+                answer_from=args.answer_from,
+                answer_tag=args.answer_tag,
+                answer_match=args.answer_match,
+            )
+        )
+    for value, make in (
+        (args.format_reward, format_reward),
+        (args.length_reward, length_reward),
+        (args.json_reward, json_reward),
+    ):
+        if value is not None:
+            found.append(make(value))
+    for reward in found:
+        reward.timeout = args.reward_timeout
+    return found

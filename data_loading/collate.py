@@ -8,6 +8,7 @@ import numpy as np
 
 from data_loading.rows import PreferenceRow, ScalarRow, TextRow
 from errors import UserError
+from padding import pad_rows
 
 
 @dataclass
@@ -33,6 +34,7 @@ class PreferenceBatch:
     """All N responses of some preference rows, for one forward pass, and the pairs among them."""
 
     tokens: np.ndarray  # (N, L) int32
+    mask: np.ndarray  # (N, L) float32, 1 on tokens of the response, 0 on those of the prompt
     lengths: np.ndarray  # (N,) int32
     better: np.ndarray  # (P,) int32, row of `tokens` that wins
     worse: np.ndarray  # (P,) int32, row of `tokens` that loses
@@ -55,20 +57,8 @@ def make_batch(
     tokens, lengths = pad_rows([row.tokens for row in rows], pad_id, pad_to_multiple)
     if isinstance(rows[0], ScalarRow):
         return ScalarBatch(tokens, lengths, np.array([row.reward for row in rows], np.float32))
-    mask, _ = pad_rows([row.mask for row in rows], 0, pad_to_multiple)
-    return TextBatch(tokens, mask.astype(np.float32), lengths)
-
-
-def pad_rows(
-    rows: Sequence[Sequence[int]], pad_id: int = 0, pad_to_multiple: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens (B, L) int32, padded on the right to a multiple; lengths (B,) int32)."""
-    lengths = np.array([len(row) for row in rows], np.int32)
-    width = -(-int(lengths.max()) // pad_to_multiple) * pad_to_multiple
-    tokens = np.full((len(rows), width), pad_id, np.int32)
-    for target, row in zip(tokens, rows, strict=True):
-        target[: len(row)] = row
-    return tokens, lengths
+    mask, _ = pad_rows([row.mask for row in rows], 0, pad_to_multiple, np.float32)
+    return TextBatch(tokens, mask, lengths)
 
 
 def _preference_batch(
@@ -76,6 +66,8 @@ def _preference_batch(
 ) -> PreferenceBatch:
     flat = [tokens for row in rows for tokens in row.responses]
     tokens, lengths = pad_rows(flat, pad_id, pad_to_multiple)
+    masks = [mask for row in rows for mask in row.masks]
+    mask, _ = pad_rows(masks, 0, pad_to_multiple, np.float32)
     pairs: list[tuple[int, int, float, float]] = []
     start = 0
     for row in rows:
@@ -87,6 +79,7 @@ def _preference_batch(
     better, worse, margins, weights = zip(*pairs, strict=True)
     return PreferenceBatch(
         tokens,
+        mask,
         lengths,
         np.array(better, np.int32),
         np.array(worse, np.int32),

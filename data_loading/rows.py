@@ -24,12 +24,21 @@ class ScalarRow:
 
 @dataclass
 class PreferenceRow:
-    """Two or more responses to one prompt, best first; equal ranks are ties."""
+    """Two or more responses to one prompt, best first; equal ranks are ties.
+
+    `masks[i][t]` is 1 where `responses[i][t]` is a token of the response (of its assistant turns,
+    where it has several), as `TextRow.mask`: `masks[i][0]` is 0. Left out, everything but the first
+    token counts, as for a row without a prompt.
+    """
 
     responses: list[list[int]]  # each: the prompt's tokens, then the response's
     ranks: list[int]
     margin: float | None = None
     where: str = ""
+    masks: list[list[int]] = field(default_factory=list)  # as long as `responses`, each too
+
+    def __post_init__(self) -> None:
+        self.masks = self.masks or [[0] + [1] * (len(tokens) - 1) for tokens in self.responses]
 
     @property
     def chosen(self) -> list[int]:

@@ -116,17 +116,19 @@ def tokenise_preferences(
     def convert(record: Record) -> tuple[PreferenceRow, bool]:
         if record.kind != "preference":
             raise BadRow(f"a row of kind {record.kind} where chosen and rejected are needed")
-        responses, was_cut = [], False
+        responses, masks, was_cut = [], [], False
         for answer in record.responses:
             pieces = encoder.template.answered(record, answer)
-            tokens, _ = encoder.encode(pieces, add_eos, record.kind)
+            tokens, mask = encoder.encode(pieces, add_eos, record.kind)
             tokens, one_cut = encoder.fit(tokens)
             responses.append(tokens)
+            masks.append([0, *mask[1 : len(tokens)]])
             was_cut |= one_cut
         best, others = responses[0], zip(responses, record.ranks, strict=True)
         if any(tokens == best and rank > 0 for tokens, rank in others):
             raise Refused("chosen and rejected are the same" + " after the cut" * was_cut)
-        return PreferenceRow(responses, record.ranks, record.margin, record.where), was_cut
+        row = PreferenceRow(responses, record.ranks, record.margin, record.where, masks)
+        return row, was_cut
 
     return _each(records, convert, skip_bad_rows)
 

@@ -22,10 +22,11 @@ from models.load import (
     check_folder,
     default_dtype,
     read_config,
-    unnested,
 )
 from models.model_folders import copy_tokenizer, stored_dtype
+from models.repairs import repair
 from models.reward_model import RewardModel
+from models.transformers_config import unnested
 from models.trunk import find_trunk
 from models.written_arrays import save_weights
 
@@ -104,6 +105,7 @@ def _load_trunk(folder: Path, config: dict, head: dict) -> LoadedModel:
         # Tied, so that no output layer is asked for; strict=False because of score.weight.
         settings = {"tie_word_embeddings": True, **unnested(config)}
         model, _ = load_model(folder, lazy=True, strict=False, model_config=settings)
+        repair(model, {**config, **unnested(config)})
         tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # mlx-lm and transformers have dozens of kinds for a broken folder
         raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from error

@@ -57,23 +57,31 @@ def generate(
     value_head: Callable[[mx.array], mx.array] | None = None,
     min_tokens: int = 0,
     should_stop: Callable[[list[int]], bool] | None = None,
+    samples: int = 1,
 ) -> Generation:
-    """Sample a response to each prompt (lists of token ids, none empty).
+    """Sample `samples` responses to each prompt (lists of token ids, none empty).
 
-    `max_tokens` is a limit for all rows or one for each. `key` seeds the sampling (default: the
+    Those of one prompt adjoin, and the prompt is read once for all of them. `max_tokens` is a limit
+    for all rows or one for each. `key` seeds the sampling (default: the
     global state). `should_stop(tokens)` ends a row early (stop strings). `min_tokens` forbids EOS
     before that many tokens.
     """
     sampling = sampling or Sampling()
-    limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+    count = len(prompts) * samples
+    limits = [max_tokens] * count if isinstance(max_tokens, int) else list(max_tokens)
     if not prompts or any(not p for p in prompts) or min(limits) < 1:
         raise ValueError("every prompt needs a token, and every row a limit of at least 1")
     state = _Rows(limits, eos_ids, should_stop, value_head is not None)
-    uniforms = mx.random.uniform(shape=(max(limits), len(prompts)), key=key)  # (step, B)
+    uniforms = mx.random.uniform(shape=(max(limits), count), key=key)  # (step, B)
     tokens, cache = _left_pad(model, prompts)
     eos = mx.array(sorted(eos_ids)) if min_tokens else None
     for step in range(max(limits)):
         hidden = hidden_states(model, tokens, cache=cache)[:, -1]  # (b, D)
+        if step == 0 and samples > 1:
+            rows = mx.repeat(mx.arange(len(prompts)), samples)  # (B,)
+            hidden = hidden[rows]
+            for layer in cache:
+                keep_rows(layer, rows)
         logits = logits_from_hidden(model, hidden).astype(mx.float32)  # (b, V)
         if step < min_tokens:
             logits[:, eos] = -mx.inf
@@ -186,7 +194,7 @@ def _left_pad(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[mx.ar
 
 
 def keep_rows(layer, index: mx.array) -> None:
-    """Keep the rows `index` of one layer's cache."""
+    """Keep the rows `index` of one layer's cache; one that is named twice is there twice."""
     if hasattr(layer, "filter"):
         layer.filter(index)
     elif getattr(layer, "keys", None) is not None:

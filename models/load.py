@@ -13,6 +13,8 @@ from models import exponentials
 from models.base_fingerprint import base_fingerprint
 from models.file_checks import check_depth, check_model_files
 from models.hub_files import download, looks_like_hub_name
+from models.repairs import model_classes, repair
+from models.transformers_config import unnested
 
 DEFAULT_NAME = "data/digits_model"  # what files record as their base, wherever the project lies
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / DEFAULT_NAME
@@ -64,6 +66,7 @@ def load_model(
     model, tokenizer, config = _load(path, name, trust_remote_code)
     if quantize is not None:
         _quantize(model, config, quantize, name)
+    repair(model, config)  # after quantisation, which makes some modules anew
     if dtype != "stored":
         cast(model, default_dtype() if dtype == "auto" else dtype)
     model.freeze()
@@ -137,6 +140,7 @@ def _load(path: Path, name: str, trust_remote_code: bool):
             path,
             lazy=True,
             model_config=unnested(read_config(path)),
+            get_model_classes=model_classes,
             trust_remote_code=trust_remote_code,
         )
         extra = {"trust_remote_code": True} if trust_remote_code else None
@@ -172,21 +176,6 @@ def check_tokens(model: nn.Module, tokenizer, name: str) -> None:
     if beyond := [i for i in tokenizer.eos_token_ids if not (isinstance(i, int) and 0 <= i < rows)]:
         raise UserError(f"{name}: {beyond[0]!r} ends a text and is none of the model's {rows} "
                         "tokens; put eos_token_id right in config.json")  # fmt: skip
-
-
-def unnested(config: dict) -> dict:
-    """Settings of positions that transformers 5 nests and most models of mlx-lm read unnested.
-
-    mlx-lm takes its default where it does not find them, and computes something else in silence.
-    """
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict):
-        return {}
-    found = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor")
-             if name in rope and config.get(name) is None}  # fmt: skip
-    if rope.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
-        found["rope_scaling"] = rope
-    return found
 
 
 def _one_line(error: Exception) -> str:

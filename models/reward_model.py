@@ -20,6 +20,7 @@ from models.last_block import allow_short_last_block, picked_hidden
 from models.load import LoadedModel, load_model
 from models.trunk import hidden_size, hidden_states
 from models.tuning import Tuning, check_arrays
+from padding import pad_rows
 
 POOLINGS = ("mean", "last")
 
@@ -95,7 +96,7 @@ class RewardModel(nn.Module):
         scores = np.zeros(len(sequences), dtype=np.float32)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            tokens, lengths = right_pad([sequences[i] for i in rows])
+            tokens, lengths = pad_rows([sequences[i] for i in rows])
             scores[rows] = np.array(self(mx.array(tokens), mx.array(lengths)))
         return (self.gain * scores + self.offset).tolist()
 
@@ -153,15 +154,6 @@ def load_reward_head(model: RewardModel, adapter_path: str | Path) -> None:
                         f"({head_path(adapter_path, REWARD_HEAD)}); make one with sft.py "
                         "--reward-model --train")  # fmt: skip
     model.load_head(*found, source=str(head_path(adapter_path, REWARD_HEAD)))
-
-
-def right_pad(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Lists of ids -> tokens (B, L) int32 padded on the right, lengths (B,) int32."""
-    lengths = np.array([len(s) for s in sequences], dtype=np.int32)
-    tokens = np.zeros((len(sequences), lengths.max()), dtype=np.int32)
-    for row, sequence in enumerate(sequences):
-        tokens[row, : len(sequence)] = sequence
-    return tokens, lengths
 
 
 def normalise(model: RewardModel, texts: Sequence[Sequence[int]]) -> None:

@@ -72,6 +72,7 @@ class Loop:
         saved |= {"trained": trained, "bad_in_a_row": self.bad_in_a_row, "state": self.state}
         saved |= {"run": self.run_folder.state_dict(), "rng": rng_state(self.device)}
         saved |= {"data": fingerprint(self.rows()), "base": self.base}
+        self.run_folder.cut_back(saved["run"])  # syncs them
         folder, keep = self.run_folder.checkpoints, self.schedule.keep_checkpoints
         try:
             save_checkpoint(folder, self.step, saved, keep=keep, metric=metric)

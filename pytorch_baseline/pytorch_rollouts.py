@@ -8,6 +8,8 @@ import torch
 from pytorch_rewards import rollout_stats
 from torch import Tensor
 
+import padding
+
 
 @dataclass
 class Rollout:
@@ -31,10 +33,7 @@ class Rollout:
 
 def pad_rows(rows: Sequence[np.ndarray]) -> Tensor:
     """Rows of different length -> (B, R) float32, right-padded with 0."""
-    padded = np.zeros((len(rows), max(map(len, rows))), dtype=np.float32)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
-    return torch.from_numpy(padded)
+    return torch.from_numpy(padding.pad_rows(rows, dtype=np.float32)[0])
 
 
 def step_statistics(rollout: Rollout, minibatches: list[dict[str, float]]) -> dict:

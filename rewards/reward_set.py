@@ -4,12 +4,16 @@ import inspect
 import math
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from errors import UserError
 from rewards.user_function import RewardFunction, as_list, check_scores, describe, quote_row
+
+# What every function may ask for beside the data's columns: tokens of prompt and response, and
+# whether the response ended by itself.
+GIVEN = ("token_ids", "ended")
 
 
 @dataclass
@@ -20,16 +24,19 @@ class Reward:
     function: RewardFunction
     weight: float = 1.0
     timeout: float | None = None  # seconds for one call, all rows together; None: no limit
+    columns: tuple[str, ...] = ()  # of the data that it reads, beside those its signature names
 
 
 class RewardSet:
     """The weighted sum of several rewards, each reported by its name.
 
-    A name that occurs again gets a number: ``score``, ``score_2``. Raises UserError for an empty
-    list, a weight that is not finite, or a timeout that is not above 0.
+    A name that occurs again gets a number: ``score``, ``score_2``. `unscored`: a reward may leave a
+    row without a score, None or NaN; it is NaN in the result, and the sum is over the others. A
+    reward of weight 0, which is only logged, scores no row. Raises UserError for an empty list, a
+    weight that is not finite, or a timeout that is not above 0.
     """
 
-    def __init__(self, rewards: Sequence[Reward]):
+    def __init__(self, rewards: Sequence[Reward], *, unscored: bool = False):
         if not rewards:
             raise UserError("no reward was given: at least one is needed")
         for reward in rewards:
@@ -37,7 +44,7 @@ class RewardSet:
                 raise UserError(f"reward {reward.name!r}: weight {reward.weight} is not finite")
             if reward.timeout is not None and not 0 < reward.timeout < math.inf:
                 raise UserError(f"reward {reward.name!r}: timeout {reward.timeout} is not above 0")
-        self.rewards = list(rewards)
+        self.rewards, self.unscored = list(rewards), unscored
         self.names: list[str] = []
         for reward in rewards:
             name, number = reward.name, 2
@@ -60,14 +67,32 @@ class RewardSet:
         prompts, responses = list(prompts), list(responses)
         _check_columns(prompts, responses, columns)
         parts = {
-            name: _call(name, reward, prompts, responses, columns)
+            name: _call(name, reward, prompts, responses, columns, self.unscored)
             for name, reward in zip(self.names, self.rewards, strict=True)
         }
-        totals = [
-            math.fsum(weight * score for weight, score in zip(self.weights, row, strict=True))
-            for row in zip(*parts.values(), strict=True)
-        ]
+        totals = [self._total(row) for row in zip(*parts.values(), strict=True)]
         return totals, parts
+
+    def _total(self, scores: Sequence[float]) -> float:
+        """The weighted sum of one row's scores, NaN where none of them is a number."""
+        found = [
+            weight * score
+            for weight, score in zip(self.weights, scores, strict=True)
+            if weight and not math.isnan(score)
+        ]
+        return math.fsum(found) if found or not any(self.weights) else math.nan
+
+    def check_columns(self, given: Iterable[str]) -> None:
+        """Raise UserError where a reward needs a column of the data that is not among `given`."""
+        given = {*given, *GIVEN}
+        for name, reward in zip(self.names, self.rewards, strict=True):
+            for column in [*reward.columns, *_required(reward.function)]:
+                if column not in given:
+                    there = ", ".join(sorted(given - {*GIVEN})) or "none"
+                    raise UserError(
+                        f"reward {name!r} asks for the column {column!r}, which the data does not "
+                        f"have; its columns are: {there}"
+                    )
 
 
 def _check_columns(prompts: list[str], responses: list[str], columns: dict[str, Sequence]) -> None:
@@ -80,7 +105,12 @@ def _check_columns(prompts: list[str], responses: list[str], columns: dict[str, 
 
 
 def _call(
-    name: str, reward: Reward, prompts: list[str], responses: list[str], columns: dict
+    name: str,
+    reward: Reward,
+    prompts: list[str],
+    responses: list[str],
+    columns: dict,
+    unscored: bool,
 ) -> list[float]:
     """The reward's checked scores, or a UserError that says which reward and row failed."""
     columns = _accepted(reward.function, columns)
@@ -96,7 +126,7 @@ def _call(
     except (Exception, SystemExit) as error:
         row = _row_to_blame(reward, prompts, responses, columns)
         raise UserError(f"reward {name!r} raised {describe(error)}; {row}") from error
-    return check_scores(scores, prompts, responses, name)
+    return check_scores(scores, prompts, responses, name, unscored=unscored)
 
 
 def _timed(reward: Reward, prompts: list[str], responses: list[str], columns: dict) -> object:
@@ -113,6 +143,17 @@ def _accepted(function: RewardFunction, columns: dict) -> dict:
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return columns
     return {name: column for name, column in columns.items() if name in parameters}
+
+
+def _required(function: RewardFunction) -> list[str]:
+    """The columns that `function` cannot be called without."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return []
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    # The first two are prompts and responses, whatever they are called.
+    return [p.name for p in parameters[2:] if p.kind in named and p.default is p.empty]
 
 
 def _row_to_blame(reward: Reward, prompts: list[str], responses: list[str], columns: dict) -> str:

@@ -1,10 +1,14 @@
 """A reward that asks an HTTP service, with the standard library alone."""
 
 import base64
+import contextlib
 import http.client
 import json
 import logging
 import math
+import queue
+import socket
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -27,7 +31,8 @@ class HTTPReward:
     """POST ``{"prompts": [...], "responses": [...], COLUMN: [...]}`` and read scores back.
 
     The reply is ``{"scores": [...]}`` or ``{"rewards": [...]}``, a number for each response, in
-    order. `batch_size` rows go into a request. A request gets `timeout` seconds; connection
+    order. `batch_size` rows go into a request. A request gets `timeout` seconds by the clock, from
+    the look-up of the name to the last byte of the reply, whatever arrives meanwhile; connection
     errors, timeouts, statuses 5xx, 408, 425 and 429 are tried `retries` times more, after
     `backoff`, 2 `backoff`, 4 `backoff`... seconds or what Retry-After asks for, if that is longer.
     Other statuses, redirects included, fail at once.
@@ -62,10 +67,12 @@ class HTTPReward:
         self._headers |= dict(headers or {})
         values = [value for _, value in urllib.parse.parse_qsl(parts.query)]
         password = parts.password or ""
-        known = [parts.query, *values, password, urllib.parse.unquote(password)]
-        known += [value for name, value in self._headers.items() if name not in PLAIN_HEADERS]
+        user = parts.username or ""
+        known = [parts.query, *values, user, urllib.parse.unquote(user)]
+        known += [password, urllib.parse.unquote(password)]
+        for name, value in self._headers.items():
+            known += [] if name in PLAIN_HEADERS else [value, value.rpartition(" ")[2]]
         self._secrets = sorted({s for s in known if len(s) >= SHORTEST_SECRET}, key=len)[::-1]
-        self._opener = urllib.request.build_opener(_NoRedirect)
 
     def __repr__(self) -> str:
         return f"HTTPReward({self.shown_url!r})"
@@ -110,19 +117,47 @@ class HTTPReward:
         raise AssertionError("the last attempt returns or raises")
 
     def _post_once(self, body: bytes) -> bytes:
-        request = urllib.request.Request(self._url, body, self._headers, method="POST")
-        deadline = time.monotonic() + self.timeout
+        """The reply's body, or what went wrong within `timeout`.
+
+        A thread of its own does it, as a name's look-up cannot be interrupted; at the end of the
+        time, or when a signal ends the wait, its connection is shut down and it ends by itself.
+        """
+        answer: queue.SimpleQueue = queue.SimpleQueue()
+        sockets: list[socket.socket] = []
+        thread = threading.Thread(target=self._exchange, args=(body, sockets, answer), daemon=True)
+        thread.start()
         try:
-            with self._opener.open(request, timeout=self.timeout) as reply:
-                return _read(reply, deadline)
+            found = answer.get(timeout=self.timeout)
+        except queue.Empty:
+            raise _Passing(f"no answer within {self.timeout:g} s") from None
+        finally:
+            for connection in sockets:
+                with contextlib.suppress(OSError):  # closed already
+                    # Not SSLSocket's own, which changes the object that the thread is reading from.
+                    socket.socket.shutdown(connection, socket.SHUT_RDWR)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def _exchange(self, body: bytes, sockets: list, answer: queue.SimpleQueue) -> None:
+        """Put the reply's body into `answer`, or an exception; open sockets into `sockets`."""
+        try:
+            answer.put(self._request(body, sockets))
+        except BaseException as error:
+            answer.put(error)
+
+    def _request(self, body: bytes, sockets: list) -> bytes:
+        request = urllib.request.Request(self._url, body, self._headers, method="POST")
+        opener = urllib.request.build_opener(_NoRedirect, _Plain(sockets), _Secure(sockets))
+        try:
+            with opener.open(request, timeout=self.timeout) as reply:
+                return _read(reply)
         except urllib.error.HTTPError as error:
             problem = f"status {error.code} {error.reason}{_error_text(error)}"
             if error.code >= 500 or error.code in RETRIED_STATUS:
                 raise _Passing(problem, _retry_after(error.headers)) from error
             raise _Failed(problem) from error
-        except TimeoutError as error:
-            raise _Passing(f"no answer within {self.timeout:g} s") from error
-        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+        except (OSError, http.client.HTTPException, ValueError) as error:  # URLError: an OSError
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
                 raise _Passing(f"no connection within {self.timeout:g} s") from error
@@ -132,7 +167,7 @@ class HTTPReward:
     def _scores(self, reply: bytes, count: int) -> list:
         try:
             answer = json.loads(reply)
-        except ValueError as error:  # includes UnicodeDecodeError
+        except (ValueError, RecursionError) as error:  # includes UnicodeDecodeError
             start = shorten(repr(reply[:200].decode(errors="replace")))
             raise _Failed(f"the reply is not JSON: {start}") from error
         found = [k for k in ("scores", "rewards") if isinstance(answer, dict) and k in answer]
@@ -170,6 +205,37 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+class _Plain(urllib.request.HTTPHandler):
+    """Notes the sockets it opens."""
+
+    def __init__(self, sockets: list[socket.socket]):
+        super().__init__()
+        self.sockets = sockets
+
+    def http_open(self, request):
+        return self.do_open(_noting(http.client.HTTPConnection, self.sockets), request)
+
+
+class _Secure(urllib.request.HTTPSHandler):
+    """Notes the sockets it opens."""
+
+    def __init__(self, sockets: list[socket.socket]):
+        super().__init__()
+        self.sockets = sockets
+
+    def https_open(self, request):
+        return self.do_open(_noting(http.client.HTTPSConnection, self.sockets), request)
+
+
+def _noting(kind: type[http.client.HTTPConnection], sockets: list[socket.socket]) -> type:
+    class Noting(kind):
+        def connect(self) -> None:
+            super().connect()
+            sockets.append(self.sock)
+
+    return Noting
+
+
 def _split(url: str) -> tuple[urllib.parse.SplitResult, str]:
     """The URL's parts, and host:port without user and password."""
     needed = "reward service: a URL like http://host:port/path is needed"
@@ -199,13 +265,10 @@ def _encode(batch: dict[str, list]) -> bytes:
     return json.dumps(batch).encode()
 
 
-def _read(reply: http.client.HTTPResponse, deadline: float) -> bytes:
-    """The body; `deadline` holds for all of it, where a socket's timeout holds for each piece."""
+def _read(reply: http.client.HTTPResponse) -> bytes:
     body = bytearray()
     while piece := reply.read1(1 << 16):
         body += piece
-        if time.monotonic() > deadline:
-            raise TimeoutError
         if len(body) > LARGEST_REPLY:
             raise _Failed(f"the reply is longer than {LARGEST_REPLY} bytes")
     if reply.length:  # announced by Content-Length and never sent

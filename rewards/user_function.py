@@ -82,12 +82,18 @@ def _line_in(error: BaseException, path: Path) -> int:
 
 
 def check_scores(
-    scores: object, prompts: Sequence[str], responses: Sequence[str], name: str
+    scores: object,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    name: str,
+    *,
+    unscored: bool = False,
 ) -> list[float]:
     """`scores` as a list of floats, one for each response.
 
     Takes a list, tuple or array of numbers (bool included). Raises UserError for anything else, a
-    wrong count, or (naming the row) something that is not a finite number.
+    wrong count, or (naming the row) something that is not a finite number. With `unscored`, None
+    and NaN are no score, and NaN in the result.
     """
     scores = as_list(scores)
     if not isinstance(scores, list | tuple):
@@ -101,7 +107,9 @@ def check_scores(
     checked = []
     for row, score in enumerate(scores):
         number = _as_float(score)
-        if not math.isfinite(number):
+        if unscored and (score is None or (math.isnan(number) and score != score)):
+            number = math.nan
+        elif not math.isfinite(number):
             raise UserError(
                 f"reward {name!r}, row {row}: the score {shorten(repr(score))} is not a finite "
                 f"number; {quote_row(prompts, responses, row)}"

@@ -26,6 +26,7 @@ from run_folder.secrets import tell
 from safe_files import plain, sync_folder, write_json, writing
 
 NAME = "step-{:08d}"
+UNFINISHED = "-0"
 TEMPORARY = ".tmp-"
 STATES = {"state.json", "state.pt"}  # one of them is in every checkpoint: of MLX, of PyTorch
 MLX_CANNOT_WRITE = re.compile(r"\[(save_safetensors|write|save)\]")
@@ -59,8 +60,12 @@ def write_checkpoint(
     *,
     keep: int = 2,
     metric: Metric | None = None,
+    unfinished: bool = False,
 ) -> Path:
     """Make a checkpoint of the files that ``write`` puts into the folder it is given.
+
+    ``unfinished``: the step's evaluation was given up; a name of its own, ``step-00000100-0``,
+    leaves the step's to the checkpoint that a resumed run makes after the evaluation.
 
     Returns the checkpoint's folder, having deleted those no longer kept: the newest ``keep`` stay,
     and the best one by ``metric``. Raises ``UserError`` when the disk refuses, with the checkpoints
@@ -77,7 +82,8 @@ def write_checkpoint(
             temporary.mkdir()
             write(temporary)
             manifest = write_manifest(temporary, step, metric)
-            final = put_in_place(temporary, folder / NAME.format(step), manifest)
+            name = NAME.format(step) + UNFINISHED * unfinished
+            final = put_in_place(temporary, folder / name, manifest)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     note_best(folder)
@@ -114,11 +120,14 @@ def put_in_place(temporary: Path, wanted: Path, manifest: dict[str, Any]) -> Pat
     A run that was resumed comes by its old checkpoints again: the same one is left as it is, a
     broken one replaced.
     """
-    taken = [path for path in list_checkpoints(wanted.parent) if path.name.startswith(wanted.name)]
+    there = list_checkpoints(wanted.parent)
+    taken = [path for path in there if path.name.startswith(wanted.name)]
+    if not wanted.name.endswith(UNFINISHED):
+        taken = [path for path in taken if not path.name.endswith(UNFINISHED)]
     final = wanted
     if taken:
         final = taken[-1]
-        if problem(final):
+        if problem(final) or (final == wanted and wanted.name.endswith(UNFINISHED)):
             discard(final)
         elif read_manifest(final)["sha256"] == manifest["sha256"]:
             return final

@@ -155,8 +155,18 @@ class Run:
     # ----------------------------------------------------------------- resume
 
     def state_dict(self) -> dict[str, int]:
-        """Lengths of the row files in bytes, for a checkpoint; the files are synced first."""
-        return {name: synced_length(file) for name, file in self._files.items()}
+        """Lengths of the row files in bytes, for a checkpoint."""
+        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+
+    def cut_back(self, state: Mapping[str, int]) -> None:
+        """Take back rows beyond these lengths, and make sure of the others on the disk."""
+        for name, file in self._files.items():
+            wanted, there = state.get(name, 0), os.fstat(file.fileno()).st_size
+            if there < wanted:
+                tell(f"warning: {file.name}: rows before the checkpoint are gone")
+            with writing(file.name):
+                os.ftruncate(file.fileno(), min(wanted, there))
+                os.fsync(file.fileno())
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on from a checkpoint, with the options of this start in ``config.json``.
@@ -167,12 +177,7 @@ class Run:
         self._start_tracking()  # may refuse, and then nothing has been written
         self.write_config()
         remove(self.folder / "summary.json")
-        for name, file in self._files.items():
-            wanted, there = state.get(name, 0), os.fstat(file.fileno()).st_size
-            if there < wanted:
-                tell(f"warning: {file.name}: rows before the checkpoint are gone")
-            with writing(file.name):
-                os.ftruncate(file.fileno(), min(wanted, there))
+        self.cut_back(state)
 
     # ----------------------------------------------------------------- the end
 
@@ -217,13 +222,6 @@ def write_line(file: BinaryIO, row: Mapping[str, Any]) -> None:
         rest = memoryview(line + b"\n")
         while rest:
             rest = rest[file.write(rest) :]
-
-
-def synced_length(file: BinaryIO) -> int:
-    """The length of an open file in bytes, once these bytes are on the disk."""
-    with writing(file.name):
-        os.fsync(file.fileno())
-    return os.fstat(file.fileno()).st_size
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:

@@ -1,13 +1,25 @@
-"""Ctrl-C and SIGTERM end a run after the step it is in; a second one ends it at once."""
+"""Ctrl-C and SIGTERM give up a step that has moved no weight, or end a run after it."""
 
+import contextlib
 import os
 import shlex
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-NOTICE = b"\nstopping after this step; once more stops at once\n"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GIVING_UP = b"\nstopping: this step has moved no weight and is given up; once more stops at once\n"
+FINISHING = b"\nstopping after this step; once more stops at once\n"
+
+
+class StepGivenUp(BaseException):
+    """A signal came before any weight of the step had moved.
+
+    Not an Exception, so that an ``except Exception`` in a reward function lets it through.
+    """
 
 
 class GracefulStop:
@@ -15,7 +27,10 @@ class GracefulStop:
 
     with GracefulStop() as stop:
         for step in ...:
-            ...
+            with stop.giving_up():      # a signal in here raises StepGivenUp
+                sample(), score()
+                stop.finish_step()      # from here on it sets the flag alone
+                update()
             if stop.requested:
                 save(); break
     stop.exit_if_requested("sft.py", run.folder)
@@ -23,6 +38,7 @@ class GracefulStop:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._may_give_up = self._given_up = False
         self._before: dict[int, object] = {}
 
     @property
@@ -30,21 +46,64 @@ class GracefulStop:
         """Whether the run has been asked to stop."""
         return self.signal is not None
 
+    @contextlib.contextmanager
+    def giving_up(self) -> Iterator[None]:
+        """A part of the run that a signal ends by StepGivenUp, as soon as Python runs again."""
+        self._may_give_up = True
+        try:
+            if self.requested:
+                raise StepGivenUp
+            yield
+        finally:
+            self._may_give_up = False
+
+    def finish_step(self) -> None:
+        """Weights are about to move: a signal from here on lets the step finish."""
+        self._may_give_up = False
+
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.signal = number
         # The system's own handler needs no interpreter, so it works in the middle of a long step.
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        os.write(2, NOTICE)
+        if self._may_give_up:
+            self._may_give_up, self._given_up = False, True
+            raise StepGivenUp
+
+    def _answer(self, pipe: int) -> None:
+        """In a thread: say at once that a signal was heard; end the process at a second one.
+
+        Python runs `_handle` when the device call under way is over, which may take minutes.
+        """
+        heard = False
+        with open(pipe, "rb", buffering=0) as numbers:
+            while number := numbers.read(1):
+                if number[0] not in SIGNALS:
+                    continue  # the alarm of a reward's time limit, for one
+                if heard:
+                    os._exit(128 + number[0])
+                heard = True
+                given_up = self._may_give_up or self._given_up
+                with contextlib.suppress(OSError):  # nobody reads any more
+                    os.write(2, GIVING_UP if given_up else FINISHING)
 
     def __enter__(self) -> "GracefulStop":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        heard, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        # The system's handler writes the signal's number here, whatever the interpreter does.
+        self._pipe_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._answer, args=(heard,), daemon=True)
+        self._thread.start()
+        for number in SIGNALS:
             self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._pipe_before)
+        os.close(self._pipe)
+        self._thread.join()
 
     def exit_if_requested(self, script: str, folder: str | Path) -> None:
         """Say how to go on and exit with 130 (Ctrl-C) or 143 (SIGTERM); else do nothing."""

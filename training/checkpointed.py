@@ -1,6 +1,8 @@
 """A run's checkpoints on MLX: what both loops save, and how they go back to it."""
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +15,7 @@ from models.adapter_description import CONFIG_KEY
 from models.tuning import Tuning
 from run_folder.checkpoint_folder import Metric, set_aside_after
 from run_folder.run import Run
+from run_folder.stopping import GracefulStop, StepGivenUp
 from training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from training.endings import not_finite
 from training.memory import check_memory
@@ -43,6 +46,17 @@ def adapter_group(tuning: Tuning, described: dict) -> Group:
     )
 
 
+@dataclass
+class Snapshot:
+    """What a checkpoint of `step` holds, before it is written."""
+
+    step: int
+    arrays: dict[str, Arrays]
+    described: dict[str, dict[str, Any]]
+    state: dict[str, Any]
+    unfinished: bool  # its evaluation has not been made
+
+
 class Resumable:
     """The part of a loop that saves it and goes back; the loop has these, and says the rest."""
 
@@ -68,6 +82,10 @@ class Resumable:
 
     def take_state(self, state: Mapping[str, Any]) -> None:
         """What `state` gave, back."""
+        raise NotImplementedError
+
+    def evaluation_due(self) -> bool:
+        """Whether this step ends with an evaluation that has not been made."""
         raise NotImplementedError
 
     def check_position(self, saved: Checkpoint) -> None:
@@ -100,25 +118,62 @@ class Resumable:
         self.step, self.bad_in_a_row = saved.step, saved.state["bad_in_a_row"]
         self.take_state(saved.state)
 
-    def checkpoint(self, metric: Metric | None = None) -> None:
+    @contextmanager
+    def stopped_by(self, stop: GracefulStop) -> Iterator[None]:
+        """Around the loop: a step that a signal gave up leaves a checkpoint from before it."""
+        self.stop, self.before = stop, None
+        self.trainer.before_update = self.weights_move
+        try:
+            yield
+        except StepGivenUp:
+            self.save(self.before, unfinished=self.before.unfinished)
+
+    @contextmanager
+    def step_to_give_up(self) -> Iterator[None]:
+        """Around a step or an evaluation: a signal gives it up until `weights_move` is called."""
+        self.before = self.snapshot()
+        with self.stop.giving_up():
+            yield
+
+    def weights_move(self) -> None:
+        """The trainer is about to change the first weight of this step."""
+        self.stop.finish_step()
+        self.before = None  # or the old weights would stay in memory beside the new ones
+
+    def snapshot(self) -> Snapshot:
+        """All that the next checkpoint holds; arrays are not copied."""
         arrays = {name: group.get() for name, group in self.groups.items()}
-        described = {name: group.described() for name, group in self.groups.items()}
-        state = self.state() | {
+        state = copy.deepcopy(self.state()) | {
             "bad_in_a_row": self.bad_in_a_row,
             "data": self.data,
             "base": self.base,
             "run": self.run_folder.state_dict(),
             "rng": rng_state(),
         }
+        return Snapshot(
+            self.step,
+            arrays | {"optimizer": optimizer_arrays(self.trainer.optimizer)},
+            {name: group.described() for name, group in self.groups.items()},
+            state,
+            self.evaluation_due(),
+        )
+
+    def checkpoint(self, metric: Metric | None = None) -> None:
+        self.save(self.snapshot(), metric)
+
+    def save(self, now: Snapshot, metric: Metric | None = None, unfinished: bool = False) -> None:
+        """Write a checkpoint; rows of the run folder that are younger than it are taken back."""
+        self.run_folder.cut_back(now.state["run"])
         try:
             save_checkpoint(
                 self.run_folder.checkpoints,
-                self.step,
-                arrays | {"optimizer": optimizer_arrays(self.trainer.optimizer)},
-                state,
-                described=described,
+                now.step,
+                now.arrays,
+                now.state,
+                described=now.described,
                 keep=self.schedule.keep_checkpoints,
                 metric=metric,
+                unfinished=unfinished,
             )
         except FloatingPointError as wrong:
             raise not_finite(self.run_folder, str(wrong)) from None

@@ -47,6 +47,7 @@ def save_checkpoint(
     described: Mapping[str, Mapping[str, Any]] | None = None,
     keep: int = 2,
     metric: Metric | None = None,
+    unfinished: bool = False,
 ) -> Path:
     """Write a checkpoint of ``step`` and return its folder; then delete those no longer kept.
 
@@ -61,7 +62,7 @@ def save_checkpoint(
     def write(temporary: Path) -> None:
         write_files(temporary, step, arrays, state, described or {})
 
-    return write_checkpoint(folder, step, write, keep=keep, metric=metric)
+    return write_checkpoint(folder, step, write, keep=keep, metric=metric, unfinished=unfinished)
 
 
 def refuse_non_finite(arrays: Mapping[str, Mapping[str, mx.array]]) -> None:

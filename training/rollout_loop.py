@@ -119,22 +119,41 @@ class PPOLoop(Resumable):
     def run(self, stop: GracefulStop) -> None:
         """Train. Ends with a checkpoint, also when `stop` was requested."""
         plan = self.schedule
-        with Progress(plan.steps, done=self.step, name="ppo") as progress:
-            metric = None
-            if not self.evaluations:
-                self.evaluate(progress)
+        with (
+            self.stopped_by(stop),
+            Progress(plan.steps, done=self.step, name="ppo") as progress,
+        ):
+            # At the start, or where a signal gave it up.
+            metric = self.end_step(progress) if self.evaluation_due() else None
             while self.step < plan.steps and not stop.requested:
-                self.train_step(progress)
-                metric, last = None, self.step == plan.steps
-                if plan.eval_every and (last or self.step % plan.eval_every == 0):
-                    metric = self.evaluate(progress)
-                best = metric is not None and is_best(self.evaluations)
-                due = plan.save_every and not last and (best or self.step % plan.save_every == 0)
-                save_or_stop(self, bool(due), metric, NUMBERS, self.last_bad)
+                with self.step_to_give_up():
+                    self.train_step(progress)
+                metric = self.end_step(progress)
             if not stop.requested:
                 report_skipped(self, skipped_steps(self.run_folder.folder), NUMBERS, self.last_bad)
             # Only where every run would have one, stopped or not, may a checkpoint be the best.
             self.checkpoint(metric if self.step == plan.steps else None)
+
+    def evaluation_due(self) -> bool:
+        """Whether this step ends with an evaluation that has not been made."""
+        plan = self.schedule
+        if not (plan.eval_every and self.validation):
+            return False
+        done = self.evaluations and self.evaluations[-1]["step"] == self.step
+        return not done and (self.step == plan.steps or self.step % plan.eval_every == 0)
+
+    def end_step(self, progress: Progress) -> Metric | None:
+        """Evaluation and checkpoint where they are due; what the evaluation judges by."""
+        plan, metric = self.schedule, None
+        if self.evaluation_due():
+            with self.step_to_give_up():
+                metric = self.evaluate(progress)
+        if self.step:
+            best = metric is not None and is_best(self.evaluations)
+            last = self.step == plan.steps
+            due = plan.save_every and not last and (best or self.step % plan.save_every == 0)
+            save_or_stop(self, bool(due), metric, NUMBERS, self.last_bad)
+        return metric
 
     # ------------------------------------------------------------------ a step
 
@@ -224,10 +243,8 @@ class PPOLoop(Resumable):
 
     # ------------------------------------------------------------------ evaluation
 
-    def evaluate(self, progress: Progress) -> Metric | None:
+    def evaluate(self, progress: Progress) -> Metric:
         """Score greedy and sampled responses to the validation prompts, and log the means."""
-        if not self.validation or not self.schedule.eval_every:
-            return None
         row = {"step": self.step}
         for kind, greedy, count in (
             ("greedy", True, 1),

@@ -82,21 +82,40 @@ class Loop(Resumable):
     def run(self, stop: GracefulStop, name: str) -> None:
         """Train. Ends with a checkpoint, also when `stop` was requested."""
         plan = self.schedule
-        with Progress(plan.steps, done=self.step, name=name) as progress:
-            validates = plan.eval_every and self.validation is not None
-            if validates and self.step == 0 and self.validated is None:
-                self.validate(progress)
-            while self.step < plan.steps and not (stop.requested or self.stopped_early(progress)):
-                self.update(progress)
-                metric = None
-                if validates and self.step % plan.eval_every == 0:
-                    metric = self.validate(progress)
-                best = metric is not None and self.since_best == 0
-                due = plan.save_every and (best or self.step % plan.save_every == 0)
-                save_or_stop(self, bool(due), metric if best else None, "loss or gradient")
-        if not stop.requested:
-            report_skipped(self, self.totals["skipped"], "loss or gradient")
-        self.checkpoint()
+        with self.stopped_by(stop):
+            with Progress(plan.steps, done=self.step, name=name) as progress:
+                if self.evaluation_due():  # at the start, or a signal gave it up
+                    self.end_step(progress)
+                while self.step < plan.steps and not (
+                    stop.requested or self.stopped_early(progress)
+                ):
+                    with self.step_to_give_up():
+                        self.update(progress)
+                    self.end_step(progress)
+            if not stop.requested:
+                report_skipped(self, self.totals["skipped"], "loss or gradient")
+            self.checkpoint()
+
+    def evaluation_due(self) -> bool:
+        """Whether this step ends with a validation that has not been made."""
+        plan = self.schedule
+        return bool(
+            plan.eval_every
+            and self.validation is not None
+            and self.step % plan.eval_every == 0
+            and self.validated != self.step
+        )
+
+    def end_step(self, progress: Progress) -> None:
+        """Validation and checkpoint where they are due."""
+        plan, metric = self.schedule, None
+        if self.evaluation_due():
+            with self.step_to_give_up():
+                metric = self.validate(progress)
+        if self.step:
+            best = metric is not None and self.since_best == 0
+            due = plan.save_every and (best or self.step % plan.save_every == 0)
+            save_or_stop(self, bool(due), metric if best else None, "loss or gradient")
 
     def stopped_early(self, progress: Progress) -> bool:
         patience = self.schedule.patience

@@ -103,6 +103,15 @@ def test_preference_batch_holds_every_response_once_and_every_pair():
     assert pairs == [(0, 1), (2, 3), (2, 4), (2, 5), (3, 5), (4, 5)]
     assert batch.margins.tolist() == [0.5] + [0.0] * 5
     assert batch.weights[0] == 1 and batch.weights[1:].sum() == pytest.approx(1)
+    assert batch.mask.dtype == np.float32 and batch.mask.shape == batch.tokens.shape
+    assert batch.mask[:2].tolist() == [[0, 1, 0], [0, 1, 1]]  # of rows without a prompt
+
+
+def test_preference_masks_are_padded_with_their_responses():
+    row = PreferenceRow([[1, 2, 3], [1, 4]], [0, 1], masks=[[0, 0, 1], [0, 1]])
+    batch = make_batch([row], pad_id=9, pad_to_multiple=4)
+    assert batch.tokens.tolist() == [[1, 2, 3, 9], [1, 4, 9, 9]]
+    assert batch.mask.tolist() == [[0, 0, 1, 0], [0, 1, 0, 0]]
 
 
 @pytest.mark.parametrize(("count", "size"), [(10, 4), (3, 8), (7, 7)])

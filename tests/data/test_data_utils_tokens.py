@@ -313,6 +313,32 @@ def test_preference_rows_share_the_prompt_of_ppo():
     assert row.rejected == row.responses[-1]
 
 
+@pytest.mark.parametrize("template", [None, *TEMPLATES])
+def test_preference_rows_know_where_the_prompt_ends(template):
+    tokenizer = tiny_tokenizer(template=template)
+    turns = [*CHAT.messages[1:3], CHAT.messages[1]]
+    several = Record("preference", "f:5", {}, prompt=CHAT.messages[:1], ranks=[0, 1],
+                     responses=[turns, turns[:1]])  # fmt: skip
+    for record in (BETTER, several):
+        row = tokenise_preferences([record], tokenizer)[0]
+        prompt = tokenise_prompts([record], tokenizer)[0].tokens
+        for tokens, mask in zip(row.responses, row.masks, strict=True):
+            assert len(mask) == len(tokens) and not any(mask[: len(prompt)])
+            assert mask[len(prompt)] == mask[-1] == 1
+    inner = tokenizer.decode([t for t, m in zip(row.responses[0], row.masks[0], strict=True) if m])
+    assert inner.count("first world") == 2 and "what" not in inner  # a user turn within a response
+    longest = max(map(len, tokenise_preferences([BETTER], tokenizer)[0].responses))
+    cut = tokenise_preferences([BETTER], tokenizer, max_length=longest - 1, too_long="cut")
+    assert cut.cut == 1
+    assert all(len(m) == len(t) for t, m in zip(cut[0].responses, cut[0].masks, strict=True))
+
+
+def test_a_preference_without_a_prompt_is_all_response():
+    record = Record("preference", "f:6", {}, responses=["yes", "no"], ranks=[0, 1])
+    row = tokenise_preferences([record], tiny_tokenizer())[0]
+    assert all(mask == [0] + [1] * (len(mask) - 1) for mask in row.masks)
+
+
 def test_preferences_for_the_same_thing_are_refused():
     same = Record("preference", "f:6", {}, prompt="what", responses=["a", "a"], ranks=[0, 1])
     done = tokenise_preferences([BETTER, same], tiny_tokenizer())

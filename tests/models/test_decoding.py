@@ -55,6 +55,39 @@ def test_without_a_value_head_there_are_no_values():
     assert sampled(tiny_model()).values is None
 
 
+# ------------------------------------------------------------------------------ several samples
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [p[:1] for p in PROMPTS]])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_oss", "lfm2", "mamba"])
+def test_samples_of_one_prompt_are_those_of_its_copies(kind, prompts):
+    model = tiny_model(kind)
+    if kind == "mamba":  # reads padding as text, so prompts have one length
+        prompts = [[5, 6, 7], [8, 9, 10]]
+    copies = [prompt for prompt in prompts for _ in range(4)]
+    shared = sampled(model, prompts, samples=4, eos_ids=MANY_EOS)
+    alone = sampled(model, copies, eos_ids=MANY_EOS)
+    assert shared.responses == alone.responses and shared.finished == alone.finished
+    assert len({tuple(r) for r in shared.responses[:4]}) > 1  # they are different samples
+    for one, other in zip(shared.logprobs, alone.logprobs, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)  # float32
+
+
+def test_a_prompt_is_read_once_for_all_its_samples(monkeypatch):
+    from models import decoding
+
+    shapes, read = [], decoding.hidden_states
+
+    def counted(model, tokens, cache=None):
+        shapes.append(tokens.shape)
+        return read(model, tokens, cache=cache)
+
+    model = tiny_model()
+    monkeypatch.setattr(decoding, "hidden_states", counted)
+    sampled(model, [[5] * 20] * 2, samples=8, max_tokens=2, eos_ids=set())
+    assert shapes == [(2, 20), (16, 1)]
+
+
 # ------------------------------------------------------------------------------ batches
 
 

@@ -14,7 +14,8 @@ from models.adapter_files import load_adapter, read_adapter
 from models.interop import load_peft_adapter
 from models.load import load_model
 from models.model_folders import write_model
-from models.reward_model import RewardModel, load_reward_model, right_pad, save_reward_head
+from models.reward_model import RewardModel, load_reward_model, save_reward_head
+from padding import pad_rows
 
 TEXTS = ("2 4 6 8", "5 3", "0 1 2 3 5 8 13", "8")
 
@@ -211,7 +212,7 @@ def test_classifier_out_and_in(tmp_path, bias):
     assert again.pooling == "last" and again.source.tokenizer.encode("8") == texts[3][:2]
     assert np.allclose(again.score(texts), reward_model.score(texts), atol=1e-5)
     # transformers pools the last token that is not padding, in whatever batch.
-    padded, lengths = right_pad(texts)
+    padded, lengths = pad_rows(texts)
     assert np.allclose(again.score(padded.tolist()), again.score(texts), atol=1e-5)
     with pytest.raises(UserError, match="give it as --reward-model"):
         load_model(tmp_path / "theirs")
@@ -290,7 +291,7 @@ def test_transformers_classifiers_score_the_same_here(tmp_path, family):
         (tmp_path / "theirs" / name).write_bytes((digits / name).read_bytes())
     rng = np.random.default_rng(0)
     texts = [rng.integers(3, 469, n).tolist() + [2] for n in (3, 9, 5, 30)]
-    padded, _ = right_pad(texts)
+    padded, _ = pad_rows(texts)
     with torch.no_grad():
         expected = model(torch.tensor(padded.astype(np.int64))).logits[:, 0].numpy()
     ours = load_reward_model(tmp_path / "theirs", dtype="float32")

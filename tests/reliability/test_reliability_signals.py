@@ -27,30 +27,142 @@ def server() -> Server:
 # ------------------------------------------------------------------------------ signals
 
 
-@pytest.mark.parametrize("name", ["sft", "ppo"])
-def test_signals_finish_the_step_save_and_say_how_to_go_on(server, tmp_path, name):
-    """Stopped by Ctrl-C in the first validation, then by SIGTERM in a step, then left alone."""
+# Where a signal arrives.
+PLACES = {
+    "validation of SFT": ("sft", "mlx_sft_trainer.SupervisedTrainer", "evaluate"),
+    "samples at a validation": ("sft", "training.supervised_loop.Loop", "validate"),
+    "gradient of SFT": ("sft", "mlx_sft_trainer.SupervisedTrainer", "step"),
+    "gradient of a reward model": ("reward", "mlx_sft_trainer.SupervisedTrainer", "step"),
+    "sampling": ("ppo", "mlx_ppo_trainer.PPOTrainer", "generate"),
+    "reward": ("ppo", "training.rollout_loop.PPOLoop", "score"),
+    "reference": ("ppo", "mlx_ppo_trainer.PPOTrainer", "score_reference"),
+    "evaluation of PPO": ("ppo", "mlx_ppo_trainer.PPOTrainer", "sample_for_evaluation"),
+}
+AT = """
+import importlib, sys, time
+owner = "{owner}"
+module, _, name = owner.rpartition(".")
+owner, left = getattr(importlib.import_module(module), name), [{count}]
+inner = getattr(owner, "{function}")
+def stands_still(*words, **options):
+    left[0] -= 1
+    if not left[0]:
+        sys.stderr.write("a slow part begins\\n")
+        time.sleep(60)
+    return inner(*words, **options)
+setattr(owner, "{function}", stands_still)
+"""
+
+
+QUICK = ("gradient of SFT", "sampling", "evaluation of PPO")
+
+
+@pytest.mark.parametrize(
+    "place", [p if p in QUICK else pytest.param(p, marks=pytest.mark.long) for p in PLACES]
+)
+def test_a_signal_gives_up_a_step_that_has_moved_no_weight(server, tmp_path, place):
+    """Ctrl-C at the first such place, SIGTERM at the third, then left alone: the same bytes."""
+    name, owner, function = PLACES[place]
     script, line = RUNS[name]
-    run, slow = tmp_path / "run", SLOW.format(seconds=0.2)
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        running = server.start(script, line, tmp_path, prelude=slow)
-        if number == signal.SIGINT:
-            running.wait_for(NOW)
-        else:
-            rows = (run / "metrics.jsonl").stat().st_size
-            running.wait_for_file(run / "metrics.jsonl", rows + 1)
+    run, rows = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    for number, code, count in ((signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 3)):
+        prelude = AT.format(owner=owner, function=function, count=count)
+        running = server.start(script, line, tmp_path, prelude=prelude)
+        running.wait_for(NOW)
         running.signal(number)
         ended = running.wait()
         assert ended.code == code, ended.err
         assert f"python {script} --resume run" in ended.out and "Traceback" not in ended.err
-        assert "once more stops at once" in ended.err
+        assert "is given up; once more stops at once" in ended.err
         saved = load_checkpoint(latest_checkpoint(run / "checkpoints"))
-        assert saved.step == metrics(run)[-1]["step"]
+        updates = [r for r in metrics(run) if not any("valid" in k or "eval" in k for k in r)]
+        assert saved.step == len(updates)
+        assert rows.stat().st_size == saved.state["run"]["metrics.jsonl"]
         assert not (run / "summary.json").exists() and not (tmp_path / "out.npz").exists()
         line = ["--resume", "run"]
     ended = server.run(script, line, tmp_path)
     assert ended.code == 0, ended.err
     assert differences(whole(name)[0], left_by(run, "out.npz")) == []
+
+
+@pytest.mark.long
+def test_a_signal_gives_up_the_last_evaluation(server, tmp_path):
+    """It comes after the last step, and only the files are missing."""
+    name, owner, function = PLACES["validation of SFT"]
+    script, line = RUNS[name]
+    prelude = AT.format(owner=owner, function=function, count=4)
+    running = server.start(script, line, tmp_path, prelude=prelude)
+    running.wait_for(NOW)
+    running.signal(signal.SIGTERM)
+    ended = running.wait()
+    assert ended.code == 143 and "--resume run" in ended.out, ended.err
+    assert not (tmp_path / "run" / "summary.json").exists()
+    ended = server.run(script, ["--resume", "run"], tmp_path)
+    assert ended.code == 0, ended.err
+    assert differences(whole(name)[0], left_by(tmp_path / "run", "out.npz")) == []
+
+
+IN_UPDATE = """
+import sys, time, mlx.optimizers
+inner, said = mlx.optimizers.Optimizer.update, []
+def slow(self, *words):
+    inner(self, *words)
+    if not said:
+        said.append(sys.stderr.write("a slow part begins\\n"))
+        time.sleep(0.5)
+mlx.optimizers.Optimizer.update = slow
+"""
+
+
+@pytest.mark.parametrize("name", ["sft", pytest.param("reward", marks=pytest.mark.long), "ppo"])
+def test_a_signal_during_the_update_finishes_the_step(server, tmp_path, name):
+    script, line = RUNS[name]
+    run = tmp_path / "run"
+    for done, (number, code) in enumerate(((signal.SIGINT, 130), (signal.SIGTERM, 143)), 1):
+        running = server.start(script, line, tmp_path, prelude=IN_UPDATE)
+        running.wait_for(NOW)
+        running.signal(number)
+        ended = running.wait()
+        assert ended.code == code, ended.err
+        assert "stopping after this step; once more stops at once" in ended.err
+        assert load_checkpoint(latest_checkpoint(run / "checkpoints")).step == done
+        line = ["--resume", "run"]
+    ended = server.run(script, line, tmp_path)
+    assert ended.code == 0, ended.err
+    assert differences(whole(name)[0], left_by(run, "out.npz")) == []
+
+
+DEVICE = """
+import sys, time, mlx.core as mx, mlx_sft_trainer
+def long(self, batches):
+    a = mx.random.normal((3000, 3000))
+    mx.eval(a)
+    sys.stderr.write("a slow part begins\\n")
+    for _ in range({products}):
+        a = a @ a
+    mx.eval(a)
+    sys.stderr.write("the device is done\\n")
+mlx_sft_trainer.SupervisedTrainer.step = long
+"""
+
+
+def test_a_signal_is_said_to_be_heard_while_the_device_computes(server, tmp_path):
+    """Python's own handler has to wait for MLX; the answer comes before, and so does the end."""
+    script, line = RUNS["sft"]
+    line = line[: line.index("--steps-per-eval")] + ["--steps-per-eval", "0"]
+    running = server.start(script, line, tmp_path, prelude=DEVICE.format(products=4))
+    running.wait_for(NOW)
+    running.signal(signal.SIGINT)
+    running.wait_for("is given up")
+    assert "the device is done" not in running.err.read_text()
+    assert running.wait().code == 130
+    running = server.start(script, ["--resume", "run"], tmp_path,
+                           prelude=DEVICE.format(products=2000))  # fmt: skip
+    running.wait_for(NOW)
+    running.signal(signal.SIGTERM)
+    running.wait_for("is given up")
+    running.signal(signal.SIGTERM)
+    assert running.wait().code in (143, -signal.SIGTERM)
 
 
 def test_a_second_signal_stops_at_once_and_loses_no_checkpoint(server, tmp_path):

@@ -1,0 +1,192 @@
+"""Messages of a Mac: ~/Library/Messages/chat.db, read with its -wal, where the newest ones are.
+
+Columns differ between releases of macOS; a query names only those that are there.
+"""
+
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from errors import UserError
+from histories.imessage_text import apple_time, message_text
+from histories.messages import ME, History, Message, Rating
+
+GROUP_STYLE = 43
+TAPBACKS = range(2000, 3000)
+REMOVED_TAPBACKS = range(3000, 4000)
+GOOD = {0: True, 1: True, 2: False, 3: True}  # love, like, dislike, laugh; others say neither
+LINK = "com.apple.messages.URLBalloonProvider"
+WANTED = (
+    "guid text attributedBody date is_from_me handle_id item_type group_action_type "
+    "associated_message_type associated_message_guid balloon_bundle_id message_summary_info "
+    "date_retracted"
+).split()
+
+
+def read_database(path: Path, *, groups: bool = False, tapbacks: bool = False) -> History:
+    """Every message of `chat.db` that a person wrote, and my chats' tapbacks where asked for.
+
+    Raises UserError where the file cannot be read or is no message database.
+    """
+    history = History()
+    with opened(path) as database:
+        people = read_people(database)
+        chats = read_chats(database, people)
+        for row in read_rows(database):
+            take_row(history, row, chats, people, groups=groups, tapbacks=tapbacks)
+    if tapbacks:
+        history.ratings = last_ratings(history.ratings)
+    history.groups = {name for name, is_group in chats.values() if is_group}
+    return history
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[sqlite3.Connection]:
+    """The database, read-only. Never "immutable": that would leave out the -wal."""
+    database = None
+    try:
+        if not path.exists():
+            raise UserError(f"{path}: no such file; a Mac has it as ~/Library/Messages/chat.db")
+        with open(path, "rb"):
+            pass  # sqlite's own message does not say that it is a permission
+        database = sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro", uri=True)
+        database.row_factory = sqlite3.Row
+        yield database
+    except PermissionError:
+        raise UserError(
+            f"{path}: no permission to read it: allow your terminal Full Disk Access (System "
+            "Settings, Privacy & Security), or copy chat.db, chat.db-wal and chat.db-shm elsewhere"
+        ) from None
+    except sqlite3.OperationalError as wrong:
+        if "locked" in str(wrong) or "busy" in str(wrong):
+            raise UserError(f"{path}: another program is writing it; close Messages") from None
+        raise UserError(
+            f"{path}: cannot read: {wrong}; copy chat.db, chat.db-wal and chat.db-shm into a "
+            "folder that you can write, and read that copy"
+        ) from None
+    except (sqlite3.DatabaseError, OSError) as wrong:
+        raise UserError(f"{path}: not a whole message database: {wrong}") from None
+    finally:
+        if database is not None:
+            database.close()
+
+
+def columns(database: sqlite3.Connection, table: str) -> set[str]:
+    found = {row["name"] for row in database.execute(f"PRAGMA table_info({table})")}
+    if not found:
+        raise UserError(f"not a message database: it has no table {table!r}")
+    return found
+
+
+def read_people(database: sqlite3.Connection) -> dict[int, str]:
+    """{handle: person}: all addresses of a person, where the database knows, have one name."""
+    known = "person_centric_id" in columns(database, "handle")
+    rows = database.execute(
+        f"SELECT ROWID, id, {'person_centric_id' if known else 'NULL'} AS person FROM handle "
+        "ORDER BY ROWID"
+    ).fetchall()
+    first: dict[str, str] = {}
+    people = {}
+    for row in rows:
+        address = plain_address(str(row["id"]))
+        people[row["ROWID"]] = first.setdefault(row["person"] or address, address)
+    return people
+
+
+def plain_address(address: str) -> str:
+    """A number without blanks and signs, an e-mail address in small letters."""
+    if "@" in address:
+        return address.lower()
+    return re.sub(r"[\s().-]", "", address)
+
+
+def read_chats(database: sqlite3.Connection, people: dict[int, str]) -> dict[int, tuple[str, bool]]:
+    """{chat: (its name, whether it is a group)}; chats with one person have that person's name."""
+    members: dict[int, set[str]] = {}
+    for row in database.execute("SELECT chat_id, handle_id FROM chat_handle_join"):
+        members.setdefault(row[0], set()).add(people.get(row[1], "unknown"))
+    there = columns(database, "chat")
+    wanted = [c for c in ("style", "chat_identifier", "guid", "display_name") if c in there]
+    chats = {}
+    for row in database.execute(f"SELECT ROWID, {', '.join(wanted)} FROM chat"):
+        of_chat = members.get(row["ROWID"], set())
+        is_group = len(of_chat) > 1 or ("style" in wanted and row["style"] == GROUP_STYLE)
+        name = str(row["chat_identifier"] or row["guid"]) if is_group or not of_chat else ""
+        chats[row["ROWID"]] = (name or next(iter(of_chat)), is_group)
+    return chats
+
+
+def read_rows(database: sqlite3.Connection) -> Iterator[dict[str, Any]]:
+    """Rows of the message table with their chat; a column that is missing is None."""
+    there = columns(database, "message")
+    wanted = [f"message.{c} AS {c}" for c in WANTED if c in there]
+    missing = dict.fromkeys(c for c in WANTED if c not in there)
+    query = (
+        f"SELECT message.ROWID AS number, chat_message_join.chat_id AS chat, {', '.join(wanted)} "
+        "FROM message LEFT JOIN chat_message_join ON chat_message_join.message_id = message.ROWID "
+        "ORDER BY message.date, message.ROWID"
+    )
+    for row in database.execute(query):
+        yield {**missing, **dict(row)}
+
+
+def take_row(history: History, row: dict, chats, people, *, groups: bool, tapbacks: bool) -> None:
+    """Add what a row says to `history`, or count why it says nothing."""
+    kind = row["associated_message_type"] or 0
+    if kind in TAPBACKS or kind in REMOVED_TAPBACKS:
+        if tapbacks and not row["is_from_me"]:
+            take_tapback(history, row, kind)
+        else:
+            history.dropped["a tapback"] += 1
+        return
+    reason = unwanted(row, kind)
+    if not reason and row["chat"] not in chats:
+        reason = "in no chat"
+    name, is_group = chats.get(row["chat"], ("", False))
+    if not reason and is_group and not groups:
+        reason = "in a group"
+    text = ""
+    if not reason:
+        text, reason = message_text(row["text"], row["attributedBody"], row["message_summary_info"])
+    if reason:
+        history.dropped[reason] += 1
+        return
+    sender = ME if row["is_from_me"] else people.get(row["handle_id"], name)
+    key = str(row["guid"] or row["number"])
+    history.messages.append(Message(name, sender, apple_time(row["date"] or 0), text, key))
+
+
+def unwanted(row: dict, kind: int) -> str:
+    """Why a row is no message that a person typed; empty where it is one."""
+    if kind:
+        return "a sticker or another attachment to a message"
+    if row["item_type"] or row["group_action_type"]:
+        return "an event of the chat"
+    balloon = row["balloon_bundle_id"]
+    if balloon and balloon != LINK:
+        return "of an app"
+    if row["date_retracted"]:
+        return "unsent"
+    return ""
+
+
+def take_tapback(history: History, row: dict, kind: int) -> None:
+    """A tapback of the other one, or its removal, as a `Rating`; the last one counts."""
+    good = GOOD.get(kind % 1000)
+    if good is None:
+        history.dropped["a tapback that is neither good nor bad"] += 1
+        return
+    # "p:0/GUID" names a part of the message, "bp:GUID" its balloon.
+    target = re.sub(r"^(p:\d+/|bp:)", "", str(row["associated_message_guid"] or ""))
+    removed = kind in REMOVED_TAPBACKS
+    history.ratings = [r for r in history.ratings if r.key != target]
+    if not removed:
+        history.ratings.append(Rating(target, good))
+
+
+def last_ratings(ratings: list[Rating]) -> list[Rating]:
+    return list({rating.key: rating for rating in ratings}.values())

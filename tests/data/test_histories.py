@@ -1,0 +1,377 @@
+"""WhatsApp's and Telegram's exports, imessage-exporter's text, masks, and rows made of messages."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as some
+
+from errors import UserError
+from histories.conversations import Limits, make_rows, prompts_of, trained_turns
+from histories.exporter import read_export
+from histories.masking import Masker
+from histories.messages import ME, History, Message
+from histories.telegram import read_telegram
+from histories.whatsapp import read_whatsapp
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# ---- WhatsApp ----------------------------------------------------------------------------------
+
+ANDROID = """31/12/2023, 23:58 - Messages and calls are end-to-end encrypted.
+31/12/2023, 23:59 - Ann: Happy new year
+to all of you
+
+and yours
+01/01/2024, 00:01 - Bob: You too: really
+01/01/2024, 00:02 - Bob: <Media omitted>
+01/01/2024, 00:03 - Ann: This message was deleted
+01/01/2024, 00:04 - Bob: Fixed <This message was edited>
+01/01/2024, 00:05 - Ann: IMG-2024.jpg (file attached)
+01/01/2024, 00:06 - Ann changed the subject
+"""
+IPHONE = (
+    "\u200e[12/31/23, 11:59:58\u202fPM] Ann: \u200eMessages are encrypted.\n"
+    "[12/31/23, 11:59:59\u202fPM] Ann: Happy\nnew year\n"
+    "\u200e[1/1/24, 12:00:07\u202fAM] Bob: \u200e<attached: 0001-PHOTO.jpg>\n"
+    "[1/1/24, 12:00:08\u202fAM] Bob: You too\u200e<This message was edited>\n"
+    "[1/1/24, 12:00:09\u202fAM] Bob: \u200eYou deleted this message.\n"
+    "[1/1/24, 1:00:10\u202fPM] Ann: midday\n"
+)
+
+
+def told(history):
+    return [("me" if m.sender == ME else m.sender, m.text) for m in history.messages]
+
+
+def test_an_android_export(tmp_path):
+    found = read_whatsapp(write(tmp_path / "Ann.txt", ANDROID), me="Bob")
+    assert told(found) == [
+        ("Ann", "Happy new year\nto all of you\n\nand yours"),
+        ("me", "You too: really"),
+        ("me", "Fixed"),
+    ]
+    assert found.dropped == {"an event of the chat": 2, "attachment alone": 2, "deleted": 1}
+    assert found.messages[1].time == datetime(2024, 1, 1, 0, 1)
+
+
+def test_an_iphone_export_with_a_clock_of_12_hours(tmp_path):
+    found = read_whatsapp(write(tmp_path / "Ann.txt", IPHONE), me="Bob")
+    assert told(found) == [("Ann", "Happy\nnew year"), ("me", "You too"), ("Ann", "midday")]
+    assert [m.time.hour for m in found.messages] == [23, 0, 13]
+    assert found.dropped == {"a note of WhatsApp": 1, "attachment alone": 1, "deleted": 1}
+
+
+@pytest.mark.parametrize(
+    ("lines", "months"),
+    [
+        ("13.02.24, 10:00 - A: x\n14.02.24, 10:00 - B: y\n", [2, 2]),  # German
+        ("2/13/24, 10:00 AM - A: x\n2/14/24, 9:00 AM - B: y\n", [2, 2]),  # US
+        ("2024-02-01, 10:00 - A: x\n2024-02-03 10:00 - B: y\n", [2, 2]),  # Swedish
+        ("2024/2/13 上午9:00 - A: x\n2024/2/13 下午1:00 - B: y\n", [2, 2]),  # Chinese
+        ("13/2/2024, 10:00 a. m. - A: x\n13/2/2024, 1:00 p. m. - B: y\n", [2, 2]),  # Spanish
+        ("01/02/24, 10:00 - A: x\n02/02/24, 10:00 - B: y\n01/03/24, 9:00 - A: z\n", [2, 2, 3]),
+    ],
+)
+def test_the_order_of_a_date_is_found(lines, months, tmp_path):
+    found = read_whatsapp(write(tmp_path / "c.txt", lines), me="A")
+    assert [m.time.month for m in found.messages] == months
+    assert all(9 <= m.time.hour <= 13 for m in found.messages)
+
+
+def test_a_date_that_can_be_read_in_two_ways_is_asked_for(tmp_path):
+    path = write(tmp_path / "c.txt", "01/02/24, 10:00 - A: x\n03/04/24, 10:00 - B: y\n")
+    with pytest.raises(UserError, match="--date-order dmy or mdy"):
+        read_whatsapp(path, me="A")
+    assert read_whatsapp(path, me="A", order="mdy").messages[0].time.month == 1
+
+
+def test_an_order_that_does_not_fit_is_refused(tmp_path):
+    path = write(tmp_path / "c.txt", "13/02/24, 10:00 - A: x\n")
+    with pytest.raises(UserError, match="13/2/24 is no date in the order mdy"):
+        read_whatsapp(path, me="A", order="mdy")
+
+
+def test_who_i_am_is_asked_for_by_name(tmp_path):
+    path = write(tmp_path / "c.txt", ANDROID)
+    for me in (None, "Bobby"):
+        with pytest.raises(UserError, match="--me NAME is needed, one of: Bob, Ann"):
+            read_whatsapp(path, me=me)
+
+
+@pytest.mark.parametrize("text", ["", "hello\n", "2024 was fine\n"])
+def test_another_file_is_one_line(text, tmp_path):
+    with pytest.raises(UserError, match="no line of a WhatsApp export"):
+        read_whatsapp(write(tmp_path / "c.txt", text), me="A")
+
+
+def test_three_who_write_are_a_group(tmp_path):
+    lines = "".join(
+        f"{d}/02/24, 10:00 - {who}: x\n" for d, who in ((13, "A"), (14, "B"), (15, "C"))
+    )
+    found = read_whatsapp(write(tmp_path / "c.txt", lines), me="A")
+    assert found.groups == {"c"}
+
+
+# ---- Telegram ----------------------------------------------------------------------------------
+
+
+def telegram(*messages, kind="personal_chat", name="Ann"):
+    filled = [{"id": i, "type": "message", "date_unixtime": str(1_700_000_000 + i * 60), **m}
+              for i, m in enumerate(messages)]  # fmt: skip
+    return {"name": name, "type": kind, "id": 5, "messages": filled}
+
+
+TELEGRAM = telegram(
+    {"type": "service", "actor": "Ann", "action": "phone_call", "text": ""},
+    {"from": "Ann", "from_id": "user1", "text": ["see ", {"type": "link", "text": "a.org"}, "!"]},
+    {"from": "Bob", "from_id": "user2", "text": "yes", "edited": "2023-11-14T22:20:00"},
+    {"from": "Bob", "from_id": "user2", "text": "", "photo": "(File not included.)"},
+    {"from": "Bob", "from_id": "user2", "text": "look", "photo": "photos/1.jpg"},
+    {"from": "Bob", "from_id": "user2", "text": "theirs", "forwarded_from": "Eve"},
+    {"from": "Bob", "from_id": "user2", "text": "gif", "via_bot": "@gif"},
+)
+
+
+def test_a_chat_of_telegram(tmp_path):
+    path = write(tmp_path / "result.json", json.dumps(TELEGRAM))
+    found = read_telegram(path, me="Bob")
+    assert told(found) == [("Ann", "see a.org!"), ("me", "yes"), ("me", "look")]
+    assert found.dropped == {
+        "an event of the chat": 1, "attachment alone": 1, "forwarded": 1, "written by a bot": 1,
+    }  # fmt: skip
+    assert told(read_telegram(path, me="user2")) == told(found)
+    with pytest.raises(UserError, match="--me NAME is needed: one of Ann, Bob"):
+        read_telegram(path)
+    with pytest.raises(UserError, match="no message is from Zoe"):
+        read_telegram(path, me="Zoe")
+
+
+def test_everything_of_telegram_knows_who_i_am(tmp_path):
+    group = telegram({"from": "Eve", "from_id": "user3", "text": "hi"}, kind="private_group",
+                     name="us")  # fmt: skip
+    whole = {"personal_information": {"user_id": 2}, "chats": {"list": [TELEGRAM, group]}}
+    path = write(tmp_path / "result.json", json.dumps(whole))
+    found = read_telegram(path)
+    assert len(found.messages) == 3 and found.dropped["in a group"] == 1
+    assert len(read_telegram(path, groups=True).messages) == 4
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', "[" * 100_000, '{"messages": 3}'])
+def test_another_json_is_one_line(text, tmp_path):
+    with pytest.raises(UserError, match="result.json: (cannot read|not an export)"):
+        read_telegram(write(tmp_path / "result.json", text), me="A")
+
+
+# ---- imessage-exporter -------------------------------------------------------------------------
+
+EXPORTED = """May 17, 2022  5:29:42 PM (Read by them after 2 minutes)
+Me
+Hello world
+second line
+
+May 17, 2022 10:30:00 PM
++15550100
+Hi
+Tapbacks:
+    Loved by Me
+    May 17, 2022 10:31:00 PM
+    Me
+    an indented reply
+
+May 17, 2022 10:31:00 PM
+Me
+This message responded to an earlier message.
+a reply
+
+May 17, 2022 10:32:00 PM
+Me
+/Users/me/Library/Messages/Attachments/a/IMG_1.heic
+
+May 17, 2022 10:33:00 PM
+Me
+This message was deleted from the conversation!
+
+May 17, 2022 10:34:00 PM
++15550100
+frist
+Edited 5 seconds later: first
+
+"""
+
+
+def test_the_text_of_imessage_exporter(tmp_path):
+    write(tmp_path / "+15550100.txt", EXPORTED)
+    found = read_export(tmp_path)
+    assert told(found) == [
+        ("me", "Hello world\nsecond line"), ("+15550100", "Hi"), ("me", "a reply"),
+        ("+15550100", "first"),
+    ]  # fmt: skip
+    assert found.dropped == {"attachment alone": 1, "deleted": 1}
+    assert found.messages[0].time == datetime(2022, 5, 17, 17, 29, 42)
+
+
+def test_an_export_in_another_language_or_without_files_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="holds no .txt file"):
+        read_export(tmp_path)
+    write(tmp_path / "a.txt", "17. Mai 2022  17:29:42\nIch\nHallo\n")
+    with pytest.raises(UserError, match="English text form"):
+        read_export(tmp_path)
+
+
+# ---- masks -------------------------------------------------------------------------------------
+
+HARD = [
+    ("mail ann.b+x@mail.example.co.uk now", "mail [MAIL] now"),
+    ("ann(at)example.org", "[MAIL]"),
+    ("call +1 (555) 010-2030.", "call [NUMBER]."),
+    ("0176/1234567 or 0041 79 123 45 67", "[NUMBER] or [NUMBER]"),
+    ("see https://x.org/a?b=c, and www.y.net/z", "see [LINK] and [LINK]"),
+    ("on maps.google.com/place", "on [LINK]"),
+    ("Ann's dog, ANN, annual", "[NAME]'s dog, [NAME], annual"),
+    ("ask Ann Lee-Brown or lee-brown", "ask [NAME] or [NAME]"),
+    ("@ann_b wrote", "[NAME] wrote"),
+    ("in 2024 for 1,000 at 10:30", "in 2024 for 1,000 at 10:30"),
+    ("Müller and müller", "[NAME] and [NAME]"),
+]
+
+
+@pytest.mark.parametrize(("text", "masked"), HARD)
+def test_a_hard_case_is_masked(text, masked):
+    assert Masker(["Ann Lee-Brown", "Müller", "+15550100", "a@b.org"]).mask(text) == masked
+
+
+def test_words_of_one_s_own_are_masked_and_nothing_else_without_names():
+    assert Masker([], ["Acme"]).mask("at Acme with Ann") == "at [NAME] with Ann"
+    assert Masker([]).mask("at Acme with Ann") == "at Acme with Ann"
+
+
+# ---- rows --------------------------------------------------------------------------------------
+
+START = datetime(2024, 1, 1, tzinfo=UTC)
+
+
+def history(*told, chat="Ann", groups=()):
+    """Messages from (minutes, sender, text)."""
+    messages = [Message(chat, sender, START + timedelta(minutes=minute), text, f"{chat}{i}")
+                for i, (minute, sender, text) in enumerate(told)]  # fmt: skip
+    return History(messages, Counter(), set(groups))
+
+
+def test_turns_join_sessions_end_and_the_last_turn_is_mine():
+    found = make_rows(
+        history(
+            (0, ME, "lost"), (1, "Ann", "a"), (2, "Ann", "b"), (3, ME, "c"), (4, ME, "d"),
+            (5, "Ann", "e"), (400, "Ann", "f"), (401, ME, "g"),
+        ),
+        Limits(min_messages=2), valid_share=0,
+    )  # fmt: skip
+    assert [[m["content"] for m in row["messages"]] for row in found.train] == [
+        ["a\nb", "c\nd"], ["f", "g"],
+    ]  # fmt: skip
+    assert found.dropped == {
+        "mine, without anything before it in its session": 1, "unanswered in its session": 1,
+    }  # fmt: skip
+
+
+def test_a_long_session_goes_on_with_context_that_is_not_trained_again():
+    told = [(i, "Ann" if i % 2 == 0 else ME, f"{i:010d}") for i in range(20)]
+    found = make_rows(history(*told), Limits(max_length=60, min_messages=2), valid_share=0)
+    assert all(sum(len(m["content"]) for m in row["messages"]) <= 60 for row in found.train)
+    trained = [text for row in found.train for _, text, _ in trained_turns(row)]
+    assert trained == [f"{i:010d}" for i in range(1, 20, 2)]  # each once
+    second = found.train[1]["messages"]
+    assert [m.get("train") for m in second[:4]] == [None, False, None, False]
+    assert second[0]["role"] == "user"
+
+
+def test_an_exchange_that_is_too_long_is_left_out_and_counted():
+    told = [(0, "Ann", "x" * 50), (1, ME, "y" * 50), (2, "Ann", "a"), (3, ME, "b")]
+    found = make_rows(history(*told), Limits(max_length=60, min_messages=2), valid_share=0)
+    assert [r["messages"][0]["content"] for r in found.train] == ["a"]
+    assert found.dropped == {"in an exchange longer than --max-length": 2}
+
+
+def test_the_newest_sessions_validate_and_none_is_in_both():
+    told = [m for day in range(20) for m in
+            ((day * 1440, "Ann", f"q{day}"), (day * 1440 + 1, ME, f"a{day}"))]  # fmt: skip
+    found = make_rows(history(*told), Limits(min_messages=2))
+    assert [r["messages"][1]["content"] for r in found.valid] == ["a18", "a19"]
+    assert len(found.train) == 18
+
+
+def test_in_a_group_others_have_their_names_before_their_turns():
+    found = make_rows(
+        history((0, "Ann", "hi"), (1, "Eve", "ho"), (2, ME, "hey"), groups=["Ann"]),
+        Limits(min_messages=2), valid_share=0,
+    )  # fmt: skip
+    assert found.train[0]["messages"][0]["content"] == "Ann: hi\nEve: ho"
+
+
+@given(
+    told=some.lists(
+        some.tuples(
+            some.integers(0, 600), some.sampled_from([ME, "Ann"]), some.text("ab", min_size=1)
+        ),
+        max_size=30,
+    ),
+    max_length=some.integers(2, 40),
+    context=some.integers(0, 6),
+)
+def test_every_message_is_in_a_row_once_or_counted(told, max_length, context):
+    limits = Limits(max_length=max_length, context_turns=context, min_messages=2)
+    found = make_rows(history(*told), limits)
+    rows = [*found.train, *found.valid]
+    mine = [key for row in rows for _, _, keys in trained_turns(row) for key in keys]
+    assert len(mine) == len(set(mine))
+    for row in rows:
+        roles = [m["role"] for m in row["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert sum(len(m["content"]) for m in row["messages"]) <= max_length
+    assert len(list(prompts_of(rows))) == sum(len(row["keys"]) for row in rows)
+    others = sum(found.dropped.values())
+    answered = len(told) - others - len(mine)
+    assert answered >= sum(len(row["keys"]) for row in rows)  # at least one before each of mine
+
+
+def test_the_script_on_whatsapp_says_what_was_left_out(tmp_path):
+    lines = ANDROID + "".join(
+        f"0{2 + i}/01/2024, 0{i}:0{j} - {'Ann' if j % 2 else 'Bob'}: text {i} {j}\n"
+        for i in range(6) for j in range(1, 9)
+    )  # fmt: skip
+    chat = write(tmp_path / "Chat with Ann.txt", lines)
+    done = subprocess.run(
+        [sys.executable, "data/imessage.py", "--whatsapp", chat, "--me", "Bob", "--output-dir",
+         tmp_path / "out dir"], capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "left out, attachment alone: 2" in done.stdout
+    assert "python sft.py --train --data" in done.stdout and "'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--telegram", "x", "--tapbacks"], "--tapbacks: does nothing without --database"),
+        (["--telegram", "x", "--mask-words", "a"], "--mask-words: does nothing without --names"),
+        (["--database", "x", "--me", "a"], "--me: does nothing with --database"),
+        (["--database", "x", "--gap", "0"], "--gap: hours between"),
+        (["--database", "x", "--min-messages", "1"], "--min-messages: at least 2"),
+        (["--export", "x", "--seed", "3"], "--seed: does nothing without --negatives"),
+    ],
+)
+def test_flags_that_contradict_are_one_line(words, said, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "data/imessage.py", *words, "--output-dir", tmp_path / "o"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
