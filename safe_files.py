@@ -170,29 +170,33 @@ def sync_folder(folder: str | Path) -> None:
 
 
 def temporary_name(path: Path, what: str = "writing") -> Path:
-    """Where this process writes ``path`` before it is renamed; ``what``: writing, old or lock."""
+    """Where this process writes ``path`` before it is renamed; ``what``: writing or old."""
     return path.with_name(f".{path.stem}.{what}-{os.getpid()}{path.suffix}")
 
 
-def sweep(path: Path) -> None:
+TEMPORARY = re.compile(r"\.(.+)\.(tmp|writing|old)-(\d+)(\.[^.]+)?")
+
+
+def sweep(path: Path, *, all_names: bool = False) -> None:
     """Clear away what dead processes left of ``path``; ask before this process writes it itself.
 
-    A folder that one of them had renamed, and not yet replaced, gets its name back.
+    A folder that one of them had renamed, and not yet replaced, gets its name back. With
+    ``all_names``: what they left of anything in the folder ``path``.
     """
-    name = re.compile(
-        rf"\.{re.escape(path.stem)}\.(writing|old|lock)-(\d+){re.escape(path.suffix)}"
-        rf"|\.{re.escape(path.name)}\.(?:tmp|writing|old)-(\d+)"  # as older versions named them
-    )
+    folder = path if all_names else path.parent
     try:
-        found = [(there, name.fullmatch(there.name)) for there in path.parent.iterdir()]
+        found = [(there, TEMPORARY.fullmatch(there.name)) for there in folder.iterdir()]
     except OSError:
         return
     for there, fits in found:
-        if fits is None or is_alive(int(fits[2] or fits[3])):
+        if fits is None or is_alive(int(fits[3])):
+            continue
+        place = folder / (fits[1] + (fits[4] or ""))
+        if not all_names and place != path:
             continue
         with contextlib.suppress(OSError):
-            if fits[1] == "old" and not os.path.lexists(path):
-                os.rename(there, path)
+            if fits[2] == "old" and not os.path.lexists(place):
+                os.rename(there, place)
             elif there.is_dir() and not there.is_symlink():
                 shutil.rmtree(there)
             else:
@@ -233,17 +237,14 @@ def refuse_links(path: str | Path, folder: str | Path | None = None) -> None:
             )
 
 
-def refuse_links_below(folder: Path, but_inside: str = "") -> None:
-    """``refuse_links`` for all that a folder holds; those of its folder ``but_inside`` may be links
-    that stay there."""
+def refuse_links_below(folder: Path, *, may_stay_inside: bool = False) -> None:
+    """``refuse_links`` for all that a folder holds; ``may_stay_inside``: but for links that do."""
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
-            path = Path(place, name)
-            home = folder / but_inside
-            if but_inside and home in path.parents and not home.is_symlink():
-                check_inside(path, home)
+            if may_stay_inside:
+                check_inside(Path(place, name), folder)
             else:
-                refuse_links(path, folder)
+                refuse_links(Path(place, name), folder)
 
 
 def check_inside(file: Path, folder: Path) -> None:

@@ -69,7 +69,10 @@ def save_weights(folder: Path, model) -> None:
     save_model(folder, model)
     expected = dict(tree_flatten(model.parameters()))
     for shard in sorted(folder.glob("model*.safetensors")):
-        names = safetensors_header(shard)
+        try:
+            names = safetensors_header(shard)
+        except UserError:
+            raise OSError(errno.EIO, NOT_WHOLE, str(shard)) from None
         check_written(shard, {name: expected.pop(name) for name in names if name in expected})
     if expected:
         raise OSError(errno.EIO, NOT_WHOLE, str(folder))

@@ -30,8 +30,7 @@ from models.adapter_description import (
 )
 from models.base_fingerprint import check_base, described_base
 from run_folder.checkpoint_folder import disk_refused
-from run_folder.folder import RUNS
-from run_folder.run import OWN_NAMES
+from run_folder.run import OWN_NAMES, RUNS
 from safe_files import (
     NOT_WHOLE,
     copy_file,

@@ -16,8 +16,8 @@ from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
 from rewards.scored_rows import response_text
 from rewards.user_function import quote_row
-from run_folder.checkpoint_folder import Metric
 from run_folder.console import Progress
+from run_folder.manifest import Metric
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop
 from training.checkpointed import Group, Resumable
