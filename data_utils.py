@@ -21,6 +21,7 @@ from data_loading.collate import (
     PreferenceBatch,  # all responses in one array, its mask, pairs (better, worse), margins
     ScalarBatch,  # tokens, lengths, rewards
     TextBatch,  # tokens, mask, lengths
+    UnpairedBatch,  # answers with labels, and each prompt with another row's answer
     make_batch,  # rows of one kind to padded arrays
     pack_rows,  # several rows into rows of constant length
 )
@@ -28,7 +29,14 @@ from data_loading.formats import ALIASES, FORMATS, KNOWN_FORMATS  # names for --
 from data_loading.reading import read_dataset, read_records  # rows of a file, of a data set
 from data_loading.records import Record, Records  # one row; rows with what was refused
 from data_loading.report import data_report, histogram, preview, use_colour  # strings to print
-from data_loading.rows import PreferenceRow, PromptRow, ScalarRow, TextRow, Tokenised
+from data_loading.rows import (
+    PreferenceRow,
+    PromptRow,
+    ScalarRow,
+    TextRow,
+    Tokenised,
+    UnpairedRow,
+)
 from data_loading.sources import (
     folder_file,  # the file of a split in a folder
     load_data,  # train, valid and test rows from the choices of the command line
@@ -44,6 +52,10 @@ from data_loading.tokenise import (
     tokenise_prompts,  # prompts for PPO
     tokenise_scalar,  # text and reward, for reward models
     tokenise_sft,  # tokens and loss mask
+)
+from data_loading.tokenise_answers import (
+    tokenise_pairs,  # chosen and rejected, for preference training
+    tokenise_unpaired,  # answers with a label
 )
 from padding import pad_rows  # token lists to (B, L) and lengths
 
@@ -65,6 +77,8 @@ __all__ = [
     "TextBatch",
     "TextRow",
     "Tokenised",
+    "UnpairedBatch",
+    "UnpairedRow",
     "columns_of",
     "data_report",
     "encode_prompt",
@@ -82,9 +96,11 @@ __all__ = [
     "read_dataset",
     "read_records",
     "split_records",
+    "tokenise_pairs",
     "tokenise_preferences",
     "tokenise_prompts",
     "tokenise_scalar",
     "tokenise_sft",
+    "tokenise_unpaired",
     "use_colour",
 ]

@@ -1,8 +1,11 @@
 """Proximal policy optimisation for language models, with the interface of TRL's classic trainer.
 
-One step is `generate` and then `step`. The parts have a method each, numbered as in docs/ppo.md:
+One step is `generate`, which gives a `Rollout`, and then `update` with a score for each response.
+TRL's `step(queries, responses, scores)` does the same for responses that came from elsewhere. The
+parts have a method each, numbered as in docs/ppo.md; what other algorithms on rollouts share of
+them is in training/rollout_stages.py:
 
-1. generate            a response to each query, keeping log-probabilities and values
+1. generate            a response to each query, with its log-probabilities and values
 2. shape_scores        penalties, running scaling and clipping of the scores
 3. score_policy        log-probabilities and values of the responses under the policy
 4. score_reference     log-probabilities under the reference, KL per token
@@ -17,31 +20,30 @@ reward), Huang et al. 2024 (the implementation details that matter).
 
 import fast_blas  # noqa: F401
 
+import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
 
 from errors import UserError
-from models.actor_critic import ActorCritic, picked_logits, reference_logprobs
+from models.actor_critic import ActorCritic
 from models.blocks import checkpointed_blocks
-from models.decoding import Generation, Sampling, generate
+from models.decoding import Sampling
 from models.gradients import loss_and_gradient
 from models.last_block import allow_short_last_block
-from models.packing import Packed, pack
+from models.packing import Packed
 from models.trunk import vocabulary_size
 from rl.advantages import gae
-from rl.kl import AdaptiveKLController, FixedKLController, full_kl, kl_penalty
+from rl.kl import AdaptiveKLController, FixedKLController, kl_penalty
 from rl.losses import masked_mean, masked_whiten, policy_loss, value_loss
 from rl.ppo_config import PPOConfig
-from rl.ppo_statistics import sampling_warnings, step_statistics, warnings_for
-from rl.rollout_checks import as_numbers, check_rollout, check_token_ids
-from rl.rollouts import Rollout, pad_rows
+from rl.ppo_statistics import logged_row, sampling_warnings, step_statistics, warnings_for
+from rl.rollout_checks import as_numbers, check_rollout
+from rl.rollouts import Rollout
 from rl.shaping import (
     RunningMoments,
     clip_scores,
@@ -50,18 +52,35 @@ from rl.shaping import (
     scale_scores,
 )
 from training.clock import StageClock
+from training.optimizers import build_optimizer
+from training.rollout_stages import (
+    EVALUATION,
+    SAMPLING,
+    fit_columns,
+    minibatch_order,
+    pack_rows,
+    response_limits,
+    sample,
+    score_reference,
+    scored,
+    set_mask,
+    stream,
+    token_lists,
+    use_sampled,
+    whole_kl,
+)
+from training.update import added, all_finite, apply_update
 
 __all__ = ["PPOConfig", "PPOTrainer"]
-
-SAMPLING, ORDER, LENGTHS, EVALUATION = range(4)  # what a step's random streams are for
 
 
 class PPOTrainer:
     """PPO on an `ActorCritic`.
 
     The reference is the model with its adapter off, or `ref_model` (needed for full fine-tuning).
-    `optimizer` defaults to bias-corrected Adam at `config.learning_rate`. `eos_ids` end a
-    response; by default they are the tokenizer's. `log_stats` calls `log(step, row)`.
+    `optimizer` defaults to torch's Adam (training/optimizers.py) at `config.learning_rate`.
+    `eos_ids` end a response; by default they are the tokenizer's. `log_stats` calls
+    `log(step, row)`.
     """
 
     def __init__(
@@ -86,7 +105,7 @@ class PPOTrainer:
         self.tokenizer, self.log = tokenizer, log
         self.eos_ids = set(eos_ids if eos_ids is not None else tokenizer.eos_token_ids)
         self.vocabulary = vocabulary_size(model.model)
-        self.optimizer = optimizer or optim.Adam(config.learning_rate, bias_correction=True)
+        self.optimizer = optimizer or build_optimizer("adam", config.learning_rate)
         self.optimizer.init(model.trainable_parameters())
         self.kl_controller = (
             AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
@@ -97,8 +116,6 @@ class PPOTrainer:
         self.steps_done = 0
         self.grad_checkpoint = grad_checkpoint
         self._set_up_gradient()
-        self._generated: dict[tuple, tuple[np.ndarray, np.ndarray, bool]] = {}
-        self._calls = 0  # of generate() since the last step
         self._warned: set[str] = set()
         self.before_update: Callable[[], None] = lambda: None  # called before weights move
         model.eval()  # no dropout, in rollouts and in updates
@@ -120,26 +137,26 @@ class PPOTrainer:
         *,
         max_tokens: int | Sequence[int] | None = None,
         should_stop: Callable[[list[int]], bool] | None = None,
-    ) -> list[list[int]]:
+        part: int = 0,
+    ) -> Rollout:
         """Sample a response (token ids, EOS included) to each query, as the config says.
 
         `max_tokens` replaces the config's limit, for all or for each; `should_stop(tokens)` ends a
-        response early. Log-probabilities and values are kept for the `step` that follows. A batch
-        may be made in several calls; each draws other random numbers.
+        response early. A batch may be made in several calls (rl.rollouts.join_rollouts); `part`
+        tells them apart, so that each draws other numbers.
         """
-        config, queries = self.config, token_lists(queries)
-        # The first call of a step has the stream of the step itself.
-        call = (self._calls,) if self._calls else ()
+        config = self.config
+        parts = (part,) if part else ()  # the first one has the stream of the step itself
         if max_tokens is None:
-            max_tokens = self.response_limits(len(queries), *call)
+            max_tokens = response_limits(
+                config.min_response_length, config.max_new_tokens, len(queries),
+                config.seed, self.steps_done, *parts,
+            )  # fmt: skip
         sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
-        made = self._sample(
-            queries, max_tokens, sampling, should_stop, (SAMPLING, *call), self.model.value_head
+        value_head = self.model.value_head
+        return self._sample(
+            queries, max_tokens, sampling, should_stop, (SAMPLING, *parts), value_head
         )
-        rows = zip(queries, made.responses, made.logprobs, made.values, made.finished, strict=True)
-        self._generated |= {(tuple(q), tuple(r)): (lp, v, end) for q, r, lp, v, end in rows}
-        self._calls += 1
-        return made.responses
 
     def sample_for_evaluation(
         self,
@@ -147,8 +164,8 @@ class PPOTrainer:
         greedy: bool,
         should_stop: Callable[[list[int]], bool] | None = None,
         part: int = 0,
-    ) -> Generation:
-        """Responses, the most likely ones or sampled; nothing is kept, no random state moves.
+    ) -> Rollout:
+        """Responses, the most likely ones or sampled; without values.
 
         `part` tells the batches of one evaluation apart, so that each draws other numbers.
         """
@@ -159,30 +176,19 @@ class PPOTrainer:
 
     def _sample(
         self, queries, max_tokens, sampling, should_stop, purpose: tuple[int, ...], value_head=None
-    ) -> Generation:
-        prefix = self.model.tuning.prefix  # ids from V on, which no query may have
-        check_token_ids("query", queries, self.vocabulary)
-        return generate(
+    ) -> Rollout:
+        return sample(
             self.model.model,
-            [[*prefix, *query] for query in queries],
+            self.model.tuning.prefix,  # ids from V on, which no query may have
+            queries,
             max_tokens=max_tokens,
-            eos_ids=self.eos_ids,
             sampling=sampling,
-            key=mx.random.key(int(self._random(*purpose).integers(2**63))),
+            eos_ids=self.eos_ids,
+            vocabulary=self.vocabulary,
+            random=stream(self.config.seed, self.steps_done, *purpose),
             value_head=value_head,
             should_stop=should_stop,
         )
-
-    def response_limits(self, count: int, *call: int) -> int | list[int]:
-        """The longest response allowed: one number, or one drawn for each response."""
-        shortest, longest = self.config.min_response_length, self.config.max_new_tokens
-        if shortest is None:
-            return longest
-        return self._random(LENGTHS, *call).integers(shortest, longest + 1, size=count).tolist()
-
-    def _random(self, *purpose: int) -> np.random.Generator:
-        """Random numbers that depend on seed, step and purpose alone, so a resumed run has them."""
-        return np.random.default_rng([self.config.seed, self.steps_done, *purpose])
 
     # ------------------------------------------------------------------ the step
 
@@ -193,14 +199,35 @@ class PPOTrainer:
         scores: Sequence[float],
         response_masks: Sequence[Sequence[int]] | None = None,
     ) -> dict:
-        """One PPO update from a batch of queries, responses (token ids) and scores.
+        """TRL's interface: `update` for responses (token ids) that say no more than themselves.
+
+        They are scored in a forward pass of their own, and have ended where they end with EOS.
+        """
+        return self.update(self.as_rollout(queries, responses), scores, response_masks)
+
+    def as_rollout(
+        self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> Rollout:
+        """Responses that were written elsewhere."""
+        responses = token_lists(responses)
+        ended = [bool(response) and response[-1] in self.eos_ids for response in responses]
+        return Rollout(token_lists(queries), responses, ended)
+
+    def update(
+        self,
+        rollout: Rollout,
+        scores: Sequence[float],
+        response_masks: Sequence[Sequence[int]] | None = None,
+    ) -> dict:
+        """One PPO step on a batch of responses with a score each.
 
         `response_masks` has a 0 for each response token that the policy did not choose (a tool's
         output); rewards and advantages pass over those. Returns statistics under TRL's names.
-        Raises UserError, naming the row, for what cannot be learned from.
+        Raises UserError, naming the row, for what cannot be learned from. Where a loss or gradient
+        was not finite ("ppo/not_finite"), KL coefficient and running moments are as before.
         """
-        clock = StageClock()
-        rollout = self.prepare(queries, responses, scores, response_masks)
+        clock, before = StageClock(), self.state_dict()
+        rollout = self.prepare(rollout, scores, response_masks)
         self.score_policy(rollout)
         self.score_reference(rollout)
         clock.lap("forward_pass")
@@ -213,25 +240,32 @@ class PPOTrainer:
         stats = self.statistics(rollout, minibatches)
         clock.lap("calc_stats")
         self.finish(stats)
+        if stats["ppo/not_finite"]:
+            self.kl_controller.load_state_dict(before["kl_controller"])
+            self.running.load_state_dict(before["running"])
         return stats | clock.times()
 
-    def prepare(self, queries, responses, scores, response_masks=None) -> Rollout:
-        """Checked arguments of `step` as a `Rollout` that holds shaped scores."""
-        scores = as_numbers(scores)
-        queries, responses = token_lists(queries), token_lists(responses)
-        size = self.config.batch_size
-        check_rollout(queries, responses, scores, response_masks, size, self.vocabulary)
-        if response_masks is None:
-            response_masks = [[1] * len(r) for r in responses]
-        masks = [np.asarray(m, dtype=bool) for m in response_masks]
-        ended = [self.has_ended(q, r) for q, r in zip(queries, responses, strict=True)]
-        shaped = self.shape_scores(scores, responses, ended)
-        return Rollout(queries, responses, masks, ended, mx.array(shaped, dtype=mx.float32))
+    def skip(self) -> dict:
+        """A step without an update, for a batch that cannot be learned from; its statistics."""
+        self.steps_done += 1
+        return {"ppo/not_finite": 1.0}
 
-    def has_ended(self, query: list[int], response: list[int]) -> bool:
-        """Whether a response ended by itself: with EOS, or at a stop string while sampling."""
-        kept = self._generated.get((tuple(query), tuple(response)))
-        return response[-1] in self.eos_ids or (kept is not None and kept[2])
+    def prepare(self, rollout: Rollout, scores, response_masks=None) -> Rollout:
+        """What `update` is given, checked; the rollout with shaped scores."""
+        scores = as_numbers(scores)
+        check_rollout(
+            rollout.queries,
+            rollout.responses,
+            scores,
+            response_masks,
+            self.config.batch_size,
+            self.vocabulary,
+        )
+        if response_masks is not None:
+            rollout.masks = [np.asarray(mask, dtype=bool) for mask in response_masks]
+        shaped = self.shape_scores(scores, rollout.responses, rollout.ended)
+        rollout.scores = mx.array(shaped, dtype=mx.float32)
+        return rollout
 
     # ------------------------------------------------------------------ 2. scores
 
@@ -255,82 +289,33 @@ class PPOTrainer:
 
     # ------------------------------------------------------------------ 3. policy
 
+    @property
+    def _passes(self) -> dict:
+        """How rows go through a model, for the shared stages."""
+        return {"size": self.config.mini_batch_size, "pad_to_multiple": self.pad_to_multiple}
+
     def score_policy(self, rollout: Rollout) -> None:
         """Fill in mask, logprobs and values: those kept from sampling, or a forward pass."""
-        rollout.mask = pad_rows([np.ones(m.sum()) for m in rollout.masks])
-        keys = [
-            (tuple(q), tuple(r)) for q, r in zip(rollout.queries, rollout.responses, strict=True)
-        ]
-        if self.config.rollout_logprobs and all(key in self._generated for key in keys):
-            kept = [(*self._generated[k], m) for k, m in zip(keys, rollout.masks, strict=True)]
-            rollout.logprobs = pad_rows([logprobs[m] for logprobs, _, _, m in kept])
-            rollout.values = pad_rows([values[m] for _, values, _, m in kept])
+        set_mask(rollout)
+        if self.config.rollout_logprobs and use_sampled(rollout):
             return
-        temperature = self.config.temperature
-        rollout.logprobs, rollout.values = self._by_rows(
-            rollout, self.model.tuning.prefix, lambda p: self.model(p, temperature=temperature)
-        )
-
-    def _by_rows(self, rollout: Rollout, prefix: Sequence[int], score: Callable) -> list[mx.array]:
-        """`score(packed)` gives (b, r) arrays; the same for all rows, a minibatch at a time."""
-        parts = []
-        for start in range(0, self.config.batch_size, self.config.mini_batch_size):
-            rows = range(start, start + self.config.mini_batch_size)
-            found = score(self._pack(rollout, rows, prefix))
-            mx.eval(found)
-            parts.append(found)
-        width = rollout.mask.shape[1]
-        return [
-            mx.concatenate([fit_columns(part, width) for part in column])
-            for column in zip(*parts, strict=True)
-        ]
-
-    def _pack(self, rollout: Rollout, rows: Sequence[int], prefix: Sequence[int]) -> Packed:
-        return pack(
-            [rollout.queries[i] for i in rows],
-            [rollout.responses[i] for i in rows],
-            masks=[rollout.masks[i] for i in rows],
-            prefix=prefix,
-            pad_to_multiple=self.pad_to_multiple,
+        temperature, prefix = self.config.temperature, self.model.tuning.prefix
+        rollout.logprobs, rollout.values = scored(
+            rollout, lambda p: self.model(p, temperature=temperature), prefix=prefix, **self._passes
         )
 
     # ------------------------------------------------------------------ 4. reference
 
     def score_reference(self, rollout: Rollout) -> None:
         """Fill in ref_logprobs and kls, nats per token."""
-        config = self.config
-        with self._reference() as reference:
-            (rollout.ref_logprobs,) = self._by_rows(
-                rollout, (), lambda p: (reference_logprobs(reference, p, config.temperature),)
-            )
-        if config.kl_penalty == "full":
-            rollout.kls = self._full_kl(rollout)
+        mode, policy = self.config.kl_penalty, self.model
+        models = (policy.model, policy.tuning, self.reference)
+        options = {"temperature": self.config.temperature, **self._passes}
+        score_reference(rollout, *models, **options)
+        if mode == "full":
+            rollout.kls = whole_kl(rollout, *models, **options)
         else:
-            rollout.kls = kl_penalty(rollout.logprobs, rollout.ref_logprobs, config.kl_penalty)
-
-    @contextmanager
-    def _reference(self) -> Iterator[nn.Module]:
-        """The reference model, for as long as the context lasts."""
-        if self.reference is not None:
-            yield self.reference
-        else:
-            with self.model.tuning.disabled():
-                yield self.model.model
-
-    def _full_kl(self, rollout: Rollout) -> mx.array:
-        """KL over the whole vocabulary (B, R); logits of a minibatch are held at a time."""
-        prefix, temperature = self.model.tuning.prefix, self.config.temperature
-
-        def score(packed: Packed) -> tuple[mx.array]:
-            logits = picked_logits(self.model.model, packed, temperature)  # (N, V)
-            mx.eval(logits)
-            with self._reference() as reference:
-                plain = packed.without_prefix(len(prefix))
-                ref_logits = picked_logits(reference, plain, temperature)  # (N, V)
-                return (packed.spread(full_kl(logits, ref_logits)),)
-
-        (kls,) = self._by_rows(rollout, prefix, score)
-        return kls
+            rollout.kls = kl_penalty(rollout.logprobs, rollout.ref_logprobs, mode)
 
     # ------------------------------------------------------------------ 5. and 6.
 
@@ -357,7 +342,8 @@ class PPOTrainer:
 
     def minibatch_order(self, epoch: int) -> np.ndarray:
         """A permutation of the batch (B,), fresh for each epoch of each step."""
-        return self._random(ORDER, epoch).permutation(self.config.batch_size)
+        config = self.config
+        return minibatch_order(config.batch_size, config.seed, self.steps_done, epoch)
 
     def optimise(self, rollout: Rollout) -> list[dict[str, float]]:
         """Epochs of updates; returns the metrics of each minibatch."""
@@ -377,27 +363,31 @@ class PPOTrainer:
             gradient, found = self._gradient(rollout, rows[start : start + config.mini_batch_size])
             metrics.append(found)
             if gradient is not None:
-                total = gradient if total is None else tree_map(mx.add, total, gradient)
-                mx.eval(total)  # or every gradient stays in memory until the last one
+                total = added(total, gradient)
         if total is None:
             return metrics
-        gradient = tree_map(lambda g: g / config.gradient_accumulation_steps, total)
-        gradient, norm = optim.clip_grad_norm(gradient, config.max_grad_norm or float("inf"))
-        self.before_update()
-        self.optimizer.update(self.model, gradient)
-        mx.eval(self.model.trainable_parameters(), self.optimizer.state, norm)
-        metrics[-1]["grad_norm"] = norm.item()
+        norm = apply_update(
+            self.model,
+            self.optimizer,
+            total,
+            config.gradient_accumulation_steps,
+            config.max_grad_norm,
+            before=self.before_update,
+        )
+        metrics[-1]["grad_norm"] = norm
+        if not math.isfinite(norm):  # of numbers that were finite themselves
+            metrics[-1] |= {"not_finite": 1.0, "skipped": 1.0}
         return metrics
 
     def _gradient(self, rollout: Rollout, rows: np.ndarray) -> tuple[dict | None, dict]:
         """The gradient of one minibatch, None where it must not move the weights; its metrics."""
-        packed = self._pack(rollout, rows, self.model.tuning.prefix)
+        packed = pack_rows(rollout, rows, self.model.tuning.prefix, self.pad_to_multiple)
         index, width = mx.array(rows), packed.mask.shape[1]
         columns = (rollout.logprobs, rollout.values, rollout.advantages, rollout.returns)
         columns = [fit_columns(column[index], width) for column in columns]  # (b, r)
         with checkpointed_blocks(self.model.model, self.grad_checkpoint):
             (_, metrics), gradient = self._loss_and_grad(packed.arrays(), columns)
-        finite = mx.stack([mx.isfinite(g).all() for _, g in tree_flatten(gradient)]).all()
+        finite = all_finite(gradient)
         mx.eval(metrics, gradient, finite)
         metrics = {name: value.item() for name, value in metrics.items()}
         bad = not (finite.item() and np.isfinite(metrics["loss/total"]))
@@ -444,10 +434,9 @@ class PPOTrainer:
         return stats
 
     def finish(self, stats: dict) -> None:
-        """Move beta, count the step, and forget what was kept of its sampling."""
+        """Move beta and count the step."""
         self.kl_controller.update(stats["objective/kl"], self.config.batch_size)
         self.steps_done += 1
-        self._generated, self._calls = {}, 0
 
     def _warn(self, **messages: str) -> None:
         for name, message in messages.items():
@@ -460,14 +449,8 @@ class PPOTrainer:
 
         `batch` may hold further columns of numbers; each is logged as env/<name>_mean.
         """
-        row = {name: value for name, value in stats.items() if np.ndim(value) == 0}
-        row["env/reward_mean"] = float(np.mean(scores))
-        row["env/reward_std"] = float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
-        for name, column in batch.items():
-            if len(column) and isinstance(column[0], (int, float)):
-                row[f"env/{name}_mean"] = float(np.mean(column))
         if self.log is not None:
-            self.log(self.steps_done, row)
+            self.log(self.steps_done, logged_row(stats, batch, scores))
 
     # ------------------------------------------------------------------ resume
 
@@ -485,15 +468,3 @@ class PPOTrainer:
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.running.load_state_dict(state["running"])
         self._warned = set(state["warned"])
-
-
-def token_lists(rows: Sequence) -> list[list[int]]:
-    """Rows of token ids, be they lists or arrays, as lists of int."""
-    return [row.tolist() if hasattr(row, "tolist") else list(row) for row in rows]
-
-
-def fit_columns(array: mx.array, width: int) -> mx.array:
-    """(b, r) cut or padded with 0 on the right to (b, width)."""
-    if array.shape[1] >= width:
-        return array[:, :width]
-    return mx.pad(array, [(0, 0), (0, width - array.shape[1])])

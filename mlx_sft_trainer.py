@@ -6,7 +6,8 @@ several batches add up to the gradient of one large batch: 8 x 1 = 1 x 8.
 
 import fast_blas  # noqa: F401
 
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +15,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
 
-from data_utils import PreferenceBatch, ScalarBatch, TextBatch
+from data_utils import PreferenceBatch, ScalarBatch, TextBatch, UnpairedBatch
 from models.adapter_description import REWARD_HEAD
 from models.blocks import checkpointed_blocks
 from models.gradients import loss_and_gradient
@@ -25,16 +26,27 @@ from models.trunk import find_trunk, token_logprobs
 from models.tuning import Tuning
 from rl.losses import pairwise_loss, regression_loss
 from training.checkpointed import Group, adapter_group
-from training.optimizers import clip_gradients
+from training.update import added, apply_update
 
-Batch = TextBatch | ScalarBatch | PreferenceBatch
-Sums = dict[str, mx.array]  # sums over a batch; "weight" is what each of them is divided by
+Batch = TextBatch | ScalarBatch | PreferenceBatch | UnpairedBatch
+# Sums over a batch. "weight" is what each of them is divided by, but for those that are pairs of a
+# sum and a weight of its own. "num_tokens" is a total, and stays one.
+Sums = dict[str, mx.array | tuple[mx.array, mx.array]]
+TOTALS = ("weight", "num_tokens")
 # Of one forward pass on a CPU: a core is busy with these, and more in one pass only spoils its
 # caches, while passes of like lengths need less padding (docs/LOG.md).
 PASS_TOKENS = 512
 
 
-class LanguageModelTask:
+class Task:
+    """What the trainer asks of a task, beside `trained`, `groups`, `arrays`, `loss`, `summary`."""
+
+    def inputs(self, batches: Iterable[Batch]) -> Iterator[Sequence]:
+        """What goes into `loss` for each batch of an update, made when its turn comes."""
+        return map(self.arrays, batches)
+
+
+class LanguageModelTask(Task):
     """Cross-entropy of the target tokens, nats per token; the weight is their number."""
 
     def __init__(self, model: nn.Module, tuning: Tuning, pad_to_multiple: int = 1):
@@ -75,7 +87,7 @@ class LanguageModelTask:
         return {**metrics, "perplexity": float(np.exp(min(metrics["loss"], 80.0)))}
 
 
-class RewardModelTask:
+class RewardModelTask(Task):
     """Regression on rewards, or Bradley-Terry on preferences; the weight is rows or prompts.
 
     All rows of a batch go through the model in one forward pass; on a CPU in one for about every
@@ -175,7 +187,7 @@ class SupervisedTrainer:
 
     def __init__(
         self,
-        task: LanguageModelTask | RewardModelTask,
+        task: Task,
         optimizer: optim.Optimizer,
         *,
         max_grad_norm: float | None = None,
@@ -197,40 +209,53 @@ class SupervisedTrainer:
         is 1, where loss or gradient is NaN or infinite.
         """
         self.task.trained.train()
-        sums, gradient = None, None
-        for batch in batches:
+        total = None
+        for arrays in self.task.inputs(batches):
             with checkpointed_blocks(self.task.model, self.grad_checkpoint):
-                (_, found), part = self._loss_and_grad(self.task.arrays(batch))
-            gradient = part if gradient is None else tree_map(mx.add, gradient, part)
-            sums = found if sums is None else tree_map(mx.add, sums, found)
-            mx.eval(gradient, sums)
-        weight = sums["weight"]
-        gradient = tree_map(lambda g: g / weight, gradient)
-        gradient, norm = clip_gradients(gradient, self.max_grad_norm)
-        metrics = {k: (v / weight).item() for k, v in sums.items() if k != "weight"}
-        metrics["grad_norm"] = norm.item()
-        metrics["weight"] = weight.item()
-        metrics["not_finite"] = float(
-            not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+                (_, sums), gradient = self._loss_and_grad(arrays)
+            total = added(total, (gradient, sums))
+        gradient, sums = total
+        metrics = means(sums)
+        metrics["grad_norm"] = apply_update(
+            self.task.trained,
+            self.optimizer,
+            gradient,
+            sums["weight"],
+            self.max_grad_norm,
+            loss=metrics["loss"],
+            before=self.before_update,
         )
-        if not metrics["not_finite"]:
-            self.before_update()
-            self.optimizer.update(self.task.trained, gradient)
-            mx.eval(self.task.trained.trainable_parameters(), self.optimizer.state)
+        finite = np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+        metrics["not_finite"] = float(not finite)
         return self.task.summary(metrics)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         return evaluate(self.task, batches)
 
 
-def evaluate(task: LanguageModelTask | RewardModelTask, batches: Iterable[Batch]) -> dict:
+def means(sums: dict) -> dict[str, float]:
+    """Sums over batches as means; one of weight 0 is left out, and TOTALS stay as they are."""
+    found = {}
+    for name, value in sums.items():
+        total, weight = value if isinstance(value, tuple) else (value, sums["weight"])
+        if name in TOTALS:
+            found[name] = float(total)
+        elif isinstance(value, tuple) and not float(weight):
+            continue
+        else:
+            found[name] = float(total / weight)
+    return found
+
+
+def evaluate(task: Task, batches: Iterable[Batch]) -> dict[str, float]:
     """Mean loss and metrics over `batches`, dropout off."""
     task.trained.eval()
-    sums: dict[str, float] = {}
-    for batch in batches:
-        _, found = task.loss(task.arrays(batch))
+    sums: dict = {}
+    for arrays in task.inputs(batches):
+        _, found = task.loss(arrays)
         mx.eval(found)
-        for name, value in found.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
-    weight = sums.pop("weight")
-    return task.summary({name: total / weight for name, total in sums.items()})
+        # In Python's own floats: a float32 sum over many batches would lose digits.
+        found = tree_map(lambda value: value.item(), found)
+        sums = tree_map(operator.add, sums, found) if sums else found
+    found = means(sums)
+    return task.summary({name: value for name, value in found.items() if name not in TOTALS})

@@ -102,7 +102,7 @@ def main(words=None) -> int:
     prompts = load_prompts(args, loaded.tokenizer)
     policy, reference = make_policy(args, loaded)
     learned = make_learned_reward(args, loaded, policy) if args.reward_model else None
-    rewards = make_rewards(args, learned)
+    rewards = make_rewards(args, learned, unscored=True)
     train(args, loaded, policy, reference, rewards, prompts)
     print(f"peak memory {peak_memory():.2f} GB")
     return 0
@@ -118,7 +118,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     from run_folder.stopping import GracefulStop, StepGivenUp
     from training.checkpointed import Group, adapter_group
     from training.optimizers import build_optimizer
-    from training.rollout_loop import PPOLoop, PPOSchedule, ScoreFilter
+    from training.rollout_loop import RolloutLoop, RolloutSchedule
 
     config = dataclass_from_arguments(PPOConfig, args)
     updates = config.num_steps * config.updates_per_step
@@ -132,7 +132,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         eos_ids=ends(args, loaded.tokenizer),
         grad_checkpoint=args.grad_checkpoint,
     )
-    schedule = PPOSchedule(
+    schedule = RolloutSchedule(
         steps=config.num_steps,
         report_every=args.steps_per_report,
         eval_every=args.eval_every,
@@ -143,8 +143,6 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         max_bad_steps=args.max_bad_steps,
         memory_limit=args.memory_limit,
     )
-    score_filter = ScoreFilter()
-    score_filter.put_around(rewards)
     tuning, head = policy.tuning, policy.value_head
     groups = {
         "adapters": adapter_group(tuning, describe(tuning, loaded)),
@@ -157,10 +155,10 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         ) as run,
         GracefulStop() as stop,
     ):  # fmt: skip
-        loop = PPOLoop(
+        loop = RolloutLoop(
             run, trainer, rewards, loaded.tokenizer, prompts["train"].rows,
             validation_prompts(args, prompts), groups, schedule,
-            stop_at(args.stop, loaded.tokenizer), score_filter, loaded.fingerprint,
+            stop_at(args.stop, loaded.tokenizer), loaded.fingerprint,
         )  # fmt: skip
         if args.resume is not None:
             last = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)

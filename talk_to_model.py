@@ -127,6 +127,8 @@ def answer_each(session, prompts: Iterator[str]) -> None:
     from chat.conversation import Conversation
 
     for prompt in prompts:
+        if session.screen.nobody_reads:
+            break
         if session.ratings is not None:
             session.screen.note(f"> {prompt}")
         session.start_over(Conversation(session.conversation.system))

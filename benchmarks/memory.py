@@ -135,13 +135,15 @@ def ppo(reward: str, full: bool = False, reference_bits: int | None = None) -> d
     rng, peaks = np.random.default_rng(0), {}
     for _ in range(2):
         queries = rng.integers(2, SIZES["vocab_size"], (2 * ROWS, PROMPT)).tolist()
-        responses = peak_of("rollout", peaks, trainer.generate, queries)
-        texts = [query + response for query, response in zip(queries, responses, strict=True)]
+        rollout = peak_of("rollout", peaks, trainer.generate, queries)
+        texts = [
+            query + response for query, response in zip(queries, rollout.responses, strict=True)
+        ]
         if reward_model is None:
             scores = [float(np.mean(text)) for text in texts]
         else:
             scores = peak_of("reward", peaks, scored, tuning, reward_model, texts)
-        peak_of("update", peaks, trainer.step, queries, responses, scores)
+        peak_of("update", peaks, trainer.update, rollout, scores)
     return measured(roles, trainer.optimizer, peaks)
 
 

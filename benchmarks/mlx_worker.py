@@ -1,4 +1,4 @@
-"""Our PPO: `generate`, then `step`; a worker of ppo_step.py. Arguments as of trl_worker.py."""
+"""Our PPO: `generate`, then `update`; a worker of ppo_step.py. Arguments as of trl_worker.py."""
 
 import fast_blas  # noqa: F401
 
@@ -43,9 +43,9 @@ def make_call(folder: str, batch_size: int, tokens: int, mini_batch_size: int | 
 
     def call() -> dict:
         queries = random_queries(random, batch_size)
-        responses = trainer.generate(queries)
-        trainer.step(queries, responses, [score(response) for response in responses])
-        return {"tokens": sum(map(len, responses))}
+        rollout = trainer.generate(queries)
+        trainer.update(rollout, [score(response) for response in rollout.responses])
+        return {"tokens": sum(map(len, rollout.responses))}
 
     return call
 

@@ -36,7 +36,7 @@ WORK = BARE[:2] + BARE[2:] * 4  # what one step needs: a backward pass for each 
 
 
 def whole_step(trainer, batch_size: int) -> dict[str, float]:
-    """`generate` and `step`, stage by stage; processor seconds of each, and of the main thread."""
+    """`generate` and `update` in stages; processor seconds of each, and of the main thread."""
     import mlx.core as mx
     from mlx_worker import random_queries, score
 
@@ -54,9 +54,9 @@ def whole_step(trainer, batch_size: int) -> dict[str, float]:
 
     thread = time.thread_time()
     queries = random_queries(np.random.default_rng(trainer.steps_done), batch_size)
-    responses = timed("rollout", trainer.generate, queries)
-    scores = timed("reward", lambda: [score(response) for response in responses])
-    rollout = timed("policy", trainer.prepare, queries, responses, scores)
+    rollout = timed("rollout", trainer.generate, queries)
+    scores = timed("reward", lambda: [score(response) for response in rollout.responses])
+    timed("policy", trainer.prepare, rollout, scores)
     timed("policy", trainer.score_policy, rollout)
     timed("reference", reference, rollout)
     timed("advantages", trainer.compute_rewards, rollout)

@@ -8,6 +8,8 @@ import unicodedata
 from typing import TextIO
 
 from chat.speaker import Reply
+from run_folder.output import own_text, printable
+from run_folder.secrets import clean
 
 GAP = "  │  "
 NARROWEST_COLUMN = 20
@@ -17,21 +19,27 @@ class Screen:
     """Replies go to `out`, notes to `err`; colour and columns only where a person reads them."""
 
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None):
-        self.out, self.err = out or sys.stdout, err or sys.stderr
+        self.out, self.err = own_text(out or sys.stdout), own_text(err or sys.stderr)
         self.person_reads = self.out.isatty()
         self._dim = self.err.isatty() and not os.environ.get("NO_COLOR")
 
     def note(self, text: str) -> None:
         """A line beside the conversation; a long one is broken between words."""
+        text = clean(text)
         if self.err.isatty():
-            text = "\n".join(wrap(printable(text), shutil.get_terminal_size().columns))
+            text = "\n".join(wrap(text, shutil.get_terminal_size().columns))
         text = f"\x1b[2m{text}\x1b[0m" if self._dim else text
         print(text, file=self.err, flush=True)
+
+    @property
+    def nobody_reads(self) -> bool:
+        """Whether whoever read the replies has gone: `| head -1`."""
+        return getattr(self.out, "lost", None) is not None
 
     def progress(self, text: str) -> None:
         """A line that the next one overwrites; only in a terminal."""
         if self.err.isatty():
-            print(f"\r\x1b[K{text}", end="", file=self.err, flush=True)
+            print(f"\r\x1b[K{clean(text)}", end="", file=self.err, flush=True)
 
     def reply_writer(self) -> "ReplyWriter":
         return ReplyWriter(self.out, self.person_reads)
@@ -41,20 +49,20 @@ class Screen:
         texts = [text.strip() for text in texts]
         if not self.person_reads:
             for name, text in zip(names, texts, strict=True):
-                print(f"[{name}]\n{text}", file=self.out, flush=True)
+                print(f"[{printable(name)}]\n{text}", file=self.out, flush=True)
             for name, note in zip(names, notes, strict=True):
                 self.note(f"[{name}] {note}")
             return
         room = shutil.get_terminal_size().columns - len(GAP)
         width = max(NARROWEST_COLUMN, room // 2)
         cells = [wrap(printable(text), width) for text in texts]
-        for line in columns([wrap(name, width) for name in names], width):
+        for line in columns([wrap(printable(name), width) for name in names], width):
             print(f"\x1b[1m{line}\x1b[0m" if self._dim else line, file=self.out)
         print("─" * (width + 2) + "┼" + "─" * (width + 2), file=self.out)
         for line in columns(cells, width):
             print(line, file=self.out)
         self.out.flush()
-        for line in columns([wrap(note, width) for note in notes], width):
+        for line in columns([wrap(printable(note), width) for note in notes], width):
             self.note(line)
 
 
@@ -92,11 +100,6 @@ def describe(reply: Reply, scores: dict[str, float]) -> str:
         parts.append("stopped")
     parts += [f"{name} {score:.3f}" for name, score in scores.items()]
     return ", ".join(parts)
-
-
-def printable(text: str) -> str:
-    """Without control characters, which could rewrite the screen."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 def wrap(text: str, width: int) -> list[str]:

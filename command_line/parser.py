@@ -25,11 +25,13 @@ from command_line.resumed_options import (
 )
 from command_line.values import HelpFormatter, boolean, number, whole_number
 from errors import UserError
+from run_folder.output import lost_output, open_outputs
 from run_folder.run_config import run_folder_of
-from run_folder.secrets import redact, tell
+from run_folder.secrets import clean, tell
 
-# Nothing a person at the terminal did wrong in the program's code: the disk is full or read-only.
-DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
+# No fault of the program's, also where no file is named: the disk is full or read-only, or too many
+# files are open.
+SYSTEM_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
 OUT_OF_MEMORY = re.compile(
     "out of memory|unable to allocate|insufficient memory|attempting to allocate", re.IGNORECASE
 )
@@ -262,21 +264,20 @@ def run_main(main: Callable[[], int | None]) -> None:
     Any other exception is a bug and keeps its traceback.
     """
     warnings.formatwarning = one_line_warning
+    open_outputs(clean)
     try:
         code = main() or 0
         sys.stdout.flush()
+        if (wrong := lost_output()) is not None:
+            code = complain(f"standard output: cannot write: {wrong.strerror}")
     except UserError as wrong:
         code = complain(str(wrong))
     except KeyboardInterrupt:
         code = complain("interrupted", 130)
-    except BrokenPipeError:
-        # The reader of our output is gone; Python would complain once more while it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except OSError as wrong:
-        if wrong.errno not in DISK_ERRORS:
+        if wrong.filename is None and wrong.errno not in SYSTEM_ERRORS:
             raise
-        code = complain(f"{wrong.filename or 'output'}: {wrong.strerror}")
+        code = complain(": ".join(filter(None, (named(wrong.filename), wrong.strerror))))
     except (RuntimeError, MemoryError) as wrong:
         if not (isinstance(wrong, MemoryError) or OUT_OF_MEMORY.search(str(wrong))):
             raise
@@ -290,10 +291,15 @@ MEMORY_ADVICE = (
 )
 
 
+def named(path: str | bytes | int | None) -> str | None:
+    """The name of the file that an OSError is about, as text."""
+    return os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else None
+
+
 def one_line_warning(message, category, filename, lineno, line=None) -> str:
     """A warning for people in one line; one about code says where, as Python does."""
     place = "" if category is UserWarning else f"{filename}:{lineno}: {category.__name__}: "
-    return redact(f"warning: {place}{message}") + "\n"
+    return clean(f"warning: {place}{message}") + "\n"
 
 
 def complain(message: str, code: int = 2) -> int:

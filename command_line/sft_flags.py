@@ -3,6 +3,7 @@
 Shared by sft.py and its PyTorch twin.
 """
 
+import dataclasses
 import itertools
 import math
 import string
@@ -40,6 +41,7 @@ from data_utils import (
     use_colour,
 )
 from errors import UserError
+from run_folder.output import own_text, printable
 
 DESCRIPTION = (
     "Supervised fine-tuning of a language model; with --reward-model, training of a reward model."
@@ -231,8 +233,25 @@ def load_rows(args, tokenizer) -> dict:
         if args.sample_prompts and split == "train":
             rows["samples"] = encode_samples(args, tokenizer, set(records.kinds) == {"text"})
     if args.preview:
-        print(preview(rows["train"][0], tokenizer, use_colour(sys.stdout)))
+        show(rows["train"][0], tokenizer)
     return rows
+
+
+class Decoder:
+    """A tokenizer whose texts hold no escape sequence, so that those of the colours can pass."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def decode(self, tokens) -> str:
+        return printable(self.tokenizer.decode(tokens))
+
+
+def show(row, tokenizer) -> None:
+    """--preview of one row."""
+    row = dataclasses.replace(row, where=printable(row.where))
+    text = preview(row, Decoder(tokenizer), use_colour(sys.stdout))
+    print(text, file=own_text(sys.stdout))
 
 
 def check_kinds(args, kinds: set[str]) -> None:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from data_loading.collate import Batch, make_batch
-from data_loading.rows import PreferenceRow, ScalarRow, TextRow
+from data_loading.collate import Batch, Rows, make_batch
 from errors import UserError
 
 SORT_WINDOW = 64  # batches sorted together: padding stays near 1/64 of the range of lengths
@@ -31,6 +30,7 @@ class BatchPlan:
     Args:
         lengths: tokens of each row.
         shuffle: False keeps the rows' own order (for evaluation), without sorting.
+        least: a tail of fewer rows joins the batch before it.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class BatchPlan:
         seed: int = 0,
         pad_to_multiple: int = 1,
         shuffle: bool = True,
+        least: int = 1,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: must be at least 1")
@@ -51,24 +52,25 @@ class BatchPlan:
         self.lengths = np.asarray(lengths)
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.pad_to_multiple = pad_to_multiple
+        self.cuts = [at for at in range(batch_size, len(lengths), batch_size)
+                     if len(lengths) - at >= least]  # fmt: skip
 
     def __len__(self) -> int:
         """Batches of one epoch."""
-        return -(-len(self.lengths) // self.batch_size)
+        return len(self.cuts) + 1
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
         """The batches of an epoch, each an array of row numbers."""
         rows = np.arange(len(self.lengths))
-        cuts = range(self.batch_size, len(rows), self.batch_size)
         if not self.shuffle:
-            return np.split(rows, cuts)
+            return np.split(rows, self.cuts)
         random = _random(self.seed, epoch)
         rows = random.permutation(rows)
         window = self.batch_size * SORT_WINDOW
         for start in range(0, len(rows), window):
             part = rows[start : start + window]
             rows[start : start + window] = part[np.argsort(self.lengths[part], kind="stable")]
-        batches = np.split(rows, cuts)
+        batches = np.split(rows, self.cuts)
         return [batches[i] for i in random.permutation(len(batches))]
 
     def padding_efficiency(
@@ -103,7 +105,7 @@ class BatchIterator:
 
     def __init__(
         self,
-        rows: Sequence[TextRow] | Sequence[ScalarRow] | Sequence[PreferenceRow],
+        rows: Rows,
         plan: BatchPlan,
         *,
         pad_id: int = 0,
@@ -141,7 +143,7 @@ class BatchIterator:
 
 
 def epoch_batches(
-    rows: Sequence[TextRow] | Sequence[ScalarRow] | Sequence[PreferenceRow],
+    rows: Rows,
     plan: BatchPlan,
     epoch: int = 0,
     *,

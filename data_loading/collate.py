@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_loading.rows import PreferenceRow, ScalarRow, TextRow
+from data_loading.rows import PreferenceRow, ScalarRow, TextRow, UnpairedRow
 from errors import UserError
 from padding import pad_rows
 
@@ -40,13 +40,29 @@ class PreferenceBatch:
     worse: np.ndarray  # (P,) int32, row of `tokens` that loses
     margins: np.ndarray  # (P,) float32, 0 where the data gives none
     weights: np.ndarray  # (P,) float32, 1 / pairs of the same prompt, so that prompts count alike
+    reference: np.ndarray | None = None  # (N, L) float32, log p under a reference, 0 off the mask
 
 
-Batch = TextBatch | ScalarBatch | PreferenceBatch
+@dataclass
+class UnpairedBatch:
+    """N rows with labels, and N mismatched ones: each prompt with the response of the row before.
+
+    Arrays of the mismatched rows are `tokens`, `mask` and `lengths` from row N on.
+    """
+
+    tokens: np.ndarray  # (2N, L) int32
+    mask: np.ndarray  # (2N, L) float32, 1 on tokens of the response
+    lengths: np.ndarray  # (2N,) int32
+    label: np.ndarray  # (N,) float32, 1 where the response is wanted
+    reference: np.ndarray | None = None  # (N, L) as in `PreferenceBatch`
+
+
+Batch = TextBatch | ScalarBatch | PreferenceBatch | UnpairedBatch
+Rows = Sequence[TextRow] | Sequence[ScalarRow] | Sequence[PreferenceRow] | Sequence[UnpairedRow]
 
 
 def make_batch(
-    rows: Sequence[TextRow] | Sequence[ScalarRow] | Sequence[PreferenceRow],
+    rows: Rows,
     *,
     pad_id: int = 0,
     pad_to_multiple: int = 1,
@@ -54,6 +70,8 @@ def make_batch(
     """Pads rows of one kind to arrays; the kind of batch follows from the kind of row."""
     if isinstance(rows[0], PreferenceRow):
         return _preference_batch(rows, pad_id, pad_to_multiple)
+    if isinstance(rows[0], UnpairedRow):
+        return _unpaired_batch(rows, pad_id, pad_to_multiple)
     tokens, lengths = pad_rows([row.tokens for row in rows], pad_id, pad_to_multiple)
     if isinstance(rows[0], ScalarRow):
         return ScalarBatch(tokens, lengths, np.array([row.reward for row in rows], np.float32))
@@ -85,7 +103,30 @@ def _preference_batch(
         np.array(worse, np.int32),
         np.array(margins, np.float32),
         np.array(weights, np.float32),
+        _reference([r for row in rows for r in row.reference or [None]], tokens.shape[1]),
     )
+
+
+def _unpaired_batch(
+    rows: Sequence[UnpairedRow], pad_id: int, pad_to_multiple: int
+) -> UnpairedBatch:
+    pairs = [(row.tokens, row.mask) for row in rows]
+    for row, other in zip(rows, [rows[-1], *rows[:-1]], strict=True):
+        start, after, longest = row.prompt_length, other.prompt_length, row.max_length
+        tokens = row.tokens[:start] + other.tokens[after:]
+        pairs.append((tokens[:longest], (row.mask[:start] + other.mask[after:])[:longest]))
+    tokens, lengths = pad_rows([tokens for tokens, _ in pairs], pad_id, pad_to_multiple)
+    mask, _ = pad_rows([mask for _, mask in pairs], 0, pad_to_multiple, np.float32)
+    label = np.array([row.label for row in rows], np.float32)
+    reference = _reference([row.reference for row in rows], tokens.shape[1])
+    return UnpairedBatch(tokens, mask, lengths, label, reference)
+
+
+def _reference(rows: Sequence[np.ndarray | None], width: int) -> np.ndarray | None:
+    """(N, width), or None where it was not computed before."""
+    if rows[0] is None:
+        return None
+    return np.stack([np.pad(row, (0, width - len(row))) for row in rows])
 
 
 # Packing ------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Pieces of text to token ids: one BOS, one end, and the joint between prompt and answer."""
 
+from os.path import commonprefix
+
 from data_loading.templates import Piece, Template
 from errors import UserError
 
@@ -40,11 +42,18 @@ class Encoder:
         self.prefix = opening[: len(opening) - self.adds_bos]
         self.turn_end_ids = (special - others - set(self.prefix)) | self.eos_ids
 
-    def encode(self, pieces: list[Piece], ends: bool, kind: str) -> tuple[list[int], list[int]]:
-        """Tokens and answer mask; with `ends` the last piece ends with EOS, part of the answer."""
+    def encode(
+        self, pieces: list[Piece], ends: bool, kind: str, joined: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Tokens and answer mask; with `ends` the last piece ends with EOS, part of the answer.
+
+        `joined`: the tokens are those of the whole text, as TRL's preference trainers have them; an
+        answer begins where these part from the tokens of what stands before it.
+        """
         chat = self.template.uses_chat_template and kind != "text"
         end_ids = self.turn_end_ids if chat else self.eos_ids
-        parts = self._parts([text for text, _ in pieces])
+        texts = [text for text, _ in pieces]
+        parts = self._joined_parts(texts) if joined else self._parts(texts)
         tokens: list[int] = []
         mask: list[int] = []
         for i, (part, (_, answer)) in enumerate(zip(parts, pieces, strict=True)):
@@ -105,6 +114,16 @@ class Encoder:
             parts.append(whole[len(done) :] if joined else self._ids(piece))
             done = done + parts[-1]
         return parts
+
+    def _joined_parts(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of the whole text, cut where they part from the tokens of each beginning."""
+        whole, at, parts = self._ids("".join(texts)), 0, []
+        for count in range(1, len(texts)):
+            before = self._ids("".join(texts[:count]))
+            upto = max(at, len(commonprefix([before, whole])))
+            parts.append(whole[at:upto])
+            at = upto
+        return [*parts, whole[at:]]
 
     def _opening(self) -> list[int]:
         """What the tokenizer writes before a text."""

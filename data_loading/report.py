@@ -8,7 +8,14 @@ from typing import Any, TextIO
 import numpy as np
 
 from data_loading.records import Records
-from data_loading.rows import PreferenceRow, PromptRow, ScalarRow, TextRow, Tokenised
+from data_loading.rows import (
+    PreferenceRow,
+    PromptRow,
+    ScalarRow,
+    TextRow,
+    Tokenised,
+    UnpairedRow,
+)
 
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 SHOWN_PLACES = 3  # places named for each reason why rows were refused
@@ -65,30 +72,42 @@ def histogram(lengths: Sequence[int], what: str = "a row", bins: int = 8, width:
 
 
 def preview(
-    row: TextRow | ScalarRow | PreferenceRow | PromptRow, tokenizer: Any, colour: bool
+    row: TextRow | ScalarRow | PreferenceRow | UnpairedRow | PromptRow,
+    tokenizer: Any,
+    colour: bool,
 ) -> str:
     """One row decoded: trained tokens in green, the others dim; without colour, in [[ ]]."""
     if isinstance(row, PreferenceRow):
-        shown = [
-            f"rank {rank}: {tokenizer.decode(tokens)}"
-            for rank, tokens in zip(row.ranks, row.responses, strict=True)
-        ]
-        return "\n".join([f"{row.where}: preference, best first", *shown])
+        head = f"{row.where}: preference, best first, answers {key_of(colour)}"
+        sides = zip(row.ranks, row.responses, row.masks, strict=True)
+        shown = [f"rank {r}: {marked(t, mask, tokenizer, colour)}" for r, t, mask in sides]
+        return "\n".join([head, *shown])
+    if isinstance(row, UnpairedRow):
+        head = f"{row.where}: {'' if row.label else 'not '}wanted, answer {key_of(colour)}"
+        return f"{head}\n{marked(row.tokens, row.mask, tokenizer, colour)}"
     if isinstance(row, ScalarRow):
         return f"{row.where}: reward {row.reward:g}\n{tokenizer.decode(row.tokens)}"
     if isinstance(row, PromptRow):
         return f"{row.where}: prompt of {len(row.tokens)} tokens\n{tokenizer.decode(row.tokens)}"
-    trained = sum(row.mask)
+    head = f"{row.where}: {len(row.tokens)} tokens, {sum(row.mask)} trained ({key_of(colour)})"
+    return head + "\n" + marked(row.tokens, row.mask, tokenizer, colour)
+
+
+def key_of(colour: bool) -> str:
+    """What marks the tokens of a mask in `marked`."""
+    return "green" if colour else "in [[ ]]"
+
+
+def marked(tokens: Sequence[int], mask: Sequence[int], tokenizer: Any, colour: bool) -> str:
+    """Decoded tokens, those of the mask in green, the others dim; without colour, in [[ ]]."""
     parts = []
-    for start, end in _runs(row.mask):
-        text = tokenizer.decode(row.tokens[start:end])
+    for start, end in _runs(mask):
+        text = tokenizer.decode(tokens[start:end])
         if colour:
-            parts.append(f"{GREEN if row.mask[start] else DIM}{text}{RESET}")
+            parts.append(f"{GREEN if mask[start] else DIM}{text}{RESET}")
         else:
-            parts.append(f"[[{text}]]" if row.mask[start] else text)
-    key = "green" if colour else "in [[ ]]"
-    head = f"{row.where}: {len(row.tokens)} tokens, {trained} trained ({key})"
-    return head + "\n" + "".join(parts)
+            parts.append(f"[[{text}]]" if mask[start] else text)
+    return "".join(parts)
 
 
 def _runs(mask: Sequence[int]) -> list[tuple[int, int]]:

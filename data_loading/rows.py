@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 
 @dataclass
 class TextRow:
@@ -35,7 +37,11 @@ class PreferenceRow:
     ranks: list[int]
     margin: float | None = None
     where: str = ""
-    masks: list[list[int]] = field(default_factory=list)  # as long as `responses`, each too
+    # As long as `responses`, each too. Not in the repr, of which a run's data is fingerprinted:
+    # checkpoints from before rows had masks go on.
+    masks: list[list[int]] = field(default_factory=list, repr=False)
+    # log p of each token under a reference model, 0 outside of the mask, if it was computed before
+    reference: list[np.ndarray] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.masks = self.masks or [[0] + [1] * (len(tokens) - 1) for tokens in self.responses]
@@ -52,6 +58,23 @@ class PreferenceRow:
 
 
 @dataclass
+class UnpairedRow:
+    """A response that is wanted (`label`) or not; `mask` as in `PreferenceRow`."""
+
+    tokens: list[int]
+    mask: list[int]
+    label: bool
+    where: str = ""
+    max_length: int | None = None  # of its prompt with another row's response
+    reference: np.ndarray | None = field(default=None, repr=False, compare=False)  # as above
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the response."""
+        return self.mask.index(1)
+
+
+@dataclass
 class PromptRow:
     """A prompt for PPO, as tokens and as the text they stand for, and the row's other fields."""
 
@@ -61,7 +84,7 @@ class PromptRow:
     where: str = ""
 
 
-Row = TypeVar("Row", TextRow, ScalarRow, PreferenceRow, PromptRow)
+Row = TypeVar("Row", TextRow, ScalarRow, PreferenceRow, UnpairedRow, PromptRow)
 
 
 @dataclass

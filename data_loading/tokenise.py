@@ -60,7 +60,7 @@ def tokenise_sft(
             raise Refused("no trained token is left" if was_cut else "no assistant turn to train")
         return TextRow(tokens, mask, record.where), was_cut
 
-    return _each(records, convert, skip_bad_rows)
+    return each(records, convert, skip_bad_rows)
 
 
 def tokenise_scalar(
@@ -93,7 +93,7 @@ def tokenise_scalar(
         tokens, was_cut = encoder.fit(tokens)
         return ScalarRow(tokens, reward, record.where), was_cut
 
-    return _each(records, convert, skip_bad_rows)
+    return each(records, convert, skip_bad_rows)
 
 
 def tokenise_preferences(
@@ -130,7 +130,7 @@ def tokenise_preferences(
         row = PreferenceRow(responses, record.ranks, record.margin, record.where, masks)
         return row, was_cut
 
-    return _each(records, convert, skip_bad_rows)
+    return each(records, convert, skip_bad_rows)
 
 
 def tokenise_prompts(
@@ -172,7 +172,7 @@ def tokenise_prompts(
             text = text.removeprefix(tokenizer.bos_token or "")
         return PromptRow(tokens, text, record.columns, record.where), was_cut
 
-    return _each(records, convert, skip_bad_rows)
+    return each(records, convert, skip_bad_rows)
 
 
 def encode_prompt(
@@ -214,11 +214,12 @@ def first_words(text: str, count: int | None) -> str:
 # One row ------------------------------------------------------------------------------------
 
 
-def _each(
+def each(
     records: Iterable[Record],
     convert: Callable[[Record], tuple[Row, bool]],
     skip_bad_rows: bool,
 ) -> Tokenised[Row]:
+    """The rows that `convert` makes of records, with what it refused."""
     done: Tokenised[Row] = Tokenised()
     for record in records:
         try:

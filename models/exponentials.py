@@ -64,6 +64,7 @@ def use_in(model: nn.Module) -> None:
     """
     from mlx_lm.models.activations import swiglu as own
 
-    for name in {type(module).__module__ for module in model.modules()} if X86 else ():
+    names = {type(module).__module__ for module in model.modules()} if X86 else set()
+    for name in names - {own.__module__}:  # GPT OSS has a module of that file
         if getattr(sys.modules[name], "swiglu", None) is own:
             sys.modules[name].swiglu = swiglu

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from errors import UserError
+from models.family_names import family_weights
 from models.load import LoadedModel
 from models.written_arrays import save_weights
 from safe_files import (
@@ -96,13 +98,30 @@ def write_model(folder: Path, loaded: LoadedModel) -> None:
     """Write weights, config.json, tokenizer and generation settings of `loaded` into `folder`."""
     from mlx_lm.utils import save_config
 
-    save_weights(folder, loaded.model)
+    weights = family_weights(loaded)
+    save_weights(folder, loaded.model if "quantization" in loaded.config else _Weights(weights))
     config = {**loaded.config, "dtype": stored_dtype(loaded)}
     config.pop("torch_dtype", None)
-    save_config(config, folder / "config.json")
+    sees = any(name.startswith("vision_tower") or ".vision_tower" in name for name in weights)
+    save_config(config, folder / "config.json", keep_vision_config=sees)
     # Only a model whose code was trusted gets as far as this with these entries.
     has_code = "model_file" in config or "auto_map" in config
     copy_tokenizer(loaded.path, folder, with_code=has_code)
+
+
+class _Weights:
+    """Arrays by their full names, as what mlx-lm's `save_model` takes for a model."""
+
+    def __init__(self, weights: dict[str, mx.array]):
+        self._weights = weights
+
+    def parameters(self) -> dict[str, mx.array]:
+        return self._weights
+
+    def leaf_modules(self) -> dict[str, nn.Module]:
+        whole = nn.Module()
+        dict.update(whole, self._weights)
+        return {"all": whole}
 
 
 def stored_dtype(loaded: LoadedModel) -> str:

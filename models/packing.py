@@ -89,3 +89,71 @@ def pack(
 
 def round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
+
+
+@dataclass
+class Layout:
+    """Rows in one or more forward passes, each a group of rows of like lengths, and picked tokens.
+
+    Arrays that come back from the tokens are (B, R): those of each row together on the left.
+    """
+
+    passes: list[list[mx.array]]  # [inputs (b, l), index (n,)] of each
+    targets: mx.array  # (N,) the picked tokens of all passes
+    slot: mx.array  # (B, R) which of the N belongs here; 0 where nothing does
+    mask: mx.array  # (B, R) float32, 1 where a token belongs
+
+    def arrays(self) -> list:
+        return [self.passes, self.targets, self.slot, self.mask]
+
+
+def lay_out(
+    tokens: np.ndarray,
+    picked: np.ndarray,
+    groups: Sequence[tuple[np.ndarray, int]],
+    *,
+    prefix: Sequence[int] = (),
+    pad_to_multiple: int = 1,
+) -> Layout:
+    """tokens (B, L), picked (B, L), of which column 0 never counts, -> a `Layout`.
+
+    `groups`: (row numbers, padded length) of each pass, every row in one of them. `prefix` goes in
+    front of every row. With `pad_to_multiple` > 1, R and N are rounded up, so that shapes repeat.
+    """
+    picked = picked[:, 1:] > 0
+    counts = picked.sum(axis=1)
+    order = np.concatenate([rows for rows, _ in groups])
+    starts = np.zeros(len(tokens), dtype=np.int64)
+    starts[order] = np.cumsum(counts[order]) - counts[order]
+    mask = np.arange(round_up(int(counts.max()), pad_to_multiple)) < counts[:, None]  # (B, R)
+    slot = np.where(mask, starts[:, None] + np.arange(mask.shape[1]), 0)
+    passes, targets = [], []
+    front = np.array(prefix, dtype=tokens.dtype)
+    for rows, width in groups:
+        shape = (len(rows), len(front))
+        whole = np.concatenate([np.broadcast_to(front, shape), tokens[rows, :width]], axis=1)
+        # The first token of a row follows a prefix, if there is one, and still does not count.
+        marks = np.zeros(whole.shape, dtype=bool)
+        marks[:, len(front) + 1 :] = picked[rows, : width - 1]
+        inputs, index, found = pick_targets(whole, marks)
+        passes.append([inputs, index])
+        targets.append(found)
+    spare = 0
+    if pad_to_multiple > 1:
+        count = sum(map(len, targets))
+        spare = round_up(count, 8 * pad_to_multiple) - count
+        passes[-1][1] = np.pad(passes[-1][1], (0, spare))
+    return Layout(
+        [[mx.array(inputs), mx.array(index)] for inputs, index in passes],
+        mx.array(np.pad(np.concatenate(targets), (0, spare))),
+        mx.array(slot.astype(np.int32)),
+        mx.array(mask.astype(np.float32)),
+    )
+
+
+def left_justified(values: np.ndarray, picked: np.ndarray, width: int) -> np.ndarray:
+    """values (B, L) at the picked places as (B, width) float32, as `Layout` arranges them."""
+    picked = picked[:, 1:] > 0
+    out = np.zeros((len(values), width), dtype=np.float32)
+    out[np.arange(width) < picked.sum(axis=1)[:, None]] = values[:, 1:][picked]
+    return out

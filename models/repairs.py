@@ -190,10 +190,14 @@ def _named_as(repaired: type, kind: type) -> type:
 
 
 def model_classes(config: dict):
-    """(Model, ModelArgs) of mlx-lm, for its `load_model`, reading weights as transformers 5 writes
-    them where mlx-lm does not."""
+    """(Model, ModelArgs) for mlx-lm's `load_model`: its own, reading weights as transformers 5
+    writes them where mlx-lm does not, or one of ours."""
     from mlx_lm.utils import _get_classes
 
+    if config["model_type"] == "opt":  # which mlx-lm does not have
+        from models import opt
+
+        return opt.Model, opt.ModelArgs
     model, arguments = _get_classes(config)
     repaired = {"gpt_oss": _reads_plain_experts, "gpt2": _reads_nested_names}
     if (change := repaired.get(config["model_type"])) is not None:

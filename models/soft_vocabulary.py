@@ -53,6 +53,8 @@ def fuse_soft_prompt(loaded: LoadedModel, prompt: SoftPrompt) -> FusedPrompt:
     _grow_embedding(loaded, rows)
     highest = _grow_output(loaded, fitted, fresh, len(ids))
     loaded.config["vocab_size"] = ids[-1] + 1
+    if "text_config" in loaded.config:
+        loaded.config["text_config"]["vocab_size"] = ids[-1] + 1
     mx.eval(model.parameters())
     return FusedPrompt(ids, highest)
 

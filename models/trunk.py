@@ -96,8 +96,12 @@ def _score(logits: mx.array, targets: mx.array, temperature: float, extras: tupl
             found.append(log_total - weighted.sum(axis=-1) / total)
         elif extra == "top1":
             found.append((picked == 0).astype(mx.float32))
+        elif extra == "mean_logit":
+            found.append(logits.mean(axis=-1))
+        elif extra == "log_sum_sq":
+            found.append(mx.log(mx.square(weights).sum(axis=-1)) - 2 * log_total)
         else:
-            raise ValueError(f"{extra!r} is neither entropy nor top1")
+            raise ValueError(f"{extra!r} is none of entropy, top1, mean_logit, log_sum_sq")
     return tuple(found)
 
 
@@ -121,9 +125,10 @@ def token_logprobs(
 ) -> tuple[mx.array, ...]:
     """Log-probabilities of `targets`, without all logits at once.
 
-    hidden (N, D), targets (N,) int -> (logprobs (N,), *extras), float32. Extras: "entropy" (N,) in
-    nats, and "top1" (N,), 1 where the target is the most likely token. Logits are divided by
-    `temperature` first. `chunk` positions are worked on at a time; by default as many as
+    hidden (N, D), targets (N,) int -> (logprobs (N,), *extras), float32. Extras, all (N,):
+    "entropy" in nats; "top1", 1 where the target is the most likely token; "mean_logit", the mean
+    over the vocabulary; "log_sum_sq", the log of the sum of squared probabilities. Logits are
+    divided by `temperature` first. `chunk` positions are worked on at a time; by default as many as
     MAX_CHUNK_ELEMENTS allows.
 
     `gradient`: that of the log-probabilities will be asked for, and none of the extras'. A frozen

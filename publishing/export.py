@@ -7,6 +7,7 @@ import numpy as np
 
 from errors import UserError
 from models.comparing import all_logits, compare_logits, compare_scores
+from models.family_names import about_transformers, check_names
 from models.load import load_model
 from models.model_folders import new_file, new_folder, stored_dtype, write_model
 from models.parts import Parts
@@ -96,8 +97,9 @@ def _export_model(parts, path, check, card, *, force, exact, prompt, done) -> No
             add_soft_prompt(folder, parts.base.tokenizer, prompt.ids)
         if parts.reward_model is not None:
             save_reward_head(folder, parts.reward_model)
+        check_names(folder, parts.base)
         difference = _compare(folder, parts, check, prompt, exact)
-        done.messages.append(difference)
+        done.messages += [difference, *about_transformers(parts.base)]
         kind = "model" if parts.reward_model is None else "reward"
         write_card(folder, facts_of_parts(kind, parts, card, difference))
     if parts.reward_model is None:

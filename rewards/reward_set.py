@@ -9,7 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from errors import UserError
-from rewards.user_function import RewardFunction, as_list, check_scores, describe, quote_row
+from rewards.user_function import (
+    RewardFunction,
+    as_list,
+    check_scores,
+    describe,
+    no_float32,
+    quote_row,
+)
 
 # What every function may ask for beside the data's columns: tokens of prompt and response, and
 # whether the response ended by itself.
@@ -74,13 +81,16 @@ class RewardSet:
         return totals, parts
 
     def _total(self, scores: Sequence[float]) -> float:
-        """The weighted sum of one row's scores, NaN where none of them is a number."""
+        """The weighted sum of one row's scores; NaN where none is a number, or it is not finite."""
         found = [
             weight * score
             for weight, score in zip(self.weights, scores, strict=True)
             if weight and not math.isnan(score)
         ]
-        return math.fsum(found) if found or not any(self.weights) else math.nan
+        if not all(map(math.isfinite, found)):
+            return math.nan
+        total = math.fsum(found) if found or not any(self.weights) else math.nan
+        return math.nan if self.unscored and no_float32(total) else total
 
     def check_columns(self, given: Iterable[str]) -> None:
         """Raise UserError where a reward needs a column of the data that is not among `given`."""

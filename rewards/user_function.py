@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+
 from errors import UserError
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -81,6 +83,9 @@ def _line_in(error: BaseException, path: Path) -> int:
 # ---- checked scores ----------------------------------------------------------------------------
 
 
+LARGEST = float(np.finfo(np.float32).max)  # scores become float32
+
+
 def check_scores(
     scores: object,
     prompts: Sequence[str],
@@ -93,7 +98,7 @@ def check_scores(
 
     Takes a list, tuple or array of numbers (bool included). Raises UserError for anything else, a
     wrong count, or (naming the row) something that is not a finite number. With `unscored`, None
-    and NaN are no score, and NaN in the result.
+    and NaN are no score, and NaN in the result; a number beyond float32 is infinity there.
     """
     scores = as_list(scores)
     if not isinstance(scores, list | tuple):
@@ -107,8 +112,10 @@ def check_scores(
     checked = []
     for row, score in enumerate(scores):
         number = _as_float(score)
-        if unscored and (score is None or (math.isnan(number) and score != score)):
+        if unscored and score is None:
             number = math.nan
+        elif unscored and no_float32(score):
+            number = number if math.isnan(number) else math.copysign(math.inf, number)
         elif not math.isfinite(number):
             raise UserError(
                 f"reward {name!r}, row {row}: the score {shorten(repr(score))} is not a finite "
@@ -131,6 +138,15 @@ def _as_float(score: object) -> float:
         return float(score)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return math.nan
+
+
+def no_float32(score: object) -> bool:
+    """Whether this is a number, and one that float32 has no finite value for."""
+    try:
+        number = float(score) if hasattr(type(score), "__float__") else 0.0
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
+    return not abs(number) <= LARGEST
 
 
 # ---- words for messages ------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """A PPO step's metrics under TRL's names, and the warnings that they call for."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 
 from rl.ppo_config import PPOConfig
@@ -11,8 +14,8 @@ ALMOST_NO_ENTROPY = 0.01  # nats per token
 MOSTLY_CUT_OFF = 0.5  # share of responses
 
 
-def step_statistics(rollout: Rollout, minibatches: list[dict[str, float]]) -> dict:
-    """Metrics of a step: of the rollout, and the means over its minibatches ("ppo/" in front)."""
+def rollout_statistics(rollout: Rollout) -> dict:
+    """Metrics of a batch before it is trained on; those of the KL where a reference was asked."""
     stats = rollout_stats(
         rollout.scores,
         rollout.logprobs,
@@ -27,13 +30,48 @@ def step_statistics(rollout: Rollout, minibatches: list[dict[str, float]]) -> di
         stats[f"tokens/{name}_len_mean"] = float(lengths.mean())
         stats[f"tokens/{name}_len_std"] = float(lengths.std(ddof=1)) if len(rows) > 1 else 0.0
     stats["tokens/responses_ended"] = float(np.mean(rollout.ended))
-    for name in dict.fromkeys(name for metrics in minibatches for name in metrics):
-        found = [metrics[name] for metrics in minibatches if name in metrics]
-        stats[f"ppo/{name}"] = float(np.mean(found))
+    return stats
+
+
+def minibatch_means(minibatches: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over those minibatches that have it."""
+    names = dict.fromkeys(name for metrics in minibatches for name in metrics)
+    return {
+        name: float(np.mean([metrics[name] for metrics in minibatches if name in metrics]))
+        for name in names
+    }
+
+
+def step_statistics(rollout: Rollout, minibatches: list[dict[str, float]]) -> dict:
+    """Metrics of a step: of the rollout, and the means over its minibatches ("ppo/" in front)."""
+    stats = rollout_statistics(rollout)
+    stats |= {f"ppo/{name}": value for name, value in minibatch_means(minibatches).items()}
     variance = stats["ppo/returns/var"]
     error = stats["ppo/val/error"]
     stats["ppo/val/var_explained"] = 1 - error / variance if variance else float("nan")
     return stats
+
+
+def logged_row(stats: Mapping[str, Any], parts: Mapping[str, Sequence], scores: Sequence) -> dict:
+    """A step's scalars as one row, with env/reward_mean and env/reward_std of the scores.
+
+    `parts` may hold further columns of numbers; each is logged as env/<name>_mean, over the rows
+    that have one (NaN: none).
+    """
+    row = {name: value for name, value in stats.items() if np.ndim(value) == 0}
+    row["env/reward_mean"] = float(np.mean(scores))
+    row["env/reward_std"] = float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
+    return row | {f"env/{name}_mean": value for name, value in part_means(parts).items()}
+
+
+def part_means(parts: Mapping[str, Sequence]) -> dict[str, float]:
+    """The mean of each column of numbers over the rows that have one; NaN where none has."""
+    found = {}
+    for name, column in parts.items():
+        if len(column) and isinstance(column[0], (int, float)):
+            there = [value for value in column if not np.isnan(value)]
+            found[name] = float(np.mean(there)) if there else float("nan")
+    return found
 
 
 def sampling_warnings(config: PPOConfig) -> dict[str, str]:
@@ -57,7 +95,7 @@ def sampling_warnings(config: PPOConfig) -> dict[str, str]:
 def warnings_for(stats: dict, max_new_tokens: int) -> dict[str, str]:
     """What looks wrong in a step: a name for each kind of trouble, and a sentence."""
     found = {}
-    if stats["objective/kl"] < -1.0:
+    if stats.get("objective/kl", 0.0) < -1.0:
         found["kl"] = (
             f"KL to the reference is {stats['objective/kl']:.2f}, below 0: sampling is not the "
             "policy's own distribution (temperature 1, no top-k, top-p or min-p is)"

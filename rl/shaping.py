@@ -130,28 +130,32 @@ def per_token_rewards(
 def rollout_stats(
     scores: mx.array,
     logprobs: mx.array,
-    ref_logprobs: mx.array,
-    kls: mx.array,
-    non_score_rewards: mx.array,
+    ref_logprobs: mx.array | None,
+    kls: mx.array | None,
+    non_score_rewards: mx.array | None,
     mask: mx.array,
 ) -> dict[str, mx.array]:
     """Metrics of a batch before it is trained on, under TRL's names.
 
-    scores (B,), the rest (B, T). "objective/kl" is the mean over responses of the summed KL (what
-    the adaptive controller reads), "objective/kl_dist" (B,) those sums, "objective/entropy" the
-    mean over responses of the summed -logprob. "objective/logprobs" and "objective/ref_logprobs"
-    are means over tokens, where TRL logs the arrays. "ppo/std_scores" is 0 for a single score.
+    scores (B,), the rest (B, T), None where an algorithm has none. "objective/kl" is the mean over
+    responses of the summed KL (what the adaptive controller reads), "objective/kl_dist" (B,) those
+    sums, "objective/entropy" the mean over responses of the summed -logprob. "objective/logprobs"
+    and "objective/ref_logprobs" are means over tokens, where TRL logs the arrays. "ppo/std_scores"
+    is 0 for a single score.
     """
-    kl_dist = mx.where(mask > 0, kls, 0.0).sum(axis=1)  # (B,)
+    found = {}
+    if kls is not None:
+        found["objective/kl_dist"] = mx.where(mask > 0, kls, 0.0).sum(axis=1)  # (B,)
+        found["objective/kl"] = found["objective/kl_dist"].mean()
+    if ref_logprobs is not None:
+        found["objective/ref_logprobs"] = masked_mean(ref_logprobs, mask)
+    if non_score_rewards is not None:
+        found["ppo/mean_non_score_reward"] = masked_mean(non_score_rewards, mask)
     surprise = mx.where(mask > 0, -logprobs, 0.0).sum(axis=1)  # (B,)
     deviations = scores - scores.mean()
-    return {
-        "objective/kl": kl_dist.mean(),
-        "objective/kl_dist": kl_dist,
+    return found | {
         "objective/logprobs": masked_mean(logprobs, mask),
-        "objective/ref_logprobs": masked_mean(ref_logprobs, mask),
         "objective/entropy": surprise.mean(),
-        "ppo/mean_non_score_reward": masked_mean(non_score_rewards, mask),
         "ppo/mean_scores": scores.mean(),
         "ppo/std_scores": mx.sqrt(mx.square(deviations).sum() / max(scores.size - 1, 1)),
     }

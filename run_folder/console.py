@@ -7,6 +7,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from run_folder.output import own_text, printable
+
 NUMBER_WIDTH = 9
 
 
@@ -32,7 +34,13 @@ class Progress:
         self.live = self.stream.isatty() if live is None else live
         self.started, self.first = time.monotonic(), done
         self.bar = (
-            tqdm(total=total, initial=done, desc=name or None, file=self.stream, dynamic_ncols=True)
+            tqdm(
+                total=total,
+                initial=done,
+                desc=name or None,
+                file=own_text(self.stream),
+                dynamic_ncols=True,
+            )
             if self.live
             else None
         )
@@ -45,7 +53,8 @@ class Progress:
     def report(self, step: int, values: Mapping[str, Any]) -> None:
         """Show the named values after ``step`` steps."""
         if self.bar is not None:
-            self.bar.set_postfix_str("  ".join(f"{k} {short(v)}" for k, v in values.items()))
+            shown = "  ".join(f"{k} {short(v)}" for k, v in values.items())
+            self.bar.set_postfix_str(printable(shown))
             return
         pace = (step - self.first) / max(time.monotonic() - self.started, 1e-9)
         width = len(str(self.total))

@@ -203,7 +203,8 @@ def shared_server() -> Server:
 
 
 def without_times(row: dict) -> dict:
-    return {name: value for name, value in row.items() if not name.startswith("time/")}
+    """A row of metrics without what a clock says."""
+    return {k: v for k, v in row.items() if not k.startswith("time/") and k != "step_time"}
 
 
 def metrics(run: Path) -> list[dict]:
@@ -277,12 +278,15 @@ def serve() -> None:
     import mlx_lm.utils  # noqa: F401
 
     import fuse  # noqa: F401
+    import group_training  # noqa: F401
+    import mlx_group_trainer  # noqa: F401
     import mlx_ppo_trainer  # noqa: F401
     import mlx_sft_trainer  # noqa: F401
     import ppo_training  # noqa: F401
     import publishing.export  # noqa: F401
     import reports.training_plots  # noqa: F401
     import sft  # noqa: F401
+    import training.group_loop  # noqa: F401
     import training.rollout_loop  # noqa: F401
 
     codes: dict[int, int | None] = {}

@@ -48,6 +48,15 @@ RUNS = {
             "--steps-per-eval 4 --val-batches 1 --normalize-samples 8"
         ),
     ),
+    "group": (
+        "group_training.py",
+        words(
+            f"--ground_truth_reward --data DATA {COMMON} --num-steps 6 --batch-size 8 "
+            "--num-generations 4 --mini-batch-size 4 --ppo-epochs 2 --max-new-tokens 6 --beta 0.05 "
+            "--dynamic-sampling --sync-ref-model --ref-model-sync-steps 3 --use-adaptive-entropy "
+            "--entropy-target 5 --eval-every 3 --eval-prompts 4 --eval-samples 1"
+        ),
+    ),
     "ppo": (
         "ppo_training.py",
         words(
@@ -73,6 +82,11 @@ SHORT = {
     "ppo": Short(
         "ppo_training.py",
         words(f"--ground_truth_reward --num-steps 2 --max-new-tokens 4 --ppo-epochs 1 "
+              f"--eval-every 2 --eval-prompts 2 --eval-samples 1 {FEW}"),
+    ),
+    "group": Short(
+        "group_training.py",
+        words(f"--ground_truth_reward --num-steps 2 --num-generations 2 --max-new-tokens 4 "
               f"--eval-every 2 --eval-prompts 2 --eval-samples 1 {FEW}"),
     ),
     "fuse": Short(

@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from tiny_tokenizers import SPECIAL, tiny_tokenizer
 
+from models import opt
 from models.load import LoadedModel
 
 SIZES = {
@@ -78,6 +79,7 @@ OTHERS: dict[str, dict] = {
     "nemotron": {"hidden_act": "relu2", "norm_eps": 1e-5},
     "olmo3": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "olmoe": EXPERTS,
+    "opt": {"ffn_dim": 64, "tie_word_embeddings": True},
     "phi": {"num_key_value_heads": 4, "hidden_size": 64, "partial_rotary_factor": 0.5,
             "layer_norm_eps": 1e-5},
     "qwen": {"layer_norm_epsilon": 1e-6, "kv_channels": 8, "intermediate_size": 128},
@@ -126,7 +128,7 @@ def _stored_weights(config: dict, model: nn.Module, seed: int) -> dict[str, mx.a
 
 def _empty_model(config: dict) -> nn.Module:
     kind = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
-    module = importlib.import_module(f"mlx_lm.models.{kind}")
+    module = opt if kind == "opt" else importlib.import_module(f"mlx_lm.models.{kind}")
     return module.Model(module.ModelArgs.from_dict(config))
 
 

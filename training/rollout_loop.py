@@ -1,11 +1,10 @@
-"""The loop of PPO: prompts, rollout, rewards, update, log, evaluate, checkpoint, stop, resume.
+"""The loop on rollouts: prompts, rollout, rewards, update, log, evaluate, checkpoint, stop, resume.
 
-It works on a trainer with ``generate``, ``sample``, ``step`` and ``state_dict`` (mlx_ppo_trainer)
-and on a reward set (rewards/reward_set.py).
+It works on a trainer with `generate`, `sample_for_evaluation`, `update`, `skip` and `state_dict`
+(mlx_ppo_trainer.py), and on a reward set (rewards/reward_set.py) that may leave rows unscored. An
+algorithm that makes its batches otherwise has a subclass with a `choose` or `learn` of its own.
 """
 
-import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,8 @@ from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
 from rewards.scored_rows import response_text
 from rewards.user_function import quote_row
+from rl.ppo_statistics import logged_row, part_means
+from rl.rollouts import join_rollouts
 from run_folder.console import Progress
 from run_folder.manifest import Metric
 from run_folder.run import Run
@@ -25,11 +26,10 @@ from training.endings import report_skipped, save_or_stop
 from training.ppo_steps import SCORE, is_best, skipped_steps
 
 NUMBERS = "score, loss or gradient"
-LARGEST = float(np.finfo(np.float32).max)  # scores become float32
 
 
 @dataclass
-class PPOSchedule:
+class RolloutSchedule:
     """Numbers of steps; 0 means never (checkpoints: at the end alone)."""
 
     steps: int
@@ -43,48 +43,19 @@ class PPOSchedule:
     memory_limit: float | None = None
 
 
-class ScoreFilter:
-    """Takes scores that are NaN, infinite or beyond float32 out of what reward functions return.
+@dataclass
+class Experience:
+    """What one step is made from: rows of data, what was written to them, and its scores."""
 
-    A reward set would refuse them and end the run; so they cost their step alone. `rows` holds the
-    numbers of the rows that had one since it was last cleared.
-    """
-
-    def __init__(self) -> None:
-        self.rows: set[int] = set()
-
-    def put_around(self, rewards: Any) -> None:
-        """Filter what every function of a reward set returns."""
-        for reward in rewards.rewards:
-            reward.function = self.wrap(reward.function)
-
-    def wrap(self, function: Callable) -> Callable:
-        """`function` with 0 in place of such scores; anything else that is wrong stays."""
-
-        @functools.wraps(function)
-        def filtered(prompts, responses, **columns):
-            scores = function(prompts, responses, **columns)
-            scores = scores.tolist() if hasattr(scores, "tolist") else scores
-            if not isinstance(scores, list | tuple):
-                return scores
-            bad = {row for row, score in enumerate(scores) if beyond_float32(score)}
-            self.rows |= bad
-            return [0.0 if row in bad else score for row, score in enumerate(scores)]
-
-        return filtered
-
-
-def beyond_float32(score: object) -> bool:
-    """Whether this is a number, and one that float32 has no finite value for."""
-    try:
-        number = float(score) if hasattr(type(score), "__float__") else 0.0
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return False
-    return not abs(number) <= LARGEST
+    rows: list[PromptRow]
+    rollout: Any
+    texts: list[str]
+    scores: list[float]  # NaN where a reward left the row without one
+    parts: dict[str, list[float]]  # of each reward
 
 
 @dataclass
-class PPOLoop(Resumable):
+class RolloutLoop(Resumable):
     """`run()` trains from where it stands to `schedule.steps`, or until it is told to stop."""
 
     run_folder: Run
@@ -94,14 +65,14 @@ class PPOLoop(Resumable):
     prompts: Sequence[PromptRow]
     validation: Sequence[PromptRow]
     groups: Mapping[str, Group]
-    schedule: PPOSchedule
+    schedule: RolloutSchedule
     should_stop: Callable[[list[int]], bool] | None = None
-    score_filter: ScoreFilter = field(default_factory=ScoreFilter)  # the one around the rewards
     base: str | None = None  # fingerprint of the model that is trained
     step: int = 0
     bad_in_a_row: int = 0
     last_bad: str = ""  # names the row of the last score that was not finite, for an error
     evaluations: list[dict] = field(default_factory=list)  # metrics of each, with its step
+    not_finite = "ppo/not_finite"  # the metric that says that a step was skipped
 
     def rows(self) -> Sequence[PromptRow]:
         return self.prompts
@@ -116,12 +87,12 @@ class PPOLoop(Resumable):
         self.evaluations = state["evaluations"]
         self.trainer.load_state_dict(state["trainer"])
 
-    def run(self, stop: GracefulStop) -> None:
+    def run(self, stop: GracefulStop, name: str = "ppo") -> None:
         """Train. Ends with a checkpoint, also when `stop` was requested."""
         plan = self.schedule
         with (
             self.stopped_by(stop),
-            Progress(plan.steps, done=self.step, name="ppo") as progress,
+            Progress(plan.steps, done=self.step, name=name) as progress,
         ):
             # At the start, or where a signal gave it up.
             metric = self.end_step(progress) if self.evaluation_due() else None
@@ -130,7 +101,8 @@ class PPOLoop(Resumable):
                     self.train_step(progress)
                 metric = self.end_step(progress)
             if not stop.requested:
-                report_skipped(self, skipped_steps(self.run_folder.folder), NUMBERS, self.last_bad)
+                skipped = skipped_steps(self.run_folder.folder, self.not_finite)
+                report_skipped(self, skipped, NUMBERS, self.last_bad)
             # Only where every run would have one, stopped or not, may a checkpoint be the best.
             self.checkpoint(metric if self.step == plan.steps else None)
 
@@ -159,86 +131,95 @@ class PPOLoop(Resumable):
 
     def train_step(self, progress: Progress) -> None:
         """Prompts, responses, rewards, update, and a row of metrics."""
-        config = self.trainer.config
-        chosen = prompt_batch(len(self.prompts), config.batch_size, self.step, config.seed)
-        rows = [self.prompts[i] for i in chosen]
-        queries = [row.tokens for row in rows]
-        responses = self.trainer.generate(queries, should_stop=self.should_stop)
-        ended = [self.trainer.has_ended(q, r) for q, r in zip(queries, responses, strict=True)]
         try:
-            texts, scores, parts = self.score(rows, responses, ended)
+            made = self.collect()
         except UserError:
             self.checkpoint()  # the weights as they were before this step
             raise
-        stats = self.take_step(queries, responses, scores)
+        stats = self.learn(made)
         self.step += 1
-        self.trainer.log = self.run_folder.log
-        self.trainer.log_stats(stats, parts, scores)
+        self.run_folder.log(self.step, self.logged(stats, made))
         progress.advance()
-        if "objective/kl" in stats:
-            self.write_samples(rows, texts, scores, stats["objective/kl_dist"])
+        if len(stats) > 1:  # a skipped step says that alone
+            self.write_samples(made, stats.get("objective/kl_dist"))
             if self.step % self.schedule.report_every == 0:
-                self.report(progress, stats, scores, parts)
-        self.bad_in_a_row = self.bad_in_a_row + 1 if stats["ppo/not_finite"] else 0
+                self.report(progress, stats, made)
+        self.bad_in_a_row = self.bad_in_a_row + 1 if stats[self.not_finite] else 0
         if self.bad_in_a_row:
-            self.set_aside(rows, responses, texts, scores)
+            self.set_aside(made)
 
-    def take_step(self, queries, responses, scores) -> dict:
-        """The trainer's step, or none where a score is not finite; its statistics.
+    def choose(self) -> list[PromptRow]:
+        """The rows of this step, one for each response."""
+        config = self.trainer.config
+        chosen = prompt_batch(len(self.prompts), config.batch_size, self.step, config.seed)
+        return [self.prompts[i] for i in chosen]
 
-        What a bad step would leave in the KL controller and the running moments is taken back.
-        """
-        before = self.trainer.state_dict()
-        stats: dict = {"ppo/not_finite": 1.0}
-        if np.isfinite(scores).all():
-            stats = self.trainer.step(queries, responses, scores)
-        if stats["ppo/not_finite"]:
-            self.trainer.load_state_dict({**before, "steps_done": before["steps_done"] + 1})
-            # As `step` leaves it, or the next step would draw other numbers than a resumed run.
-            self.trainer._generated, self.trainer._calls = {}, 0
-        return stats
+    def collect(self) -> Experience:
+        """Responses to the rows of this step, with their scores."""
+        rows = self.choose()
+        rollout = self.trainer.generate([row.tokens for row in rows], should_stop=self.should_stop)
+        return Experience(rows, rollout, *self.score(rows, rollout))
 
-    def report(self, progress: Progress, stats: dict, scores: list[float], parts: dict) -> None:
-        means = {name: float(np.mean(column)) for name, column in parts.items()}
-        shown = {"score": float(np.mean(scores)), "kl": stats["objective/kl"], **means}
-        progress.report(self.step, shown | {"tokens": stats["tokens/responses_len_mean"]})
+    def learn(self, made: Experience) -> dict:
+        """The trainer's step, or none where a score is not finite; its statistics."""
+        if np.isfinite(made.scores).all():
+            return self.trainer.update(made.rollout, made.scores)
+        return self.trainer.skip()
 
-    def score(self, rows, responses, ended) -> tuple[list[str], list[float], dict]:
+    def logged(self, stats: dict, made: Experience) -> dict:
+        """The step's row of metrics."""
+        return logged_row(stats, made.parts, made.scores)
+
+    def report(self, progress: Progress, stats: dict, made: Experience) -> None:
+        shown = {"score": float(np.nanmean(made.scores))}
+        if "objective/kl" in stats:
+            shown["kl"] = stats["objective/kl"]
+        shown |= part_means(made.parts) | {"tokens": stats["tokens/responses_len_mean"]}
+        progress.report(self.step, shown)
+
+    def score(self, rows: Sequence[PromptRow], rollout) -> tuple[list[str], list[float], dict]:
         """(texts of the responses, scores, {reward: its scores})."""
         texts = [
             response_text(self.tokenizer, row.tokens, response)
-            for row, response in zip(rows, responses, strict=True)
+            for row, response in zip(rows, rollout.responses, strict=True)
         ]
-        token_ids = [[*row.tokens, *r] for row, r in zip(rows, responses, strict=True)]
-        columns = {**columns_of(rows), "token_ids": token_ids, "ended": ended}
-        self.score_filter.rows.clear()
+        columns = self.columns(rows, rollout)
         scores, parts = self.rewards([row.text for row in rows], texts, **columns)
-        bad = self.score_filter.rows
-        scores = [
-            math.nan if row in bad or beyond_float32(score) else score
-            for row, score in enumerate(scores)
-        ]
         return texts, scores, parts
 
-    def write_samples(self, rows, texts, scores, kls) -> None:
-        samples = [
-            {"prompt": row.text, "response": text, "score": score, "kl": float(kl)}
-            for row, text, score, kl in zip(rows, texts, scores, kls, strict=True)
-        ]
-        self.run_folder.log_samples(self.step, samples[: self.schedule.samples_per_step])
+    def columns(self, rows: Sequence[PromptRow], rollout) -> dict[str, Sequence]:
+        """What rewards may ask for beside the texts."""
+        token_ids = [[*row.tokens, *r] for row, r in zip(rows, rollout.responses, strict=True)]
+        return {**columns_of(rows), "token_ids": token_ids, "ended": rollout.ended}
 
-    def set_aside(self, rows, responses, texts, scores) -> None:
+    def write_samples(self, made: Experience, kls: Sequence[float] | None) -> None:
+        samples = []
+        for place in range(min(len(made.rows), self.schedule.samples_per_step)):
+            kl = {} if kls is None else {"kl": float(kls[place])}
+            prompt, response = made.rows[place].text, made.texts[place]
+            samples.append({"prompt": prompt, "response": response, "score": made.scores[place]})
+            samples[-1] |= kl
+        self.run_folder.log_samples(self.step, samples)
+
+    def set_aside(self, made: Experience) -> None:
         """Keep the rows of a step whose update was skipped, in part or whole."""
-        bad = np.flatnonzero(~np.isfinite(scores))
+        bad = np.flatnonzero(~np.isfinite(made.scores))
         reason = "score not finite" if len(bad) else "loss or gradient not finite"
         self.last_bad = ""
         if len(bad):
-            self.last_bad = "; the last: " + quote_row([row.text for row in rows], texts, bad[-1])
+            prompts = [row.text for row in made.rows]
+            self.last_bad = "; the last: " + quote_row(prompts, made.texts, bad[-1])
+        columns = zip(made.rows, made.rollout.responses, made.texts, made.scores, strict=True)
         entries = [
-            {"prompt": row.text, "response": text, "score": score, "query_tokens": row.tokens,
-             "response_tokens": response}
-            for row, response, text, score in zip(rows, responses, texts, scores, strict=True)
-        ]  # fmt: skip
+            {
+                "prompt": row.text,
+                "response": text,
+                "score": score,
+                "query_tokens": row.tokens,
+                "response_tokens": response,
+            }
+            for row, response, text, score in columns
+        ]
         self.run_folder.log_bad_rows(self.step, reason, entries)
 
     # ------------------------------------------------------------------ evaluation
@@ -251,12 +232,12 @@ class PPOLoop(Resumable):
             ("sampled", False, self.schedule.eval_samples),
         ):
             rows = [prompt for prompt in self.validation for _ in range(count)]
-            responses, ended = self.sample(rows, greedy)
-            texts, scores, parts = self.score(rows, responses, ended)
-            row[f"eval/{kind}/score"] = float(np.mean(scores))
-            for name, column in parts.items():
-                row[f"eval/{kind}/{name}"] = float(np.mean(column))
-            row[f"eval/{kind}/response_tokens"] = float(np.mean([len(r) for r in responses]))
+            rollout = self.sample(rows, greedy)
+            texts, scores, parts = self.score(rows, rollout)
+            means = part_means({"score": scores} | parts)
+            row |= {f"eval/{kind}/{name}": value for name, value in means.items()}
+            lengths = [len(response) for response in rollout.responses]
+            row[f"eval/{kind}/response_tokens"] = float(np.mean(lengths))
             sample = {"prompt": rows[0].text, "response": texts[0], "score": scores[0]}
             self.run_folder.log_samples(self.step, [{"evaluation": kind, **sample}])
         self.run_folder.log(self.step, {k: v for k, v in row.items() if k != "step"})
@@ -265,12 +246,12 @@ class PPOLoop(Resumable):
         self.evaluations.append(row)
         return Metric(SCORE, row[SCORE], higher_is_better=True)
 
-    def sample(self, rows: Sequence[PromptRow], greedy: bool) -> tuple[list[list[int]], list[bool]]:
-        """(responses, whether each ended), a batch of the training's size at a time."""
-        responses, ended = [], []
-        for start in range(0, len(rows), self.trainer.config.batch_size):
-            part = [row.tokens for row in rows[start : start + self.trainer.config.batch_size]]
-            made = self.trainer.sample_for_evaluation(part, greedy, self.should_stop, start)
-            responses += made.responses
-            ended += made.finished
-        return responses, ended
+    def sample(self, rows: Sequence[PromptRow], greedy: bool):
+        """The rollout of an evaluation, a batch of the training's size at a time."""
+        parts, size = [], self.trainer.config.batch_size
+        for start in range(0, len(rows), size):
+            queries = [row.tokens for row in rows[start : start + size]]
+            parts.append(
+                self.trainer.sample_for_evaluation(queries, greedy, self.should_stop, start)
+            )
+        return join_rollouts(parts)

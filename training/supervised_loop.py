@@ -18,6 +18,8 @@ from training.checkpointed import Group, Resumable
 from training.checkpoints import Checkpoint
 from training.endings import report_skipped, save_or_stop
 
+SHOWN = ("loss", "rewards/accuracies", "rewards/margins")  # of what there is, in every report
+
 
 @dataclass
 class Schedule:
@@ -46,6 +48,7 @@ class Loop(Resumable):
     schedule: Schedule
     validation: Callable[[], Iterable] | None = None
     after_validation: Callable[[int], None] = lambda step: None
+    watch: Callable[[Mapping[str, float]], Iterable[str]] = lambda metrics: ()  # warnings
     base: str | None = None  # fingerprint of the model that is trained
     step: int = 0
     validated: int | None = None  # the step of the last validation
@@ -132,7 +135,10 @@ class Loop(Resumable):
         batches = [next(self.batches) for _ in range(count)]
         metrics = self.trainer.step(batches)
         self.step += 1
-        self.totals["tokens"] += metrics.pop("weight")
+        weight = metrics.pop("weight")
+        self.totals["tokens"] += metrics.get("num_tokens", weight)
+        if "num_tokens" in metrics:  # TRL's name for all tokens so far
+            metrics["num_tokens"] = self.totals["tokens"]
         bad = metrics.pop("not_finite")
         self.totals["skipped"] += bad
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
@@ -141,7 +147,10 @@ class Loop(Resumable):
         self.run_folder.log(self.step, row | {"train/learning_rate": rate, **self.totals_row()})
         progress.advance()
         if self.step % self.schedule.report_every == 0:
-            progress.report(self.step, {"loss": metrics["loss"], "lr": rate})
+            shown = {key: metrics[key] for key in SHOWN if key in metrics}
+            progress.report(self.step, {**shown, "lr": rate})
+        for warning in self.watch(metrics):
+            progress.line(f"warning: {warning}")
         if bad:
             self.set_aside(batches)
 
@@ -161,7 +170,7 @@ class Loop(Resumable):
         """Validate, log, and note whether this is the best so far."""
         metrics = self.trainer.evaluate(self.validation())
         self.run_folder.log(self.step, {f"valid/{key}": v for key, v in metrics.items()})
-        shown = {key: metrics[key] for key in ("loss", "perplexity", "accuracy") if key in metrics}
+        shown = {key: metrics[key] for key in (*SHOWN, "perplexity", "accuracy") if key in metrics}
         progress.report(self.step, {f"valid {key}": value for key, value in shown.items()})
         gained = math.isfinite(metrics["loss"])
         gained = gained and (self.best is None or metrics["loss"] < self.best)

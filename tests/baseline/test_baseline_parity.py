@@ -285,7 +285,7 @@ def test_ppo_step(variant, tmp_path):
     trainer = TorchPPOTrainer(config, critic, torch_reference, eos_ids={2})
     queries = [[1, 30 + 2 * i, 40 + i] for i in range(16)]
     for _ in range(2):  # by the second one policy and reference differ by what was learned
-        responses = ours.generate(queries)
+        responses = ours.generate(queries).responses
         rng = np.random.default_rng(0)
         masks = [[1, *rng.integers(0, 2, len(r) - 1).tolist()] for r in responses]
         scores = rng.random(16).tolist()
@@ -326,7 +326,11 @@ def test_what_cannot_be_learned_from_is_refused_alike(arguments, tmp_path):
 def check_stages(ours, trainer, arguments) -> None:
     # Copies of the running moments: looking must not count as a step.
     states = ours.running.state_dict(), trainer.running.state_dict()
-    rollouts = [t.prepare(*arguments) for t in (ours, trainer)]
+    queries, responses, *rest = arguments
+    rollouts = [
+        ours.prepare(ours.as_rollout(queries, responses), *rest),
+        trainer.prepare(*arguments),
+    ]
     ours.running.load_state_dict(states[0])
     trainer.running.load_state_dict(states[1])
     for t, rollout in zip((ours, trainer), rollouts, strict=True):

@@ -84,6 +84,7 @@ CASES |= {
     "phi3": ("phi3", {"rope_parameters": {**LONG, "original_max_position_embeddings": 128}}),
     "gpt2": ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 4, "n_positions": 128,
                       "tie_word_embeddings": True}),
+    "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "tie_word_embeddings": True}),
     "mamba": ("mamba", {"state_size": 8, "time_step_rank": 4}),
     "mamba2": ("mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2,
                           "chunk_size": 16}),

@@ -13,7 +13,7 @@ from chat.conversation import Conversation
 from chat.keyboard import StopKey
 from chat.prompting import Prompting
 from chat.rating import Ratings, cannot_rate
-from chat.screen import ReplyWriter, columns, columns_of, printable, wrap
+from chat.screen import ReplyWriter, columns, columns_of, wrap
 from chat.settings import Settings
 from chat.speaker import Speaker, continuation
 from chat.speakers import Loader
@@ -21,6 +21,7 @@ from errors import UserError
 from models.adapter_files import attach
 from models.beam_search import beam_search
 from models.load import DEFAULT_MODEL, load_model
+from run_folder.output import printable
 
 PLAIN = {"token_format": "standard", "prompt_template": None}
 

@@ -180,7 +180,7 @@ def test_preview_of_other_rows(tmp_path):
     path.write_text('{"prompt": "what", "chosen": " yes", "rejected": " no", "reward": 2}')
     records, tokenizer = read_records(path), tiny_tokenizer()
     shown = preview(tokenise_preferences(records, tokenizer)[0], tokenizer, colour=False)
-    assert "rank 0: <s>what yes</s>\nrank 1: <s>what no</s>" in shown
+    assert "rank 0: <s>what[[ yes</s>]]\nrank 1: <s>what[[ no</s>]]" in shown
     shown = preview(tokenise_prompts(records, tokenizer)[0], tokenizer, colour=False)
     assert shown.endswith("<s>what")
     path.write_text('{"text": "what", "reward": 2}')

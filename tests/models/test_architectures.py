@@ -37,17 +37,18 @@ def check_step(kind: str, model: nn.Module, queries=None) -> None:
     trainer = make_trainer(kind, model=model, head_std=0.2, optimizer=optim.SGD(1e-3))
     shaken(trainer, 0.05)
     queries = queries or random_batch()[0]
-    responses = trainer.generate(queries)
+    rollout = trainer.generate(queries)
+    responses = rollout.responses
     tuning = trainer.model.tuning
     logprobs, values = trainer.model(pack(queries, responses, prefix=tuning.prefix))
-    for row, (query, response) in enumerate(zip(queries, responses, strict=True)):
-        kept = trainer._generated[tuple(query), tuple(response)]
+    for row, response in enumerate(responses):
+        kept = rollout.sampled_logprobs[row], rollout.sampled_values[row]
         np.testing.assert_allclose(kept[0], logprobs[row, : len(response)], atol=1e-4)
         np.testing.assert_allclose(kept[1], values[row, : len(response)], atol=1e-4)
     before = weights(trainer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        stats = trainer.step(queries, responses, list(range(8)))
+        stats = trainer.update(rollout, list(range(8)))
     assert stats["ppo/skipped"] == 0
     for name, array in weights(trainer).items():
         assert np.abs(array - before[name]).max() > 0, name

@@ -354,6 +354,10 @@ def test_gguf_is_written_and_read_back(tmp_path):
     assert arrays["blk.1.ffn_down.weight"].shape == (64, 176)
     assert metadata["tokenizer.ggml.model"] == "gpt2" and metadata["tokenizer.ggml.pre"] == "gpt-2"
     assert len(metadata["tokenizer.ggml.tokens"]) == 469
+    assert metadata["tokenizer.ggml.token_type"].dtype == mx.int32  # else llama.cpp refuses it
+    assert metadata["tokenizer.ggml.token_type"][:4].tolist() == [3, 3, 3, 1]  # control, normal
+    assert metadata["general.file_type"].item() == 0  # every weight is float32
+    assert "tokenizer.chat_template" not in metadata  # the model has none
     assert metadata["tokenizer.ggml.merges"][0] == "Ġ 0"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "m.gguf"]
     err = fuse(tmp_path, "--adapter-file", "a.npz", "--format", "gguf", "--save-path", "m.gguf",

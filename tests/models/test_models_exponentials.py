@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from mlx_lm.models import activations
 from mlx_lm.models import llama as llama_module
-from tiny import tiny_model_folder
+from tiny import tiny_model, tiny_model_folder
 
 from models import exponentials
 from models.load import load_model
@@ -66,3 +66,14 @@ def test_a_loaded_model_uses_them_and_mlx_lms_function_stays(x86, tmp_path, monk
     ours = model(tokens)
     monkeypatch.setattr(llama_module, "swiglu", own)
     np.testing.assert_allclose(ours, model(tokens), atol=1e-5)
+
+
+def test_a_model_with_an_activation_module_leaves_mlx_lms_function_alone():
+    """GPT OSS keeps an object of mlx_lm.models.activations; a loop of calls was the end of it."""
+    from mlx_lm.models import activations
+
+    own = activations.swiglu
+    exponentials.use_in(tiny_model("gpt_oss"))
+    assert activations.swiglu is own
+    x = mx.ones((2, 3), dtype=mx.bfloat16)
+    assert exponentials.swiglu(x, x).shape == (2, 3)

@@ -5,14 +5,25 @@ from pathlib import Path
 import pytest
 from reliable_runs import RUNS, Ended, command, shared_server
 
+from run_folder.secrets import is_secret_name, redact, secret_values
+
+LONG = pytest.mark.long
+
 SECRETS = {
     "HF_TOKEN": "hf_aBcDeFgHiJkLmNoPqRsT",
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
     "OPENAI_API_KEY": "sk-not-even-ours-1234",
     "MY_PASSWORD": "correct-horse-battery",
+    "GH_PAT": "ghp_fourteenchars",
+    "DB_PASS": "q7!x",
+    "HF_TOKENS": "hf_one,hf_two",
+    "APITOKEN": 'with "quotes" and \\',
+    "SSHPASSPHRASE": "two words of it",
+    "DATABASE_URL": "postgres://app:p%40ss-of-db@db/x",
 }
-IN_URLS = ("user-name-in-url", "password-in-url", "key-in-query")
-URL = "http://user-name-in-url:password-in-url@127.0.0.1:9/score?key=key-in-query"
+SHOWN = {**SECRETS, "DATABASE_URL": "p%40ss-of-db"}
+IN_URLS = ("user-name-in-url", "password@in-url", "in-url@", "key-in-query")
+URL = "http://user-name-in-url:password@in-url@127.0.0.1:9/score?key=key-in-query"
 
 
 def leaks(ended: Ended, folder: Path) -> list[str]:
@@ -22,7 +33,7 @@ def leaks(ended: Ended, folder: Path) -> list[str]:
         texts[str(path)] = str(path.name).encode()
         if path.is_file():
             texts[str(path)] += path.read_bytes()
-    secrets = (*SECRETS.values(), *IN_URLS)
+    secrets = (*SHOWN.values(), *IN_URLS)
     return [
         f"{secret} in {where}"
         for where, text in texts.items()
@@ -73,8 +84,19 @@ def warns(prompts, responses):
 """
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "OPENAI_API_KEY", "MY_PASSWORD", "PRIVATE_KEY"])
-@pytest.mark.parametrize("reward", ["raises", "shortened", "warns"])
+NAMES = ["HF_TOKEN", "MY_PASSWORD", "PRIVATE_KEY", "GH_PAT", "DB_PASS", "HF_TOKENS", "APITOKEN",
+         "SSHPASSPHRASE"]  # fmt: skip
+QUICK = [("raises", "PRIVATE_KEY"), ("raises", "APITOKEN"), ("shortened", "HF_TOKEN"),
+         ("warns", "DB_PASS"), ("warns", "SSHPASSPHRASE")]  # fmt: skip
+CASES = [
+    (reward, name) if (reward, name) in QUICK else pytest.param(reward, name, marks=LONG)
+    for reward in ("raises", "shortened", "warns")
+    for name in NAMES
+    if reward != "shortened" or len(SECRETS.get(name, "x" * 20)) > 15
+]
+
+
+@pytest.mark.parametrize("reward, name", CASES)
 def test_what_a_reward_function_says_leaves_no_secret(tmp_path, reward, name):
     (tmp_path / "rewards.py").write_text(REWARD.replace("SHOWN", name))
     secrets = {**SECRETS, "PRIVATE_KEY": "-----BEGIN KEY-----\nMIIEvQIBADANBg\n-----END KEY-----"}
@@ -89,3 +111,37 @@ def test_what_a_reward_function_says_leaves_no_secret(tmp_path, reward, name):
         assert "<redacted>" in ended.error
     shown = ended.out + ended.err
     assert secrets[name][:12] not in shown and leaks(ended, tmp_path) == []
+
+
+NAMED = "GH_PAT DB_PASS HF_TOKENS APITOKEN KEY_PASSPHRASE SSHPASSPHRASE apiKey X-API-Key PGPASSWORD"
+NAMED += " GITHUB_TOKEN_2 DBPASS AWS_SECRET_ACCESS_KEY MYSQL_PWD API_KEYS SMTP_PASS client_secret"
+PLAIN = "PATH PWD OLDPWD COMPASS BYPASS MAX_TOKENS TOKENIZERS_PARALLELISM author monkey keyboard"
+PLAIN += " stop_token eos_token_id token_format lora_keys num_prompt_tokens max_new_tokens pattern"
+
+
+def test_names_of_secrets():
+    assert [name for name in NAMED.split() if not is_secret_name(name)] == []
+    assert [name for name in PLAIN.split() if is_secret_name(name)] == []
+
+
+def test_passwords_in_urls_end_at_the_last_at():
+    for url, shown in (
+        ("http://user:p@ss@host/x", "http://<redacted>@host/x"),
+        (
+            "ftp://u:a/b#c?d@h:80/p and http://x:y@z",
+            "ftp://<redacted>@h:80/p and http://<redacted>@z",
+        ),
+        ("http://a:b@host/x?key=1", "http://<redacted>@host/x?<redacted>"),
+        ("http://u@host", "http://<redacted>@host"),
+        ("http://host:80/a@b and https://host/@user", "http://host:80/a@b and https://host/@user"),
+    ):
+        assert redact(url, []) == shown
+
+
+def test_short_values_are_hidden_where_they_are_the_secret():
+    found = secret_values({"DB_PASS": "abc", "GH_PAT": "abcd", "USER_NAME": "someone-else"})
+    assert found == ["abcd"]
+    assert redact("abc abcd abcde", found) == "abc <redacted> abcde"
+    assert redact({"api_key": "k", "url": "http://u:p@h"}, found) == {
+        "api_key": "<redacted>", "url": "http://<redacted>@h"
+    }  # fmt: skip

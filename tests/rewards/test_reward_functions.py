@@ -1,5 +1,6 @@
 """Rewards from files and functions, checked and added up, and how each of them can fail."""
 
+import math
 import threading
 import time
 
@@ -148,6 +149,29 @@ def test_weighted_sum_by_name():
     assert parts == {"long": [3, 3, 4], "bonus": [1, 2, 3]}
     assert totals == [5.5, 5.0, 6.5]
     assert rewards.names == ["long", "bonus"] and rewards.weights == [2.0, -0.5]
+
+
+def test_a_row_may_be_left_without_a_score_where_that_is_allowed():
+    def sometimes(prompts, responses):
+        return [None, math.nan, 2]
+
+    def huge(prompts, responses):
+        return np.array([1.0, 1e300, 1.0])
+
+    rewards = [Reward("some", sometimes), Reward("huge", huge, 0.0)]
+    totals, parts = RewardSet(rewards, unscored=True)(PROMPTS, RESPONSES)
+    assert [math.isnan(total) for total in totals] == [True, True, False] and totals[2] == 2
+    assert [math.isnan(score) for score in parts["some"]] == [True, True, False]
+    assert parts["huge"] == [1, math.inf, 1]
+    rewards[1].weight = 1.0
+    totals = RewardSet(rewards, unscored=True)(PROMPTS, RESPONSES)[0]
+    assert totals[0] == 1 and math.isnan(totals[1]) and totals[2] == 3
+    with pytest.raises(UserError, match="reward 'some', row 0: the score None is not a finite"):
+        RewardSet(rewards)(PROMPTS, RESPONSES)
+    for wrong in ("1", [1.0]):  # no numbers, so no row that was left out
+        bad = Reward("bad", lambda prompts, responses, wrong=wrong: [1, wrong, 1])
+        with pytest.raises(UserError, match="reward 'bad', row 1"):
+            RewardSet([bad], unscored=True)(PROMPTS, RESPONSES)
 
 
 def test_columns_go_only_to_functions_that_take_them():

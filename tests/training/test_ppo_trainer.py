@@ -19,13 +19,18 @@ from tiny_ppo import (
 from models.load import weight_bytes
 from models.lora import LoraConfig, add_lora
 from models.reward_model import RewardModel
+from rl.rollouts import join_rollouts
+from training.rollout_stages import reference_of
 
 KINDS = ["lora", "dora", "prompt", "full"]
 
 
 def rollout_of(trainer, queries, responses, scores, masks=None):
-    """All that `step` computes before the update."""
-    rollout = trainer.prepare(queries, responses, scores, masks)
+    """All that `step` computes before the update; `responses` may be a rollout."""
+    rollout = responses
+    if isinstance(responses, list):
+        rollout = trainer.as_rollout(queries, responses)
+    trainer.prepare(rollout, scores, masks)
     trainer.score_policy(rollout)
     trainer.score_reference(rollout)
     trainer.compute_rewards(rollout)
@@ -343,7 +348,7 @@ def test_policy_reference_values_and_reward_share_one_base():
     trainer = make_trainer(model=model)
     policy = trainer.model
     seen = {"policy": flat(policy.parameters())}
-    with trainer._reference() as reference:
+    with reference_of(policy.model, policy.tuning) as reference:
         seen["reference"] = flat(reference.parameters())
         reward_adapter.activate()
         seen["reward"] = flat(reward.parameters())
@@ -384,26 +389,27 @@ def test_values_of_sampling_are_used_where_they_are_the_same():
 def test_a_batch_made_in_several_calls_is_as_good_as_one():
     trainer = make_trainer()
     queries = [[5, 6]] * 8
-    responses = [trainer.generate([query])[0] for query in queries]
-    assert len(set(map(tuple, responses))) > 4  # each call draws other numbers
-    calls = []
-    trainer._by_rows, real = lambda *args: calls.append(1) or real(*args), trainer._by_rows
-    rollout = trainer.prepare(queries, responses, [0.0] * 8)
+    parts = [trainer.generate([query], part=part) for part, query in enumerate(queries)]
+    assert len({tuple(part.responses[0]) for part in parts}) > 4  # each call draws other numbers
+    assert make_trainer().generate(queries[:1]).responses == parts[0].responses
+    rollout = trainer.prepare(join_rollouts(parts), [1.0, -1.0] * 4)
+    trainer.model.set_dtype(mx.float16)  # another pass would give other numbers
     trainer.score_policy(rollout)
-    assert not calls  # log-probabilities of all of them were kept
-    assert make_trainer().generate(queries[:1]) == responses[:1]
-    trainer.step(queries, responses, [1.0, -1.0] * 4)
-    assert trainer._calls == 0 and not trainer._generated  # a resumed run begins like this too
+    for row, part in enumerate(parts):
+        np.testing.assert_array_equal(
+            rollout.logprobs[row, : len(part.responses[0])], part.sampled_logprobs[0]
+        )
 
 
 def test_responses_have_the_lengths_that_are_asked_for():
     trainer = make_trainer(min_response_length=2, max_new_tokens=9)
     trainer.eos_ids = set()
-    lengths = [[len(r) for r in trainer.generate([[5, 6]] * 40)]]
+    lengths = [[len(r) for r in trainer.generate([[5, 6]] * 40).responses]]
     trainer.steps_done += 1
-    lengths += [[len(r) for r in trainer.generate([[5, 6]] * 40)]]
+    lengths += [[len(r) for r in trainer.generate([[5, 6]] * 40).responses]]
     assert set(lengths[0]) == set(range(2, 10)) and lengths[0] != lengths[1]
-    assert [len(r) for r in trainer.generate([[5]] * 3, max_tokens=[1, 2, 3])] == [1, 2, 3]
+    made = trainer.generate([[5]] * 3, max_tokens=[1, 2, 3])
+    assert [len(response) for response in made.responses] == [1, 2, 3]
 
 
 def test_arrays_of_tokens_will_do():
@@ -421,4 +427,4 @@ def test_evaluation_moves_no_random_state():
     assert greedy == trainer.sample_for_evaluation(queries, greedy=True).responses
     assert greedy != sampled == trainer.sample_for_evaluation(queries, greedy=False).responses
     assert sampled != trainer.sample_for_evaluation(queries, greedy=False, part=1).responses
-    assert trainer.generate(queries) == other.generate(queries)
+    assert trainer.generate(queries).responses == other.generate(queries).responses

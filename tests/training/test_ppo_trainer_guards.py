@@ -91,11 +91,17 @@ def test_a_gradient_that_is_not_finite_moves_nothing(where, bad):
     assert_same_bits(state_of(trainer), before)
 
 
-def test_bad_steps_are_counted_in_the_statistics():
-    trainer = make_trainer()
+def test_a_bad_step_is_counted_and_leaves_nothing_behind():
+    trainer = make_trainer(adap_kl_ctrl=True, target=0.1, horizon=100.0, use_score_scaling=True)
+    quietly(trainer.step, *random_batch())
+    before = trainer.state_dict()
     trainer.model.value_head.bias = mx.array([mx.nan])
-    stats = quietly(trainer.step, *random_batch())
+    stats = quietly(trainer.step, *random_batch(seed=1))
     assert stats["ppo/not_finite"] == 1 and stats["ppo/skipped"] == 1
+    assert trainer.skip() == {"ppo/not_finite": 1.0}
+    after = trainer.state_dict()
+    assert after.pop("steps_done") == before.pop("steps_done") + 2
+    assert {**after, "warned": 0} == {**before, "warned": 0}
 
 
 # ------------------------------------------------------------------------------ limits
@@ -188,7 +194,7 @@ def test_virtual_tokens_are_legal_in_front_of_a_query_alone():
     trainer = make_trainer("prompt")
     assert trainer.vocabulary == 64 and trainer.model.tuning.prefix == (64, 65, 66)
     queries, _, scores = random_batch()
-    quietly(trainer.step, queries, trainer.generate(queries), scores)
+    quietly(trainer.update, trainer.generate(queries), scores)
     said = "row 2: the query has the token id 65"
     for wrong in (trainer.generate, lambda q: trainer.sample_for_evaluation(q, True)):
         with pytest.raises(UserError, match=said):
@@ -309,7 +315,7 @@ def test_penalties_scaling_and_clipping_come_in_this_order():
         missing_eos_penalty=3.0, use_score_scaling=True, use_score_norm=True, score_clip=0.8
     )
     responses = [[5, 1], [5, 6], [5, 1], [5, 6]]
-    ended = [trainer.has_ended([2], response) for response in responses]
+    ended = trainer.as_rollout([[2]] * 4, responses).ended
     assert ended == [True, False, True, False]
     shaped = trainer.shape_scores([1.0, 2.0, 3.0, 4.0], responses, ended)
     penalised = np.array([1.0, -1.0, 3.0, 1.0])
@@ -328,9 +334,11 @@ def test_a_response_that_a_stop_function_ended_has_ended():
     trainer = make_trainer(missing_eos_penalty=1.0)
     trainer.eos_ids = set()
     queries = [[5, 6]] * 8
-    responses = trainer.generate(queries, should_stop=lambda tokens: len(tokens) == 3)
-    assert all(trainer.has_ended(q, r) for q, r in zip(queries, responses, strict=True))
-    assert not trainer.has_ended([5, 6], [7, 8, 9])
+    rollout = trainer.generate(queries, should_stop=lambda tokens: len(tokens) == 3)
+    assert rollout.ended == [True] * 8
+    shaped = trainer.prepare(rollout, [2.0] * 8).scores
+    assert shaped.tolist() == [2.0] * 8
+    assert not trainer.as_rollout([[5, 6]], [[7, 8, 9]]).ended[0]
 
 
 def test_the_adaptive_coefficient_follows_the_kl():
@@ -348,8 +356,7 @@ def run_steps(trainer, steps: range) -> dict:
     found = {}
     for step in steps:
         queries, _, scores = random_batch(seed=step)
-        responses = trainer.generate(queries)
-        stats = quietly(trainer.step, queries, responses, scores)
+        stats = quietly(trainer.update, trainer.generate(queries), scores)
         found = {k: v for k, v in stats.items() if not k.startswith("time/")}
     return found
 

@@ -1,0 +1,56 @@
+"""One update of the weights: gradients are added up, checked, scaled, clipped and applied here.
+
+What a gradient is divided by is the trainer's: tokens or rows (mlx_sft_trainer.py), or the number
+of minibatches (mlx_ppo_trainer.py).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map
+
+from training.optimizers import clip_gradients
+
+
+def added(total: Any, part: Any) -> Any:
+    """`total` + `part`, trees of arrays of one form; a total of None is 0.
+
+    Evaluated at once, or every gradient would stay in memory until the last one.
+    """
+    total = part if total is None else tree_map(mx.add, total, part)
+    mx.eval(total)
+    return total
+
+
+def all_finite(gradient: Any) -> mx.array:
+    """Whether no array of the tree holds NaN or infinity, a scalar."""
+    return mx.stack([mx.isfinite(g).all() for _, g in tree_flatten(gradient)]).all()
+
+
+def apply_update(
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    total: Any,
+    divisor: mx.array | float,
+    max_grad_norm: float | None,
+    *,
+    loss: float = 0.0,
+    before: Callable[[], None] = lambda: None,
+) -> float:
+    """Move the trained weights of `model` by the gradient `total` / `divisor`; returns its norm.
+
+    The norm is that before clipping. Where it or the `loss` is not finite, nothing moves. `before`
+    is called right before something does.
+    """
+    gradient = tree_map(lambda g: g / divisor, total)
+    gradient, norm = clip_gradients(gradient, max_grad_norm)
+    size = norm.item()
+    if math.isfinite(size) and math.isfinite(loss):
+        before()
+        optimizer.update(model, gradient)
+        mx.eval(model.trainable_parameters(), optimizer.state)
+    return size
