@@ -15,6 +15,7 @@ SUM = "sha256"  # of all that config.json, manifest.json or best.json holds besi
 MADE_BY = {
     "sft": "sft.py",
     "reward_model": "sft.py",
+    "preference": "preference_training.py",
     "ppo": "ppo_training.py",
     "group": "group_training.py",
     "pytorch_sft": "pytorch_baseline/pytorch_sft.py",
