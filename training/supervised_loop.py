@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from command_line.resumed_options import check_whole_updates
-from run_folder.checkpoint_folder import Metric, best_checkpoint
+from run_folder.checkpoint_folder import best_checkpoint
 from run_folder.console import Progress
+from run_folder.manifest import Metric
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop
 from training.checkpointed import Group, Resumable
