@@ -32,6 +32,7 @@ class LoadedModel:
     path: Path
     name: str
     fingerprint: str | None = None  # of the folder's weights, for adapters (base_fingerprint.py)
+    quantized: dict[str, int] | None = None  # {"bits", "group_size"} where `quantize` did it
 
     @property
     def eos_ids(self) -> set[int]:
@@ -64,15 +65,14 @@ def load_model(
         raise UserError(f"{name}: is a classifier that gives scores, not a language model; "
                         "give it as --reward-model")  # fmt: skip
     model, tokenizer, config = _load(path, name, trust_remote_code)
-    if quantize is not None:
-        _quantize(model, config, quantize, name)
+    quantized = None if quantize is None else _quantize(model, config, quantize, name)
     repair(model, config)  # after quantisation, which makes some modules anew
     if dtype != "stored":
         cast(model, default_dtype() if dtype == "auto" else dtype)
     model.freeze()
     exponentials.use_in(model)
     mx.eval(model.parameters())
-    return LoadedModel(model, tokenizer, config, path, name, base_fingerprint(path))
+    return LoadedModel(model, tokenizer, config, path, name, base_fingerprint(path), quantized)
 
 
 def resolve_path(name: str, revision: str | None = None, *, with_code: bool = False) -> Path:
@@ -183,7 +183,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(lines)[:500] or type(error).__name__
 
 
-def _quantize(model: nn.Module, config: dict, bits: int, name: str) -> None:
+def _quantize(model: nn.Module, config: dict, bits: int, name: str) -> dict[str, int]:
     if "quantization" in config:
         raise UserError(f"{name}: is quantised already; leave --quantize away")
     for group_size in QUANTIZE_GROUP_SIZES:
@@ -194,6 +194,7 @@ def _quantize(model: nn.Module, config: dict, bits: int, name: str) -> None:
         raise UserError(f"{name}: no layer is a multiple of 32 wide, so none can be quantised")
     nn.quantize(model, group_size, bits, class_predicate=lambda _, m: _can_quantize(m, group_size))
     config["quantization"] = {"group_size": group_size, "bits": bits, "mode": "affine"}
+    return {"bits": bits, "group_size": group_size}
 
 
 def _can_quantize(module: nn.Module, group_size: int) -> bool:
