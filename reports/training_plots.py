@@ -77,6 +77,22 @@ def plot_ppo(
     return save(figure, path)
 
 
+def plot_groups(rows: Rows, path: str | Path, *, title: str = "Group training") -> Path:
+    """Mean reward of a batch, and the share of groups that taught nothing, over steps."""
+    figure, axes = new_figure(2, 1, (6.4, 5.4), sharex=True)
+    above, below = axes[:, 0]
+    drawn = draw_series(above, rows, "reward", BLUE, "mean reward")
+    drawn |= draw_series(below, rows, "frac_reward_zero_std", GREY, "groups of equal rewards")
+    drawn |= draw_series(below, rows, "kl", VERMILION, "KL to the reference, nats per token")
+    require(drawn, path, "reward, frac_reward_zero_std or kl")
+    label(above, "", "reward", title)
+    label(below, "step", "share, KL")
+    for axis in (above, below):
+        if axis.get_legend_handles_labels()[0]:
+            legend(axis)
+    return save(figure, path)
+
+
 def plot_learned_and_true(
     rows: Rows,
     path: str | Path,

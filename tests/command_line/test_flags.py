@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 import fuse
+import group_training
 import ppo_training
 import score
 import sft
@@ -23,6 +24,7 @@ TRAINING = [
 SCRIPTS = {
     sft: ["sft.py"],
     ppo_training: ["ppo_training.py", "mlx_ppo_trainer.py"],
+    group_training: ["group_training.py", "mlx_group_trainer.py", "rl/group_losses.py"],
     fuse: ["fuse.py", "publishing/*.py"],
     score: ["score.py"],
     talk_to_model: ["talk_to_model.py", "chat/*.py"],
