@@ -87,8 +87,8 @@ def test_settings_that_change_nothing_are_taken(tmp_path):
     written = {
         "task_type": "CAUSAL_LM", "auto_mapping": None, "peft_version": "0.21.2", "revision": None,
         "base_model_name_or_path": "USER/NAME", "inference_mode": True,
-        "target_modules": ["q_proj"], "exclude_modules": None, "fan_in_fan_out": False, "bias": "none",
-        "use_rslora": False,
+        "target_modules": ["q_proj"], "exclude_modules": None, "fan_in_fan_out": False,
+        "bias": "none", "use_rslora": False,
         "modules_to_save": None, "init_lora_weights": True, "layers_to_transform": None,
         "layers_pattern": None, "rank_pattern": {}, "alpha_pattern": {}, "megatron_config": None,
         "megatron_core": "megatron.core", "trainable_token_indices": None, "loftq_config": {},
