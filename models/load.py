@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from models import exponentials
 from models.base_fingerprint import base_fingerprint
 from models.file_checks import check_depth, check_model_files
 from models.hub_files import download, looks_like_hub_name
+from models.limits import Limits, find_limits
 from models.repairs import model_classes, repair
 from models.transformers_config import unnested
 
@@ -33,6 +35,11 @@ class LoadedModel:
     name: str
     fingerprint: str | None = None  # of the folder's weights, for adapters (base_fingerprint.py)
     quantized: dict[str, int] | None = None  # {"bits", "group_size"} where `quantize` did it
+
+    @cached_property
+    def limits(self) -> Limits:
+        """Tokens and positions that the model has rows for, without virtual tokens."""
+        return find_limits(self.model)
 
     @property
     def eos_ids(self) -> set[int]:

@@ -17,6 +17,7 @@ from models.adapter_files import head_path, load_adapter, read_adapter, read_hea
 from models.encoder_reward import EncoderReward, PlainPairs, is_encoder
 from models.hub_files import download, looks_like_hub_name
 from models.last_block import allow_short_last_block, picked_hidden
+from models.limits import find_limits
 from models.load import LoadedModel, load_model
 from models.trunk import hidden_size, hidden_states
 from models.tuning import Tuning, check_arrays
@@ -92,6 +93,7 @@ class RewardModel(nn.Module):
 
     def _score_sorted(self, sequences: Sequence[Sequence[int]], batch_size: int) -> list[float]:
         sequences = [self._prepared(sequence) for sequence in sequences]
+        find_limits(self.model).check(sequences, where="a text to score")
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         scores = np.zeros(len(sequences), dtype=np.float32)
         for start in range(0, len(order), batch_size):
