@@ -26,6 +26,9 @@ class Record:
     margin: float | None = None  # preference
     label: bool | None = None  # unpaired
     reward: float | None = None  # from `reward` or `meta_eval_score`
+    extras: dict[str, Any] = field(default_factory=dict)  # tools, documents: for the chat template
+    prompt_fields: list[str] = field(default_factory=list)  # names of `fields` that are its prompt
+    answer_fields: list[str] = field(default_factory=list)  # and of those that are its answers
 
     @property
     def columns(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Tokenised rows, ready for batches."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -89,11 +90,17 @@ Row = TypeVar("Row", TextRow, ScalarRow, PreferenceRow, UnpairedRow, PromptRow)
 
 @dataclass
 class Tokenised(Generic[Row]):
-    """Rows ready for batches, how many were cut, and which were refused: [(where, why), ...]."""
+    """Rows ready for batches, how many were cut, and which were refused: [(where, why), ...].
+
+    `notes` say what the template did to rows: [(where, what, an example), ...]; `unused` counts the
+    rows in which a field is filled in and no text is made of it.
+    """
 
     rows: list[Row] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
     cut: int = 0
+    notes: list[tuple[str, str, str]] = field(default_factory=list)
+    unused: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return len(self.rows)
