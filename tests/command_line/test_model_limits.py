@@ -111,7 +111,8 @@ def test_a_default_length_is_lowered_and_said(places, tmp_path):
       "a response of up to 30"),
      (ppo_training, f"{PPO} --train-file short.jsonl --max-new-tokens 4 --max-length 64",
       "--max-length 64"),
-     (group_training, f"{ROLLOUT} --num_generations 2 --train-file short.jsonl --max-new-tokens 40", "40"),
+     (group_training, f"{ROLLOUT} --num_generations 2 --train-file short.jsonl --max-new-tokens 40",
+      "40"),
      (talk_to_model, "hello --max-tokens 100", "a response of up to 100")],
 )  # fmt: skip
 def test_what_does_not_fit_the_positions_is_refused(script, words, wrong, places):
