@@ -73,8 +73,8 @@ def generate(
     if not prompts or any(not p for p in prompts) or min(limits) < 1:
         raise ValueError("every prompt needs a token, and every row a limit of at least 1")
     known = find_limits(model)
-    for prompt, limit in zip(prompts, limits, strict=True):
-        known.check_one(prompt, "a prompt", limit)
+    for row, limit in enumerate(limits):
+        known.check_one(prompts[row // samples], "a prompt", limit)
     state = _Rows(limits, eos_ids, should_stop, value_head is not None)
     uniforms = mx.random.uniform(shape=(max(limits), count), key=key)  # (step, B)
     tokens, cache = _left_pad(model, prompts)
