@@ -7,6 +7,7 @@ because mlx-lm's loaders take no array they do not know.
 """
 
 import json
+import warnings
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ import mlx.nn as nn
 
 from errors import UserError
 from models.adapter_description import (
+    CONFIG_FILE,
     CONFIG_KEY,
     describe_peft_adapter,
     guess_description,
@@ -23,14 +25,14 @@ from models.adapter_description import (
     read_json,
     remove_old_heads,
 )
-from models.array_files import read_arrays, write_arrays, write_text
+from models.array_files import fill, read_arrays, write_arrays, write_text
 from models.base_fingerprint import QUANTIZATION, check_base, check_quantization, described_base
-from models.file_checks import check_inside
 from models.interop import load_peft_adapter
 from models.load import LoadedModel
 from models.lora import LoraConfig, add_lora
 from models.soft_prompt import SoftPrompt
 from models.tuning import FullTuning, Tuning, check_finite
+from safe_files import check_inside, refuse_links, replacing
 
 SOFT_PROMPT_FILE = "soft_prompt.safetensors"
 
@@ -52,15 +54,17 @@ def save_adapter(
     config, arrays = describe(tuning, base), tuning.arrays()
     if is_single_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_arrays(path, arrays, {CONFIG_KEY: config})
         written = [path]
     else:
         path.mkdir(parents=True, exist_ok=True)
         name = SOFT_PROMPT_FILE if tuning.kind == "prompt" else "adapters.safetensors"
-        written = [path / name, path / "adapter_config.json"]
-        write_arrays(written[0], arrays, {CONFIG_KEY: config})
-        write_text(written[1], json.dumps(config, indent=2) + "\n")
-    remove_old_heads(path, head)
+        written = [path / name, path / CONFIG_FILE]
+    refuse_links(written[-1])
+    with replacing(written[0]) as aside:
+        fill(aside, arrays, {CONFIG_KEY: config})
+        remove_old_heads(path, head)  # a stop from here on leaves no head of another adapter
+    for file in written[1:]:
+        write_text(file, json.dumps(config, indent=2) + "\n")
     return written
 
 
@@ -82,7 +86,11 @@ def read_adapter(path: str | Path) -> tuple[dict[str, mx.array], dict]:
             file = path / "adapters.safetensors"  # of a soft prompt: in a checkpoint
         check_inside(config_file, path)
         check_inside(file, path)
-        return read_arrays(file)[0], config
+        arrays, described = read_arrays(file)
+        if described.get(CONFIG_KEY, config) != config:
+            said = f"{config_file}: is not what {file.name} says of itself; the former counts"
+            warnings.warn(said, stacklevel=2)
+        return arrays, config
     if not is_single_file(path) and path.exists():
         raise UserError(f"{path}: an adapter is a .npz or .safetensors file, or a folder")
     arrays, described = read_arrays(path)

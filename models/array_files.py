@@ -1,10 +1,9 @@
 """Arrays with JSON descriptions in .npz and .safetensors files; small text files beside them.
 
-Everything is written aside and then renamed. No pickle is ever read.
+Everything is written aside, read back and then renamed. No pickle is ever read.
 """
 
 import json
-import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,24 +11,30 @@ import mlx.core as mx
 from errors import UserError
 from models.adapter_description import CONFIG_KEY
 from models.file_checks import check_npz, safetensors_header
+from models.written_arrays import save_arrays
+from safe_files import replacing, synced_sum, write_checked
 
 
 def write_arrays(path: Path, arrays: dict[str, mx.array], described: dict) -> None:
-    """Write `arrays` and JSON-able descriptions to .safetensors or .npz, aside and then renamed."""
-    aside = path.with_name(f".{path.stem}.writing{path.suffix}")
-    arrays = dict(sorted(arrays.items()))  # the order is part of the bytes
-    if path.suffix == ".npz":
+    """Write `arrays` and JSON-able descriptions to .safetensors or .npz: whole or not at all.
+
+    Raises UserError where `path` is a link, and the OSError or RuntimeError of a disk that refuses.
+    """
+    with replacing(path) as aside:
+        fill(aside, arrays, described)
+
+
+def fill(file: Path, arrays: dict[str, mx.array], described: dict) -> None:
+    """Arrays and descriptions into a new file, on the disk and read back."""
+    texts = {name: json.dumps(value) for name, value in described.items()}
+    if file.suffix == ".npz":
         arrays = {k: a.astype(mx.float32) if a.dtype == mx.bfloat16 else a
                   for k, a in arrays.items()}  # fmt: skip
-        texts = {k: mx.array(list(json.dumps(v).encode()), dtype=mx.uint8)
-                 for k, v in described.items()}  # fmt: skip
-        mx.savez(str(aside), **arrays, **texts)
+        arrays |= {k: mx.array(list(v.encode()), dtype=mx.uint8) for k, v in texts.items()}
+        save_arrays(file, arrays, {})
     else:
-        metadata = {"format": "mlx", **{k: json.dumps(v) for k, v in described.items()}}
-        mx.save_safetensors(str(aside), arrays, metadata=metadata)
-    with open(aside, "rb") as file:
-        os.fsync(file.fileno())  # on the disk before it takes the name of what was there
-    os.replace(aside, path)
+        save_arrays(file, arrays, {"format": "mlx", **texts})
+    synced_sum(file)
 
 
 def read_arrays(path: Path) -> tuple[dict[str, mx.array], dict]:
@@ -55,7 +60,6 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file aside, then rename it."""
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    """Write a small text file, whole or not at all; raises what `write_arrays` does."""
+    with replacing(path) as aside:
+        write_checked(aside, text)
