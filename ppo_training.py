@@ -15,6 +15,7 @@ import fast_blas  # noqa: F401
 
 from command_line.adapter_file import make_tuning
 from command_line.dataclass_flags import dataclass_from_arguments
+from command_line.model_limits import check_rows, fit_lengths
 from command_line.parser import run_main
 from command_line.ppo_flags import ends, load_prompts, parse_arguments, stop_at, validation_prompts
 from command_line.reward_flags import make_learned_reward, make_rewards
@@ -29,8 +30,12 @@ from training.launch import run_training, say_peak_memory, say_written, start
 def main(words=None) -> int:
     args = parse_arguments(words)
     loaded = start(args.seed, args.memory_limit, **model_options(args))
+    fit_lengths(args, loaded.limits, response=args.max_new_tokens)
     prompts = load_prompts(args, loaded.tokenizer)
     policy, reference = make_policy(args, loaded)
+    for split in prompts.values():
+        check_rows(split.rows, loaded.limits, prefix=len(policy.tuning.prefix),
+                   response=args.max_new_tokens)  # fmt: skip
     learned = make_learned_reward(args, loaded, policy.tuning)
     rewards = make_rewards(args, learned, unscored=True)
     train(args, loaded, policy, reference, rewards, prompts)

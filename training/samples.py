@@ -26,10 +26,11 @@ def write_samples(
         return
     tokenizer, prefix = loaded.tokenizer, task.tuning.prefix
     task.trained.eval()
+    rows = [[*prefix, *prompt] for prompt in tokens]
     made = generate(
         loaded.model,
-        [[*prefix, *prompt] for prompt in tokens],
-        max_tokens=100,
+        rows,
+        max_tokens=[loaded.limits.room(len(row), 100) for row in rows],
         eos_ids=loaded.eos_ids,
         sampling=Sampling(temperature=0),
         key=mx.random.key(0),  # leaves the random state of training alone
@@ -45,7 +46,8 @@ def normalise_on_samples(task: Any, loaded: LoadedModel, rows: Sequence, count: 
     starts = list(itertools.islice(itertools.cycle(starts), count))
     starts = [tokens[: max(1, len(tokens) // 4)] for tokens in starts]
     with task.tuning.disabled():
-        longest = max(map(len, starts)) * 3
+        longest = max(map(len, starts))
+        longest = loaded.limits.room(longest, longest * 3)
         made = generate(
             loaded.model, starts, max_tokens=longest, eos_ids=loaded.eos_ids, key=mx.random.key(0)
         )
