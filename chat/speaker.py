@@ -71,12 +71,16 @@ class Speaker:
         messages: list[dict],
         settings: Settings,
         *,
+        extras: dict | None = None,
         show: Callable[[str], None] = lambda text: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Reply:
-        """Answer `messages`; `show` gets the text piece by piece as it is written."""
+        """Answer `messages`; `show` gets the text piece by piece as it is written.
+
+        `extras` are tools and documents for the chat template.
+        """
         self.step_forward()
-        prompt, prompt_text = self.prompting.tokens(messages)
+        prompt, prompt_text = self.prompting.tokens(messages, extras)
         prefix = self.tuning.prefix if self.tuning is not None else ()
         write = self._beams if settings.num_beams > 1 else self._stream
         started = time.perf_counter()
