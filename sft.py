@@ -48,6 +48,8 @@ def main(words=None) -> int:
     if args.preview:
         return 0
     task = make_task(args, loaded)
+    if args.reward_model:
+        task.reward_model.reading = rows["reading"]
     if args.train:
         train(args, loaded, task, rows)
     if args.test:
@@ -234,6 +236,7 @@ def normalise_scores(args, loaded, task, rows) -> None:
     import mlx.core as mx
 
     from models.decoding import generate
+    from models.reading import Ending
     from models.reward_model import normalise
 
     starts = [getattr(row, "tokens", None) or row.chosen for row in rows.rows]
@@ -244,7 +247,9 @@ def normalise_scores(args, loaded, task, rows) -> None:
         made = generate(
             loaded.model, starts, max_tokens=longest, eos_ids=loaded.eos_ids, key=mx.random.key(0)
         )
-    texts = [start + response for start, response in zip(starts, made.responses, strict=True)]
+    ending = Ending(loaded.tokenizer, task.reward_model.reading)
+    made = zip(starts, made.responses, made.finished, strict=True)
+    texts = [ending.put(start + response, end) for start, response, end in made]
     normalise(task.reward_model, texts)
 
 

@@ -18,6 +18,7 @@ from command_line.data_flags import (
     tokenising,
 )
 from command_line.parser import Parser
+from command_line.resumed_options import begun_before
 from command_line.rules import Needs, flag_of, needs, refuse_idle
 from command_line.shared_flags import (
     add_adapter_arguments,
@@ -35,12 +36,13 @@ from data_utils import (
     load_data,
     pack_rows,
     preview,
-    tokenise_preferences,
-    tokenise_scalar,
     tokenise_sft,
     use_colour,
 )
 from errors import UserError
+from models.adapter_description import REWARD_HEAD, read_head_description
+from models.reading import Reading, trained_reading
+from rewards.reward_rows import tokenise_reward_rows
 from run_folder.output import own_text, printable
 
 DESCRIPTION = (
@@ -210,7 +212,8 @@ def check_validations(args) -> None:
 def load_rows(args, tokenizer) -> dict:
     """Tokenised rows by split: train and valid when training, test when testing.
 
-    With --sample-prompts also "samples": their tokens, in the form of the training rows.
+    With --sample-prompts also "samples": their tokens, in the form of the training rows. With
+    --reward-model also "reading": how the model reads its texts, to be recorded beside its head.
     """
     splits = (["train", "valid"] if args.train or args.preview else []) + ["test"] * args.test
     rows, found = {}, load_data(splits=splits, **data_sources(args))
@@ -220,10 +223,12 @@ def load_rows(args, tokenizer) -> dict:
             rows[split] = tokenise_sft(
                 records, tokenizer, mask_prompt=args.mask_prompt, **tokenising(args)
             )
-        elif set(records.kinds) == {"preference"}:
-            rows[split] = tokenise_preferences(records, tokenizer, **tokenising(args))
         else:
-            rows[split] = tokenise_scalar(records, tokenizer, **tokenising(args))
+            if "reading" not in rows:
+                rows["reading"] = reading_of(args, tokenizer, set(records.kinds))
+            rows[split] = tokenise_reward_rows(
+                records, tokenizer, rows["reading"], **tokenising(args)
+            )
         print(data_report(split, records, rows[split]))
         if args.packing:
             rows[split].rows = pack_rows(rows[split].rows, args.max_length)
@@ -235,6 +240,24 @@ def load_rows(args, tokenizer) -> dict:
     if args.preview:
         show(rows["train"][0], tokenizer)
     return rows
+
+
+def reading_of(args, tokenizer, kinds: set[str]) -> Reading:
+    """How a reward model reads rows of these kinds.
+
+    What was trained before that was recorded goes on as it was.
+    """
+    old = args.resume_adapter_file
+    if old is not None and "ending" not in read_head_description(old, REWARD_HEAD):
+        return Reading()
+    if args.resume is not None and begun_before(args.resume, "template_date"):
+        return Reading()
+    return trained_reading(
+        tokenizer,
+        plain=kinds == {"text"},
+        prompt_template=args.prompt_template,
+        token_format=args.token_format,
+    )
 
 
 class Decoder:

@@ -6,6 +6,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from data_loading.records import Text
+
 
 @dataclass
 class TextRow:
@@ -77,12 +79,19 @@ class UnpairedRow:
 
 @dataclass
 class PromptRow:
-    """A prompt for PPO, as tokens and as the text they stand for, and the row's other fields."""
+    """A prompt for PPO, as tokens, as the text they stand for and as a person wrote it; the row's
+    other fields.
+    """
 
     tokens: list[int]
     text: str
     columns: dict[str, Any]
     where: str = ""
+    # A text, or messages. Not in repr, of which the fingerprint of a run's data is made.
+    prompt: Text = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        self.prompt = self.prompt or self.text
 
 
 Row = TypeVar("Row", TextRow, ScalarRow, PreferenceRow, UnpairedRow, PromptRow)

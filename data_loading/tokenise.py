@@ -187,11 +187,9 @@ def tokenise_prompts(
         tokens, was_cut = encoder.fit_left(tokens)
         if was_cut:
             text = tokenizer.decode(tokens[encoder.bos_length(tokens) :])
-        else:  # a chat template writes into its text what stands before it
-            text = text.removeprefix(tokenizer.decode(encoder.prefix) if encoder.prefix else "")
-            text = text.removeprefix(tokenizer.bos_token or "")
         template.note(record, rendered)
-        return PromptRow(tokens, text, record.columns, record.where), was_cut
+        written = record.asked() or text
+        return PromptRow(tokens, text, record.columns, record.where, written), was_cut
 
     return each(records, convert, skip_bad_rows, template)
 

@@ -14,6 +14,7 @@ import numpy as np
 from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
 from rewards.scored_rows import response_text
+from rewards.texts import asked, reward_columns
 from rewards.user_function import quote_row
 from rl.ppo_statistics import logged_row, part_means
 from rl.rollouts import join_rollouts
@@ -184,21 +185,25 @@ class RolloutLoop(Resumable):
             for row, response in zip(rows, rollout.responses, strict=True)
         ]
         columns = self.columns(rows, rollout)
-        scores, parts = self.rewards([row.text for row in rows], texts, **columns)
+        scores, parts = self.rewards([row.prompt for row in rows], texts, **columns)
         return texts, scores, parts
 
     def columns(self, rows: Sequence[PromptRow], rollout) -> dict[str, Sequence]:
         """What rewards may ask for beside the texts."""
         token_ids = [[*row.tokens, *r] for row, r in zip(rows, rollout.responses, strict=True)]
-        return {**columns_of(rows), "token_ids": token_ids, "ended": rollout.ended}
+        return reward_columns(
+            columns_of(rows),
+            token_ids=token_ids,
+            ended=rollout.ended,
+            prompt_text=[row.text for row in rows],
+        )
 
     def write_samples(self, made: Experience, kls: Sequence[float] | None) -> None:
         samples = []
         for place in range(min(len(made.rows), self.schedule.samples_per_step)):
             kl = {} if kls is None else {"kl": float(kls[place])}
-            prompt, response = made.rows[place].text, made.texts[place]
-            samples.append({"prompt": prompt, "response": response, "score": made.scores[place]})
-            samples[-1] |= kl
+            response, score = made.texts[place], made.scores[place]
+            samples.append({**asked(made.rows[place]), "response": response, "score": score} | kl)
         self.run_folder.log_samples(self.step, samples)
 
     def set_aside(self, made: Experience) -> None:
@@ -207,12 +212,12 @@ class RolloutLoop(Resumable):
         reason = "score not finite" if len(bad) else "loss or gradient not finite"
         self.last_bad = ""
         if len(bad):
-            prompts = [row.text for row in made.rows]
+            prompts = [row.prompt for row in made.rows]
             self.last_bad = "; the last: " + quote_row(prompts, made.texts, bad[-1])
         columns = zip(made.rows, made.rollout.responses, made.texts, made.scores, strict=True)
         entries = [
             {
-                "prompt": row.text,
+                **asked(row),
                 "response": text,
                 "score": score,
                 "query_tokens": row.tokens,
@@ -238,7 +243,7 @@ class RolloutLoop(Resumable):
             row |= {f"eval/{kind}/{name}": value for name, value in means.items()}
             lengths = [len(response) for response in rollout.responses]
             row[f"eval/{kind}/response_tokens"] = float(np.mean(lengths))
-            sample = {"prompt": rows[0].text, "response": texts[0], "score": scores[0]}
+            sample = {**asked(rows[0]), "response": texts[0], "score": scores[0]}
             self.run_folder.log_samples(self.step, [{"evaluation": kind, **sample}])
         self.run_folder.log(self.step, {k: v for k, v in row.items() if k != "step"})
         shown = {"greedy": row["eval/greedy/score"], "sampled": row["eval/sampled/score"]}
