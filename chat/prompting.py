@@ -40,7 +40,8 @@ class Prompting:
     ) -> tuple[list[int], str]:
         """(token ids with one BOS where the tokenizer writes one, the text they stand for).
 
-        `messages` end with the user's; `extras` are tools and documents. Raises UserError where the template refuses them.
+        `messages` end with the user's; `extras` are tools and documents. Raises UserError where the
+        template refuses them.
         """
         last = messages[-1]["content"]
         if not last.strip():

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -28,6 +28,7 @@ class Reply:
     ended: str  # "stop": by EOS, "length": by --max-tokens, "interrupted"
     seconds: float  # for all tokens after the first
     first_seconds: float  # to the first token
+    extras: dict = field(default_factory=dict)  # tools and documents that the template was given
 
     @property
     def tokens_per_second(self) -> float:
@@ -101,7 +102,10 @@ class Speaker:
         if settings.num_beams > 1:  # nothing comes before the search is over
             first = started
             show(text)
-        return Reply(prompt, said, prompt_text, tokens, text, ended, now - first, first - started)
+        return Reply(
+            prompt, said, prompt_text, tokens, text, ended, now - first, first - started,
+            extras or {},
+        )  # fmt: skip
 
     # ----------------------------------------------------------------- ways to write
 

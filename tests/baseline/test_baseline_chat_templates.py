@@ -174,7 +174,8 @@ def check_nothing_is_lost_in_silence(tokenizer, row, done):
         wanted += [call["function"]["name"] for call in message.get("tool_calls", ())]
         for text in filter(None, wanted):
             if message["role"] != "assistant":
-                assert text in rest and text not in trained
+                assert text in rest or f"drops text of a {message['role']} turn" in said
+                assert text not in trained
             elif "".join(text.split()) not in "".join(trained.split()):
                 assert "drops text of an assistant turn" in said
 
@@ -185,7 +186,9 @@ def test_prompts_and_preferences_begin_alike(tmp_path, name):
     tokenizer = tokenizer_for(name)
     row = {"prompt": "what is", "chosen": "the answer", "rejected": "the hello"}
     records = record_of(row, tmp_path)
-    prompts, pairs = tokenise_prompts(records, tokenizer), tokenise_preferences(records, tokenizer)
+    long = {"max_length": 4096}  # cohere2 has a long system prompt
+    prompts = tokenise_prompts(records, tokenizer, **long)
+    pairs = tokenise_preferences(records, tokenizer, **long)
     prompt = prompts[0].tokens
     for tokens, mask in zip(pairs[0].responses, pairs[0].masks, strict=True):
         start = mask.index(1)
