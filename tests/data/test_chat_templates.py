@@ -262,7 +262,12 @@ def test_an_answer_that_changes_once_turns_follow_is_said(tmp_path):
     _, what, example = done.notes[0]
     assert "drops text of an assistant turn" in what and "<think>a" in example
     tok = tokenizer("plain")
-    tok.chat_template = TURNS.replace(SAY, SAY + "{% if loop.last %} (last){% endif %}") + NEXT
+    tok.chat_template = (
+        TURNS.replace(
+            SAY, SAY + "{% if loop.last and m['role'] == 'assistant' %} (last){% endif %}"
+        )
+        + NEXT
+    )
     done = tokenise_sft(records_of(tmp_path, {"messages": SEVERAL}), tok)
     what = "the chat template writes an answer otherwise once turns follow"
     assert [note[1:] for note in done.notes] == [(what, "' (last)' becomes ''")]
