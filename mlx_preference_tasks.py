@@ -24,7 +24,7 @@ from models.reference import Reference
 from models.trunk import token_logprobs
 from models.tuning import Tuning
 from rl.preference_losses import Pairs, kto_baseline, kto_loss, pair_sums, sequence_weights
-from training.checkpointed import Group, adapter_group
+from training.groups import Group, adapter_group
 
 EXTRAS = ("entropy", "top1", "mean_logit")
 

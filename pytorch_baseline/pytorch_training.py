@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from command_line.parser import MEMORY_ADVICE
-from errors import UserError
+from errors import MEMORY_ADVICE, UserError
 
 # ---- optimizers --------------------------------------------------------------------------------
 

@@ -334,8 +334,7 @@ def test_the_ppo_trainers_own_optimizer_is_torchs_adam(epochs):
     from tiny_ppo import EOS, SMALL, random_batch, tuned
 
     from mlx_ppo_trainer import PPOConfig, PPOTrainer
-    from models.actor_critic import ActorCritic
-    from models.heads import ValueHead
+    from models.actor_critic import ActorCritic, ValueHead
 
     mx.random.seed(0)
     model = tiny_model()
