@@ -1,4 +1,4 @@
-"""Rows as scripts read them: --chosen, the kind of rows before row 87, tools in scores and chats."""
+"""Rows as scripts read them: --chosen, the kind of rows before a bad one, scores and chats."""
 
 import json
 
@@ -22,9 +22,10 @@ RESULT = {"role": "tool", "content": "12"}
 SAID = {"role": "assistant", "content": "12 degrees", "reasoning_content": "It says 12."}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
 TEMPLATE = (
-    "{% if tools %}TOOLS {{ tools[0].function.name }}\n{% endif %}{% for m in messages %}<|im_start|>"
-    "{{ m['role'] }}\n{{ m.reasoning_content }}{% if m.tool_calls %}CALL {{ m.tool_calls[0].function"
-    ".name }} {{ m.tool_calls[0].function.arguments | tojson }}{% endif %}{{ m['content'] }}"
+    "{% if tools %}TOOLS {{ tools[0].function.name }}\n{% endif %}{% for m in messages %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m.reasoning_content }}{% if m.tool_calls %}CALL "
+    "{{ m.tool_calls[0].function.name }} {{ m.tool_calls[0].function.arguments | tojson }}"
+    "{% endif %}{{ m['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 HH = {"chosen": "\n\nHuman: hi\n\nAssistant: hello", "rejected": "\n\nHuman: hi\n\nAssistant: go"}
@@ -69,10 +70,11 @@ def test_the_kind_of_rows_is_refused_before_a_bad_one_is_read(tmp_path, row):
 def test_chosen_is_refused_where_it_would_do_nothing(tmp_path, capsys):
     model = str(tiny_model_folder(tmp_path / "model", template="chatml"))
     rows = write(tmp_path, {"prompt": "a", "completion": "b"})
-    for more, says in ([], "without preference rows"), (["--reward-model"], "--reward-model"):
-        with pytest.raises(UserError, match=f"--chosen has no effect .*{says}"):
-            sft.main(["--model", model, "--preview", "--train-file", rows, "--chosen", *more])
-    capsys.readouterr()
+    with pytest.raises(UserError, match="--chosen has no effect without preference rows"):
+        sft.main(["--model", model, "--preview", "--train-file", rows, "--chosen"])
+    with pytest.raises(SystemExit):
+        parse_arguments(["--train", "--train-file", rows, "--chosen", "--reward-model"])
+    assert "--chosen has no effect with --reward-model" in capsys.readouterr().err
 
 
 # Scores and chats ------------------------------------------------------------------------------
