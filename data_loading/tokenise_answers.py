@@ -121,8 +121,11 @@ def with_prompt(record: Record) -> Record:
     """A preference record whose prompt is known. BadRow where responses begin differently."""
     if record.prompt or not all(isinstance(response, str) for response in record.responses):
         return record
-    start = len(commonprefix(record.responses))
-    start -= record.responses[0][:start].endswith(" ")  # the space belongs to the answer
+    shared = commonprefix(record.responses)
+    # Whole words, where TRL cuts at a letter; the space before a word belongs to the answer.
+    start = max(shared.rfind(space) for space in " \n\t")
+    start += shared[start : start + 1] in ("\n", "\t")
+    start = max(start, 0)
     prompt, rests = record.responses[0][:start], [text[start:] for text in record.responses]
     if not prompt.strip() or not all(rest.strip() for rest in rests):
         raise BadRow("the row has no prompt, and its responses do not begin with one and go on "
