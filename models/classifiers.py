@@ -24,7 +24,7 @@ from models.load import (
     default_dtype,
     read_config,
 )
-from models.model_folders import copy_tokenizer, stored_dtype
+from models.model_folders import copy_tokenizer, stored_dtype, tokenizer_of
 from models.reading import Reading, imported_reading
 from models.repairs import repair
 from models.reward_network import RewardModel
@@ -93,9 +93,7 @@ def reading_of(config: dict, tokenizer) -> Reading:
 
 def reading_in(folder: Path) -> Reading:
     """`reading_of` a classifier's folder."""
-    from transformers import AutoTokenizer
-
-    return reading_of(read_config(folder), AutoTokenizer.from_pretrained(folder))
+    return reading_of(read_config(folder), tokenizer_of(folder))
 
 
 def _read_head(folder: Path) -> dict[str, mx.array]:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
 from models.adapter_files import read_json, write_json
+from models.model_folders import tokenizer_of
 from models.reading import Reading, template_tail
 from rewards.learned import Reader
 
@@ -25,12 +25,7 @@ def scoring_code(folder: Path, reading: Reading) -> str:
 
     The first way that gives the ids that this program scores; the ids themselves where none does.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # transformers has dozens of kinds for a broken folder
-        raise UserError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+    tokenizer = tokenizer_of(folder)
     wanted = our_ids(tokenizer, reading)
     for code, make in ways(tokenizer, wanted):
         if make(tokenizer) == wanted:
@@ -94,9 +89,7 @@ def write_bos(folder: Path, reading: Reading) -> None:
 
     apply_chat_template adds none of its own, and others score texts through it.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_of(folder)
     if template_tail(tokenizer) is None or tokenizer.bos_token_id is None:
         return
     made = list(tokenizer.apply_chat_template(TURNS, return_dict=True)["input_ids"])
