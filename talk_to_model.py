@@ -19,11 +19,39 @@ from dataclasses import fields
 from chat.settings import Settings
 from command_line.dataclass_flags import add_dataclass_arguments, dataclass_from_arguments
 from command_line.parser import Parser, complain, run_main
+from command_line.rules import Needs, needs
 from command_line.shared_flags import add_any_base, add_model_arguments
 from data_utils import TOKEN_FORMATS
 from errors import UserError
 
 # ------------------------------------------------------------------------------ arguments
+
+NEEDS = (
+    Needs("ratings_file", "rate", valued=False),
+    Needs(
+        "blind",
+        met=lambda args: args.compare and args.rate,
+        why="without --compare OTHER and --rate",
+    ),
+    Needs(
+        "top_p top_k min_p",
+        met=lambda args: args.temp > 0,
+        why="at --temp 0; add --temp 0.7, for example",
+        valued=False,
+    ),
+    Needs(
+        "length_penalty",
+        met=lambda args: args.num_beams > 1,
+        why="without --num-beams 2 or more",
+        valued=False,
+    ),
+    Needs(
+        "repetition_context_size",
+        met=lambda args: args.repetition_penalty != 1,
+        why="without --repetition-penalty",
+        valued=False,
+    ),
+)
 
 
 def parse_arguments(words: list[str] | None = None):
@@ -51,18 +79,14 @@ def parse_arguments(words: list[str] | None = None):
     text = "where ratings are added, as records that sft.py --reward-model reads"
     add("--ratings-file", default="ratings.jsonl", help=text)
     add("--blind", type=bool, default=False, help="with --compare and --rate: hide who is who")
-    parser.checks.append(check_arguments)
+    parser.checks += [check_arguments, needs(NEEDS)]
     return parser.parse_args(words)
 
 
 def check_arguments(args) -> None:
     """Refuse what contradicts itself."""
     args.settings = dataclass_from_arguments(Settings, args)
-    args.settings.check_flags(args.explicit)
-    if "ratings_file" in args.explicit and not args.rate:
-        raise UserError("--ratings-file has no effect without --rate")
-    if args.blind and not (args.compare and args.rate):
-        raise UserError("--blind has no effect without --compare OTHER and --rate")
+    args.settings.check()
 
 
 # ------------------------------------------------------------------------------ set-up

@@ -153,7 +153,7 @@ def check_arguments(args) -> None:
     """Refuse what contradicts itself."""
     if not (args.train or args.test or args.preview):
         raise UserError("nothing to do: give --train, --test or both")
-    if {"iters", "epochs"} <= args.explicit and args.epochs is not None:
+    if {"iters", "epochs"} <= args.changed:
         raise UserError("--iters and --epochs both say how long to train; give one of them")
     for name in ("mask_prompt", "packing", "sample_prompts"):
         if getattr(args, name) and args.reward_model:
