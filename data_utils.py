@@ -25,6 +25,7 @@ from data_loading.collate import (
     make_batch,  # rows of one kind to padded arrays
     pack_rows,  # several rows into rows of constant length
 )
+from data_loading.fields import extras_of  # tools, documents of a row, for a chat template
 from data_loading.formats import ALIASES, FORMATS, KNOWN_FORMATS  # names for --format
 from data_loading.reading import read_dataset, read_records  # rows of a file, of a data set
 from data_loading.records import Record, Records  # one row; rows with what was refused
@@ -83,6 +84,7 @@ __all__ = [
     "data_report",
     "encode_prompt",
     "epoch_batches",
+    "extras_of",
     "first_words",
     "folder_file",
     "histogram",

@@ -58,25 +58,22 @@ def make_policy(args, loaded):
 
 
 def make_learned_reward(args, loaded, policy):
-    """A reward model as a reward; an adapter shares the policy's base unless that is trained."""
-    from models.load import load_model
-    from models.reward_model import load_reward_model, retokeniser
-    from rewards.learned import learned_reward
+    """The reward model of --reward-model as a reward."""
+    from rewards.learned import reward_beside
 
-    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    if policy.tuning.kind == "full":  # training moves the base, so an adapter needs one of its own
-        base = load_model(args.model, quantize=args.quantize, **options)
-        off = contextlib.nullcontext
-    else:
-        base, off = loaded, policy.tuning.disabled
-    with off():
-        reward_model = load_reward_model(args.reward_model, base, any_base=args.any_base, **options)
-
-    def score(sequences: list[list[int]]) -> list[float]:
-        with off():
-            return reward_model.score(sequences, batch_size=args.batch_size)
-
-    return learned_reward(score, retokeniser(loaded.tokenizer, reward_model.source.tokenizer))
+    return reward_beside(
+        loaded,
+        policy.tuning,
+        args.reward_model,
+        model=args.model,
+        batch_size=args.batch_size,
+        any_base=args.any_base,
+        quantize=args.quantize,
+        prompt_template=args.prompt_template,
+        token_format=args.token_format,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 # ------------------------------------------------------------------------------ loop

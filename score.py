@@ -82,16 +82,17 @@ def load(args):
 
 def make_learned_reward(args, tokenizer, reward_model):
     """The reward model as a reward, or None."""
-    from models.reward_model import retokeniser
     from rewards.learned import learned_reward
 
     if reward_model is None:
         return None
-
-    def score(sequences) -> list[float]:
-        return reward_model.score(sequences, batch_size=args.batch_size)
-
-    return learned_reward(score, retokeniser(tokenizer, reward_model.source.tokenizer))
+    return learned_reward(
+        reward_model,
+        tokenizer,
+        batch_size=args.batch_size,
+        prompt_template=args.prompt_template,
+        token_format=args.token_format,
+    )
 
 
 # ------------------------------------------------------------------------------ results

@@ -48,6 +48,8 @@ def main(words=None) -> int:
     if args.preview:
         return 0
     task = make_task(args, loaded)
+    if args.reward_model:
+        task.reward_model.reading = rows["reading"]
     if args.train:
         train(args, loaded, task, rows)
     if args.test:
@@ -98,6 +100,7 @@ def train(args, loaded, task, rows) -> None:
     from run_folder.run_config import checkpoint_asked_for
     from run_folder.stopping import GracefulStop, StepGivenUp
     from training.optimizers import build_optimizer
+    from training.samples import write_samples
     from training.supervised_loop import Loop, Schedule
 
     multiple = 16 if mx.default_device().type == mx.DeviceType.gpu else 1
@@ -135,7 +138,9 @@ def train(args, loaded, task, rows) -> None:
         loop = Loop(
             run, trainer, groups, BatchIterator(rows["train"].rows, plan), schedule,
             validation=validation(args, rows.get("valid")),
-            after_validation=lambda step: write_samples(args, loaded, task, rows, run, step),
+            after_validation=lambda step: write_samples(
+                run, step, loaded, task, args.sample_prompts, rows.get("samples")
+            ),
             base=loaded.fingerprint,
         )  # fmt: skip
         if resuming:
@@ -151,47 +156,11 @@ def train(args, loaded, task, rows) -> None:
         )
         loop.run(stop, script)
         if args.save_best and not stop.requested:
-            take_best(loop, best_checkpoint(run.checkpoints))
+            loop.take_best(best_checkpoint(run.checkpoints))
         if not stop.requested:
             with suppress(StepGivenUp), stop.giving_up(), saving(args.save_file):
                 finish(args, loaded, task, run, loop, rows)
     stop.exit_if_requested("sft.py", run.folder)
-
-
-def take_best(loop, checkpoint) -> None:
-    """Go back to the weights of the best validation."""
-    from training.checkpoints import load_checkpoint
-
-    if checkpoint is None:
-        print("note: no validation was better than the one before training; the last weights stay")
-        return
-    saved = load_checkpoint(checkpoint)
-    for name, group in loop.groups.items():
-        group.put(saved.arrays[name])
-    print(f"the best weights are those of step {saved.step}")
-
-
-def write_samples(args, loaded, task, rows, run, step) -> None:
-    """Continue --sample-prompts greedily; into samples.jsonl."""
-    if not args.sample_prompts:
-        return
-    import mlx.core as mx
-
-    from models.decoding import Sampling, generate
-
-    tokenizer, prefix = loaded.tokenizer, task.tuning.prefix
-    task.trained.eval()
-    made = generate(
-        loaded.model,
-        [[*prefix, *tokens] for tokens in rows["samples"]],
-        max_tokens=100,
-        eos_ids=loaded.eos_ids,
-        sampling=Sampling(temperature=0),
-        key=mx.random.key(0),  # leaves the random state of training alone
-    )
-    texts = [tokenizer.decode(r, skip_special_tokens=True) for r in made.responses]
-    pairs = zip(args.sample_prompts, texts, strict=True)
-    run.log_samples(step, [{"prompt": p, "response": r} for p, r in pairs])
 
 
 # ------------------------------------------------------------------------------ save
@@ -234,6 +203,7 @@ def normalise_scores(args, loaded, task, rows) -> None:
     import mlx.core as mx
 
     from models.decoding import generate
+    from models.reading import Ending
     from models.reward_model import normalise
 
     starts = [getattr(row, "tokens", None) or row.chosen for row in rows.rows]
@@ -244,7 +214,9 @@ def normalise_scores(args, loaded, task, rows) -> None:
         made = generate(
             loaded.model, starts, max_tokens=longest, eos_ids=loaded.eos_ids, key=mx.random.key(0)
         )
-    texts = [start + response for start, response in zip(starts, made.responses, strict=True)]
+    ending = Ending(loaded.tokenizer, task.reward_model.reading)
+    made = zip(starts, made.responses, made.finished, strict=True)
+    texts = [ending.put(start + response, end) for start, response, end in made]
     normalise(task.reward_model, texts)
 
 

@@ -55,3 +55,7 @@ class Prompting:
             token_format=self.token_format,
         )
         return rows[0].tokens, rows[0].text
+
+    def said(self, messages: list[dict]) -> str | list[dict]:
+        """The prompt as it was said: a text, or the conversation where there is one."""
+        return messages if self.has_turns and len(messages) > 1 else messages[-1]["content"]

@@ -6,6 +6,7 @@ from chat.speaker import Reply, Speaker, is_adapter, switch_off
 from errors import UserError
 from rewards.learned import learned_reward
 from rewards.reward_set import Reward, RewardSet
+from rewards.texts import reward_columns
 from rewards.user_function import load_function
 
 
@@ -38,11 +39,13 @@ class Scorer:
         if rewards is None:
             return {}
         switch_off(self._tunings)
-        columns = {
-            "token_ids": [[*reply.prompt_tokens, *reply.tokens]],
-            "ended": [reply.ended == "stop"],
-        }
-        _, parts = rewards([reply.prompt_text], [reply.text], **columns)
+        columns = reward_columns(
+            {},
+            token_ids=[[*reply.prompt_tokens, *reply.tokens]],
+            ended=[reply.ended == "stop"],
+            prompt_text=[reply.prompt_text],
+        )
+        _, parts = rewards([reply.prompt], [reply.text], **columns)
         return {name: scores[0] for name, scores in parts.items()}
 
     def _load(self, speaker: Speaker, path: str, options: dict):
@@ -56,6 +59,10 @@ class Scorer:
 
     @staticmethod
     def _learned(model, speaker: Speaker) -> Reward:
-        from models.reward_model import retokeniser
-
-        return learned_reward(model.score, retokeniser(speaker.tokenizer, model.source.tokenizer))
+        prompting = speaker.prompting
+        return learned_reward(
+            model,
+            speaker.tokenizer,
+            prompt_template=prompting.prompt_template,
+            token_format=prompting.token_format,
+        )

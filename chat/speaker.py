@@ -21,7 +21,8 @@ class Reply:
     """One reply and what it took."""
 
     prompt_tokens: list[int]  # without virtual tokens
-    prompt_text: str
+    prompt: str | list[dict]  # as it was said: the last text, or a conversation
+    prompt_text: str  # as the model was given it
     tokens: list[int]  # EOS included where it was written
     text: str  # as it continues the prompt, leading space and all; no EOS
     ended: str  # "stop": by EOS, "length": by --max-tokens, "interrupted"
@@ -77,6 +78,7 @@ class Speaker:
         """Answer `messages`; `show` gets the text piece by piece as it is written."""
         self.step_forward()
         prompt, prompt_text = self.prompting.tokens(messages)
+        said = self.prompting.said(messages)
         prefix = self.tuning.prefix if self.tuning is not None else ()
         write = self._beams if settings.num_beams > 1 else self._stream
         started = time.perf_counter()
@@ -95,7 +97,7 @@ class Speaker:
         if settings.num_beams > 1:  # nothing comes before the search is over
             first = started
             show(text)
-        return Reply(prompt, prompt_text, tokens, text, ended, now - first, first - started)
+        return Reply(prompt, said, prompt_text, tokens, text, ended, now - first, first - started)
 
     # ----------------------------------------------------------------- ways to write
 

@@ -33,13 +33,10 @@ DESCRIPTION = "PPO on a language model, against a ground-truth reward, a learned
 LEARNING_RATES = {"lora": 3e-3, "dora": 3e-3, "full": 3e-4, "prompt": 1e-1}
 SHARED = ("seed", "learning_rate", "max_grad_norm")  # fields of PPOConfig with a flag elsewhere
 HARMLESS = ("eval_every", "eval_prompts", "eval_samples", "samples_per_step")
-NEEDS = (
-    Needs("target horizon", "adap_kl_ctrl"),
-    Needs("adap_kl_ctrl", "init_kl_coef"),  # the coefficient is only ever multiplied
-    Needs("target_kl", "early_stopping"),
+NEEDS_OF_ROLLOUTS = (
     Needs("overlong_penalty", "overlong_buffer"),
     Needs("overlong_buffer", "overlong_penalty"),
-    Needs("lora_dropout", met=lambda args: False, why="in PPO, which trains without dropout"),
+    Needs("lora_dropout", met=lambda args: False, why="on rollouts, which are without dropout"),
     Needs("eval_samples eval_prompts", "eval_every"),
     Needs(
         "eval_every",
@@ -47,6 +44,12 @@ NEEDS = (
         why=NO_VALIDATION,
     ),
     Needs("eval_samples eval_prompts", met=has_validation, why=NO_VALIDATION),
+)
+NEEDS = (
+    Needs("target horizon", "adap_kl_ctrl"),
+    Needs("adap_kl_ctrl", "init_kl_coef"),  # the coefficient is only ever multiplied
+    Needs("target_kl", "early_stopping"),
+    *NEEDS_OF_ROLLOUTS,
 )
 
 
@@ -57,10 +60,20 @@ def parse_arguments(words=None):
     """The parsed and checked command line."""
     parser = Parser(script="ppo_training.py", description=DESCRIPTION, harmless=HARMLESS)
     add_reward_arguments(parser)
+    add_task_arguments(parser, save_file="ppo_weights.npz")
+    add_dataclass_arguments(parser, PPOConfig, title="PPO", exclude=SHARED)
+    add_shared_arguments(parser, learning_rate_note="default: lora 3e-3, full 3e-4, prompt 0.1, "
+                         "by flags or --resume-file; found on the digits task")  # fmt: skip
+    parser.checks += [check_arguments, needs(NEEDS), settle_arguments]
+    return parser.parse_args(words)
+
+
+def add_task_arguments(parser: Parser, *, save_file: str) -> None:
+    """What is trained from what, and how often that is looked at: of all methods on rollouts."""
     add = parser.add_argument_group("task").add_argument
     add("--use-peft", type=bool, default=None,
         help="train an adapter (the default), or with --no-use-peft every weight")  # fmt: skip
-    add("--save-file", default="ppo_weights.npz", help=".npz, .safetensors, or a folder to write")
+    add("--save-file", default=save_file, help=".npz, .safetensors, or a folder to write")
     add("--resume-file", help="adapter to start from; the reference is the model without it")
     add("--reference-quantize", type=int, choices=(4, 8),
         help="bits of the reference copy in full fine-tuning (default: as the policy)")  # fmt: skip
@@ -71,19 +84,19 @@ def parse_arguments(words=None):
     add("--eval-samples", type=int, default=4, help="sampled responses per validation prompt")
     add("--samples-per-step", type=int, default=2, help="responses a step into samples.jsonl")
     add("--steps-per-report", type=int, default=5, help="steps between lines of metrics")
-    add_dataclass_arguments(parser, PPOConfig, title="PPO", exclude=SHARED)
+
+
+def add_shared_arguments(parser: Parser, *, learning_rate_note: str) -> None:
+    """Data, model, adapter, optimizer and run, with the defaults of methods on rollouts."""
     add_data_arguments(parser, max_length=1024)
     add_model_arguments(parser)
     add_any_base(parser, "resume_file", "reward_model")
     add_adapter_arguments(parser, lora_scale=4.0)
     add_optimizer_arguments(
         parser, learning_rate=None, lr_schedule="linear", max_grad_norm=1.0, lr_end_factor=0.1,
-        learning_rate_note="default: lora 3e-3, full 3e-4, prompt 0.1, by flags or --resume-file; "
-        "found on the digits task",
+        learning_rate_note=learning_rate_note,
     )  # fmt: skip
     add_run_arguments(parser)
-    parser.checks += [check_arguments, needs(NEEDS), settle_arguments]
-    return parser.parse_args(words)
 
 
 def check_arguments(args) -> None:
@@ -117,16 +130,21 @@ def check_arguments(args) -> None:
 
 def settle_arguments(args) -> None:
     """Fill in what follows from other flags, and make sure of PPO's own options."""
+    settle_tuning(args)
+    if args.resume_file is not None:
+        refuse_other_head(args, args.resume_file)
+    dataclass_from_arguments(PPOConfig, args)
+
+
+def settle_tuning(args) -> None:
+    """What is trained, by flags or by the adapter that training starts from, and its rate."""
     if args.use_peft is False:
         args.fine_tune_type = "full"
     file = args.resume_file
     kind = settle_adapter(args, file, LEARNING_RATES, ignore="lora_dropout")  # there is none
-    if file is not None:
-        if kind == "full":
-            raise UserError(f"--resume-file takes an adapter, and {file} holds every weight; fuse "
-                            "it first (fuse.py), and give the model with --model")  # fmt: skip
-        refuse_other_head(args, file)
-    dataclass_from_arguments(PPOConfig, args)
+    if file is not None and kind == "full":
+        raise UserError(f"--resume-file takes an adapter, and {file} holds every weight; fuse it "
+                        "first (fuse.py), and give the model with --model")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ data

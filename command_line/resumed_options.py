@@ -51,6 +51,11 @@ def read_run_options(path: str | Path) -> list[Setting]:
     ]
 
 
+def begun_before(path: str | Path, option: str) -> bool:
+    """Whether a run was begun by a version that had no such option yet."""
+    return option not in read_run_config(path)["options"]
+
+
 def redacted_options(path: str | Path) -> set[str]:
     """Names of the options that had a secret in them, which is not in the file."""
     options = read_run_config(path)["options"]

@@ -8,6 +8,7 @@ import itertools
 import math
 import string
 import sys
+from collections.abc import Callable
 
 from command_line.adapter_file import check_save_file, settle_adapter
 from command_line.data_flags import (
@@ -18,6 +19,7 @@ from command_line.data_flags import (
     tokenising,
 )
 from command_line.parser import Parser
+from command_line.resumed_options import begun_before
 from command_line.rules import Needs, flag_of, needs, refuse_idle
 from command_line.shared_flags import (
     add_adapter_arguments,
@@ -35,12 +37,13 @@ from data_utils import (
     load_data,
     pack_rows,
     preview,
-    tokenise_preferences,
-    tokenise_scalar,
     tokenise_sft,
     use_colour,
 )
 from errors import UserError
+from models.adapter_description import REWARD_HEAD, read_head_description
+from models.reading import Reading, trained_reading
+from rewards.reward_rows import tokenise_reward_rows
 from run_folder.output import own_text, printable
 
 DESCRIPTION = (
@@ -66,7 +69,8 @@ HAS_ADAPTER = {
     "why": "without --train or --resume-adapter-file",
 }
 
-NEEDS = (
+# Of every supervised script.
+LOOP_NEEDS = (
     Needs("prompt_tuning", **HAS_ADAPTER),  # in a --config file too: a random one would be tested
     Needs(
         "fine_tune_type lora_layers lora_rank lora_scale lora_alpha lora_keys rslora",
@@ -76,14 +80,7 @@ NEEDS = (
     Needs(
         OF_TRAINING, met=lambda args: args.train or args.preview, why="without --train", typed=True
     ),  # fmt: skip
-    Needs("pooling centering margins normalize_samples", "reward_model"),
     Needs("test_file", "test"),
-    # A reward model is evaluated on all rows in the end, a language model on --val-batches.
-    Needs(
-        "val_batches",
-        met=lambda args: args.steps_per_eval or not args.reward_model,
-        why="at --steps-per-eval 0",
-    ),
     Needs(
         "steps_per_eval",
         met=lambda args: not (args.train and args.steps_per_eval) or has_validation(args),
@@ -94,6 +91,17 @@ NEEDS = (
     ),
 )
 
+NEEDS = (
+    *LOOP_NEEDS,
+    Needs("pooling centering margins normalize_samples", "reward_model"),
+    # A reward model is evaluated on all rows in the end, a language model on --val-batches.
+    Needs(
+        "val_batches",
+        met=lambda args: args.steps_per_eval or not args.reward_model,
+        why="at --steps-per-eval 0",
+    ),
+)
+
 
 # ------------------------------------------------------------------------------ arguments
 
@@ -101,10 +109,39 @@ NEEDS = (
 def parse_arguments(words=None):
     """The parsed and checked command line."""
     parser = Parser(script="sft.py", description=DESCRIPTION, harmless=HARMLESS)
+    add = add_loop_arguments(parser)
+    add("--reward-model", type=bool, default=False, help="a reward model, not a language model")
+    add("--mask-prompt", type=bool, default=False, help="train on answers alone")
+    add(
+        "--packing",
+        type=bool,
+        default=False,
+        help="whole rows in packs of up to --max-length tokens; attention crosses rows",
+    )
+    add = parser.add_argument_group("reward model").add_argument
+    add("--pooling", choices=("mean", "last"), default="mean", help="of hidden states")
+    add("--centering", type=float, default=0.0, help="weight of (chosen + rejected)^2 in the loss")
+    add("--margins", type=bool, default=True, help="use the margins of preference rows")
+    add("--normalize-samples", type=int, default=0,
+        help="scores get mean 0, deviation 1 on this many samples; 0: as trained")  # fmt: skip
+    add_data_arguments(parser, test_rows=True)
+    add_model_arguments(parser)
+    add_any_base(parser, "resume_adapter_file")
+    add_adapter_arguments(parser, lora_scale=4.0)
+    note = ("default: lora 2e-4, full 2e-5, prompt 1e-2, by flags or --resume-adapter-file; the "
+            "1e-6 of old scripts teaches nothing")  # fmt: skip
+    add_optimizer_arguments(parser, learning_rate=None, max_grad_norm=1.0, learning_rate_note=note)
+    add_run_arguments(parser)
+    parser.checks += [check_arguments, needs(NEEDS), settle_arguments]
+    return parser.parse_args(words)
+
+
+def add_loop_arguments(parser: Parser) -> Callable:
+    """What every supervised loop is told; returns the group's own ``add_argument``."""
     add = parser.add_argument_group("task").add_argument
     add("--train", type=bool, default=False, help="train")
     add("--test", type=bool, default=False, help="evaluate on the test rows, after any training")
-    add("--reward-model", type=bool, default=False, help="a reward model, not a language model")
+    add("--preview", type=bool, default=False, help="show the data as it is trained on, and stop")
     add("--save-file", default="peft_weights.npz", help=".npz, .safetensors, or a folder to write")
     add("--resume-adapter-file", help="adapter to start from, or to test")
     add("--batch-size", type=int, default=4, help="rows per gradient")
@@ -122,55 +159,38 @@ def parse_arguments(words=None):
         help="save the best validated weights, not the last",
     )
     add("--sample-prompts", nargs="+", help="prompts to continue greedily at each validation")
-    add("--mask-prompt", type=bool, default=False, help="train on answers alone")
-    add(
-        "--packing",
-        type=bool,
-        default=False,
-        help="whole rows in packs of up to --max-length tokens; attention crosses rows",
-    )
-    add("--preview", type=bool, default=False, help="show the data as it is trained on, and stop")
-    add = parser.add_argument_group("reward model").add_argument
-    add("--pooling", choices=("mean", "last"), default="mean", help="of hidden states")
-    add("--centering", type=float, default=0.0, help="weight of (chosen + rejected)^2 in the loss")
-    add("--margins", type=bool, default=True, help="use the margins of preference rows")
-    add("--normalize-samples", type=int, default=0,
-        help="scores get mean 0, deviation 1 on this many samples; 0: as trained")  # fmt: skip
-    add_data_arguments(parser, test_rows=True)
-    add_model_arguments(parser)
-    add_any_base(parser, "resume_adapter_file")
-    add_adapter_arguments(parser, lora_scale=4.0)
-    note = ("default: lora 2e-4, full 2e-5, prompt 1e-2, by flags or --resume-adapter-file; the "
-            "1e-6 of old scripts teaches nothing")  # fmt: skip
-    add_optimizer_arguments(parser, learning_rate=None, max_grad_norm=1.0, learning_rate_note=note)
-    add_run_arguments(parser)
     parser.alternatives.append({"iters", "epochs"})
-    parser.checks += [check_arguments, needs(NEEDS), settle_arguments]
-    return parser.parse_args(words)
+    parser.checks.append(check_loop)
+    return add
 
 
-def check_arguments(args) -> None:
-    """Refuse what contradicts itself."""
+def check_loop(args) -> None:
+    """Refuse what contradicts itself in the options of `add_loop_arguments`."""
     if not (args.train or args.test or args.preview):
         raise UserError("nothing to do: give --train, --test or both")
     if {"iters", "epochs"} <= args.changed:
         raise UserError("--iters and --epochs both say how long to train; give one of them")
-    for name in ("mask_prompt", "packing", "sample_prompts"):
-        if getattr(args, name) and args.reward_model:
-            raise UserError(f"{flag_of(name)} has no effect with --reward-model")
-    if args.test and not args.train and args.resume_adapter_file is None and args.reward_model:
-        raise UserError("--test of a reward model needs --resume-adapter-file, or --train")
     at_least(args, 1, "batch_size", "iters", "gradient_accumulation_steps", "steps_per_report",
              "early_stopping_patience")  # fmt: skip
-    at_least(args, 0, "steps_per_eval", "centering")
+    at_least(args, 0, "steps_per_eval")
     if args.val_batches == 0 or args.val_batches < -1:
         raise UserError("--val-batches: give a number of batches, or -1 for all rows; "
                         "--steps-per-eval 0 means no validation")  # fmt: skip
     if args.epochs is not None and args.epochs <= 0:
         raise UserError("--epochs: give a number above 0")
-    check_normalisation(args)
     check_validations(args)
     check_save_file(args.save_file)
+
+
+def check_arguments(args) -> None:
+    """Refuse what contradicts itself."""
+    for name in ("mask_prompt", "packing", "sample_prompts"):
+        if getattr(args, name) and args.reward_model:
+            raise UserError(f"{flag_of(name)} has no effect with --reward-model")
+    if args.test and not args.train and args.resume_adapter_file is None and args.reward_model:
+        raise UserError("--test of a reward model needs --resume-adapter-file, or --train")
+    at_least(args, 0, "centering")
+    check_normalisation(args)
 
 
 def settle_arguments(args) -> None:
@@ -210,7 +230,8 @@ def check_validations(args) -> None:
 def load_rows(args, tokenizer) -> dict:
     """Tokenised rows by split: train and valid when training, test when testing.
 
-    With --sample-prompts also "samples": their tokens, in the form of the training rows.
+    With --sample-prompts also "samples": their tokens, in the form of the training rows. With
+    --reward-model also "reading": how the model reads its texts, to be recorded beside its head.
     """
     splits = (["train", "valid"] if args.train or args.preview else []) + ["test"] * args.test
     rows, found = {}, load_data(splits=splits, **data_sources(args))
@@ -220,10 +241,12 @@ def load_rows(args, tokenizer) -> dict:
             rows[split] = tokenise_sft(
                 records, tokenizer, mask_prompt=args.mask_prompt, **tokenising(args)
             )
-        elif set(records.kinds) == {"preference"}:
-            rows[split] = tokenise_preferences(records, tokenizer, **tokenising(args))
         else:
-            rows[split] = tokenise_scalar(records, tokenizer, **tokenising(args))
+            if "reading" not in rows:
+                rows["reading"] = reading_of(args, tokenizer, set(records.kinds))
+            rows[split] = tokenise_reward_rows(
+                records, tokenizer, rows["reading"], **tokenising(args)
+            )
         print(data_report(split, records, rows[split]))
         if args.packing:
             rows[split].rows = pack_rows(rows[split].rows, args.max_length)
@@ -235,6 +258,24 @@ def load_rows(args, tokenizer) -> dict:
     if args.preview:
         show(rows["train"][0], tokenizer)
     return rows
+
+
+def reading_of(args, tokenizer, kinds: set[str]) -> Reading:
+    """How a reward model reads rows of these kinds.
+
+    What was trained before that was recorded goes on as it was.
+    """
+    old = args.resume_adapter_file
+    if old is not None and "ending" not in read_head_description(old, REWARD_HEAD):
+        return Reading()
+    if args.resume is not None and begun_before(args.resume, "template_date"):
+        return Reading()
+    return trained_reading(
+        tokenizer,
+        plain=kinds == {"text"},
+        prompt_template=args.prompt_template,
+        token_format=args.token_format,
+    )
 
 
 class Decoder:
@@ -275,11 +316,14 @@ def encode_samples(args, tokenizer, plain: bool) -> list[list[int]]:
     return [encode_prompt(text, tokenizer, **options) for text in args.sample_prompts]
 
 
-def validation(args, rows):
-    """A function that gives the batches of a validation, or None without rows for one."""
+def validation(args, rows, least: int = 1):
+    """A function that gives the batches of a validation, or None without rows for one.
+
+    `least`: rows of the smallest batch.
+    """
     if rows is None:
         return None
-    plan = BatchPlan(rows.lengths, args.batch_size, shuffle=False)
+    plan = BatchPlan(rows.lengths, args.batch_size, shuffle=False, least=least)
     count = None if args.val_batches < 0 else args.val_batches
     return lambda: itertools.islice(epoch_batches(rows.rows, plan), count)
 

@@ -27,6 +27,7 @@ from datetime import timedelta  # noqa: E402
 
 from command_line.parser import Parser, run_main  # noqa: E402
 from errors import UserError  # noqa: E402
+from histories.canaries import QUESTIONS, as_row, make_canaries  # noqa: E402
 from histories.conversations import Limits, Rows, make_rows, prompts_of, ratings_of  # noqa: E402
 from histories.exporter import read_export  # noqa: E402
 from histories.imessage import read_database  # noqa: E402
@@ -59,9 +60,11 @@ def make_parser() -> Parser:
     add("--max-length", type=int, default=4000, help="characters of a row; longer ones go on")
     add("--context-turns", type=int, default=4,
         help="turns that a row takes over from the one before, not trained again")  # fmt: skip
+    add("--canaries", type=int, default=0,
+        help="plant so many random codes, 8 at most, for data/memorisation.py")  # fmt: skip
     add("--negatives", help="model whose replies stand against yours as preference pairs")
     add("--max-tokens", type=int, default=100, help="longest reply of --negatives")
-    add("--seed", type=int, default=0, help="of the replies of --negatives")
+    add("--seed", type=int, default=0, help="of --negatives and --canaries")
     parser.checks.append(check)
     return parser
 
@@ -70,12 +73,14 @@ def check(args: argparse.Namespace) -> None:
     for name, least in (("min_messages", 2), ("max_length", 2), ("context_turns", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')}: at least {least}")
+    if not 0 <= args.canaries <= len(QUESTIONS):
+        raise UserError(f"--canaries: from 0 to {len(QUESTIONS)}")
     if not 0 < args.gap < 24 * 365:
         raise UserError("--gap: hours between 0 and a year")
     needs = (
         ("tapbacks", "--database", args.database), ("date_order", "--whatsapp", args.whatsapp),
         ("mask_words", "--names", args.names), ("max_tokens", "--negatives", args.negatives),
-        ("seed", "--negatives", args.negatives),
+        ("seed", "--negatives or --canaries", args.negatives or args.canaries),
     )  # fmt: skip
     for flag, other, there in needs:
         if flag in args.changed and not there:
@@ -161,8 +166,13 @@ def write_rows(path: Path, rows: Iterable[dict]) -> int:
 def write_all(args: argparse.Namespace, history: History, rows: Rows) -> None:
     folder = args.output_dir
     private_folder(folder)
+    canaries = make_canaries(args.canaries, args.seed)
+    if canaries:
+        write_private(folder / "canaries.json", json.dumps(canaries, indent=2) + "\n")
     for split, made in (("train", rows.train), ("valid", rows.valid)):
-        write_rows(folder / f"{split}.jsonl", ({"messages": row["messages"]} for row in made))
+        planted = [as_row(canary) for canary in canaries] if split == "train" else []
+        told = ({"messages": row["messages"]} for row in made)
+        write_rows(folder / f"{split}.jsonl", itertools.chain(told, planted))
         write_rows(folder / f"prompts_{split}.jsonl", prompts_of(made))
         if args.tapbacks:
             write_rows(folder / f"ratings_{split}.jsonl", ratings_of(history, made))
@@ -197,15 +207,16 @@ def make_replier(args: argparse.Namespace) -> Callable[[list[dict]], str]:
 
     import mlx.core as mx
 
-    from data_utils import Template, encode_prompt
+    from chat.prompting import Prompting
     from models.decoding import generate
     from models.load import load_model
 
     loaded = load_model(args.negatives)
-    template, numbers = Template(), itertools.count()
+    prompting, numbers = Prompting(loaded.tokenizer), itertools.count()
+    prompting.stop_at_turn_end()
 
     def reply(messages: list[dict]) -> str:
-        tokens = encode_prompt(messages, loaded.tokenizer, template)
+        tokens, _ = prompting.tokens(messages)
         key = mx.random.split(mx.random.key(args.seed), next(numbers) + 2)[-1]
         made = generate(
             loaded.model, [tokens], max_tokens=args.max_tokens, eos_ids=loaded.eos_ids, key=key

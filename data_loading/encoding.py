@@ -1,11 +1,18 @@
-"""Pieces of text to token ids: one BOS, one end, and the joint between prompt and answer."""
+"""Rendered rows to token ids: those of the whole text, with one BOS and one end."""
 
-from os.path import commonprefix
+import numpy as np
 
-from data_loading.templates import Piece, Template
+from data_loading.answer_spans import Note, Rendered, Span
+from data_loading.messages import BadRow
+from data_loading.templates import Template
+from data_loading.values import shorten
 from errors import UserError
 
 TOO_LONG = ("cut", "refuse")
+JOINT = (
+    "a token of the row spans the end of the prompt and the beginning of the answer, so that the "
+    "prompt alone has other tokens"
+)
 
 
 class Refused(Exception):
@@ -13,7 +20,7 @@ class Refused(Exception):
 
 
 class Encoder:
-    """Pieces of text to token ids: one BOS, one end, joints that a prompt alone would have."""
+    """Texts to token ids with masks. Which token is whose is found by offsets, never by cutting."""
 
     def __init__(self, template: Template, max_length: int, too_long: str) -> None:
         if too_long not in TOO_LONG:
@@ -43,30 +50,43 @@ class Encoder:
         self.turn_end_ids = (special - others - set(self.prefix)) | self.eos_ids
 
     def encode(
-        self, pieces: list[Piece], ends: bool, kind: str, joined: bool = False
+        self,
+        rendered: Rendered,
+        ends: bool,
+        kind: str,
+        *,
+        whole: bool = False,
+        bare_end: bool = False,
     ) -> tuple[list[int], list[int]]:
-        """Tokens and answer mask; with `ends` the last piece ends with EOS, part of the answer.
+        """Tokens, and a mask that is 1 on answers: on each token with a character of one.
 
-        `joined`: the tokens are those of the whole text, as TRL's preference trainers have them; an
-        answer begins where these part from the tokens of what stands before it.
+        Args:
+            ends: EOS follows where the text does not end in one, part of the answer.
+            whole: the mask is 1 on everything but turns that are not to be trained.
+            bare_end: blanks behind the end of the last turn are left out.
+
+        Raises:
+            Refused: there are no tokens.
         """
-        chat = self.template.uses_chat_template and kind != "text"
-        end_ids = self.turn_end_ids if chat else self.eos_ids
-        texts = [text for text, _ in pieces]
-        parts = self._joined_parts(texts) if joined else self._parts(texts)
-        tokens: list[int] = []
-        mask: list[int] = []
-        for i, (part, (_, answer)) in enumerate(zip(parts, pieces, strict=True)):
-            last = i == len(parts) - 1
-            end = self._turn_end(part, end_ids)
-            if last and ends:
-                part = part[:end] if end else part
-                if not part or part[-1] not in self.eos_ids:
-                    part = [*part, self.eos_id]
-                end = len(part)
-            trained = (end or len(part)) if answer else 0
-            tokens += part
-            mask += [1] * trained + [0] * (len(part) - trained)
+        tokens, offsets = self._tokens(rendered.text)
+        skipped = within(offsets, rendered.untrained)
+        wanted = np.ones_like(skipped) if whole else within(offsets, rendered.answers)
+        mask = (wanted & ~skipped).astype(int).tolist()
+        rendered.notes += self._joints(rendered, offsets)
+        if ends:
+            chat = self.template.uses_chat_template and kind != "text"
+            last = self._unblanked(tokens)
+            if (
+                bare_end
+                and last
+                and tokens[last - 1] in (self.turn_end_ids if chat else self.eos_ids)
+            ):
+                tokens, mask = tokens[:last], mask[:last]
+            if not last or tokens[last - 1] not in self.eos_ids:
+                final = (len(rendered.text) - 1, len(rendered.text))
+                open_end = any(span[1] >= final[1] for span in rendered.untrained)
+                answered = whole or any(span[1] >= final[1] for span in rendered.answers)
+                tokens, mask = [*tokens, self.eos_id], [*mask, int(answered and not open_end)]
         start = self.bos_length(tokens)
         has_bos = self.adds_bos or self.bos_id in tokens[:start]
         head = [*self.prefix, self.bos_id] if has_bos else self.prefix
@@ -101,30 +121,6 @@ class Encoder:
         if self.too_long == "refuse":
             raise Refused(f"longer than {self.max_length} tokens")
 
-    def _parts(self, texts: list[str]) -> list[list[int]]:
-        """Tokens of each text, so that a prompt has the tokens it has when it stands alone."""
-        parts = [self._ids(text) for text in texts]
-        if len(texts) == 1 or self._ids("".join(texts)) == sum(parts, []):
-            return parts
-        parts, done, text = [], [], ""
-        for piece in texts:
-            text += piece
-            whole = self._ids(text)
-            joined = whole[: len(done)] == done
-            parts.append(whole[len(done) :] if joined else self._ids(piece))
-            done = done + parts[-1]
-        return parts
-
-    def _joined_parts(self, texts: list[str]) -> list[list[int]]:
-        """Tokens of the whole text, cut where they part from the tokens of each beginning."""
-        whole, at, parts = self._ids("".join(texts)), 0, []
-        for count in range(1, len(texts)):
-            before = self._ids("".join(texts[:count]))
-            upto = max(at, len(commonprefix([before, whole])))
-            parts.append(whole[at:upto])
-            at = upto
-        return [*parts, whole[at:]]
-
     def _opening(self) -> list[int]:
         """What the tokenizer writes before a text."""
         written, bare = list(self.tokenizer.encode("a")), self._ids("a")
@@ -136,11 +132,54 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def _turn_end(self, part: list[int], end_ids: set[int]) -> int:
-        """Where the end-of-turn token that ends a piece stands, plus one; 0 if there is none."""
-        end = len(part)
-        while end and part[end - 1] not in end_ids:
-            if self.tokenizer.decode(part[end - 1 : end]).strip():
-                return 0
+    def _tokens(self, text: str) -> tuple[list[int], np.ndarray]:
+        """The tokens of a text, and for each the characters it stands for, (T, 2)."""
+        # mlx-lm's wrapper cannot be called; what it wraps can.
+        call = self.tokenizer if callable(self.tokenizer) else self.tokenizer._tokenizer
+        if getattr(call, "is_fast", False):
+            made = call(text, add_special_tokens=False, return_offsets_mapping=True)
+            ids, offsets = made["input_ids"], made["offset_mapping"]
+        else:
+            ids = self._ids(text)
+            offsets = self._offsets_by_decoding(ids, text)
+        return list(ids), np.array(offsets, dtype=np.int64).reshape(-1, 2)
+
+    def _joints(self, rendered: Rendered, offsets: np.ndarray) -> list[Note]:
+        """Notes on tokens that hold the end of a prompt and the beginning of its answer."""
+        notes = []
+        for at, _ in rendered.answers:
+            over = (offsets[:, 0] < at) & (at < offsets[:, 1])
+            for start, end in offsets[over].tolist():
+                notes.append((JOINT, shorten(rendered.text[start:end])))
+        return notes
+
+    def _offsets_by_decoding(self, ids: list[int], text: str) -> list[Span]:
+        """For tokenizers in Python: where each token's characters stand in the decoded text."""
+        if self._decoded(ids) != text:
+            raise BadRow(
+                "the tokenizer does not say which characters a token stands for, and its tokens "
+                "do not give the text back; use one with a tokenizer.json"
+            )
+        ends = [len(self._decoded(ids[:count])) for count in range(len(ids) + 1)]
+        return list(zip(ends[:-1], ends[1:], strict=True))
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def _unblanked(self, tokens: list[int]) -> int:
+        """How many tokens there are up to the last that is not blank."""
+        end = len(tokens)
+        while end and not self.tokenizer.decode(tokens[end - 1 : end]).strip():
             end -= 1
         return end
+
+
+def within(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
+    """Which tokens (T,) have a character in one of the spans; `offsets` (T, 2), from and up to."""
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    found = np.zeros(len(offsets), dtype=bool)
+    for start, end in spans:
+        found |= (starts < end) & (ends > start)
+        # Tokens of blanks alone may have no width, behind the blanks they stand for.
+        found |= (starts == ends) & (start < starts) & (starts <= end)
+    return found

@@ -1,19 +1,45 @@
-"""Single fields of a row, checked: texts, prompts, responses, numbers, labels."""
+"""Fields of a row, checked: the prompt out of all that belong to it, responses, numbers, labels."""
 
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
-from data_loading.messages import BadRow, is_dialogue, read_dialogue, read_messages, text_of
+from data_loading.json_files import decode_json
+from data_loading.messages import (
+    BadRow,
+    Message,
+    is_dialogue,
+    list_of,
+    read_dialogue,
+    read_messages,
+    text_of,
+    with_system,
+)
 from data_loading.records import Text
 from data_loading.values import shorten
 
-PROMPT_FIELDS = ("prompt", "question", "instruction")
+PROMPT_FIELDS = ("prompt", "question", "instruction", "query")  # the first that is filled in
+CONVERSATION_FIELDS = ("messages", "conversation", "conversations")
+ADDED_FIELDS = ("context", "input")  # follow the prompt; the prompt itself where there is no other
+SYSTEM_FIELDS = ("system_prompt", "system")
+TEMPLATE_FIELDS = ("tools", "documents", "chat_template_kwargs")  # for the chat template
+REWARDS = ("reward", "meta_eval_score")
+
+
+@dataclass
+class Prompt:
+    """The prompt of a row, text or messages, "" where there is none; `fields` it was made of."""
+
+    text: Text = ""
+    fields: list[str] = field(default_factory=list)
 
 
 def given(fields: dict[str, Any], name: str) -> bool:
     """Whether an optional field is there and filled in (a CSV has an empty cell instead)."""
     value = fields.get(name)
-    return value is not None and not (isinstance(value, str) and not value.strip())
+    if isinstance(value, str):
+        return bool(value.strip())
+    return value is not None and not (isinstance(value, (list, tuple, dict)) and not value)
 
 
 def need(fields: dict[str, Any], name: str) -> Any:
@@ -33,28 +59,138 @@ def first_of(fields: dict[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
     return name, need(fields, name)
 
 
-def prompt_of(value: Any, name: str, system: str = "") -> Text:
+def read_prompt(fields: dict[str, Any]) -> Prompt:
+    """The prompt of a row: every field that is part of one, in whatever format the row is."""
+    made = Prompt()
+    for name in (*PROMPT_FIELDS, *CONVERSATION_FIELDS, *ADDED_FIELDS):
+        if not given(fields, name):
+            continue
+        made.fields.append(name)
+        if name in CONVERSATION_FIELDS:
+            made.text = read_messages(fields[name], name)
+        elif name in ADDED_FIELDS:
+            made.text = added_text(fields, name)
+        else:
+            made.text = prompt_of(fields[name], name)
+        break
+    return with_surroundings(made, fields)
+
+
+def with_surroundings(prompt: Prompt, fields: dict[str, Any]) -> Prompt:
+    """A prompt and what else of it stands in the row: context and input, history, system.
+
+    Context and input follow the first user turn; where its text holds them already, they do not
+    stand there twice. Earlier turns and the system prompt make messages of a text.
+    """
+    used = [*prompt.fields]
+    text = prompt.text
+    for name in ADDED_FIELDS:
+        if name not in used and (added := added_text(fields, name)):
+            used.append(name)
+            text = _with_added(text, added) if text else added
+    history = _history(fields)
+    if history:
+        used.append("history")
+    if isinstance(history, str):
+        text = f"{history}\n\n{text}" if isinstance(text, str) and text else text or history
+        history = []
+    system = system_of(fields)
+    if system:
+        used += [name for name in SYSTEM_FIELDS if given(fields, name)]
+    if text and (history or system):
+        turns = text if isinstance(text, list) else [{"role": "user", "content": text}]
+        if history and turns[: len(history)] != history:
+            own = turns[0]["role"] == "system"  # stays in front
+            turns = [*turns[:own], *history, *turns[own:]]
+        text = with_system(turns, system, used[0])
+    return Prompt(text, used)
+
+
+def added_text(fields: dict[str, Any], name: str) -> str:
+    """A context or input as text, several passages with a blank line between; "" for none."""
+    value = fields.get(name)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) for v in value):
+        value = "\n\n".join(value)
+    if given(fields, name) and not isinstance(value, str):
+        raise BadRow(f"{name} must be a string or a list of strings, found {shorten(value)}; "
+                     "rename the field if it is no part of the prompt")  # fmt: skip
+    return value if given(fields, name) else ""
+
+
+def _with_added(text: Text, added: str) -> Text:
+    if isinstance(text, str):
+        return text if added.strip() in text else f"{text}\n\n{added}"
+    turns = [*text]
+    first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
+    if first is None or any(added.strip() in turn["content"] for turn in turns):
+        return turns
+    turns[first] = {**turns[first], "content": f"{turns[first]['content']}\n\n{added}"}
+    return turns
+
+
+def _history(fields: dict[str, Any]) -> list[Message] | str:
+    """Earlier turns: messages, pairs of a prompt and its answer, or a text; [] without any."""
+    if not given(fields, "history"):
+        return []
+    value = fields["history"]
+    if is_dialogue(value):
+        return read_dialogue(value, "history")
+    if isinstance(value, str) and value.lstrip()[:1] != "[":
+        return value
+    turns = list_of(value, "history")
+    if all(isinstance(turn, dict) for turn in turns):
+        return read_messages(turns, "history")
+    messages = []
+    for i, pair in enumerate(turns):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise BadRow(f"history[{i}] must be a prompt and its answer, found {shorten(pair)}")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            messages.append({"role": role, "content": text_of(text, f"history[{i}]")})
+    return messages
+
+
+def extras_of(fields: dict[str, Any]) -> dict[str, Any]:
+    """What the chat template is given beside messages; lists and objects may be written as JSON."""
+    found = {}
+    for name in TEMPLATE_FIELDS:
+        if not given(fields, name):
+            continue
+        kind, expected = (dict, "an object") if name == "chat_template_kwargs" else (list, "a list")
+        value = fields[name]
+        if isinstance(value, str):
+            try:
+                value = decode_json(value)
+            except ValueError as error:
+                raise BadRow(f"{name} is not valid JSON: {error}") from error
+        if isinstance(value, tuple):
+            value = list(value)
+        if not isinstance(value, kind):
+            raise BadRow(f"{name} must be {expected}, found {shorten(fields[name])}")
+        if kind is list and not all(isinstance(item, dict) for item in value):
+            raise BadRow(f"{name} must be a list of objects, found {shorten(value)}")
+        found[name] = value
+    return found
+
+
+def prompt_of(value: Any, name: str) -> Text:
     """A prompt: text, messages, or a dialogue as messages."""
     if is_dialogue(value):
         return read_dialogue(value, name)
     if isinstance(value, (list, tuple)) or (isinstance(value, str) and value[:2] == "[{"):
         try:
-            return read_messages(value, name, system)
+            return read_messages(value, name)
         except BadRow:
             if not isinstance(value, str):
                 raise
-    text = text_of(value, name)
-    if system:
-        return [{"role": "system", "content": system}, {"role": "user", "content": text}]
-    return text
+    return text_of(value, name)
 
 
 def system_of(fields: dict[str, Any]) -> str:
-    """The system prompt that some formats keep in a field of its own; "" where there is none."""
-    for name in ("system_prompt", "system"):
-        if given(fields, name):
-            return text_of(fields[name], name)
-    return ""
+    """The system prompt that a row has in a field of its own; "" where there is none."""
+    found = {text_of(fields[name], name) for name in SYSTEM_FIELDS if given(fields, name)}
+    if len(found) > 1:
+        raise BadRow("system_prompt and system say different things; remove one of them")
+    return found.pop() if found else ""
 
 
 def reward_of(fields: dict[str, Any]) -> float | None:

@@ -8,22 +8,23 @@ from collections.abc import Callable
 from typing import Any
 
 from data_loading.fields import (
+    CONVERSATION_FIELDS,
     PROMPT_FIELDS,
+    Prompt,
+    extras_of,
     first_of,
     given,
     label_of,
     need,
-    prompt_of,
+    read_prompt,
     response_of,
     reward_of,
-    system_of,
+    with_surroundings,
 )
-from data_loading.messages import BadRow, read_messages, text_of
+from data_loading.messages import BadRow, Message, read_messages, text_of
 from data_loading.preferences import preference, ranked
 from data_loading.records import Record, Text
 from data_loading.values import shorten
-
-CONVERSATION_FIELDS = ("messages", "conversation", "conversations")
 
 
 def recognise(fields: dict[str, Any]) -> str:
@@ -39,10 +40,14 @@ def recognise(fields: dict[str, Any]) -> str:
         return "unpaired" if "label" in has else "prompt_completion"
     if "instruction" in has and ("response" in has or "output" in has):
         return "instruction"
-    if "question" in has and ("response" in has or ("answer" in has and "prompt" not in has)):
+    asks = [name for name in ("question", "query", "input") if name in has]
+    answers = "response" in has or ("answer" in has and asks != ["input"]) or "output" in has
+    if asks and answers and "prompt" not in has:
         return "question_answer"
-    prompts = [name for name in PROMPT_FIELDS if name in has]
-    if "text" in has and prompts:
+    if "question" in has and "response" in has:
+        return "question_answer"
+    prompts = [name for name in (*PROMPT_FIELDS, "input") if name in has]
+    if "text" in has and prompts and prompts[0] not in ("query", "input"):
         raise BadRow(
             f"has both text and {prompts[0]}; say which is meant with --format text or prompt"
         )
@@ -62,65 +67,102 @@ def to_record(fields: dict[str, Any], format: str, where: str) -> Record:
     """Converts one row; BadRow where a field is missing, empty or of the wrong type."""
     record = FORMATS[format](fields, where)
     record.reward = reward_of(fields)
+    if record.kind != "text":
+        record.extras = extras_of(fields)
+        record.prompt_fields += record.extras
     return record
 
 
 def _text(fields: dict[str, Any], where: str) -> Record:
-    return Record("text", where, fields, text=text_of(need(fields, "text"), "text"))
+    text = text_of(need(fields, "text"), "text")
+    return Record("text", where, fields, text=text, answer_fields=["text"])
 
 
 def _prompt(fields: dict[str, Any], where: str) -> Record:
-    name, value = first_of(fields, PROMPT_FIELDS)
-    return Record("prompt", where, fields, prompt=prompt_of(value, name, system_of(fields)))
+    prompt = _needed(fields, (*PROMPT_FIELDS, "input"))
+    return Record("prompt", where, fields, prompt=prompt.text, prompt_fields=prompt.fields)
+
+
+def _needed(fields: dict[str, Any], names: tuple[str, ...]) -> Prompt:
+    """The prompt of a row that must have one of these fields, not empty."""
+    name, value = first_of(fields, names)
+    if not given(fields, name):
+        text_of(value, name)  # says what is wrong with it
+    return read_prompt(fields)
 
 
 def _prompt_completion(fields: dict[str, Any], where: str) -> Record:
-    prompt = prompt_of(need(fields, "prompt"), "prompt", system_of(fields))
+    need(fields, "prompt")
+    prompt = _needed(fields, ("prompt",))
     name, value = first_of(fields, ("completion", "response"))
     completion: Text = text_of(value, name) if isinstance(value, str) else response_of(value, name)
+    return _answered(fields, where, prompt, completion, name)
+
+
+def _answered(
+    fields: dict[str, Any], where: str, prompt: Prompt, completion: Text, name: str
+) -> Record:
+    """A record of a prompt and one answer to it, both as text or both as messages."""
+    asked = prompt.text
     if isinstance(completion, list) and completion[0]["role"] != "assistant":
         raise BadRow(f"{name} must begin with an assistant message")
-    if isinstance(prompt, str) and isinstance(completion, list):
-        prompt = [{"role": "user", "content": prompt}]
-    elif isinstance(prompt, list) and isinstance(completion, str):
+    if isinstance(asked, str) and isinstance(completion, list):
+        asked = [{"role": "user", "content": asked}]
+    elif isinstance(asked, list) and isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion.strip()}]
-    return Record("prompt_completion", where, fields, prompt=prompt, completion=completion)
+    return Record(
+        "prompt_completion",
+        where,
+        fields,
+        prompt=asked,
+        completion=completion,
+        prompt_fields=prompt.fields,
+        answer_fields=[name],
+    )
 
 
 def _unpaired(fields: dict[str, Any], where: str) -> Record:
     record = _prompt_completion(fields, where)
     record.kind, record.label = "unpaired", label_of(need(fields, "label"))
+    record.answer_fields.append("label")
     return record
 
 
 def _instruction(fields: dict[str, Any], where: str) -> Record:
-    asked = text_of(need(fields, "instruction"), "instruction")
-    for name in ("context", "input"):
-        if given(fields, name):
-            asked = f"{asked}\n\n{text_of(fields[name], name)}"
-    return _single_turn(fields, where, asked, ("response", "output"))
+    text_of(need(fields, "instruction"), "instruction")
+    return _single_turn(fields, where, "instruction", ("response", "output"))
 
 
 def _question_answer(fields: dict[str, Any], where: str) -> Record:
-    asked = text_of(need(fields, "question"), "question")
-    return _single_turn(fields, where, asked, ("response", "answer"))
+    name, value = first_of(fields, ("question", "query", "input"))
+    text_of(value, name)
+    return _single_turn(fields, where, name, ("response", "answer", "output"))
 
 
-def _single_turn(
-    fields: dict[str, Any], where: str, asked: str, answers: tuple[str, str]
-) -> Record:
+def _single_turn(fields: dict[str, Any], where: str, asks: str, answers: tuple[str, ...]) -> Record:
+    """One user turn and its answer; the field `asks` is the prompt, whatever others there are."""
+    others = {name: fields[name] for name in fields if name not in PROMPT_FIELDS}
+    prompt = read_prompt({asks: fields[asks], **others})
     name, value = first_of(fields, answers)
     completion = [{"role": "assistant", "content": text_of(value, name)}]
-    prompt = [{"role": "user", "content": asked}]
-    if system := system_of(fields):
-        prompt.insert(0, {"role": "system", "content": system})
-    return Record("prompt_completion", where, fields, prompt=prompt, completion=completion)
+    return _answered(fields, where, prompt, completion, name)
 
 
 def _conversation(fields: dict[str, Any], where: str) -> Record:
     name, value = first_of(fields, CONVERSATION_FIELDS)
-    messages = read_messages(value, name, system_of(fields))
-    return Record("conversation", where, fields, messages=messages)
+    messages = read_messages(value, name)
+    prompt = with_surroundings(Prompt(messages, [name]), fields)
+    answers = [name for name in ("completion", "response") if given(fields, name)]
+    if messages[-1]["role"] != "assistant" and answers:
+        completion = response_of(fields[answers[0]], answers[0])
+        return _answered(fields, where, prompt, completion, answers[0])
+    used = [*prompt.fields, *(n for n in PROMPT_FIELDS if _said(fields.get(n), prompt.text))]
+    return Record("conversation", where, fields, messages=prompt.text, prompt_fields=used)
+
+
+def _said(value: Any, messages: list[Message]) -> bool:
+    """Whether a field holds what a turn says anyway."""
+    return isinstance(value, str) and any(value.strip() == m["content"].strip() for m in messages)
 
 
 FORMATS: dict[str, Callable[[dict[str, Any], str], Record]] = {
@@ -133,6 +175,12 @@ FORMATS: dict[str, Callable[[dict[str, Any], str], Record]] = {
     "preference": preference,
     "ranked": ranked,
     "unpaired": _unpaired,
+}
+# What becomes of the rows of a format, where it is not its own name.
+KINDS = {
+    "instruction": "prompt_completion",
+    "question_answer": "prompt_completion",
+    "ranked": "preference",
 }
 ALIASES = {
     "alpaca": "instruction",

@@ -55,21 +55,33 @@ def list_of(value: Any, name: str) -> list[Any]:
 def read_messages(value: Any, name: str, system: str = "") -> list[Message]:
     """Messages of OpenAI's shape (role, content) or ShareGPT's (from, value).
 
-    An empty system message is left out; keys that chat templates know (tool_calls, name) stay.
+    An empty system message is left out; `system`, from a field of its own, is put in front.
     """
     messages = [read_message(item, f"{name}[{i}]") for i, item in enumerate(list_of(value, name))]
-    if system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
     messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
     if not any(m["role"] != "system" for m in messages):
         raise BadRow(f"{name} holds no user or assistant message")
     if any(m["role"] == "system" for m in messages[1:]):
         raise BadRow(f"{name} has a system message that is not the first")
+    return with_system(messages, system, name)
+
+
+def with_system(messages: list[Message], system: str, name: str) -> list[Message]:
+    """Messages that begin with a system prompt; BadRow where they have another one."""
+    if not system:
+        return messages
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if messages[0]["content"].strip() != system.strip():
+        raise BadRow(f"{name} begins with another system message than the row's field has")
     return messages
 
 
 def read_message(item: Any, name: str) -> Message:
-    """One message with a known role and a text as content."""
+    """One message: a known role, a text as content, and every other key as it is.
+
+    Keys without a value are left out; `content` may be empty, null or missing beside tool calls.
+    """
     if not isinstance(item, dict):
         raise BadRow(f"{name} must be an object with role and content, found {shorten(item)}")
     named = item.get("role", item.get("from"))
@@ -80,15 +92,61 @@ def read_message(item: Any, name: str) -> Message:
     content = item.get("content", item.get("value"))
     if isinstance(content, list):
         content = _joined_parts(content, name)
-    extra = {k: v for k, v in item.items() if k in ("tool_calls", "tool_call_id", "name") and v}
-    if content is None and "tool_calls" in extra:
+    own = ("role", "from", "content", "value")
+    extra = {k: v for k, v in item.items() if k not in own and v is not None}
+    if calls := _read_calls(extra.pop("tool_calls", None), extra.pop("function_call", None), name):
+        extra["tool_calls"] = calls
+    if calls and (content is None or content == ""):
         content = ""
     elif role == "system":
         if not isinstance(content, str):
             raise BadRow(f"{name}: content must be a string, found {shorten(content)}")
     else:
         content = text_of(content, f"{name}: content")
-    return {"role": role, "content": content, **extra}
+    message = {"role": role, "content": content, **extra}
+    is_trained(message, name)
+    return message
+
+
+def _read_calls(calls: Any, single: Any, name: str) -> list[Any]:
+    """Tool calls as objects; arguments that are the text of a JSON object become that object.
+
+    `single` is the one call of OpenAI's older function_call.
+    """
+    if single and not calls:
+        calls = [{"type": "function", "function": single}]
+    if isinstance(calls, str):
+        calls = list_of(calls, f"{name}: tool_calls")
+    if calls is not None and not isinstance(calls, (list, tuple)):
+        raise BadRow(f"{name}: tool_calls must be a list, found {shorten(calls)}")
+    read = []
+    for call in calls or ():
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRow(f"{name}: a tool call needs a function with a name, found {shorten(call)}")
+        if isinstance(function.get("arguments"), str):
+            try:
+                arguments = decode_json(function["arguments"])
+            except ValueError:
+                arguments = None
+            if isinstance(arguments, dict):
+                function = {**function, "arguments": arguments}
+        read.append({**call, "function": function} if "function" in call else function)
+    return read
+
+
+TRAIN_KEYS = ("weight", "train", "training", "loss")
+
+
+def is_trained(message: Message, name: str = "a message") -> bool:
+    """Whether a message is to be trained: not with weight 0, or train or loss false."""
+    for key in TRAIN_KEYS:
+        if key in message:
+            if message[key] not in (0, 1):  # False and True are equal to these
+                raise BadRow(f"{name}: {key} must be 0 or 1, found {shorten(message[key])}")
+            if not message[key]:
+                return False
+    return True
 
 
 def _joined_parts(parts: list[Any], name: str) -> str:

@@ -3,15 +3,17 @@
 from typing import Any
 
 from data_loading.fields import (
+    CONVERSATION_FIELDS,
     PROMPT_FIELDS,
+    Prompt,
     given,
     need,
     number_of,
-    prompt_of,
+    read_prompt,
     response_of,
-    system_of,
+    with_surroundings,
 )
-from data_loading.messages import BadRow, Message, list_of
+from data_loading.messages import BadRow, Message, list_of, read_messages
 from data_loading.records import Record, Text
 
 
@@ -22,7 +24,9 @@ def preference(fields: dict[str, Any], where: str) -> Record:
     names = ["chosen", *(f"rejected[{i}]" for i in range(len(losers)))]
     if len(losers) == 1:
         names[1] = "rejected"
-    return _record(fields, where, [chosen, *losers], names, [0] + [1] * len(losers))
+    made = _record(fields, where, [chosen, *losers], names, [0] + [1] * len(losers))
+    made.answer_fields += ["chosen", "rejected"]
+    return made
 
 
 def ranked(fields: dict[str, Any], where: str) -> Record:
@@ -39,29 +43,31 @@ def ranked(fields: dict[str, Any], where: str) -> Record:
         if len(set(ranks)) == 1:
             raise BadRow("all scores are equal; nothing is preferred")
     names = [f"responses[{i}]" for i in range(len(responses))]
-    return _record(fields, where, responses, names, ranks)
+    made = _record(fields, where, responses, names, ranks)
+    made.answer_fields += ["responses", "scores"]
+    return made
 
 
 def _record(
     fields: dict[str, Any], where: str, values: list[Any], names: list[str], ranks: list[int]
 ) -> Record:
     """A preference record, its responses best first, from strings, messages or dialogues."""
-    prompt: Text = ""
-    for name in PROMPT_FIELDS:
-        if given(fields, name):
-            prompt = prompt_of(fields[name], name, system_of(fields))
-            break
     responses = [response_of(v, n) for v, n in zip(values, names, strict=True)]
     whole = [isinstance(r, list) and r[0]["role"] != "assistant" for r in responses]
     if all(whole):
-        prompt, responses = _split_dialogues(responses, names)
+        read, responses = _of_dialogues(fields, responses, names)
     elif any(whole):
         raise BadRow("some responses are whole dialogues and others are not")
-    elif isinstance(prompt, list) or any(isinstance(r, list) for r in responses):
+    else:
+        read = read_prompt(fields)
+    prompt = read.text
+    if isinstance(prompt, list) or any(isinstance(r, list) for r in responses):
         if not prompt:
             raise BadRow("responses are messages but there is no prompt")
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
+        if prompt[-1]["role"] == "assistant":
+            raise BadRow(f"the prompt ({', '.join(read.fields)}) must end with a user turn")
         responses = [_as_messages(r) for r in responses]
     order = sorted(range(len(ranks)), key=lambda i: ranks[i])
     margin = number_of(fields["margin"], "margin") if given(fields, "margin") else None
@@ -73,7 +79,40 @@ def _record(
         responses=[responses[i] for i in order],
         ranks=[ranks[i] for i in order],
         margin=margin,
+        prompt_fields=read.fields,
+        answer_fields=["margin"],
     )
+
+
+def _of_dialogues(
+    fields: dict[str, Any], dialogues: list[list[Message]], names: list[str]
+) -> tuple[Prompt, list[Text]]:
+    """The prompt that whole dialogues share, with what else the row says of it, and their ends.
+
+    A prompt in a field of its own counts as read where the dialogues have it already.
+    """
+    shared, rests = _split_dialogues(dialogues, names)
+    read = with_surroundings(Prompt(shared, []), fields)
+    for name in PROMPT_FIELDS:
+        if given(fields, name) and _holds(shared, fields[name]):
+            read.fields.append(name)
+    for name in CONVERSATION_FIELDS:
+        if given(fields, name):
+            turns = read_messages(fields[name], name)
+            if any(dialogue[: len(turns)] == turns for dialogue in dialogues):
+                read.fields.append(name)
+    return read, rests
+
+
+def _holds(turns: list[Message], prompt: Any) -> bool:
+    """Whether a prompt stands in turns that are there anyway."""
+    if not isinstance(prompt, str):
+        return False
+    said = "".join("".join(turn["content"].split()) for turn in turns)
+    asked = prompt
+    for name in ("Human:", "Assistant:"):  # as in hh-rlhf
+        asked = asked.replace(f"\n\n{name}", "")
+    return "".join(asked.split()) in said
 
 
 def _split_dialogues(dialogues: list[list[Message]], names: list[str]) -> tuple[Text, list[Text]]:

@@ -1,15 +1,17 @@
 """Reading: a file or data set in, checked records out."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from data_loading.files import read_rows
-from data_loading.formats import ALIASES, FORMATS, KNOWN_FORMATS, recognise, to_record
+from data_loading.formats import ALIASES, FORMATS, KINDS, KNOWN_FORMATS, recognise, to_record
 from data_loading.messages import BadRow
 from data_loading.records import Records
 from data_loading.tables import dataset_rows, refuse_options
 from data_loading.values import RawRow
 from errors import UserError
+
+Refusal = Callable[[str], str | None]
 
 
 def read_records(
@@ -18,6 +20,7 @@ def read_records(
     format: str | None = None,
     skip_bad_rows: bool = False,
     max_rows: int | None = None,
+    refuse: Refusal | None = None,
 ) -> Records:
     """All rows of a JSONL, JSON, CSV or Parquet file.
 
@@ -25,11 +28,12 @@ def read_records(
         format: one of FORMATS or ALIASES; recognised from the fields where it is None.
         skip_bad_rows: put bad rows into `refused` instead of raising on the first.
         max_rows: read no further than this many good rows.
+        refuse: says of a kind of rows why the caller cannot use it; asked before rows are read.
 
     Raises:
         UserError: `FILE:LINE: what is wrong`, also where not one good row is left.
     """
-    return collect_records(read_rows(path), str(path), format, skip_bad_rows, max_rows)
+    return collect_records(read_rows(path), str(path), format, skip_bad_rows, max_rows, refuse)
 
 
 def read_dataset(
@@ -41,6 +45,7 @@ def read_dataset(
     format: str | None = None,
     skip_bad_rows: bool = False,
     max_rows: int | None = None,
+    refuse: Refusal | None = None,
 ) -> Records:
     """All rows of what the `datasets` library opens: a hub name, a folder, a saved data set.
 
@@ -61,11 +66,16 @@ def read_dataset(
         rows = read_rows(name)
     else:
         rows = dataset_rows(name, split, config=config, streaming=streaming)
-    return collect_records(rows, name, format, skip_bad_rows, max_rows)
+    return collect_records(rows, name, format, skip_bad_rows, max_rows, refuse)
 
 
 def collect_records(
-    rows: Iterable[RawRow], name: str, format: str | None, skip_bad_rows: bool, max_rows: int | None
+    rows: Iterable[RawRow],
+    name: str,
+    format: str | None,
+    skip_bad_rows: bool,
+    max_rows: int | None,
+    refuse: Refusal | None = None,
 ) -> Records:
     """Converts raw rows to records; see read_records."""
     if format is not None:
@@ -82,6 +92,9 @@ def collect_records(
                 if row.fields is None:
                     raise BadRow(row.problem)
                 format = format or recognise(row.fields)
+                if refuse is not None and not records.rows:
+                    if problem := refuse(KINDS.get(format, format)):
+                        raise UserError(f"{row.where}: {problem}")
                 records.rows.append(to_record(row.fields, format, row.where))
             except BadRow as error:
                 if not skip_bad_rows:

@@ -7,6 +7,8 @@ from typing import Any
 
 from data_loading.messages import Message
 
+# Fields of a row that are a conversation or begin one, where they are lists.
+MAY_HOLD_MESSAGES = "messages conversation conversations prompt question instruction chosen".split()
 Text = str | list[Message]  # plain text, or messages for the tokenizer's template
 
 
@@ -26,11 +28,32 @@ class Record:
     margin: float | None = None  # preference
     label: bool | None = None  # unpaired
     reward: float | None = None  # from `reward` or `meta_eval_score`
+    extras: dict[str, Any] = field(default_factory=dict)  # tools, documents: for the chat template
+    prompt_fields: list[str] = field(default_factory=list)  # names of `fields` that are its prompt
+    answer_fields: list[str] = field(default_factory=list)  # and of those that are its answers
 
     @property
     def columns(self) -> dict[str, Any]:
         """All fields of the row, for a reward function, less the names of its own arguments."""
         return {k: v for k, v in self.fields.items() if k not in ("prompts", "responses")}
+
+    def asked(self) -> Text:
+        """The prompt as a person wrote it: text, or messages up to the last that asks.
+
+        A question alone is a text, unless the row itself has messages; plain text has no prompt.
+        """
+        prompt = self.messages if self.kind == "conversation" else self.prompt
+        if isinstance(prompt, str):
+            return prompt
+        last = max((i for i, m in enumerate(prompt) if m["role"] in ("user", "tool")), default=-1)
+        prompt = prompt[: last + 1]
+        alone = len(prompt) == 1 and list(prompt[0]) == ["role", "content"]
+        written = [self.fields.get(name) for name in MAY_HOLD_MESSAGES]
+        lists = any(
+            isinstance(value, list | tuple) or (isinstance(value, str) and value[:2] == "[{")
+            for value in written
+        )
+        return prompt[0]["content"] if alone and not lists else prompt
 
 
 @dataclass

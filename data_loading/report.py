@@ -26,8 +26,11 @@ def use_colour(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
-def data_report(name: str, records: Records, tokenised: Tokenised) -> str:
-    """Rows by kind, token lengths, rows cut or refused and why."""
+def data_report(name: str, records: Records, tokenised: Tokenised, *, columns: bool = False) -> str:
+    """Rows by kind, token lengths, rows cut or refused and why, and what was left out of them.
+
+    `columns`: fields that no text is made of still go to reward functions.
+    """
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in records.kinds.most_common())
     refused = [*records.refused, *tokenised.refused]
     lengths = [length for sequences in tokenised.sequences for length in sequences]
@@ -38,7 +41,12 @@ def data_report(name: str, records: Records, tokenised: Tokenised) -> str:
         *(f"  {note}" for note in records.notes),
         *(f"  {line}" for line in histogram(lengths, what).splitlines()),
         *(f"  {line}" for line in refusals(refused)),
+        *(f"  {line}" for line in notices(tokenised.notes)),
     ]
+    if tokenised.unused:
+        prompts = columns or isinstance(tokenised.rows[0], PromptRow)
+        what = "fields for reward functions alone" if prompts else "fields that nothing used"
+        lines.append(f"  {what}: {', '.join(map(shorten_name, tokenised.unused))}")
     return "\n".join(lines)
 
 
@@ -50,6 +58,23 @@ def refusals(refused: Sequence[tuple[str, str]]) -> list[str]:
         more = ", ..." if count > len(places) else ""
         lines.append(f"refused {count:,}: {why} ({', '.join(places)}{more})")
     return lines
+
+
+def notices(notes: Sequence[tuple[str, str, str]]) -> list[str]:
+    """A line for each thing that a template did to rows: how many, where, and one example."""
+    lines = []
+    for what in dict.fromkeys(what for _, what, _ in notes):
+        found = [(where, example) for where, said, example in notes if said == what]
+        rows = list(dict.fromkeys(where for where, _ in found))
+        more = ", ..." if len(rows) > SHOWN_PLACES else ""
+        places = ", ".join(rows[:SHOWN_PLACES])
+        lines.append(f"note, {len(rows):,} rows: {what}: {found[0][1]} ({places}{more})")
+    return lines
+
+
+def shorten_name(name: object) -> str:
+    """A field's name as it is, short."""
+    return str(name) if len(str(name)) <= 40 else f"{str(name)[:37]}..."
 
 
 def histogram(lengths: Sequence[int], what: str = "a row", bins: int = 8, width: int = 40) -> str:

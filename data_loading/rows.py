@@ -1,9 +1,12 @@
 """Tokenised rows, ready for batches."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+
+from data_loading.records import Text
 
 
 @dataclass
@@ -76,12 +79,19 @@ class UnpairedRow:
 
 @dataclass
 class PromptRow:
-    """A prompt for PPO, as tokens and as the text they stand for, and the row's other fields."""
+    """A prompt for PPO, as tokens, as the text they stand for and as a person wrote it; the row's
+    other fields.
+    """
 
     tokens: list[int]
     text: str
     columns: dict[str, Any]
     where: str = ""
+    # A text, or messages. Not in repr, of which the fingerprint of a run's data is made.
+    prompt: Text = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        self.prompt = self.prompt or self.text
 
 
 Row = TypeVar("Row", TextRow, ScalarRow, PreferenceRow, UnpairedRow, PromptRow)
@@ -89,11 +99,17 @@ Row = TypeVar("Row", TextRow, ScalarRow, PreferenceRow, UnpairedRow, PromptRow)
 
 @dataclass
 class Tokenised(Generic[Row]):
-    """Rows ready for batches, how many were cut, and which were refused: [(where, why), ...]."""
+    """Rows ready for batches, how many were cut, and which were refused: [(where, why), ...].
+
+    `notes` say what the template did to rows: [(where, what, an example), ...]; `unused` counts the
+    rows in which a field is filled in and no text is made of it.
+    """
 
     rows: list[Row] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
     cut: int = 0
+    notes: list[tuple[str, str, str]] = field(default_factory=list)
+    unused: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return len(self.rows)

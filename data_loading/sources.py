@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from data_loading.files import DATA_SUFFIXES
-from data_loading.reading import read_dataset, read_records
+from data_loading.reading import Refusal, read_dataset, read_records
 from data_loading.records import Records
 from errors import UserError
 
@@ -31,6 +31,7 @@ def load_data(
     skip_bad_rows: bool = False,
     max_rows: int | None = None,
     seed: int = 0,
+    refuse: Refusal | None = None,
 ) -> dict[str, Records]:
     """The rows of each split that was asked for and is there.
 
@@ -38,7 +39,7 @@ def load_data(
     is given, from `{data}/{data_base}train.jsonl` (or .json, .csv, .tsv, .parquet). Validation
     rows: `validation_file`, or a percentage of the training rows, or `{data}/{data_base}valid`;
     test rows: `test_file` or `{data}/{data_base}test`. Validation may be missing, the others not.
-    `max_rows` counts for each file or data set on its own.
+    `max_rows` counts for each file or data set on its own; `refuse` is that of `read_records`.
 
     Raises:
         UserError: a file that is missing or bad, or choices that contradict each other.
@@ -47,6 +48,7 @@ def load_data(
         "format": format,
         "skip_bad_rows": skip_bad_rows,
         "max_rows": max_rows,
+        "refuse": refuse,
     }
     if validation_file and validation_split_percentage:
         raise UserError("give --validation-file or --validation-split-percentage, not both")

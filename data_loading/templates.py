@@ -1,22 +1,20 @@
 """From records to text: chat template, prompt template or token format.
 
-The result is a list of pieces, (text, is the model's answer), in order; joined they are the text
-that the model sees. Answers come without their header and with their end-of-turn marker.
+The result is the text that the model sees, and which characters of it are answers. Answers come
+without their header and with what ends their turn. The text is never cut: its token ids are those
+of the whole.
 """
 
+import string
 from dataclasses import dataclass, field
-from os.path import commonprefix
 from typing import Any
 
-from data_loading.messages import BadRow, Message
-from data_loading.prompt_templates import fill, placeholders
+from data_loading.answer_spans import KNOWN_KEYS, Rendered, render_conversation, render_prompt
+from data_loading.chat_templates import ChatTemplate
+from data_loading.messages import BadRow, Message, is_trained
 from data_loading.records import Record, Text
 from data_loading.values import shorten
 from errors import UserError
-
-Piece = tuple[str, bool]
-
-MARK = "@@the answer stands here@@"  # stands in for an answer, to see what a template adds
 
 TOKEN_FORMATS = {
     "standard": "the tokenizer's chat template; without one, the turns with a blank line between",
@@ -55,6 +53,8 @@ class Template:
         if has_one is None:
             has_one = getattr(self.tokenizer, "chat_template", None) is not None
         self.uses_chat_template = bool(has_one) and self.token_format == "standard"
+        self.notes: list[tuple[str, str, str]] = []  # (row, what happened to it, an example)
+        self.chat = ChatTemplate(self.tokenizer, self.chat_options)
         if self.prompt_template is not None:
             self.prompt_template = self.prompt_template.replace("\\n", "\n").replace("\\t", "\t")
             if not placeholders(self.prompt_template):
@@ -73,40 +73,62 @@ class Template:
             return None
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            pieces = self.conversation(turns)
+            rendered = self.conversation(turns)
         except BadRow:  # the template wants something else; it will say so at the first prompt
             return None
-        answer = next((text for text, is_answer in reversed(pieces) if is_answer), "")
+        answer = next((rendered.text[a:b] for a, b in reversed(rendered.answers)), "")
         ids = self.tokenizer.encode(answer.partition("b")[2].strip(), add_special_tokens=False)
         added = self.tokenizer.added_tokens_decoder
         return ids[0] if ids and ids[0] in added and added[ids[0]].special else None
 
+    def note(self, record: Record, rendered: Rendered) -> None:
+        """Remember what was noted of a row, for the report."""
+        self.notes += [(record.where, *note) for note in dict.fromkeys(rendered.notes)]
+
+    def fields(self, record: Record) -> set[str]:
+        """The fields of a row that its text is made of."""
+        if self.prompt_template is None:
+            return {*record.prompt_fields, *record.answer_fields}
+        names = set(placeholders(self.prompt_template))
+        if "prompt" in names and "prompt" not in record.fields:
+            names |= {*record.prompt_fields}
+        return names | {*record.answer_fields}
+
     # Whole records ----------------------------------------------------------------------
 
-    def record(self, record: Record) -> list[Piece]:
+    def record(self, record: Record) -> Rendered:
         """Prompt and answer of a row to train on (text, prompt_completion, conversation)."""
         if record.kind == "text":
             if self.prompt_template is not None:
                 raise BadRow("a row of plain text takes no prompt template")
-            return [(record.text, True)]
+            return Rendered(record.text, [(0, len(record.text))])
         if record.kind == "conversation":
             if self.prompt_template is not None:
                 raise BadRow("a conversation takes no prompt template; use token formats")
-            return self.conversation(record.messages)
+            return self.conversation(record.messages, record.extras)
         return self.answered(record, record.completion)
 
-    def answered(self, record: Record, answer: Text) -> list[Piece]:
+    def answered(self, record: Record, answer: Text) -> Rendered:
         """The prompt of a row, then one answer to it (a completion, a ranked response)."""
-        if self.prompt_template is not None or not record.prompt:
-            return [(self.prompt(record), False), (plain_text(answer), True)]
-        if isinstance(record.prompt, list):
-            return self.conversation([*record.prompt, *answer])
-        if self.uses_chat_template:
-            turns = {"role": "user", "content": record.prompt}, as_turn(answer)
-            return self.conversation(list(turns))
-        return [(record.prompt, False), (plain_text(answer), True)]
+        if self.prompt_template is None and record.prompt:
+            if isinstance(record.prompt, list):
+                asked, turns = record.prompt, answer
+            elif self.uses_chat_template:
+                asked, turns = [{"role": "user", "content": record.prompt}], answer
+            else:
+                return self._plain(record, record.prompt, answer)
+            turns = [as_turn(turns)] if isinstance(turns, str) else turns
+            return self.conversation([*asked, *turns], record.extras, first=len(asked))
+        prompt = self.prompt(record).text if self.prompt_template is not None else ""
+        return self._plain(record, prompt, answer)
 
-    def prompt(self, record: Record) -> str:
+    def _plain(self, record: Record, prompt: str, answer: Text) -> Rendered:
+        """A prompt and an answer that no chat template writes."""
+        text = prompt + plain_text(answer)
+        notes = [] if self.prompt_template is not None else _unread(record.extras, [])
+        return Rendered(text, [(len(prompt), len(text))], notes=notes)
+
+    def prompt(self, record: Record) -> Rendered:
         """What the model is given before it answers.
 
         Of a conversation: everything up to its last user turn, and the header of the answer.
@@ -114,44 +136,64 @@ class Template:
         if self.prompt_template is not None:
             if record.kind in ("text", "conversation"):
                 raise BadRow(f"a row of kind {record.kind} takes no prompt template")
-            return fill(self.prompt_template, record)
+            return Rendered(fill(self.prompt_template, record), [])
         prompt = record.messages if record.kind == "conversation" else record.prompt
         if isinstance(prompt, str):
             if prompt and self.uses_chat_template:
-                return self._before_answer([{"role": "user", "content": prompt}])
-            return prompt
+                turns = [{"role": "user", "content": prompt}]
+                return render_prompt(self.chat, turns, record.extras)
+            return Rendered(prompt, [], notes=_unread(record.extras, []))
         asks = [i for i, m in enumerate(prompt) if m["role"] in ("user", "tool")]
         last = max(asks, default=-1)
         if last < 0:
             raise BadRow("the conversation has no user turn to take as a prompt")
-        pieces = self.conversation(prompt[: last + 1], answer_next=True)
-        return "".join(text for text, _ in pieces)
+        prompt = prompt[: last + 1]
+        if self.uses_chat_template:
+            return render_prompt(self.chat, prompt, record.extras)
+        return self._marked(prompt, record.extras, len(prompt), answer_next=True)
 
     # Conversations ----------------------------------------------------------------------
 
-    def conversation(self, messages: list[Message], answer_next: bool = False) -> list[Piece]:
-        """Pieces of a conversation; with `answer_next` the header of an answer at the end."""
+    def conversation(
+        self, messages: list[Message], extras: dict[str, Any] | None = None, first: int = 0
+    ) -> Rendered:
+        """The text of a conversation; its answers are those from message `first` on."""
         if self.uses_chat_template:
-            return self._chat_pieces(messages, answer_next)
+            return render_conversation(self.chat, messages, extras or {}, first)
+        return self._marked(messages, extras or {}, first)
+
+    def _marked(
+        self,
+        messages: list[Message],
+        extras: dict[str, Any],
+        first: int,
+        answer_next: bool = False,
+    ) -> Rendered:
+        """Formats without a chat template; every answer ends with the tokenizer's EOS."""
         if any("tool_calls" in m for m in messages):
             raise BadRow("tool calls need a tokenizer with a chat template")
-        return self._marked_pieces(messages, answer_next)
-
-    def _marked_pieces(self, messages: list[Message], answer_next: bool) -> list[Piece]:
-        """Formats without a chat template; every answer ends with the tokenizer's EOS."""
-        eos = eos_text(self.tokenizer)
-        pieces: list[Piece] = []
-        for message in messages:
-            header, space, gap = self._marks(message["role"])
+        eos, made, gap = eos_text(self.tokenizer), Rendered("", []), ""
+        made.notes = _unread(extras, messages)
+        for i, message in enumerate(messages):
+            header, space, after = self._marks(message["role"])
+            start = len(made.text) + len(gap)
+            made.text += gap + header
+            gap = after
             if message["role"] == "assistant":
-                pieces += [(header, False), (space + message["content"] + eos, True), (gap, False)]
+                start = len(made.text)
+                made.text += space + message["content"] + eos
             else:
-                pieces.append((header + space + message["content"] + gap, False))
+                made.text += space + message["content"]
+            span = (start, len(made.text))
+            if not is_trained(message):
+                made.untrained.append(span)
+            elif message["role"] == "assistant" and i >= first:
+                made.answers.append(span)
         if answer_next:
-            pieces.append((self._marks("assistant")[0], False))
-        elif messages[-1]["role"] == "assistant":
-            pieces.pop()  # the gap after it
-        return [piece for piece in _joined(pieces) if piece[0]]
+            made.text += gap + self._marks("assistant")[0]
+        elif messages[-1]["role"] != "assistant":
+            made.text += gap
+        return made
 
     def _marks(self, role: str) -> tuple[str, str, str]:
         """(header, what stands between header and content, what follows the turn)."""
@@ -162,60 +204,6 @@ class Template:
             return f"<|{role}|>\n", "", "\n"
         return "", "", "\n\n"
 
-    def _chat_pieces(self, messages: list[Message], answer_next: bool) -> list[Piece]:
-        if answer_next:
-            return [(self._before_answer(messages), False)]
-        whole = self._chat(messages)
-        pieces: list[Piece] = []
-        at = 0
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                start, end = self._answer_span(messages, i, whole, at)
-                pieces += [(whole[at:start], False), (whole[start:end], True)]
-                at = end
-        return [piece for piece in [*pieces, (whole[at:], False)] if piece[0]]
-
-    def _before_answer(self, messages: list[Message]) -> str:
-        """The text that an answer to `messages` follows: with its header, whoever writes that."""
-        asked = self._chat(messages, add_generation_prompt=True)
-        if asked != self._chat(messages):
-            return asked
-        # The template knows no generation prompt; where it writes an answer shows the header.
-        answered = self._chat([*messages, {"role": "assistant", "content": MARK}])
-        before = answered.partition(MARK)[0]
-        header = before.removeprefix(asked)
-        return before if before.startswith(asked) and header.strip() else asked
-
-    def _answer_span(self, messages: list[Message], i: int, whole: str, at: int) -> tuple[int, int]:
-        """Where in the whole text the answer `messages[i]` stands, its header left out."""
-        if i:
-            before = self._before_answer(messages[:i])
-            upto = self._chat(messages[: i + 1])
-            if upto.startswith(before) and whole.startswith(upto) and len(before) >= at:
-                return len(before), len(upto)
-        # Some templates render a turn differently once others follow it (they drop thoughts).
-        marked = [*messages]
-        marked[i] = {**messages[i], "content": MARK}
-        head, _, rest = self._chat(marked).partition(MARK)
-        end = len(whole) - len(rest)
-        fits = whole.startswith(head) and whole.endswith(rest) and at <= len(head) < end
-        if not fits or MARK in whole:
-            raise BadRow("the chat template changes an assistant turn; its tokens cannot be told")
-        tail = self._chat(marked[: i + 1]).partition(MARK)[2]
-        return len(head), end + len(commonprefix([rest, tail]))
-
-    def _chat(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **self.chat_options,
-            )
-        except Exception as error:  # whatever the template's own code raises
-            reason = shorten(str(error).partition("\n")[0], 120)
-            raise BadRow(f"the chat template refuses the conversation: {reason}") from error
-
 
 def as_turn(answer: Text) -> Message:
     """An answer as an assistant message."""
@@ -224,7 +212,11 @@ def as_turn(answer: Text) -> Message:
 
 def plain_text(answer: Text) -> str:
     """An answer with no template around it."""
-    return answer if isinstance(answer, str) else "\n\n".join(m["content"] for m in answer)
+    if isinstance(answer, str):
+        return answer
+    if any("tool_calls" in message for message in answer):
+        raise BadRow("tool calls need a tokenizer with a chat template")
+    return "\n\n".join(message["content"] for message in answer)
 
 
 def eos_text(tokenizer: Any) -> str:
@@ -234,11 +226,48 @@ def eos_text(tokenizer: Any) -> str:
     return tokenizer.eos_token
 
 
-def _joined(pieces: list[Piece]) -> list[Piece]:
-    """Neighbouring pieces that are both not answers become one."""
-    joined: list[Piece] = []
-    for text, answer in pieces:
-        if joined and not answer and not joined[-1][1]:
-            text = joined.pop()[0] + text
-        joined.append((text, answer))
-    return joined
+def _unread(extras: dict[str, Any], messages: list[Message]) -> list[tuple[str, str]]:
+    """Notes on what only a chat template could show."""
+    keys = [key for message in messages for key in message]
+    left = [*extras, *(key for key in dict.fromkeys(keys) if key not in PLAIN_KEYS)]
+    return [("without a chat template a part of the row is left out", name) for name in left]
+
+
+PLAIN_KEYS = KNOWN_KEYS - {"reasoning_content", "reasoning", "thinking"}
+
+
+# Prompt templates such as "Question: {question}\n\nAnswer: " ----------------------------------
+
+
+def placeholders(template: str) -> list[str]:
+    """Names in braces; UserError where a brace is open or names more than a plain field."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"prompt template {shorten(template)}: {error}; {{{{ is a brace") from error
+    names = []
+    for _, name, spec, conversion in parts:
+        if name is None:
+            continue
+        # Attributes and indices would reach into Python objects.
+        if spec or conversion or not name or set(name) & set(".[]"):
+            raise UserError(
+                f"prompt template {shorten(template)}: a field name such as {{question}} "
+                f"was expected in the braces, found {shorten(name)}"
+            )
+        names.append(name)
+    return names
+
+
+def fill(template: str, record: Record) -> str:
+    """The template with the fields of the row in it; BadRow for an unknown or empty field."""
+    known = dict(record.fields)
+    if isinstance(record.prompt, str) and record.prompt:
+        known.setdefault("prompt", record.prompt)
+    for name in placeholders(template):
+        if name not in known:
+            names = ", ".join(sorted(map(str, known)))
+            raise BadRow(f"the prompt template asks for {name}; the row has {names}")
+        if not isinstance(known[name], (str, int, float)):
+            raise BadRow(f"the prompt template needs text in {name}, found {shorten(known[name])}")
+    return template.format_map(known)

@@ -7,15 +7,23 @@ tokens[:, :-1] to predict tokens[:, 1:], weighted with mask[:, 1:].
 
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
+from dataclasses import replace
 from typing import Any
 
+from data_loading.answer_spans import Rendered
 from data_loading.encoding import Encoder, Refused
+from data_loading.fields import REWARDS, given
 from data_loading.messages import BadRow
 from data_loading.records import Record, Text
 from data_loading.rows import PreferenceRow, PromptRow, Row, ScalarRow, TextRow, Tokenised
 from data_loading.templates import Template
 from errors import UserError
+
+NO_PROMPT = (
+    "the row has no prompt: one of the fields prompt, question, instruction, query, input, "
+    "messages is needed"
+)
 
 
 def tokenise_sft(
@@ -28,12 +36,16 @@ def tokenise_sft(
     prompt_template: str | None = None,
     token_format: str = "standard",
     skip_bad_rows: bool = False,
+    chosen: bool = False,
 ) -> Tokenised[TextRow]:
     """Rows of text, prompt-completion and conversation kind as tokens with a loss mask.
 
+    The tokens are those of the whole rendered text, its last blanks included.
+
     One BOS where the tokenizer writes one; EOS at the end, trained. With `mask_prompt` only
     answers are targets: completions, and in conversations every assistant turn without its
-    header. A row cut to `max_length` loses its end, EOS included.
+    header; a turn that the row says not to train never is. A row cut to `max_length` loses its
+    end, EOS included. With `chosen` preference rows count as their prompt and best response.
 
     Raises:
         UserError: rows that are not for SFT (preference, unpaired, prompts alone), `mask_prompt`
@@ -45,11 +57,13 @@ def tokenise_sft(
     encoder = Encoder(Template(tokenizer, prompt_template, token_format), max_length, too_long)
 
     def convert(record: Record) -> tuple[TextRow, bool]:
-        _refuse_other_kinds(record)
-        pieces = encoder.template.record(record)
-        tokens, mask = encoder.encode(pieces, _ends_with_answer(record), record.kind)
-        if not mask_prompt:
-            mask = [1] * len(mask)
+        if chosen and record.kind == "preference":
+            record = best_answer(record)
+        if problem := not_for_sft(record.kind):
+            raise BadRow(problem)
+        rendered = encoder.template.record(record)
+        ends = _ends_with_answer(record)
+        tokens, mask = encoder.encode(rendered, ends, record.kind, whole=not mask_prompt)
         start = max(1, encoder.bos_length(tokens))
         mask[:start] = [0] * start
         if len(tokens) < 2:
@@ -58,9 +72,10 @@ def tokenise_sft(
         mask = mask[: len(tokens)]
         if not any(mask):
             raise Refused("no trained token is left" if was_cut else "no assistant turn to train")
+        encoder.template.note(record, rendered)
         return TextRow(tokens, mask, record.where), was_cut
 
-    return each(records, convert, skip_bad_rows)
+    return each(records, convert, skip_bad_rows, encoder.template)
 
 
 def tokenise_scalar(
@@ -89,11 +104,13 @@ def tokenise_scalar(
         if reward is None:
             raise BadRow("no reward: the field reward or meta_eval_score is needed")
         ends = add_eos and _ends_with_answer(record)
-        tokens, _ = encoder.encode(encoder.template.record(record), ends, record.kind)
+        rendered = encoder.template.record(record)
+        tokens, _ = encoder.encode(rendered, ends, record.kind, bare_end=True)
         tokens, was_cut = encoder.fit(tokens)
+        encoder.template.note(record, rendered)
         return ScalarRow(tokens, reward, record.where), was_cut
 
-    return each(records, convert, skip_bad_rows)
+    return each(records, convert, skip_bad_rows, encoder.template, REWARDS)
 
 
 def tokenise_preferences(
@@ -116,10 +133,13 @@ def tokenise_preferences(
     def convert(record: Record) -> tuple[PreferenceRow, bool]:
         if record.kind != "preference":
             raise BadRow(f"a row of kind {record.kind} where chosen and rejected are needed")
+        if not record.prompt and prompt_template is None:
+            raise BadRow(NO_PROMPT)
         responses, masks, was_cut = [], [], False
         for answer in record.responses:
-            pieces = encoder.template.answered(record, answer)
-            tokens, mask = encoder.encode(pieces, add_eos, record.kind)
+            rendered = encoder.template.answered(record, answer)
+            tokens, mask = encoder.encode(rendered, add_eos, record.kind, bare_end=True)
+            encoder.template.note(record, rendered)
             tokens, one_cut = encoder.fit(tokens)
             responses.append(tokens)
             masks.append([0, *mask[1 : len(tokens)]])
@@ -130,7 +150,7 @@ def tokenise_preferences(
         row = PreferenceRow(responses, record.ranks, record.margin, record.where, masks)
         return row, was_cut
 
-    return each(records, convert, skip_bad_rows)
+    return each(records, convert, skip_bad_rows, encoder.template)
 
 
 def tokenise_prompts(
@@ -158,21 +178,20 @@ def tokenise_prompts(
 
     def convert(record: Record) -> tuple[PromptRow, bool]:
         if record.kind == "text":
-            text = first_words(record.text, prompt_words)
+            rendered = Rendered(first_words(record.text, prompt_words), [])
         else:
-            text = template.prompt(record)
-        if not text:
-            raise BadRow("the row has no prompt")
-        tokens, _ = encoder.encode([(text, False)], False, record.kind)
+            rendered = template.prompt(record)
+        if not (text := rendered.text):
+            raise BadRow(NO_PROMPT)
+        tokens, _ = encoder.encode(rendered, False, record.kind)
         tokens, was_cut = encoder.fit_left(tokens)
         if was_cut:
             text = tokenizer.decode(tokens[encoder.bos_length(tokens) :])
-        else:  # a chat template writes into its text what stands before it
-            text = text.removeprefix(tokenizer.decode(encoder.prefix) if encoder.prefix else "")
-            text = text.removeprefix(tokenizer.bos_token or "")
-        return PromptRow(tokens, text, record.columns, record.where), was_cut
+        template.note(record, rendered)
+        written = record.asked() or text
+        return PromptRow(tokens, text, record.columns, record.where, written), was_cut
 
-    return each(records, convert, skip_bad_rows)
+    return each(records, convert, skip_bad_rows, template)
 
 
 def encode_prompt(
@@ -186,8 +205,8 @@ def encode_prompt(
     template = Template(tokenizer, prompt_template, token_format)
     asked = {"prompt": prompt} if isinstance(prompt, str) else {}
     try:
-        text = template.prompt(Record("prompt", "the prompt", asked, prompt=prompt))
-        return Encoder(template, sys.maxsize, "refuse").encode([(text, False)], False, "prompt")[0]
+        made = template.prompt(Record("prompt", "the prompt", asked, prompt=prompt))
+        return Encoder(template, sys.maxsize, "refuse").encode(made, False, "prompt")[0]
     except (BadRow, Refused) as why:
         raise UserError(f"the prompt: {why}") from why
 
@@ -218,8 +237,14 @@ def each(
     records: Iterable[Record],
     convert: Callable[[Record], tuple[Row, bool]],
     skip_bad_rows: bool,
+    template: Template | None = None,
+    used: Container[str] = (),
 ) -> Tokenised[Row]:
-    """The rows that `convert` makes of records, with what it refused."""
+    """The rows that `convert` makes of records, with what it refused.
+
+    `template` counts the fields that no row's text is made of, less those in `used`, and hands
+    over what it noted of rows.
+    """
     done: Tokenised[Row] = Tokenised()
     for record in records:
         try:
@@ -233,6 +258,13 @@ def each(
         else:
             done.rows.append(row)
             done.cut += was_cut
+            if template is not None:
+                known = template.fields(record)
+                done.unused.update(
+                    name for name in record.fields
+                    if name not in known and name not in used and given(record.fields, name)
+                )  # fmt: skip
+    done.notes = template.notes if template is not None else []
     if not done.rows:
         if not done.refused:
             raise UserError("there are no rows to tokenise")
@@ -243,12 +275,22 @@ def each(
     return done
 
 
-def _refuse_other_kinds(record: Record) -> None:
-    if record.kind in ("preference", "unpaired", "prompt"):
-        raise BadRow(
-            f"a row of kind {record.kind} is not for supervised fine-tuning, which needs text, "
-            "prompt and completion, or messages"
-        )
+def not_for_sft(kind: str, chosen: bool = False) -> str | None:
+    """Why rows of a kind cannot be trained on as they are; None where they can."""
+    if kind not in ("preference", "unpaired", "prompt") or (chosen and kind == "preference"):
+        return None
+    hint = "; --chosen trains the best answers of such rows" if kind == "preference" else ""
+    return (
+        f"a row of kind {kind} is not for supervised fine-tuning, which needs text, "
+        f"prompt and completion, or messages{hint}"
+    )
+
+
+def best_answer(record: Record) -> Record:
+    """A preference row as a prompt and its best response."""
+    if not record.prompt:
+        raise BadRow(NO_PROMPT)
+    return replace(record, kind="prompt_completion", completion=record.responses[0])
 
 
 def _ends_with_answer(record: Record) -> bool:

@@ -11,10 +11,11 @@ from os.path import commonprefix
 from typing import Any
 
 from data_loading.encoding import Encoder, Refused
+from data_loading.fields import REWARDS
 from data_loading.messages import BadRow
-from data_loading.records import Record
+from data_loading.records import Record, Text
 from data_loading.rows import PreferenceRow, Tokenised, UnpairedRow
-from data_loading.templates import Piece, Template
+from data_loading.templates import Template
 from data_loading.tokenise import each
 
 
@@ -51,7 +52,7 @@ def tokenise_pairs(
         row = PreferenceRow(responses, record.ranks, record.margin, record.where, masks)
         return row, was_cut
 
-    return each(records, convert, skip_bad_rows)
+    return each(records, convert, skip_bad_rows, encoder.template)
 
 
 def tokenise_unpaired(
@@ -81,15 +82,12 @@ def tokenise_unpaired(
         if record.kind in ("text", "prompt"):
             raise BadRow(f"a row of kind {record.kind}, which has no prompt and answer")
         label = wanted(record, desirable_from)
-        if record.kind == "conversation":
-            pieces = encoder.template.record(record)
-        else:
-            pieces = encoder.template.answered(record, record.completion)
-        (tokens, mask), was_cut = answer_tokens(encoder, pieces, record.kind)
+        (tokens, mask), was_cut = answer_tokens(encoder, record, record.completion)
         return UnpairedRow(tokens, mask, label, record.where, max_length), was_cut
 
     singles = [single for record in records for single in split_ranks(record)]
-    return each(singles, convert, skip_bad_rows)
+    used = () if desirable_from is None else REWARDS
+    return each(singles, convert, skip_bad_rows, encoder.template, used)
 
 
 def wanted(record: Record, desirable_from: float | None) -> bool:
@@ -114,20 +112,20 @@ def split_ranks(record: Record) -> list[Record]:
     if record.kind != "preference":
         return [record]
     return [
-        Record(
-            "unpaired", record.where, record.fields, prompt=record.prompt, completion=response,
-            label=rank == 0,
-        )
+        replace(record, kind="unpaired", completion=response, label=rank == 0)
         for response, rank in zip(record.responses, record.ranks, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def with_prompt(record: Record) -> Record:
     """A preference record whose prompt is known. BadRow where responses begin differently."""
     if record.prompt or not all(isinstance(response, str) for response in record.responses):
         return record
-    start = len(commonprefix(record.responses))
-    start -= record.responses[0][:start].endswith(" ")  # the space belongs to the answer
+    shared = commonprefix(record.responses)
+    # Whole words, where TRL cuts at a letter; the space before a word belongs to the answer.
+    start = max(shared.rfind(space) for space in " \n\t")
+    start += shared[start : start + 1] in ("\n", "\t")
+    start = max(start, 0)
     prompt, rests = record.responses[0][:start], [text[start:] for text in record.responses]
     if not prompt.strip() or not all(rest.strip() for rest in rests):
         raise BadRow("the row has no prompt, and its responses do not begin with one and go on "
@@ -149,10 +147,7 @@ def answers(encoder: Encoder, record: Record) -> tuple[list[list[int]], list[lis
     All begin where the first of them does: a token that spans the end of the prompt and the start
     of one response is no token of the prompt for the others either.
     """
-    done = [
-        answer_tokens(encoder, encoder.template.answered(record, response), record.kind)
-        for response in record.responses
-    ]
+    done = [answer_tokens(encoder, record, response) for response in record.responses]
     responses, masks = map(list, zip(*(made for made, _ in done), strict=True))
     first = min(mask.index(1) for mask in masks)
     masks = [[0] * first + [1] * (mask.index(1) - first) + mask[mask.index(1) :] for mask in masks]
@@ -160,10 +155,14 @@ def answers(encoder: Encoder, record: Record) -> tuple[list[list[int]], list[lis
 
 
 def answer_tokens(
-    encoder: Encoder, pieces: list[Piece], kind: str
+    encoder: Encoder, record: Record, answer: Text
 ) -> tuple[tuple[list[int], list[int]], bool]:
     """((tokens, mask), whether they were cut) of a prompt and an answer, which ends with EOS."""
-    tokens, mask = encoder.encode(pieces, True, kind, joined=True)
+    template = encoder.template
+    talk = record.kind == "conversation"
+    rendered = template.record(record) if talk else template.answered(record, answer)
+    tokens, mask = encoder.encode(rendered, True, record.kind)
+    template.note(record, rendered)
     tokens, was_cut = encoder.fit(tokens)
     mask = [0, *mask[1 : len(tokens)]]
     if not any(mask):

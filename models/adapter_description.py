@@ -109,6 +109,18 @@ def _read_safetensors(path: Path) -> tuple[Shapes, dict | None]:
     return shapes, None if described is None else _parsed(described, path)
 
 
+def read_head_description(adapter_path: str | Path, name: str) -> dict:
+    """What a head beside an adapter says of itself; {} without a head, or where it says nothing."""
+    path = head_path(adapter_path, name)
+    if not path.exists():
+        return {}
+    safetensors_header(path)  # raises for a header that lies
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    text = (header.get("__metadata__") or {}).get(name)
+    return {} if text is None else _parsed(text, path)
+
+
 def _parsed(text: str | bytes, path: Path) -> dict:
     try:
         found = json.loads(text)

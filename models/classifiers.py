@@ -3,7 +3,8 @@
 There the score is ``score.weight @ h``, h the final hidden state of the last token that is not the
 padding token (transformers, GenericForSequenceClassification). There is no bias and no mean over
 tokens. So our "mean" pooling has no counterpart; a constant that our head adds is kept in
-config.json as `reward_offset`, which this program reads and transformers does not.
+config.json as `reward_offset`, and how texts end as `reward_reading`, which this program reads and
+transformers does not.
 """
 
 from pathlib import Path
@@ -24,8 +25,9 @@ from models.load import (
     read_config,
 )
 from models.model_folders import copy_tokenizer, stored_dtype
+from models.reading import Reading, imported_reading
 from models.repairs import repair
-from models.reward_model import RewardModel
+from models.reward_network import RewardModel
 from models.transformers_config import unnested
 from models.trunk import find_trunk
 
@@ -33,7 +35,8 @@ ENDING = "ForSequenceClassification"
 HEAD_NAMES = ("score.weight", "score.bias")
 # Decoders whose weights have the same names in mlx-lm and whose classifiers pool as above.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-OFFSET, PREFIX = "reward_offset", "reward_prefix"  # our own entries of config.json
+# Our own entries of config.json.
+OFFSET, PREFIX, READING = "reward_offset", "reward_prefix", "reward_reading"
 
 
 def is_classifier(folder: str | Path) -> bool:
@@ -74,6 +77,12 @@ def load_classifier(
         "pad_id": config.get("pad_token_id"),
     }
     reward_model.load_head(arrays, description, str(folder))
+    recorded = config.get(READING)
+    reward_model.reading = (
+        imported_reading(loaded.tokenizer, config)
+        if recorded is None
+        else Reading.described(recorded)
+    )
     reward_model.source = loaded
     reward_model.freeze()
     reward_model.eval()
@@ -157,6 +166,7 @@ def write_classifier(folder: Path, loaded: LoadedModel, reward_model: RewardMode
     )
     config.pop("torch_dtype", None)
     config.update({OFFSET: constant} if constant else {})
+    config[READING] = reward_model.reading.description()
     if prefix := reward_model.description().get("prefix"):
         config[PREFIX] = prefix
     save_config(config, folder / "config.json")

@@ -23,7 +23,6 @@ ENCODERS = frozenset(
 )
 # Their position ids begin behind the padding token's id.
 SHIFTED_POSITIONS = ("camembert", "longformer", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl")
-MARK = "@@the prompt stands here@@"
 Pair = tuple[str, str]  # prompt and response
 
 
@@ -55,7 +54,7 @@ class EncoderReward:
             raise UserError(f"{folder}: an encoder ({kind}) is run by transformers on PyTorch, "
                             "which is not installed: pip install torch")  # fmt: skip
         check_folder(self.folder, str(folder), trust_remote_code)
-        self.source = self.tokenizer = self  # what `retokeniser` is asked with
+        self.source = self.tokenizer = self  # as of a RewardModel
         self._warned = False
         self._load({"auto": "float32"}.get(dtype, dtype), trust_remote_code)
 
@@ -125,35 +124,3 @@ class EncoderReward:
         batch = self._encode.pad(rows, return_tensors="pt").to(self._model.device)
         with torch.no_grad():
             return self._model(**batch).logits[:, 0].float().tolist()
-
-
-class PlainPairs:
-    """Prompts of a policy without the marks of its chat template, each with its response."""
-
-    def __init__(self, policy):
-        self.specials = [text for text in policy.all_special_tokens if text]
-        self.before, self.after = _marks_of(policy)
-
-    def pairs(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Pair]:
-        return [(self.plain(p), r) for p, r in zip(prompts, responses, strict=True)]
-
-    def plain(self, prompt: str) -> str:
-        """What the user said, where that is one turn; of several, without the special tokens."""
-        if self.after and prompt.startswith(self.before) and prompt.endswith(self.after):
-            prompt = prompt[len(self.before) : len(prompt) - len(self.after)]
-        for text in self.specials:
-            prompt = prompt.replace(text, "")
-        return prompt
-
-
-def _marks_of(policy) -> tuple[str, str]:
-    """What a chat template writes before and behind the words of a single user turn."""
-    if getattr(policy, "chat_template", None) is None:
-        return "", ""
-    turn = [{"role": "user", "content": MARK}]
-    try:
-        text = policy.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    except Exception:  # a template may refuse, in words of its own
-        return "", ""
-    before, found, after = text.partition(MARK)
-    return (before.removeprefix(policy.bos_token or ""), after) if found else ("", "")

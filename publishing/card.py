@@ -12,6 +12,7 @@ from typing import Any
 
 from models.load import DEFAULT_NAME
 from publishing.run_facts import RunFacts, copy_plots
+from run_folder.run_config import MADE_BY
 
 LIBRARIES = ("mlx", "mlx-lm", "transformers", "huggingface-hub")
 METHODS = {
@@ -97,6 +98,8 @@ def method(facts: Facts) -> tuple[str, list[str]]:
     name, tags = METHODS.get(facts.run.script, (facts.run.script, []))
     if facts.run.options.get("reward_model") is True:  # sft.py --reward-model
         return "reward-model training", []
+    if algorithm := facts.run.options.get("algorithm"):  # preference_training.py
+        return f"preference training ({algorithm})", [str(algorithm)]
     return name, tags
 
 
@@ -206,7 +209,9 @@ def making(facts: Facts) -> str:
     if facts.run:
         run = facts.run
         steps = f", {run.steps} steps" if run.steps else ""
-        lines.append(f"- Method: {method(facts)[0]} (`{run.script}.py`{steps})")
+        lines.append(
+            f"- Method: {method(facts)[0]} (`{MADE_BY.get(run.script, f'{run.script}.py')}`{steps})"
+        )
         data = run.options.get("dataset") or run.options.get("data")
         if data:
             lines.append(f"- Data: {data}")

@@ -20,6 +20,7 @@ from command_line.resumed_options import (
 from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
 from rewards.scored_rows import response_text
+from rewards.texts import asked, reward_columns
 from run_folder.checkpoint_folder import Metric, set_aside_after
 from run_folder.console import Progress
 from run_folder.run import Run
@@ -294,13 +295,18 @@ class PPOLoop(Loop):
         pairs = list(zip(rows, responses, strict=True))
         texts = [response_text(self.tokenizer, row.tokens, response) for row, response in pairs]
         token_ids = [[*row.tokens, *response] for row, response in pairs]
-        columns = {**columns_of(rows), "token_ids": token_ids, "ended": ended}
-        scores, parts = self.rewards([row.text for row in rows], texts, **columns)
+        columns = reward_columns(
+            columns_of(rows),
+            token_ids=token_ids,
+            ended=ended,
+            prompt_text=[row.text for row in rows],
+        )
+        scores, parts = self.rewards([row.prompt for row in rows], texts, **columns)
         return texts, scores, parts
 
     def write_samples(self, rows, texts, scores, kls) -> None:
         samples = [
-            {"prompt": row.text, "response": text, "score": score, "kl": float(kl)}
+            {**asked(row), "response": text, "score": score, "kl": float(kl)}
             for row, text, score, kl in zip(rows, texts, scores, kls, strict=True)
         ]
         self.run_folder.log_samples(self.step, samples[: self.schedule.samples_per_step])
@@ -321,7 +327,7 @@ class PPOLoop(Loop):
             for name, column in parts.items():
                 row[f"eval/{kind}/{name}"] = float(np.mean(column))
             row[f"eval/{kind}/response_tokens"] = float(np.mean([len(r) for r in responses]))
-            sample = {"prompt": rows[0].text, "response": texts[0], "score": scores[0]}
+            sample = {**asked(rows[0]), "response": texts[0], "score": scores[0]}
             self.run_folder.log_samples(self.step, [{"evaluation": kind, **sample}])
         self.run_folder.log(self.step, {k: v for k, v in row.items() if k != "step"})
         shown = {"greedy": row["eval/greedy/score"], "sampled": row["eval/sampled/score"]}

@@ -109,14 +109,14 @@ def make_learned_reward(args, loaded) -> Reward:
     reward_model, tokenizer = load_reward_model(
         args.reward_model, args.model, any_base=args.any_base, **options
     )
-    encode = None
-    if tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
-        end = [tokenizer.eos_token_id]
-
-        def encode(text: str, ended: bool) -> list[int]:
-            return tokenizer.encode(text) + end * bool(ended)
-
-    return learned_reward(lambda rows: reward_model.score(rows, args.batch_size), encode)
+    return learned_reward(
+        reward_model,
+        loaded.tokenizer,
+        tokenizer=tokenizer,
+        batch_size=args.batch_size,
+        prompt_template=args.prompt_template,
+        token_format=args.token_format,
+    )
 
 
 def ends(args, loaded) -> set[int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from models.adapter_description import REWARD_HEAD
+from models.reading import Reading
 
 POOLINGS = ("mean", "last")
 NOTHING_TRAINED = {"fine_tune_type": "full"}
@@ -31,6 +32,7 @@ class RewardModel(nn.Module):
         self.weight = nn.Parameter(torch.randn(1, width) * (width + 1) ** -0.5)
         self.bias = nn.Parameter(torch.zeros(1))
         self.gain, self.offset = 1.0, 0.0
+        self.reading = Reading()
         self.prefix: list[int] = []  # tokens of a fused soft prompt
         self.pad_id: int | None = None
         self.to(model.device)
@@ -74,6 +76,7 @@ class RewardModel(nn.Module):
         described = {"pooling": self.pooling, "gain": self.gain, "offset": self.offset}
         if self.pad_id is not None:
             described["pad_id"] = self.pad_id
+        described |= self.reading.description()
         return save_head(path, REWARD_HEAD, {"weight": self.weight, "bias": self.bias}, described)
 
     def load_head(self, path: str) -> None:
@@ -92,6 +95,7 @@ class RewardModel(nn.Module):
         if self.pooling not in POOLINGS:
             raise UserError(f"{path}: pooling is none of {', '.join(POOLINGS)}")
         self.gain, self.offset = described.get("gain", 1.0), described.get("offset", 0.0)
+        self.reading = Reading.described(described)
         self.prefix, self.pad_id = described.get("prefix", []), described.get("pad_id")
 
 

@@ -67,6 +67,8 @@ def main(words=None) -> int:
     if args.preview:
         return 0
     model = make_model(args, loaded)
+    if args.reward_model:
+        model.reading = rows["reading"]
     if args.train:
         train(args, loaded, model, rows)
     if args.test:

@@ -77,6 +77,41 @@ def plot_ppo(
     return save(figure, path)
 
 
+def plot_preferences(rows: Rows, path: str | Path, *, title: str = "Preferences") -> Path:
+    """Margin between both sides, and the log-probability of the chosen ones, over steps.
+
+    A chosen side that falls while the margin grows is likelihood displacement.
+    """
+    figure, axes = new_figure(2, 1, (6.4, 5.4), sharex=True)
+    above, below = axes[:, 0]
+    drawn = draw_series(above, rows, "train/rewards/margins", BLUE, "margin")
+    for side, colour in (("chosen", BLUE), ("rejected", VERMILION)):
+        drawn |= draw_series(below, rows, f"train/logps/{side}", colour, side)
+    require(drawn, path, "train/rewards/margins or train/logps/chosen")
+    label(above, "", "reward margin", title)
+    label(below, "step", "log-probability (nats)")
+    for axis in (above, below):
+        if axis.get_legend_handles_labels()[0]:
+            legend(axis)
+    return save(figure, path)
+
+
+def plot_groups(rows: Rows, path: str | Path, *, title: str = "Group training") -> Path:
+    """Mean reward of a batch, and the share of groups that taught nothing, over steps."""
+    figure, axes = new_figure(2, 1, (6.4, 5.4), sharex=True)
+    above, below = axes[:, 0]
+    drawn = draw_series(above, rows, "reward", BLUE, "mean reward")
+    drawn |= draw_series(below, rows, "frac_reward_zero_std", GREY, "groups of equal rewards")
+    drawn |= draw_series(below, rows, "kl", VERMILION, "KL to the reference, nats per token")
+    require(drawn, path, "reward, frac_reward_zero_std or kl")
+    label(above, "", "reward", title)
+    label(below, "step", "share, KL")
+    for axis in (above, below):
+        if axis.get_legend_handles_labels()[0]:
+            legend(axis)
+    return save(figure, path)
+
+
 def plot_learned_and_true(
     rows: Rows,
     path: str | Path,

@@ -1,11 +1,18 @@
 """The rewards that come with the project: the digits score, and a learned reward model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from string import Formatter
+from typing import Any
 
+from data_utils import Record, extras_of, tokenise_scalar
+from models.reading import Ending, Reading, template_tail
 from rewards.digits import count_numbers, digits_score
 from rewards.reward_set import Reward
+from rewards.texts import Prompt, plain
 
 GROUND_TRUTH, NUMBERS, LEARNED = "ground_truth", "numbers", "reward_model"
+NO_LIMIT = 1 << 40  # tokens; how long a text may be is the policy's affair
 
 
 def digits_rewards(
@@ -17,12 +24,12 @@ def digits_rewards(
     """
 
     def ground_truth(
-        prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]
+        prompts: Sequence[Prompt], responses: Sequence[str], ended: Sequence[bool]
     ) -> list[float]:
         rows = zip(prompts, responses, ended, strict=True)
         return [
             digits_score(
-                prompt + response,
+                plain(prompt) + response,
                 increasing=increasing,
                 multiple_of=multiple_of,
                 min_length=min_length,
@@ -31,35 +38,168 @@ def digits_rewards(
             for prompt, response, end in rows
         ]
 
-    def numbers(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    def numbers(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         rows = zip(prompts, responses, strict=True)
-        return [count_numbers(prompt + response) for prompt, response in rows]
+        return [count_numbers(plain(prompt) + response) for prompt, response in rows]
 
     return [Reward(GROUND_TRUTH, ground_truth, weight), Reward(NUMBERS, numbers, 0.0)]
 
 
 def learned_reward(
-    score: Callable[[list[list[int]]], list[float]],
-    encode: Callable[[str, bool], list[int]] | None = None,
+    model: Any,
+    policy: Any,
+    *,
+    tokenizer: Any = None,
+    batch_size: int = 64,
+    off: Callable[[], AbstractContextManager] = nullcontext,
+    prompt_template: str | None = None,
+    token_format: str = "standard",
     weight: float = 1.0,
 ) -> Reward:
-    """A reward model's `score` of whole token sequences.
+    """A reward model as a reward: it sees each text in the form that it was trained on.
 
-    `encode(text, ended)` is given where the reward model reads other tokens than the policy writes;
-    if it has a method `pairs(prompts, responses)`, `score` gets what that returns.
+    Args:
+        model: a RewardModel (``score(token lists)`` and ``reading``), or an EncoderReward, which
+            scores pairs of prompt and response.
+        policy: the tokenizer of the model that writes the responses. Where the reward model reads
+            other tokens, or by another template, it renders prompt and response itself; else it
+            gets the policy's tokens, ended as its own texts are.
+        tokenizer: the reward model's (default: that of ``model.source``).
+        off: a context in which the policy's adapter is off.
+        prompt_template, token_format: how the policy's prompts are written.
     """
+    if getattr(model, "reads_pairs", False):
+        read = _read_pairs
+    else:
+        own = model.source.tokenizer if tokenizer is None else tokenizer
+        template = (prompt_template, token_format.replace("-", "_"))
+        read = Reader(own, model.reading, as_given=_reads_alike(policy, own, template, model))
 
     def reward_model(
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         responses: Sequence[str],
         token_ids: Sequence[Sequence[int]],
         ended: Sequence[bool],
+        **columns: Sequence,
     ) -> list[float]:
-        if encode is None:
-            return score([list(ids) for ids in token_ids])
-        if hasattr(encode, "pairs"):
-            return score(encode.pairs(prompts, responses))
-        texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        return score([encode(text, end) for text, end in zip(texts, ended, strict=True)])
+        texts = read(prompts, responses, token_ids, ended, columns)
+        with off():
+            return model.score(texts, batch_size)
 
     return Reward(LEARNED, reward_model, weight)
+
+
+def reward_beside(
+    loaded: Any,
+    tuning: Any,
+    path: str,
+    *,
+    model: str | None,
+    batch_size: int,
+    any_base: bool,
+    quantize: int | None,
+    prompt_template: str | None,
+    token_format: str,
+    **options: Any,
+) -> Reward:
+    """The reward model at `path` as a reward for a policy: `loaded` with `tuning` on it.
+
+    One that is an adapter shares the policy's base; unless every weight of that is trained, which
+    needs a base of its own, `model` with `quantize` bits. `options` are those of ``load_model``.
+    """
+    from models.load import load_model
+    from models.reward_model import load_reward_model
+
+    if tuning.kind == "full":  # training moves the base
+        base, off = load_model(model, quantize=quantize, **options), nullcontext
+    else:
+        base, off = loaded, tuning.disabled
+    with off():
+        reward_model = load_reward_model(path, base, any_base=any_base, **options)
+    return learned_reward(
+        reward_model,
+        loaded.tokenizer,
+        batch_size=batch_size,
+        off=off,
+        prompt_template=prompt_template,
+        token_format=token_format,
+    )
+
+
+def _reads_alike(policy: Any, own: Any, template: tuple[str | None, str], model: Any) -> bool:
+    """Whether the policy's tokens are those that a reward model would make of the same text."""
+    if policy is not own:
+        same = getattr(policy, "chat_template", None) == getattr(own, "chat_template", None)
+        if not same or policy.get_vocab() != own.get_vocab():
+            return False
+    reading = model.reading
+    if reading.ending is None:  # from before it was recorded; nothing says that it differs
+        return True
+    return not reading.plain and template == (reading.prompt_template, reading.token_format)
+
+
+def _read_pairs(prompts, responses, token_ids, ended, columns) -> list[tuple[str, str]]:
+    """(prompt, response) as texts, for encoders."""
+    return [(plain(p), r) for p, r in zip(prompts, responses, strict=True)]
+
+
+class Reader:
+    """Makes the token lists that a reward model scores.
+
+    `as_given`: of the policy's tokens; else it renders prompt and response by its own template.
+    """
+
+    def __init__(self, tokenizer: Any, reading: Reading, *, as_given: bool):
+        self.tokenizer, self.reading, self.as_given = tokenizer, reading, as_given
+        self.ending = Ending(tokenizer, reading)
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        token_ids: Sequence[Sequence[int]],
+        ended: Sequence[bool],
+        columns: Mapping[str, Sequence],
+    ) -> list[list[int]]:
+        rows = token_ids if self.as_given else self._rendered(prompts, responses, columns)
+        return [self.ending.put(ids, end) for ids, end in zip(rows, ended, strict=True)]
+
+    def _rendered(self, prompts, responses, columns) -> list[list[int]]:
+        """Texts without an ending. UserError where the template refuses one."""
+        records = [
+            self._record(row, prompt, response, {name: c[row] for name, c in columns.items()})
+            for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+        ]
+        found: list[list[int]] = []
+        for record in records:
+            done = tokenise_scalar(
+                [record],
+                self.tokenizer,
+                max_length=NO_LIMIT,
+                prompt_template=self._template(record),
+                token_format=self.reading.token_format,
+            )
+            found.append(self.ending.bare(done.rows[0].tokens))
+        return found
+
+    def _record(self, row: int, prompt: Prompt, response: str, fields: dict[str, Any]) -> Record:
+        where = f"row {row}"
+        if self.reading.plain:
+            return Record("text", where, fields, text=plain(prompt) + response, reward=0.0)
+        if isinstance(prompt, list):
+            answer = [{"role": "assistant", "content": response.strip()}]
+        else:
+            chat = template_tail(self.tokenizer) is not None
+            answer = response.strip() if chat else response
+        kind = "prompt_completion"
+        made = Record(kind, where, fields, prompt=prompt, completion=answer, reward=0.0)
+        made.extras = extras_of(fields)
+        return made
+
+    def _template(self, record: Record) -> str | None:
+        """The prompt template; its one field is the prompt where the row has no such field."""
+        template = self.reading.prompt_template
+        names = {name for _, name, _, _ in Formatter().parse(template or "") if name}
+        if len(names) == 1 and not names & record.fields.keys() and isinstance(record.prompt, str):
+            template = template.replace("{" + names.pop() + "}", "{prompt}")
+        return template

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from errors import UserError
+from rewards.texts import GIVEN
 from rewards.user_function import (
     RewardFunction,
     as_list,
@@ -17,10 +18,6 @@ from rewards.user_function import (
     no_float32,
     quote_row,
 )
-
-# What every function may ask for beside the data's columns: tokens of prompt and response, and
-# whether the response ended by itself.
-GIVEN = ("token_ids", "ended")
 
 
 @dataclass

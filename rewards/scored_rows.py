@@ -17,7 +17,9 @@ from data_utils import (
     tokenise_scalar,
 )
 from errors import UserError
+from models.reading import Ending, Reading
 from reports.reward_report import pearson, preference_report, ranks, spearman
+from rewards.texts import Prompt, plain, reward_columns
 
 # Fields of rows with several responses that belong to all of them together.
 SHARED = ("chosen", "rejected", "responses", "scores", "margin")
@@ -31,7 +33,8 @@ class Pair:
     record: Record
     whole: Record
     tokens: list[int]  # prompt and response, EOS included where it ended
-    prompt: str
+    prompt: Prompt  # as it was written
+    prompt_text: str  # as a model is given it
     response: str
     ended: bool
     rank: int | None = None  # among the responses of a preference row, 0 the best
@@ -62,17 +65,17 @@ def make_pairs(
     if not singles:
         raise UserError(f"{records.name}: no row has a response; the first: {bad[0][1]}")
     done = tokenise_scalar([single for single, _, _ in singles], tokenizer, **options)
-    eos, left = _eos_ids(tokenizer), iter(done.rows)
+    ending, left = Ending(tokenizer, Reading()), iter(done.rows)
     row = next(left, None)
     pairs = []
     for single, whole, rank in singles:
         if row is None or row.where != single.where:
             continue  # refused, in done.refused
-        ended = row.tokens[-1] in eos
-        pairs.append(Pair(single, whole, row.tokens, "", "", ended, rank))
+        ended = ending.ends(row.tokens)
+        pairs.append(Pair(single, whole, row.tokens, prompt_of(single), "", "", ended, rank))
         row = next(left, None)
     done.refused = bad + done.refused
-    _add_texts(pairs, tokenizer, options)
+    _add_texts(pairs, tokenizer, options, ending)
     return pairs, done
 
 
@@ -106,12 +109,7 @@ def _singles(record: Record) -> list[tuple[Record, Record, int | None]]:
     ]
 
 
-def _eos_ids(tokenizer: Any) -> set[int]:
-    several = getattr(tokenizer, "eos_token_ids", None)
-    return set(several) if isinstance(several, set | list | tuple) else {tokenizer.eos_token_id}
-
-
-def _add_texts(pairs: list[Pair], tokenizer: Any, options: dict[str, Any]) -> None:
+def _add_texts(pairs: list[Pair], tokenizer: Any, options: dict[str, Any], ending: Ending) -> None:
     """Prompt and response of each pair as PPO hands them to a reward."""
     asked = [pair for pair in pairs if pair.record.kind == "conversation" or pair.record.prompt]
     longest = max((len(pair.tokens) for pair in pairs), default=2)
@@ -120,15 +118,16 @@ def _add_texts(pairs: list[Pair], tokenizer: Any, options: dict[str, Any]) -> No
     prompts = tokenise_prompts(records, tokenizer, **options).rows if asked else []
     for pair, prompt in zip(asked, prompts, strict=True):
         start = len(prompt.tokens)
-        pair.prompt = prompt.text
+        pair.prompt, pair.prompt_text = prompt.prompt, prompt.text
         if pair.tokens[:start] == prompt.tokens:
-            pair.response = response_text(tokenizer, prompt.tokens, pair.tokens[start:])
+            answer = ending.bare(pair.tokens[start:])
+            pair.response = response_text(tokenizer, prompt.tokens, answer)
         else:  # a tokenizer that joins them differently
             pair.response = plain(answer_of(pair.record))
     for pair in pairs:
         if pair.record.kind == "text":
             pair.response = pair.record.text
-        elif not pair.prompt:
+        elif not pair.prompt_text:
             pair.response = plain(answer_of(pair.record))
 
 
@@ -142,10 +141,6 @@ def prompt_of(record: Record) -> Any:
     return record.messages[:-1] if record.kind == "conversation" else record.prompt
 
 
-def plain(text: Any) -> str:
-    return text if isinstance(text, str) else "\n\n".join(turn["content"] for turn in text)
-
-
 # ------------------------------------------------------------------------------ scores
 
 
@@ -156,11 +151,12 @@ def score_pairs(
     order = sorted(pairs, key=lambda pair: -len(pair.tokens))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        columns = columns_of([pair.whole for pair in batch])
-        columns |= {
-            "token_ids": [pair.tokens for pair in batch],
-            "ended": [pair.ended for pair in batch],
-        }
+        columns = reward_columns(
+            columns_of([pair.whole for pair in batch]),
+            token_ids=[pair.tokens for pair in batch],
+            ended=[pair.ended for pair in batch],
+            prompt_text=[pair.prompt_text for pair in batch],
+        )
         prompts, responses = [p.prompt for p in batch], [p.response for p in batch]
         scores, parts = rewards(prompts, responses, **columns)
         for i, pair in enumerate(batch):

@@ -15,13 +15,10 @@ Legend: N rows, T tokens, F reward functions, G rows of a group.
 
 import warnings
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 
-ScaleRewards = Literal["group", "batch", "none"]
-Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
-AdvantageEstimator = Literal["grpo", "rloo", "reinforce", "reinforce_baseline"]
+from rl.group_config import Aggregation, ScaleRewards
 
 # Added to a standard deviation that divides (TRL's GRPOTrainer and RLOOTrainer).
 STD_FLOOR = 1e-4
@@ -33,9 +30,13 @@ VARIANCE_FLOOR = 1e-8
 
 
 def weighted_sum(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(N, F) -> (N,): sum of weight x reward over the functions that scored; NaN where none did."""
-    total = np.nansum(rewards * weights, axis=1)
-    return np.where(np.isnan(rewards).all(axis=1), np.nan, total)
+    """(N, F) -> (N,): sum of weight x reward over the functions that scored; NaN where none did.
+
+    A function of weight 0 is only logged, and scores no row.
+    """
+    scored = ~np.isnan(rewards) & (weights != 0)
+    total = np.where(scored, rewards * weights, 0.0).sum(axis=1)
+    return np.where(scored.any(axis=1), total, np.nan)
 
 
 def group_means(rewards: np.ndarray, group_size: int) -> np.ndarray:

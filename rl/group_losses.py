@@ -17,14 +17,11 @@ Legend: N rows, T tokens.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import mlx.core as mx
 
+from rl.group_config import GroupConfig, Level, LossType
 from rl.losses import Metrics, _counted, _detached, masked_mean
-
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
-ImportanceSamplingLevel = Literal["token", "sequence"]
 
 # VESPO holds the product of ratios within these.
 LEAST_WEIGHT, LARGEST_LOG_WEIGHT = 1e-8, 20.0
@@ -60,7 +57,7 @@ def clipped(
     advantages: mx.array,
     mask: mx.array,
     *,
-    level: ImportanceSamplingLevel = "token",
+    level: Level = "token",
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
     delta: float | None = None,
@@ -104,8 +101,8 @@ def cispo(
     advantages: mx.array,
     mask: mx.array,
     *,
-    level: ImportanceSamplingLevel = "token",
-    epsilon_high: float | None = 5.0,
+    level: Level = "token",
+    epsilon_high: float = 5.0,
 ) -> tuple[mx.array, Metrics]:
     """-min(ratio, epsilon_high) A logprob, the weight held constant (MiniMax-M1 2025, eq. 4)."""
     ratio = mx.stop_gradient(mx.exp(LEVELS[level](log_ratio, mask)))
@@ -120,7 +117,7 @@ def sapo(
     advantages: mx.array,
     mask: mx.array,
     *,
-    level: ImportanceSamplingLevel = "token",
+    level: Level = "token",
     sapo_temperature_pos: float = 1.0,
     sapo_temperature_neg: float = 1.05,
 ) -> tuple[mx.array, Metrics]:
@@ -216,6 +213,30 @@ LOSSES: dict[str, tuple[Callable, Callable]] = {
 }
 
 
+def surrogate_options(config: GroupConfig) -> dict:
+    """The options that the surrogate of a config's loss has; None leaves it its own default."""
+    surrogate, _ = LOSSES[config.loss_type]
+    found = {
+        clipped: {
+            "epsilon": config.epsilon,
+            "epsilon_high": config.epsilon_high,
+            "delta": config.delta,
+        },
+        cispo: {"epsilon_high": config.epsilon_high},
+        sapo: {
+            "sapo_temperature_pos": config.sapo_temperature_pos,
+            "sapo_temperature_neg": config.sapo_temperature_neg,
+        },
+        vespo: {
+            "vespo_k_pos": config.vespo_k_pos,
+            "vespo_lambda_pos": config.vespo_lambda_pos,
+            "vespo_k_neg": config.vespo_k_neg,
+            "vespo_lambda_neg": config.vespo_lambda_neg,
+        },
+    }[surrogate]
+    return {name: value for name, value in found.items() if value is not None}
+
+
 # ---- the whole loss ----------------------------------------------------------------------------
 
 
@@ -237,7 +258,7 @@ def group_loss(
     loss_type: LossType,
     tokens_per_pass: mx.array,
     max_completion_length: int,
-    level: ImportanceSamplingLevel = "token",
+    level: Level = "token",
     beta: float = 0.0,
     use_bias_correction_kl: bool = True,
     top_entropy_quantile: float = 1.0,

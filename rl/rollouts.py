@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-import padding
-
 
 @dataclass
 class Rollout:
@@ -66,4 +64,7 @@ def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
 
 def pad_rows(rows: Sequence[np.ndarray]) -> mx.array:
     """Rows of different length -> (B, R) float32, right-padded with 0."""
-    return mx.array(padding.pad_rows(rows, dtype=np.float32)[0])
+    padded = np.zeros((len(rows), max(map(len, rows))), dtype=np.float32)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return mx.array(padded)

@@ -12,7 +12,9 @@ REDACTED = "<redacted>"
 MADE_BY = {
     "sft": "sft.py",
     "reward_model": "sft.py",
+    "preference": "preference_training.py",
     "ppo": "ppo_training.py",
+    "group": "group_training.py",
     "pytorch_sft": "pytorch_baseline/pytorch_sft.py",
     "pytorch_reward_model": "pytorch_baseline/pytorch_sft.py",
     "pytorch_ppo": "pytorch_baseline/pytorch_ppo_training.py",

@@ -52,6 +52,15 @@ RUNS = {
             "--steps-per-eval 4 --val-batches 1 --normalize-samples 8"
         ),
     ),
+    "group": (
+        "group_training.py",
+        words(
+            f"--ground_truth_reward --data DATA {COMMON} --num-steps 6 --batch-size 8 "
+            "--num-generations 4 --mini-batch-size 4 --ppo-epochs 2 --max-new-tokens 6 --beta 0.05 "
+            "--dynamic-sampling --sync-ref-model --ref-model-sync-steps 3 --use-adaptive-entropy "
+            "--entropy-target 5 --eval-every 3 --eval-prompts 4 --eval-samples 1"
+        ),
+    ),
     "ppo": (
         "ppo_training.py",
         words(
@@ -230,7 +239,8 @@ def shared_server() -> Server:
 
 
 def without_times(row: dict) -> dict:
-    return {name: value for name, value in row.items() if not name.startswith("time/")}
+    """A row of metrics without what a clock says."""
+    return {k: v for k, v in row.items() if not k.startswith("time/") and k != "step_time"}
 
 
 def metrics(run: Path) -> list[dict]:
@@ -303,11 +313,14 @@ def serve() -> None:
     import mlx_lm.tuner.utils  # noqa: F401
     import mlx_lm.utils  # noqa: F401
 
+    import group_training  # noqa: F401
+    import mlx_group_trainer  # noqa: F401
     import mlx_ppo_trainer  # noqa: F401
     import mlx_sft_trainer  # noqa: F401
     import ppo_training  # noqa: F401
     import reports.training_plots  # noqa: F401
     import sft  # noqa: F401
+    import training.group_loop  # noqa: F401
     import training.rollout_loop  # noqa: F401
 
     codes: dict[int, int | None] = {}

@@ -11,8 +11,9 @@ from conftest import ROOT
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]
 
 
-def test_example_of_the_trainer_runs_and_learns():
-    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "ppo.md").read_text(), re.S).group(1)
+@pytest.mark.parametrize("page", ["ppo.md", "group.md"])
+def test_example_of_the_trainer_runs_and_learns(page):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S).group(1)
     lines = [line for line in code.splitlines() if line.strip()]
     assert len(lines) <= 25
     done = subprocess.run(

@@ -9,9 +9,9 @@ from run_folder.run import read_rows
 SCORE = "eval/sampled/score"  # of held-out prompts; what makes one checkpoint the best
 
 
-def skipped_steps(run_folder: Path) -> int:
-    """How many steps of the run, resumed ones included, moved no weight."""
-    return sum(row.get("ppo/not_finite") == 1 for row in read_rows(run_folder))
+def skipped_steps(run_folder: Path, not_finite: str = "ppo/not_finite") -> int:
+    """How many steps of the run, resumed ones included, moved no weight: their metric is 1."""
+    return sum(row.get(not_finite) == 1 for row in read_rows(run_folder))
 
 
 def is_best(evaluations: Sequence[Mapping[str, Any]]) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
 from rewards.scored_rows import response_text
+from rewards.texts import asked, reward_columns
 from rewards.user_function import quote_row
 from rl.ppo_statistics import logged_row, part_means
 from rl.rollouts import join_rollouts
@@ -72,6 +73,7 @@ class RolloutLoop(Resumable):
     bad_in_a_row: int = 0
     last_bad: str = ""  # names the row of the last score that was not finite, for an error
     evaluations: list[dict] = field(default_factory=list)  # metrics of each, with its step
+    not_finite = "ppo/not_finite"  # the metric that says that a step was skipped
 
     def rows(self) -> Sequence[PromptRow]:
         return self.prompts
@@ -100,7 +102,8 @@ class RolloutLoop(Resumable):
                     self.train_step(progress)
                 metric = self.end_step(progress)
             if not stop.requested:
-                report_skipped(self, skipped_steps(self.run_folder.folder), NUMBERS, self.last_bad)
+                skipped = skipped_steps(self.run_folder.folder, self.not_finite)
+                report_skipped(self, skipped, NUMBERS, self.last_bad)
             # Only where every run would have one, stopped or not, may a checkpoint be the best.
             self.checkpoint(metric if self.step == plan.steps else None)
 
@@ -136,13 +139,13 @@ class RolloutLoop(Resumable):
             raise
         stats = self.learn(made)
         self.step += 1
-        self.run_folder.log(self.step, logged_row(stats, made.parts, made.scores))
+        self.run_folder.log(self.step, self.logged(stats, made))
         progress.advance()
-        if "objective/logprobs" in stats:
+        if len(stats) > 1:  # a skipped step says that alone
             self.write_samples(made, stats.get("objective/kl_dist"))
             if self.step % self.schedule.report_every == 0:
                 self.report(progress, stats, made)
-        self.bad_in_a_row = self.bad_in_a_row + 1 if stats["ppo/not_finite"] else 0
+        self.bad_in_a_row = self.bad_in_a_row + 1 if stats[self.not_finite] else 0
         if self.bad_in_a_row:
             self.set_aside(made)
 
@@ -164,6 +167,10 @@ class RolloutLoop(Resumable):
             return self.trainer.update(made.rollout, made.scores)
         return self.trainer.skip()
 
+    def logged(self, stats: dict, made: Experience) -> dict:
+        """The step's row of metrics."""
+        return logged_row(stats, made.parts, made.scores)
+
     def report(self, progress: Progress, stats: dict, made: Experience) -> None:
         shown = {"score": float(np.nanmean(made.scores))}
         if "objective/kl" in stats:
@@ -177,18 +184,26 @@ class RolloutLoop(Resumable):
             response_text(self.tokenizer, row.tokens, response)
             for row, response in zip(rows, rollout.responses, strict=True)
         ]
-        token_ids = [[*row.tokens, *r] for row, r in zip(rows, rollout.responses, strict=True)]
-        columns = {**columns_of(rows), "token_ids": token_ids, "ended": rollout.ended}
-        scores, parts = self.rewards([row.text for row in rows], texts, **columns)
+        columns = self.columns(rows, rollout)
+        scores, parts = self.rewards([row.prompt for row in rows], texts, **columns)
         return texts, scores, parts
+
+    def columns(self, rows: Sequence[PromptRow], rollout) -> dict[str, Sequence]:
+        """What rewards may ask for beside the texts."""
+        token_ids = [[*row.tokens, *r] for row, r in zip(rows, rollout.responses, strict=True)]
+        return reward_columns(
+            columns_of(rows),
+            token_ids=token_ids,
+            ended=rollout.ended,
+            prompt_text=[row.text for row in rows],
+        )
 
     def write_samples(self, made: Experience, kls: Sequence[float] | None) -> None:
         samples = []
         for place in range(min(len(made.rows), self.schedule.samples_per_step)):
             kl = {} if kls is None else {"kl": float(kls[place])}
-            prompt, response = made.rows[place].text, made.texts[place]
-            samples.append({"prompt": prompt, "response": response, "score": made.scores[place]})
-            samples[-1] |= kl
+            response, score = made.texts[place], made.scores[place]
+            samples.append({**asked(made.rows[place]), "response": response, "score": score} | kl)
         self.run_folder.log_samples(self.step, samples)
 
     def set_aside(self, made: Experience) -> None:
@@ -197,12 +212,12 @@ class RolloutLoop(Resumable):
         reason = "score not finite" if len(bad) else "loss or gradient not finite"
         self.last_bad = ""
         if len(bad):
-            prompts = [row.text for row in made.rows]
+            prompts = [row.prompt for row in made.rows]
             self.last_bad = "; the last: " + quote_row(prompts, made.texts, bad[-1])
         columns = zip(made.rows, made.rollout.responses, made.texts, made.scores, strict=True)
         entries = [
             {
-                "prompt": row.text,
+                **asked(row),
                 "response": text,
                 "score": score,
                 "query_tokens": row.tokens,
@@ -224,11 +239,11 @@ class RolloutLoop(Resumable):
             rows = [prompt for prompt in self.validation for _ in range(count)]
             rollout = self.sample(rows, greedy)
             texts, scores, parts = self.score(rows, rollout)
-            row[f"eval/{kind}/score"] = float(np.mean(scores))
-            row |= {f"eval/{kind}/{name}": value for name, value in part_means(parts).items()}
+            means = part_means({"score": scores} | parts)
+            row |= {f"eval/{kind}/{name}": value for name, value in means.items()}
             lengths = [len(response) for response in rollout.responses]
             row[f"eval/{kind}/response_tokens"] = float(np.mean(lengths))
-            sample = {"prompt": rows[0].text, "response": texts[0], "score": scores[0]}
+            sample = {**asked(rows[0]), "response": texts[0], "score": scores[0]}
             self.run_folder.log_samples(self.step, [{"evaluation": kind, **sample}])
         self.run_folder.log(self.step, {k: v for k, v in row.items() if k != "step"})
         shown = {"greedy": row["eval/greedy/score"], "sampled": row["eval/sampled/score"]}

@@ -7,6 +7,7 @@ table of array groups that belong into a checkpoint, each with a way to get and 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from command_line.resumed_options import check_whole_updates
@@ -15,7 +16,7 @@ from run_folder.console import Progress
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop
 from training.checkpointed import Group, Resumable
-from training.checkpoints import Checkpoint
+from training.checkpoints import Checkpoint, load_checkpoint
 from training.endings import report_skipped, save_or_stop
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins")  # of what there is, in every report
@@ -119,6 +120,17 @@ class Loop(Resumable):
             best = metric is not None and self.since_best == 0
             due = plan.save_every and (best or self.step % plan.save_every == 0)
             save_or_stop(self, bool(due), metric if best else None, "loss or gradient")
+
+    def take_best(self, checkpoint: Path | None) -> None:
+        """Go back to the weights of the best validation (None: there was none)."""
+        if checkpoint is None:
+            print("note: no validation was better than the one before training; the last "
+                  "weights stay")  # fmt: skip
+            return
+        saved = load_checkpoint(checkpoint)
+        for name, group in self.groups.items():
+            group.put(saved.arrays[name])
+        print(f"the best weights are those of step {saved.step}")
 
     def stopped_early(self, progress: Progress) -> bool:
         patience = self.schedule.patience

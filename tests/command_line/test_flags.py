@@ -8,7 +8,9 @@ import pytest
 from conftest import ROOT
 
 import fuse
+import group_training
 import ppo_training
+import preference_training
 import score
 import sft
 import talk_to_model
@@ -23,6 +25,8 @@ TRAINING = [
 SCRIPTS = {
     sft: ["sft.py"],
     ppo_training: ["ppo_training.py", "mlx_ppo_trainer.py"],
+    preference_training: ["preference_training.py"],
+    group_training: ["group_training.py", "mlx_group_trainer.py", "rl/group_losses.py"],
     fuse: ["fuse.py", "publishing/*.py"],
     score: ["score.py"],
     talk_to_model: ["talk_to_model.py", "chat/*.py"],

@@ -88,9 +88,9 @@ def test_mask_prompt_trains_the_completion_alone():
 # What is trained of CHAT: the answers and what ends them, never the header.
 CHAT_TARGETS = {
     None: ["first world</s>", "the end</s>"],
-    "chatml": ["first world<|im_end|>", "the end<|im_end|></s>"],
-    "no_header": ["first world<|im_end|>", "the end<|im_end|></s>"],
-    "thinking": ["first world<|im_end|>", "the end<|im_end|></s>"],
+    "chatml": ["first world<|im_end|>\n", "the end<|im_end|>\n</s>"],
+    "no_header": ["first world<|im_end|>\n", "the end<|im_end|>\n</s>"],
+    "thinking": ["first world<|im_end|>\n", "the end<|im_end|>\n</s>"],
     "llama3": ["first world<|eot_id|>", "the end<|eot_id|></s>"],
     "mistral": [" first world</s>", " the end</s>"],
 }
@@ -106,7 +106,7 @@ def test_mask_prompt_trains_assistant_turns_alone_without_the_header(bos, templa
 def test_an_end_of_turn_that_is_the_eos_stands_once():
     tokenizer = tiny_tokenizer(template="chatml", eos="<|im_end|>")
     row = tokenise_sft([CHAT], tokenizer, mask_prompt=True)[0]
-    assert masked(row, tokenizer) == ["first world<|im_end|>", "the end<|im_end|>"]
+    assert masked(row, tokenizer) == ["first world<|im_end|>\n", "the end<|im_end|>\n"]
 
 
 def test_a_template_that_rewrites_earlier_turns_still_has_exact_answers():
@@ -115,7 +115,7 @@ def test_a_template_that_rewrites_earlier_turns_still_has_exact_answers():
     record = Record("conversation", "f:1", {}, messages=thought)
     tokenizer = tiny_tokenizer(template="thinking")
     row = tokenise_sft([record], tokenizer, mask_prompt=True)[0]
-    assert masked(row, tokenizer) == ["one<|im_end|>", "<think>b</think>two<|im_end|></s>"]
+    assert masked(row, tokenizer) == ["one<|im_end|>\n", "<think>b</think>two<|im_end|>\n</s>"]
 
 
 FORMATTED = {
@@ -168,12 +168,12 @@ QUESTION = Record(
 @pytest.mark.parametrize("template", [None, "chatml"])
 def test_prompt_template(template):
     tokenizer = tiny_tokenizer(template=template)
-    options = {"prompt_template": "Question: {question} ({n})\\n\n{{}} Answer: "}
+    options = {"prompt_template": "Question: {question} ({n})\\n\\n{{}} Answer:\\n"}
     row = tokenise_sft([QUESTION], tokenizer, mask_prompt=True, **options)[0]
-    assert masked(row, tokenizer, 0) == ["<s>Question: hello (3)\n\n{} Answer: "]
+    assert masked(row, tokenizer, 0) == ["<s>Question: hello (3)\n\n{} Answer:\n"]
     assert masked(row, tokenizer) == ["world</s>"]
     prompt = tokenise_prompts([QUESTION], tokenizer, **options)[0]
-    assert prompt.text == "Question: hello (3)\n\n{} Answer: "
+    assert prompt.text == "Question: hello (3)\n\n{} Answer:\n"
     assert prompt.tokens == row.tokens[: len(prompt.tokens)]
 
 
@@ -213,28 +213,33 @@ def test_mask_prompt_on_plain_text_alone_is_an_error():
     assert sum(mixed[0].mask) == len(mixed[0].mask) - 1
 
 
-def test_the_prompt_has_the_tokens_it_has_alone():
-    """Where tokens would merge across the joint, the prompt wins: it is what a model is given."""
+@pytest.mark.parametrize(
+    ("prompt", "completion", "joint"),
+    [("wo", "rld the", "wor"), ("what ", "is", " is"), ("the qu", "estion", " question")],
+)
+def test_a_row_has_the_tokens_of_its_whole_text_and_a_shared_token_is_said(
+    prompt, completion, joint
+):
     tokenizer = tiny_tokenizer()
-    record = Record("prompt_completion", "f:1", {}, prompt="wo", completion="rld the")
-    together, alone = tokenizer.encode("world the"), tokenizer.encode("wo")
-    assert together[: len(alone)] != alone
-    row = tokenise_sft([record], tokenizer, mask_prompt=True)[0]
-    prompt = tokenise_prompts([record], tokenizer)[0]
-    assert row.tokens[: len(prompt.tokens)] == prompt.tokens
-    assert tokenizer.decode(row.tokens) == "<s>world the</s>"
-    assert masked(row, tokenizer) == ["rld the</s>"]
+    record = Record("prompt_completion", "f:1", {}, prompt=prompt, completion=completion)
+    done = tokenise_sft([record], tokenizer, mask_prompt=True)
+    assert done[0].tokens == [*tokenizer.encode(prompt + completion), EOS]
+    assert masked(done[0], tokenizer)[0].startswith(joint)  # it has a character of the answer
+    assert [(where, example) for where, _, example in done.notes] == [("f:1", repr(joint))]
+    assert "the prompt alone has other tokens" in done.notes[0][1]
+    assert not tokenise_sft([PAIR], tokenizer, mask_prompt=True).notes
 
 
-@pytest.mark.parametrize("completion", [" the answer", "the answer"])
+@pytest.mark.parametrize("completion", [" the answer", "the answer", "the of what it"])
 def test_no_space_is_added_at_the_joint(completion):
     """Tokenizers that put a space before every text must not put one before the completion."""
     tokenizer = metaspace_tokenizer()
     record = Record("prompt_completion", "f:1", {}, prompt="what is", completion=completion)
     row = tokenise_sft([record], tokenizer, mask_prompt=True)[0]
-    assert tokenizer.decode(row.tokens[1:-1]) == "what is" + completion
-    prompt = tokenise_prompts([record], tokenizer)[0].tokens
-    assert row.tokens[: len(prompt)] == prompt and sum(row.mask) == len(row.mask) - len(prompt)
+    assert row.tokens == [*tokenizer.encode("what is" + completion), EOS]
+    answer = [t for t, bit in zip(row.tokens, row.mask, strict=True) if bit]
+    shown = "".join(tokenizer.convert_ids_to_tokens(answer)).replace("\u2581", " ")
+    assert shown.endswith(completion + "</s>") and not shown.startswith(" what is")
 
 
 def test_too_long_rows_are_cut_or_refused_and_counted():
@@ -333,10 +338,10 @@ def test_preference_rows_know_where_the_prompt_ends(template):
     assert all(len(m) == len(t) for t, m in zip(cut[0].responses, cut[0].masks, strict=True))
 
 
-def test_a_preference_without_a_prompt_is_all_response():
+def test_a_preference_without_a_prompt_is_refused():
     record = Record("preference", "f:6", {}, responses=["yes", "no"], ranks=[0, 1])
-    row = tokenise_preferences([record], tiny_tokenizer())[0]
-    assert all(mask == [0] + [1] * (len(mask) - 1) for mask in row.masks)
+    with pytest.raises(UserError, match="f:6: the row has no prompt: one of the fields prompt"):
+        tokenise_preferences([record], tiny_tokenizer())
 
 
 def test_preferences_for_the_same_thing_are_refused():

@@ -25,6 +25,7 @@ from reliable_runs import (
 )
 from test_scripts_errors import tree
 
+import group_training
 import ppo_training
 import sft
 from run_folder.run import Run
@@ -53,7 +54,7 @@ def finish(server: Server, script: str, line: list[str], folder: Path) -> dict:
 # ------------------------------------------------------------------------------ the same
 
 
-@pytest.mark.parametrize("name", ["sft", "ppo"])
+@pytest.mark.parametrize("name", ["sft", "ppo", "group"])
 def test_the_same_command_twice_leaves_the_same_bytes(tmp_path, name):
     """Once from the command line, once in a fork; sets of strings are in another order."""
     script, line = RUNS[name]
@@ -131,7 +132,9 @@ def test_every_kind_of_tuning_resumes_exactly(server, tmp_path, name, kind):
 
 
 @pytest.mark.parametrize("made", MADE_BY)
-@pytest.mark.parametrize("script", [sft, ppo_training], ids=lambda script: script.__name__)
+@pytest.mark.parametrize(
+    "script", [sft, ppo_training, group_training], ids=lambda script: script.__name__
+)
 def test_a_run_of_another_script_is_refused(tmp_path, capsys, script, made):
     """Given as a folder or as one of its checkpoints; the right command is named."""
     folder = tmp_path / "a run"

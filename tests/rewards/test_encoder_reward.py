@@ -8,8 +8,8 @@ from conftest import ROOT
 from tiny_tokenizers import tiny_tokenizer
 
 from errors import UserError
-from models.encoder_reward import PlainPairs, is_encoder
-from models.reward_model import load_reward_model, retokeniser
+from models.encoder_reward import is_encoder
+from models.reward_model import load_reward_model
 from rewards.learned import learned_reward
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -118,35 +118,30 @@ def test_an_unknown_family_is_named(tmp_path):
         load_reward_model(folder)
 
 
-def test_prompts_lose_the_chat_template_and_special_tokens():
-    policy = tiny_tokenizer(template="chatml")
-    turn = [{"role": "user", "content": "What is 2 + 2?"}]
-    asked = policy.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    asked = asked.removeprefix(policy.bos_token or "")
-    assert asked != "What is 2 + 2?"
-    pairs = PlainPairs(policy)
-    assert pairs.pairs([asked], ["4"]) == [("What is 2 + 2?", "4")]
-    talk = [*turn, {"role": "assistant", "content": "4"}, {"role": "user", "content": "And 3?"}]
-    several = policy.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-    shown = pairs.plain(several.removeprefix(policy.bos_token or ""))
-    assert shown.startswith("What is 2 + 2?") and shown.endswith("And 3?")
-    assert not any(text in shown for text in policy.all_special_tokens)
-    assert PlainPairs(tiny_tokenizer()).plain("8 20") == "8 20"
+TALK = [
+    {"role": "user", "content": "What is 2 + 2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "And 3?"},
+]
 
 
-def test_a_reward_that_reads_pairs_gets_prompt_and_response_apart():
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [("8 20", "8 20"), (TALK[:1], "What is 2 + 2?"), (TALK, "What is 2 + 2?\n\n4\n\nAnd 3?")],
+)
+def test_a_reward_that_reads_pairs_gets_prompt_and_response_apart(prompt, text):
+    seen = []
+
     class Reader:
         reads_pairs = True
 
-    seen = []
+        def score(self, pairs, batch_size):
+            seen.extend(pairs)
+            return [float(len(response)) for _, response in pairs]
 
-    def score(pairs):
-        seen.extend(pairs)
-        return [float(len(response)) for _, response in pairs]
-
-    reward = learned_reward(score, retokeniser(tiny_tokenizer(), Reader()))
-    assert reward.function(["8 20"], [" 22"], token_ids=[[1, 2]], ended=[True]) == [3.0]
-    assert seen == [("8 20", " 22")]
+    reward = learned_reward(Reader(), tiny_tokenizer(template="chatml"))
+    assert reward.function([prompt], [" 22"], token_ids=[[1, 2]], ended=[True]) == [3.0]
+    assert seen == [(text, " 22")]
 
 
 # ------------------------------------------------------------------------------ with torch

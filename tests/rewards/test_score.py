@@ -76,6 +76,11 @@ def summary(out: str, name: str) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------ formats
 
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
 # File -> what a reward is asked about it: (prompt, response, whether it ended).
 ASKED = {
     "text.jsonl": [
@@ -88,18 +93,19 @@ ASKED = {
         ["Water boils at", " 100 degrees Celsius at sea level.", True],
     ],
     "instruction.jsonl": [
-        ["Name the capital of the country.\n\nFrance\n\n", "Paris.", True],
-        ['Write a sentence with the word "river".\n\n',
+        ["Name the capital of the country.\n\nFrance", "Paris.", True],
+        ['Write a sentence with the word "river".',
          "The river froze in the first week of January.", True],
-        ["Which of these is a fruit?\n\ncarrot, pear, leek\n\n", "The pear.", True],
+        ["Which of these is a fruit?\n\ncarrot, pear, leek", "The pear.", True],
     ],
     "question_answer.jsonl": [
-        ["Answer with a name.\n\nWho wrote Faust?\n\n", "Goethe.", True],
-        ["What do bees make?\n\n", "Honey and wax.", True],
+        [[turn("system", "Answer with a name."), turn("user", "Who wrote Faust?")],
+         "Goethe.", True],
+        ["What do bees make?", "Honey and wax.", True],
     ],
     "conversation.jsonl": [
-        ["Is 51 a prime number?\n\n", "No, it is 3 times 17.", True],
-        ["Is 57 a prime number?\n\n", "Yes.", True],
+        [[turn("user", "Is 51 a prime number?")], "No, it is 3 times 17.", True],
+        [[turn("user", "Is 57 a prime number?")], "Yes.", True],
     ],
     "unpaired.jsonl": [["8 20", " 22 30 36 38", True], ["8 20", " 7 7 7 7", True]],
     "preference.jsonl": [
@@ -109,7 +115,8 @@ ASKED = {
         ["Name a planet with rings.", "The moon.", True],
     ],
     "hh_rlhf.jsonl": [
-        ["My bread does not rise.\n\nHow old is the yeast?</s>\n\nTwo years.\n\n", answer, True]
+        [[turn("user", "My bread does not rise."), turn("assistant", "How old is the yeast?"),
+          turn("user", "Two years.")], answer, True]
         for answer in ("Then try fresh yeast first.", "Bread is baked at 220 degrees.")
     ],
 }  # fmt: skip
@@ -119,7 +126,7 @@ ASKED = {
 def test_every_format_with_a_response_is_scored(name):
     out = score("--input", SAMPLES / name, "--reward-function", "mine.py:keep", "--output", "s")
     asked = ASKED[name]
-    assert sorted(read("seen.jsonl")) == sorted(asked)
+    assert sorted(read("seen.jsonl"), key=str) == sorted(asked, key=str)
     rows = read("s")
     assert [row["score"] for row in rows] == [len(response) for _, response, _ in asked]
     assert all(row["rewards"] == {"keep": row["score"]} for row in rows)
@@ -141,19 +148,29 @@ def test_a_row_keeps_its_fields_and_ranked_responses_are_rows_of_their_own():
     assert summary(out, "score")["accuracy"] == 0  # the longest is the best, and scored lowest
 
 
-def test_prompts_are_templated_as_for_a_policy(tmp_path):
+def test_a_reward_gets_the_prompt_as_written_and_beside_it_as_a_policy_is_given_it(tmp_path):
+    (tmp_path / "given.py").write_text(
+        "import json\n"
+        "def given(prompts, responses, prompt_text):\n"
+        "    with open('seen.jsonl', 'a') as file:\n"
+        "        for row in zip(prompts, responses, prompt_text):\n"
+        "            file.write(json.dumps(row) + '\\n')\n"
+        "    return [0.0] * len(responses)\n"
+    )
     folder = tiny_model_folder(tmp_path / "chat", template="chatml")
     rows = {"prompt": "what is", "completion": "the answer"}
-    score("--input", write("in", rows), "--model", folder, "--reward-function", "mine.py:keep")
+    function = ("--reward-function", "given.py:given")
+    score("--input", write("in", rows), "--model", folder, *function)
     prompt = "<|im_start|>user\nwhat is<|im_end|>\n<|im_start|>assistant\n"
-    assert read("seen.jsonl") == [[prompt, "the answer", True]]
-    score("--input", write("in", {"question": "what", "response": "is"}), "--reward-function",
-          "mine.py:keep", "--prompt-template", "Q: {question}\\nA: ")  # fmt: skip
-    assert read("seen.jsonl")[1] == ["Q: what\nA: ", "is", True]
+    assert read("seen.jsonl") == [["what is", "the answer", prompt]]
+    score("--input", write("in", {"question": "what", "response": "is"}), *function,
+          "--prompt-template", "Q: {question}\\nA: ")  # fmt: skip
+    assert read("seen.jsonl")[1] == ["what", "is", "Q: what\nA: "]
     score("--input", SAMPLES / "conversation.jsonl", "--max-rows", 1, "--token-format",
-          "role_markers", "--reward-function", "mine.py:keep")  # fmt: skip
+          "role_markers", *function)  # fmt: skip
     prompt = "User: Is 51 a prime number?\n\nAssistant:"
-    assert read("seen.jsonl")[2] == [prompt, " No, it is 3 times 17.", True]
+    asked = [turn("user", "Is 51 a prime number?")]
+    assert read("seen.jsonl")[2] == [asked, " No, it is 3 times 17.", prompt]
 
 
 def test_rows_without_a_response_or_too_long():

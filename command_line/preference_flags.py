@@ -1,0 +1,353 @@
+"""The command line of preference training, and the rows it asks for. Loads no MLX."""
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from command_line.adapter_file import settle_adapter
+from command_line.data_flags import add_data_arguments, data_sources, tokenising
+from command_line.parser import Parser
+from command_line.rules import Needs, flag_of, needs, shown_value
+from command_line.sft_flags import HARMLESS, LOOP_NEEDS, add_loop_arguments, encode_samples
+from command_line.shared_flags import (
+    add_adapter_arguments,
+    add_any_base,
+    add_model_arguments,
+    add_optimizer_arguments,
+    add_run_arguments,
+    at_least,
+)
+from data_utils import (
+    BatchPlan,
+    Tokenised,
+    data_report,
+    load_data,
+    preview,
+    tokenise_pairs,
+    tokenise_unpaired,
+    use_colour,
+)
+from errors import UserError
+from run_folder.secrets import tell
+
+DESCRIPTION = "Preference training: DPO and its family, KTO, ORPO, CPO, SimPO, AlphaPO."
+LEARNING_RATES = {"lora": 1e-4, "dora": 1e-4, "full": 1e-6, "prompt": 1e-3}
+
+# Which options each loss reads; tests compare it with the functions of rl/preference_losses.py.
+DIVERGENCE = ("f_divergence_type", "f_alpha_divergence_coef")
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+DPO_READS = {
+    "sigmoid": ("beta", "label_smoothing", *DIVERGENCE),
+    "hinge": ("beta", *DIVERGENCE),
+    "ipo": ("beta", *DIVERGENCE),
+    "sigmoid_norm": ("beta", *DIVERGENCE),
+    "exo_pair": ("beta", "label_smoothing", *DIVERGENCE),
+    "robust": ("beta", "label_smoothing", *DIVERGENCE),
+    "nca_pair": ("beta",),
+    "bco_pair": ("beta",),
+    "sppo_hard": ("beta",),
+    "aot": ("beta", "label_smoothing"),
+    "aot_unpaired": ("beta", "label_smoothing"),
+    "apo_zero": ("beta",),
+    "apo_down": ("beta",),
+    "discopop": ("beta", "discopop_tau", *DIVERGENCE),
+    "sft": (),
+}
+KTO_OPTIONS = ("beta", "desirable_weight", "undesirable_weight")
+CPO_READS = {
+    "sigmoid": ("beta", "label_smoothing"),
+    "hinge": ("beta",),
+    "ipo": ("beta",),
+    "simpo": ("beta", "simpo_gamma", "label_smoothing"),
+    "alphapo": ("beta", "simpo_gamma", "label_smoothing", "alpha"),
+}
+READS = {
+    "dpo": DPO_READS,
+    "kto": {"kto": KTO_OPTIONS, "apo_zero_unpaired": KTO_OPTIONS},
+    "orpo": {"odds_ratio": ("beta",)},
+    "cpo": CPO_READS,
+    "simpo": {"simpo": CPO_READS["simpo"]},
+    "alphapo": {"alphapo": CPO_READS["alphapo"]},
+}
+# What an algorithm reads whatever its loss is.
+ALSO_READS = {
+    "dpo": ("loss_weights", "use_weighting"),
+    "kto": ("desirable_from",),
+    "cpo": ("cpo_alpha",),
+    "simpo": ("cpo_alpha",),
+    "alphapo": ("cpo_alpha",),
+}
+WITH_REFERENCE = ("dpo", "kto")
+OF_A_REFERENCE = ("reference", "reference_quantize", "precompute_ref_log_probs")
+LOSS_TYPES = list(dict.fromkeys(name for losses in READS.values() for name in losses))
+DEFAULTS = {
+    "beta": 0.1, "label_smoothing": 0.0, "f_divergence_type": "reverse_kl",
+    "f_alpha_divergence_coef": 0.5, "discopop_tau": 0.05, "desirable_weight": 1.0,
+    "undesirable_weight": 1.0, "cpo_alpha": 1.0, "simpo_gamma": 0.5, "alpha": 0.25,
+}  # fmt: skip
+# Where TRL's default would not do: SimPO and AlphaPO by name are those of their papers.
+OWN_DEFAULTS = {
+    "simpo": {"beta": 2.0, "cpo_alpha": 0.0},
+    "alphapo": {"beta": 2.0, "cpo_alpha": 0.0},
+    "exo_pair": {"label_smoothing": 1e-3},
+}
+LONGER = 4 / 3  # chosen answers longer than the rejected ones by this factor are worth a word
+
+
+# ------------------------------------------------------------------------------ arguments
+
+
+def parse_arguments(words=None):
+    """The parsed and checked command line."""
+    parser = Parser(script="preference_training.py", description=DESCRIPTION, harmless=HARMLESS)
+    add_loop_arguments(parser)
+    add_loss_arguments(parser)
+    add_data_arguments(parser, max_length=1024, test_rows=True)
+    parser.set_defaults(data_base="preference_increasing_mult_2_")
+    add_model_arguments(parser)
+    add_any_base(parser, "resume_adapter_file")
+    add_adapter_arguments(parser, lora_scale=4.0)
+    note = "default: lora 1e-4, full 1e-6, prompt 1e-3, by flags or --resume-adapter-file"
+    add_optimizer_arguments(parser, learning_rate=None, max_grad_norm=1.0, learning_rate_note=note)
+    add_run_arguments(parser)
+    never = Needs("lora_dropout", met=lambda args: False, why="here: policy and reference are "
+                  "compared, so dropout is off")  # fmt: skip
+    cached = Needs(
+        "precompute_ref_log_probs", met=lambda args: args.train, why="without --train", typed=True
+    )
+    parser.checks += [check_losses, needs((*LOOP_NEEDS, never, cached)), settle_arguments]
+    return parser.parse_args(words)
+
+
+def add_loss_arguments(parser: Parser) -> None:
+    """The algorithm, its losses, and what these read; names are TRL's."""
+    add = parser.add_argument_group("loss").add_argument
+    add("--algorithm", choices=tuple(READS), default="dpo", help="family of the loss")
+    add("--loss-type", nargs="+", choices=LOSS_TYPES, metavar="LOSS",
+        help="one loss of the algorithm, with dpo also several: "
+        + "; ".join(f"{name}: {', '.join(losses)}" for name, losses in READS.items())
+        + " (default: the first)")  # fmt: skip
+    add("--loss-weights", type=float, nargs="+", help="weights of several losses (default: 1 each)")
+    add("--beta", type=float, help="how much moving away from the reference counts (default: 0.1; "
+        "simpo, alphapo 2)")  # fmt: skip
+    add("--label-smoothing", type=float, help="share of pairs that may be swapped (default: 0; "
+        "exo_pair 0.001)")  # fmt: skip
+    add(
+        "--ld-alpha", type=float, help="weight of tokens beyond the shorter answer's length, 0 to 1"
+    )
+    add("--use-weighting", type=bool, default=False, help="weigh pairs as WPO does")
+    add("--f-divergence-type", choices=F_DIVERGENCES, default="reverse_kl",
+        help="divergence from the reference")  # fmt: skip
+    add("--f-alpha-divergence-coef", type=float, default=0.5, help="alpha of alpha_divergence")
+    add("--discopop-tau", type=float, default=0.05, help="temperature of discopop")
+    add("--desirable-weight", type=float, default=1.0, help="of wanted answers (kto)")
+    add("--undesirable-weight", type=float, default=1.0, help="of unwanted answers (kto)")
+    add("--desirable-from", type=float, help="rows with a reward from this on are wanted (kto)")
+    add("--cpo-alpha", type=float, help="weight of the NLL of chosen answers (default: 1; simpo, "
+        "alphapo 0)")  # fmt: skip
+    add("--simpo-gamma", type=float, default=0.5, help="margin that simpo and alphapo ask for")
+    add("--alpha", type=float, default=0.25, help="shape of AlphaPO's reward; 0 is SimPO's")
+    add("--reference", choices=("loaded", "base"), default="loaded",
+        help="with --resume-adapter-file: what the policy is compared with")  # fmt: skip
+    add("--reference-quantize", type=int, choices=(4, 8), help="bits of full fine-tuning's copy")
+    add("--precompute-ref-log-probs", type=bool, default=False,
+        help="compute those of all rows once, and keep them in the run folder")  # fmt: skip
+
+
+def check_losses(args) -> None:
+    """Refuse losses that do not fit the algorithm or their options; fill in defaults."""
+    losses, algorithm = READS[args.algorithm], args.algorithm
+    named = args.loss_type or [next(iter(losses))]
+    if wrong := [name for name in named if name not in losses]:
+        raise UserError(f"--loss-type {wrong[0]}: {algorithm} has {', '.join(losses)}")
+    if len(named) > 1 and algorithm != "dpo":
+        raise UserError(f"--loss-type {' '.join(named)}: mixtures are for --algorithm dpo")
+    weights = args.loss_weights
+    if weights is not None and len(weights) != len(named):
+        raise UserError(f"--loss-weights: {len(weights)} weights for {len(named)} losses")
+    args.loss_type = named
+    check_idle(args)
+    own = OWN_DEFAULTS.get(algorithm, {}) | OWN_DEFAULTS.get(
+        named[0] if len(named) == 1 else "", {}
+    )
+    if algorithm == "cpo":  # as TRL: alphapo drops the NLL there too, simpo does not
+        own = {"cpo_alpha": 0.0} if named == ["alphapo"] else {}
+    for name, value in (DEFAULTS | own).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check_ranges(args)
+
+
+def check_idle(args) -> None:
+    """UserError for an option that no loss reads; a default written out is no mistake."""
+    algorithm, named = args.algorithm, args.loss_type
+    read = {name for loss in named for name in READS[algorithm][loss]}
+    read |= {*ALSO_READS.get(algorithm, ())}
+    if algorithm == "dpo" and named != ["sft"]:
+        read.add("ld_alpha")
+    options = {*DEFAULTS, "ld_alpha", "use_weighting", "loss_weights", "desirable_from"}
+    if algorithm in WITH_REFERENCE:
+        read |= {*OF_A_REFERENCE}
+    options |= {*OF_A_REFERENCE}
+    how = f"with --algorithm {algorithm}"
+    if algorithm in ("dpo", "kto", "cpo"):
+        how += f" --loss-type {' '.join(named)}"
+    for name in sorted(options - read):
+        given = name in args.changed and getattr(args, name) != DEFAULTS.get(name)
+        if given and name == "loss_weights" and algorithm != "dpo":
+            raise UserError(f"--loss-weights: {algorithm} has one loss")
+        if given:
+            raise UserError(f"{written(args, name)} has no effect {how}")
+    if "f_alpha_divergence_coef" in args.changed and args.f_divergence_type != "alpha_divergence":
+        raise UserError("--f-alpha-divergence-coef needs --f-divergence-type alpha_divergence")
+    fixed = [n for n in named if n != "sft" and "f_divergence_type" not in READS["dpo"].get(n, ())]
+    if algorithm == "dpo" and args.f_divergence_type != "reverse_kl" and fixed:
+        raise UserError(f"{written(args, 'f_divergence_type')}: {fixed[0]} has no such form")
+    if args.use_weighting and "aot" in named:
+        raise UserError("--use-weighting weighs pairs, and aot compares sorted sides; drop one")
+    if args.reference == "base" and args.resume_adapter_file is None:
+        raise UserError("--reference base has no effect without --resume-adapter-file")
+
+
+def written(args, name: str) -> str:
+    """An option with its value, as the user wrote it."""
+    value = getattr(args, name)
+    return flag_of(name) + ("" if value is True else f" {shown_value(value)}")
+
+
+def check_ranges(args) -> None:
+    """UserError for numbers outside of what a loss is defined for."""
+    at_least(args, 0, "desirable_weight", "undesirable_weight", "cpo_alpha", "simpo_gamma")
+    if args.loss_weights is not None and min(args.loss_weights) < 0:
+        raise UserError("--loss-weights: a weight below 0 would train the opposite")
+    for name in ("beta", "discopop_tau"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"{flag_of(name)}: give a number above 0")
+    if args.ld_alpha is not None and not 0 <= args.ld_alpha <= 1:
+        raise UserError("--ld-alpha: give a number from 0 to 1")
+    smoothing = args.label_smoothing
+    if not 0 <= smoothing < 0.5:
+        raise UserError("--label-smoothing: give a number from 0 up to, not including, 0.5")
+    if "exo_pair" in args.loss_type and not smoothing:
+        raise UserError("--label-smoothing: exo_pair needs one above 0; its paper takes 0.001")
+    if args.algorithm == "kto" and args.batch_size < 2:
+        raise UserError("--batch-size 1: KTO compares each prompt with the answer of another row; "
+                        "give 2 or more")  # fmt: skip
+
+
+def settle_arguments(args) -> None:
+    """Fill in what follows from the adapter that is made or loaded."""
+    kind = settle_adapter(args, args.resume_adapter_file, LEARNING_RATES)
+    if args.reference_quantize and kind != "full":
+        raise UserError("--reference-quantize needs --fine-tune-type full: else there is no copy")
+    if args.reference_quantize and args.resume_adapter_file and args.reference == "loaded":
+        raise UserError("--reference-quantize: the reference is the loaded weights as they are; "
+                        "give --reference base, or leave it out")  # fmt: skip
+    if args.test and not args.train and args.resume_adapter_file is None:
+        raise UserError("--test needs --resume-adapter-file, or --train: a model that is its own "
+                        "reference has no margin to measure")  # fmt: skip
+
+
+def loss_options(args, name: str) -> dict[str, Any]:
+    """The keyword arguments of one loss."""
+    values = {
+        "beta": args.beta,
+        "label_smoothing": args.label_smoothing,
+        "f_divergence_type": args.f_divergence_type,
+        "f_alpha_divergence_coef": args.f_alpha_divergence_coef,
+        "discopop_tau": args.discopop_tau,
+        "desirable_weight": args.desirable_weight,
+        "undesirable_weight": args.undesirable_weight,
+        "simpo_gamma": args.simpo_gamma,
+        "alpha": args.alpha,
+    }
+    return {option: values[option] for option in READS[args.algorithm][name]}
+
+
+# ------------------------------------------------------------------------------ data
+
+
+def load_rows(args, tokenizer) -> dict[str, Any]:
+    """Tokenised rows by split: train and valid when training, test when testing."""
+    splits = (["train", "valid"] if args.train or args.preview else []) + ["test"] * args.test
+    rows, found = {}, load_data(splits=splits, **data_sources(args))
+    for split, records in found.items():
+        kinds = set(records.kinds)
+        check_kinds(args, kinds)
+        if args.algorithm == "kto":
+            rows[split] = tokenise_unpaired(
+                records, tokenizer, desirable_from=args.desirable_from, **tokenising(args)
+            )
+        else:
+            rows[split] = tokenise_pairs(records, tokenizer, **tokenising(args))
+        print(data_report(split, records, rows[split]))
+        if args.algorithm == "kto" and "preference" in kinds:
+            print("  note: of pairs, the chosen answers are wanted and the rejected ones are not")
+        check_rows(args, split, rows[split])
+        if split == "train":
+            for warning in (kto_warnings if args.algorithm == "kto" else pair_warnings)(
+                args, rows[split]
+            ):
+                tell(f"warning: {warning}")
+            if args.sample_prompts:
+                rows["samples"] = encode_samples(args, tokenizer, False)
+    if args.preview:
+        print(preview(rows["train"][0], tokenizer, use_colour(sys.stdout)))
+    return rows
+
+
+def check_kinds(args, kinds: set[str]) -> None:
+    """Refuse rows that the algorithm cannot use, with what could."""
+    if args.algorithm != "kto" and "unpaired" in kinds:
+        raise UserError(f"--algorithm {args.algorithm} compares chosen with rejected answers, and "
+                        "these rows have a label each: use --algorithm kto")  # fmt: skip
+    if "desirable_from" in args.changed and kinds <= {"preference", "unpaired"}:
+        raise UserError("--desirable-from has no effect on rows with a label or with pairs")
+
+
+def check_rows(args, split: str, rows: Tokenised) -> None:
+    """Refuse rows that the chosen loss is not defined for."""
+    if args.algorithm == "kto":
+        if len(rows) < 2:
+            raise UserError(f"{rows[0].where}: KTO needs two or more {split} rows")
+        return
+    lists = [row for row in rows.rows if len(row.responses) > 2]
+    if lists and {"aot", "aot_unpaired"} & {*args.loss_type}:
+        raise UserError(f"{lists[0].where}: aot sorts the pairs of a batch, which of ranked lists "
+                        "do not count alike; give pairs, or another --loss-type")  # fmt: skip
+
+
+def pair_warnings(args, rows: Tokenised) -> list[str]:
+    """What the data will teach besides what it is meant to."""
+    lengths = np.array([[sum(row.masks[0]), sum(row.masks[-1])] for row in rows.rows]).mean(axis=0)
+    if lengths[0] < LONGER * lengths[1]:
+        return []
+    return [f"chosen answers have {lengths[0]:.1f} tokens, rejected ones {lengths[1]:.1f}: length "
+            "may be what is learned; --loss-type sigmoid_norm, --ld-alpha or --algorithm simpo "
+            "weaken that"]  # fmt: skip
+
+
+def kto_warnings(args, rows: Tokenised) -> list[str]:
+    """Weights far from the labels' balance (Ethayarajh et al. 2024, eq. 9: 1 to 4/3)."""
+    good = sum(row.label for row in rows.rows)
+    bad = len(rows) - good
+    if not good or not bad:
+        return [
+            f"all {len(rows)} rows are {'' if good else 'un'}wanted: KTO has nothing to compare"
+        ]
+    if good == bad:
+        return []
+    ratio = args.desirable_weight * good / max(args.undesirable_weight * bad, 1e-12)
+    if 1 <= ratio <= 4 / 3:
+        return []
+    low = args.undesirable_weight * bad / good
+    return [f"{good} wanted and {bad} unwanted rows: with these weights the wanted ones count "
+            f"{ratio:.3g} times as much; --desirable-weight {low:.3g} to {low * 4 / 3:.3g} would "
+            "balance them"]  # fmt: skip
+
+
+def make_plan(args, rows: Tokenised, **options: Any) -> BatchPlan:
+    """Batches of rows; KTO's have two or more, so that there is another row to compare with."""
+    least = 2 if args.algorithm == "kto" else 1
+    return BatchPlan(rows.lengths, args.batch_size, least=least, **options)

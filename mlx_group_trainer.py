@@ -1,0 +1,607 @@
+"""Reinforcement learning without a critic: GRPO, RLOO, REINFORCE++, and online DPO.
+
+A prompt gets several responses, a group, and each is compared with the others of its group, where
+PPO compares it with the forecast of a value head. One step is `generate`, which gives a `Rollout`,
+and then `update` with what the rewards gave. The parts have a method each, numbered as in
+docs/group.md:
+
+1. generate            several responses to each prompt, with their log-probabilities
+2. prepare             checked rewards, masks, penalties for length
+3. score_policy        log-probabilities kept from sampling, or a forward pass
+4. score_reference     under the reference; not at all where the KL has no weight
+5. compute_advantages  by the estimator (rl/group_advantages.py)
+6. optimise            epochs of minibatches of the loss (rl/group_losses.py)
+7. statistics; the entropy coefficient and the reference move
+
+Papers: Shao et al. 2024 (GRPO), Ahmadian et al. 2024 (RLOO), Hu 2025 (REINFORCE++), Yu et al. 2025
+(DAPO), Guo et al. 2024 (online DPO); the reference implementation is TRL 1.16's.
+"""
+
+import fast_blas  # noqa: F401
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from errors import UserError
+from models.blocks import checkpointed_blocks
+from models.decoding import Sampling
+from models.gradients import loss_and_gradient
+from models.last_block import allow_short_last_block
+from models.packing import Packed
+from models.policy import Policy
+from models.trunk import vocabulary_size
+from models.tuning import check_arrays
+from rl.group_advantages import ESTIMATORS, group_stds, reward_metrics, weighted_sum
+from rl.group_config import GroupConfig
+from rl.group_losses import Pass, group_loss, mean_of, rloo_loss, surrogate_options
+from rl.group_statistics import (
+    completion_metrics,
+    config_warnings,
+    pass_metrics,
+    warnings_for,
+)
+from rl.ppo_statistics import sampling_warnings
+from rl.preference_losses import DPO_LOSSES, Pairs, pair_sums
+from rl.rollout_checks import check_rollout
+from rl.rollouts import Rollout
+from rl.shaping import length_penalties
+from training.rollout_stages import (
+    EVALUATION,
+    SAMPLING,
+    fit_columns,
+    minibatch_order,
+    pack_rows,
+    sample,
+    score_reference,
+    scored,
+    set_mask,
+    stream,
+    token_lists,
+    use_sampled,
+)
+
+__all__ = ["GroupConfig", "GroupTrainer"]
+
+
+class GroupTrainer:
+    """A group method on a `Policy`.
+
+    The reference is the model with its adapter off, or `ref_model` (needed for full fine-tuning
+    with a KL). `optimizer` defaults to bias-corrected Adam at `config.learning_rate`. `eos_ids` end
+    a response; by default they are the tokenizer's.
+    """
+
+    def __init__(
+        self,
+        config: GroupConfig,
+        model: Policy,
+        ref_model: nn.Module | None = None,
+        tokenizer=None,
+        optimizer: optim.Optimizer | None = None,
+        *,
+        eos_ids: set[int] | None = None,
+        grad_checkpoint: bool = False,
+    ):
+        kind = model.tuning.kind
+        if config.beta and ref_model is None and kind == "full":
+            raise UserError("full fine-tuning with a KL needs a reference model: a frozen copy of "
+                            "the policy; --beta 0 needs none")  # fmt: skip
+        if config.sync_ref_model and kind not in ("lora", "full"):
+            raise UserError(f"--sync-ref-model blends weights, which a {kind} adapter does not "
+                            "allow; use LoRA or full fine-tuning")  # fmt: skip
+        if eos_ids is None and tokenizer is None:
+            raise UserError("GroupTrainer needs a tokenizer, or eos_ids")
+        if ref_model is not None:
+            allow_short_last_block(ref_model)
+        self.config, self.model, self.reference = config, model, ref_model
+        self.tokenizer = tokenizer
+        self.eos_ids = set(eos_ids if eos_ids is not None else tokenizer.eos_token_ids)
+        self.vocabulary = vocabulary_size(model.model)
+        self.optimizer = optimizer or optim.Adam(config.learning_rate, bias_correction=True)
+        self.optimizer.init(model.trainable_parameters())
+        self.grad_checkpoint = grad_checkpoint
+        self.steps_done = self.updates_done = self.equal_steps = self.num_tokens = 0
+        self.entropy_coef, self.last_entropy = config.entropy_coef, float("inf")
+        # The blended adapter; it starts as no adapter at all.
+        self.blend = without_effect(model.tuning.arrays()) if self._blends_adapter else None
+        self._warned: set[str] = set()
+        self._set_up_gradient()
+        self.before_update: Callable[[], None] = lambda: None  # called before weights move
+        model.eval()  # no dropout, in rollouts and in updates
+        self._warn(**sampling_warnings(config), **config_warnings(config))
+
+    def _set_up_gradient(self) -> None:
+        on_gpu = mx.default_device().type == mx.DeviceType.gpu
+        config = self.config
+        self.compiled = on_gpu if config.compile is None else config.compile
+        # Compiled code is made anew for every shape, so there lengths come in steps of 16.
+        self.pad_to_multiple = config.pad_to_multiple or (16 if on_gpu or self.compiled else 1)
+        loss = self._pair_loss if config.online_dpo else self._loss
+        self._loss_and_grad = loss_and_gradient(self.model, loss, self.compiled)
+
+    # ------------------------------------------------------------------ 1. generate
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        should_stop: Callable[[list[int]], bool] | None = None,
+        part: int = 0,
+    ) -> Rollout:
+        """`num_generations` responses (token ids, EOS included) to each prompt, which adjoin.
+
+        `should_stop(tokens)` ends a response early. `part` tells several calls in one step apart,
+        so that each draws other numbers.
+        """
+        config = self.config
+        sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
+        purpose = (SAMPLING, part) if part else (SAMPLING,)
+        return self._sample(prompts, sampling, should_stop, purpose, config.num_generations)
+
+    def sample_for_evaluation(
+        self,
+        queries: Sequence[Sequence[int]],
+        greedy: bool,
+        should_stop: Callable[[list[int]], bool] | None = None,
+        part: int = 0,
+    ) -> Rollout:
+        """A response to each query, the most likely one or a sampled one.
+
+        `part` tells the batches of one evaluation apart, so that each draws other numbers.
+        """
+        sampling = Sampling(0.0 if greedy else self.config.temperature)
+        return self._sample(queries, sampling, should_stop, (EVALUATION, part), 1)
+
+    def _sample(self, queries, sampling, should_stop, purpose, samples: int) -> Rollout:
+        return sample(
+            self.model.model,
+            self.model.tuning.prefix,  # ids from V on, which no query may have
+            queries,
+            max_tokens=self.config.max_new_tokens,
+            sampling=sampling,
+            eos_ids=self.eos_ids,
+            vocabulary=self.vocabulary,
+            random=stream(self.config.seed, self.steps_done, *purpose),
+            should_stop=should_stop,
+            samples=samples,
+        )
+
+    # ------------------------------------------------------------------ the step
+
+    def step(
+        self,
+        queries: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        rewards: Sequence,
+        response_masks: Sequence[Sequence[int]] | None = None,
+    ) -> dict:
+        """`update` for responses (token ids) that were written elsewhere, groups adjoining."""
+        rollout = self.as_rollout(queries, responses)
+        return self.update(rollout, rewards, response_masks=response_masks)
+
+    def as_rollout(
+        self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> Rollout:
+        """Responses that were written elsewhere; they have ended where they end with EOS."""
+        responses = token_lists(responses)
+        ended = [bool(response) and response[-1] in self.eos_ids for response in responses]
+        return Rollout(token_lists(queries), responses, ended)
+
+    def update(
+        self,
+        rollout: Rollout,
+        rewards: Sequence,
+        *,
+        names: Sequence[str] | None = None,
+        weights: Sequence[float] | None = None,
+        response_masks: Sequence[Sequence[int]] | None = None,
+    ) -> dict:
+        """One step on a batch of responses with their rewards; returns metrics under TRL's names.
+
+        `rewards` (N,) or (N, F), a column for each reward function; None or NaN where it did not
+        score the row. `weights` and `names` are the functions'. `response_masks` has a 0 for each
+        response token that the policy did not choose (a tool's output). Raises UserError, naming
+        the row, for what cannot be learned from.
+        """
+        start = time.perf_counter()
+        found = reward_matrix(rewards)
+        weights = np.ones(found.shape[1]) if weights is None else np.asarray(weights, np.float64)
+        names = list(names or (f"reward{i}" for i in range(found.shape[1])))
+        stats = reward_metrics(
+            found, names, weights=weights, group_size=self.config.num_generations
+        )
+        found, weights = self.prepare(rollout, found, weights, response_masks)
+        self.score_policy(rollout)
+        self.score_reference(rollout)
+        self.compute_advantages(rollout, found, weights)
+        passes = self.optimise(rollout)
+        stats |= self.statistics(rollout, passes)
+        self.finish(stats)
+        return stats | {"step_time": time.perf_counter() - start}
+
+    def skip(self) -> dict:
+        """A step without an update, for a batch that cannot be learned from; its statistics."""
+        self.steps_done += 1
+        return {"not_finite": 1.0}
+
+    # ------------------------------------------------------------------ 2. prepare
+
+    def prepare(
+        self, rollout: Rollout, rewards: np.ndarray, weights: np.ndarray, response_masks=None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Check a batch, set its masks; rewards (N, F) and weights with the length's penalties."""
+        config = self.config
+        scores = np.nan_to_num(rewards, nan=0.0, posinf=np.inf, neginf=-np.inf).sum(axis=1)
+        check_rollout(
+            rollout.queries, rollout.responses, scores, response_masks, config.batch_size,
+            self.vocabulary,
+        )  # fmt: skip
+        check_groups(rollout.queries, config.num_generations)
+        if response_masks is not None:
+            rollout.masks = [np.asarray(mask, dtype=bool) for mask in response_masks]
+        if config.mask_truncated_completions:
+            rollout.masks = [
+                mask if ended else np.zeros_like(mask)
+                for mask, ended in zip(rollout.masks, rollout.ended, strict=True)
+            ]
+        penalties = length_penalties(
+            [len(r) for r in rollout.responses],
+            rollout.ended,
+            missing_eos_penalty=config.missing_eos_penalty,
+            max_length=config.max_new_tokens,
+            overlong_buffer=config.overlong_buffer,
+            overlong_penalty=config.overlong_penalty,
+        )
+        if not any(penalties):
+            return rewards, weights
+        unscored = np.isnan(weighted_sum(rewards, weights))
+        column = np.where(unscored, np.nan, penalties)[:, None]
+        return np.hstack([rewards, column]), np.append(weights, 1.0)
+
+    # ------------------------------------------------------------------ 3. and 4. score
+
+    def score_policy(self, rollout: Rollout) -> None:
+        """Fill in mask and logprobs: those kept from sampling, or a forward pass."""
+        set_mask(rollout)
+        if self.config.rollout_logprobs and use_sampled(rollout):
+            return
+        temperature = self.config.temperature
+        (rollout.logprobs, _) = scored(
+            rollout,
+            lambda packed: self.model(packed, temperature=temperature),
+            self.config.mini_batch_size,
+            self.model.tuning.prefix,
+            self.pad_to_multiple,
+        )
+
+    def score_reference(self, rollout: Rollout) -> None:
+        """Fill in ref_logprobs, unless the KL has no weight."""
+        if not self.config.beta:
+            return
+        with self._blended():
+            reference = self.reference if self.blend is None else self.model.model
+            score_reference(
+                rollout, self.model.model, self.model.tuning, reference,
+                size=self.config.mini_batch_size, temperature=self.config.temperature,
+                pad_to_multiple=self.pad_to_multiple,
+            )  # fmt: skip
+
+    @contextmanager
+    def _blended(self) -> Iterator[None]:
+        """The blended adapter stands in for the policy's, where there is one."""
+        if self.blend is None:
+            yield
+            return
+        tuning = self.model.tuning
+        own = tuning.arrays()
+        tuning.load_arrays(self.blend, "reference")
+        try:
+            yield
+        finally:
+            tuning.load_arrays(own, "policy")
+
+    # ------------------------------------------------------------------ 5. advantages
+
+    def compute_advantages(
+        self, rollout: Rollout, rewards: np.ndarray, weights: np.ndarray
+    ) -> None:
+        """Fill in advantages, (N, 1) or (N, R); for online DPO 1 and -1, or 0 in a tie."""
+        config = self.config
+        mask = np.array(rollout.mask, dtype=np.float64)
+        penalties = np.zeros_like(mask)
+        if config.beta:
+            rollout.kls = mx.where(rollout.mask > 0, rollout.logprobs - rollout.ref_logprobs, 0.0)
+        if config.reward_beta:
+            penalties = config.reward_beta * np.array(rollout.kls, dtype=np.float64)
+        if config.online_dpo:
+            pair = weighted_sum(rewards, weights).reshape(-1, 2)
+            sign = np.sign(np.nan_to_num(pair[:, 0] - pair[:, 1]))  # a side without score: a tie
+            advantages = np.stack([sign, -sign], axis=1).reshape(-1, 1)
+        else:
+            advantages = ESTIMATORS[config.advantage_estimator](
+                rewards,
+                penalties,
+                mask,
+                weights=weights,
+                group_size=config.num_generations,
+                **estimator_options(config),
+            )
+        rollout.advantages = mx.array(advantages.astype(np.float32))
+        stds = np.nan_to_num(group_stds(weighted_sum(rewards, weights), config.num_generations))
+        self.equal_steps = 0 if stds.any() else self.equal_steps + 1
+
+    # ------------------------------------------------------------------ 6. optimise
+
+    def minibatch_order(self, epoch: int) -> np.ndarray:
+        """A permutation of the batch (N,), fresh for each epoch; of online DPO, pairs adjoin."""
+        config = self.config
+        if not config.online_dpo:
+            return minibatch_order(config.batch_size, config.seed, self.steps_done, epoch)
+        pairs = minibatch_order(config.batch_size // 2, config.seed, self.steps_done, epoch)
+        return np.stack([2 * pairs, 2 * pairs + 1], axis=1).reshape(-1)
+
+    def optimise(self, rollout: Rollout) -> list[dict[str, float]]:
+        """Epochs of updates; returns the metrics of each forward pass."""
+        config, metrics = self.config, []
+        for epoch in range(config.ppo_epochs):
+            order = self.minibatch_order(epoch)
+            for start in range(0, config.batch_size, config.backward_batch_size):
+                metrics += self._update(rollout, order[start : start + config.backward_batch_size])
+        return metrics
+
+    def _update(self, rollout: Rollout, rows: np.ndarray) -> list[dict[str, float]]:
+        """One optimizer update, from the passes that `rows` fall into."""
+        config, total, metrics = self.config, None, []
+        for start in range(0, len(rows), config.mini_batch_size):
+            gradient, found = self._gradient(rollout, rows[start : start + config.mini_batch_size])
+            metrics.append(found)
+            if gradient is not None:
+                total = gradient if total is None else tree_map(mx.add, total, gradient)
+                mx.eval(total)  # or every gradient stays in memory until the last one
+        if total is None:
+            return metrics
+        gradient = tree_map(lambda g: g / config.gradient_accumulation_steps, total)
+        gradient, norm = optim.clip_grad_norm(gradient, config.max_grad_norm or float("inf"))
+        self.before_update()
+        self.optimizer.update(self.model, gradient)
+        mx.eval(self.model.trainable_parameters(), self.optimizer.state, norm)
+        metrics[-1]["grad_norm"] = norm.item()
+        self._after_update(metrics)
+        return metrics
+
+    def _gradient(self, rollout: Rollout, rows: np.ndarray) -> tuple[dict | None, dict]:
+        """The gradient of one pass, None where it must not move the weights; its metrics."""
+        if not any(rollout.masks[row].any() for row in rows):
+            return None, {"skipped": 1.0}
+        prefix = self.model.tuning.prefix
+        packed = pack_rows(rollout, rows.tolist(), prefix, self.pad_to_multiple)
+        index, width = mx.array(rows), packed.mask.shape[1]
+        advantages = rollout.advantages[index]
+        if rollout.advantages.shape[1] > 1 or rollout.mask.shape[1] == 1:
+            advantages = fit_columns(advantages, width)
+        columns = [fit_columns(rollout.logprobs[index], width), advantages]
+        if rollout.ref_logprobs is not None:
+            columns.append(fit_columns(rollout.ref_logprobs[index], width))
+        passes = self.config.batch_size / self.config.mini_batch_size
+        scalars = [rollout.mask.sum() / passes, mx.array(self.entropy_weight)]
+        with checkpointed_blocks(self.model.model, self.grad_checkpoint):
+            (_, metrics), gradient = self._loss_and_grad(packed.arrays(), columns, scalars)
+        finite = mx.stack([mx.isfinite(g).all() for _, g in tree_flatten(gradient)]).all()
+        mx.eval(metrics, gradient, finite)
+        metrics = {name: value.item() for name, value in metrics.items()}
+        bad = not (finite.item() and np.isfinite(metrics["loss"]))
+        metrics |= {"not_finite": float(bad), "skipped": float(bad)}
+        return (None if bad else gradient), metrics
+
+    def _loss(self, packed, columns, scalars) -> tuple[mx.array, dict]:
+        """Loss of one pass, and its metrics."""
+        config, packed = self.config, Packed(*packed)
+        with_bonus = bool(config.entropy_coef or config.use_adaptive_entropy)
+        logprobs, entropy = self.model(
+            packed, temperature=config.temperature, gradient=not with_bonus
+        )
+        old_logprobs, advantages, *reference = columns
+        rows = Pass(logprobs, old_logprobs, advantages, packed.mask, entropy, *reference)
+        if config.advantage_estimator == "rloo":
+            return rloo_loss(rows, epsilon=config.epsilon, epsilon_high=config.epsilon_high)
+        tokens_per_pass, entropy_coef = scalars
+        return group_loss(
+            rows,
+            loss_type=config.loss_type,
+            tokens_per_pass=tokens_per_pass,
+            max_completion_length=config.max_new_tokens,
+            level=config.importance_sampling_level,
+            beta=config.loss_beta,
+            use_bias_correction_kl=config.use_bias_correction_kl,
+            top_entropy_quantile=config.top_entropy_quantile,
+            entropy_coef=entropy_coef if with_bonus else None,
+            off_policy_mask_threshold=config.off_policy_mask_threshold,
+            options=surrogate_options(config),
+        )
+
+    def _pair_loss(self, packed, columns, scalars) -> tuple[mx.array, dict]:
+        """The DPO loss of pairs of rows; ties, whose advantages are 0, weigh nothing."""
+        config, packed = self.config, Packed(*packed)
+        logprobs, entropy = self.model(packed, temperature=config.temperature, gradient=True)
+        _, advantages, ref_logprobs = columns
+        first = mx.arange(0, logprobs.shape[0], 2)
+        won = advantages[first, 0] >= 0
+        better, worse = mx.where(won, first, first + 1), mx.where(won, first + 1, first)
+        chosen, rejected = pair_sums(logprobs, packed.mask, better, worse)
+        ref_chosen, ref_rejected = pair_sums(ref_logprobs, packed.mask, better, worse)
+        lengths = packed.mask.sum(axis=1)
+        decided = mx.abs(advantages[first, 0])
+        count = mx.maximum(decided.sum(), 1.0)
+        pairs = Pairs(
+            chosen, rejected, lengths[better], lengths[worse], decided, ref_chosen, ref_rejected
+        )
+        losses = DPO_LOSSES[config.dpo_loss](pairs, beta=config.beta)
+        loss = (losses * decided).sum() / count
+
+        def mean(x: mx.array) -> mx.array:
+            return mx.stop_gradient((x * decided).sum() / count)
+
+        chosen_reward, rejected_reward = (
+            config.beta * pairs.chosen_ratio,
+            config.beta * pairs.rejected_ratio,
+        )
+        return loss, {
+            "loss": mx.stop_gradient(loss),
+            "entropy": mx.stop_gradient(mean_of(entropy, packed.mask)),
+            "rewards/chosen": mean(chosen_reward),
+            "rewards/rejected": mean(rejected_reward),
+            "rewards/margins": mean(chosen_reward - rejected_reward),
+            "rewards/accuracies": mean((chosen_reward > rejected_reward).astype(mx.float32)),
+            "ties": 1 - decided.mean(),
+        }
+
+    # ------------------------------------------------------------------ 7. after an update
+
+    @property
+    def entropy_weight(self) -> float:
+        """The entropy coefficient that applies; the adaptive one rests above its target."""
+        resting = (
+            self.config.use_adaptive_entropy and self.last_entropy > self.config.entropy_target
+        )
+        return 0.0 if resting else self.entropy_coef
+
+    def _after_update(self, passes: Sequence[dict[str, float]]) -> None:
+        """Move what follows the updates: the entropy coefficient, the reference."""
+        config = self.config
+        self.updates_done += 1
+        if config.use_adaptive_entropy:
+            count = sum(found.get("entropy_count", 0.0) for found in passes)
+            self.last_entropy = sum(found.get("entropy_sum", 0.0) for found in passes) / count
+            move = config.entropy_coef_delta
+            move = move if self.last_entropy <= config.entropy_target else -move
+            self.entropy_coef = min(
+                max(self.entropy_coef + move, config.entropy_coef_min), config.entropy_coef_max
+            )
+        if config.sync_ref_model and self.updates_done % config.ref_model_sync_steps == 0:
+            self._blend()
+
+    @property
+    def _blends_adapter(self) -> bool:
+        return self.config.sync_ref_model and self.model.tuning.kind == "lora"
+
+    def _blend(self) -> None:
+        """reference <- alpha x policy + (1 - alpha) x reference (TRL's SyncRefModelCallback)."""
+        alpha = self.config.ref_model_mixup_alpha
+
+        def mixed(policy: mx.array, reference: mx.array) -> mx.array:
+            return alpha * policy + (1 - alpha) * reference
+
+        if self.blend is not None:
+            own = self.model.tuning.arrays()
+            self.blend = {name: mixed(own[name], array) for name, array in self.blend.items()}
+            mx.eval(self.blend)
+        else:
+            own, there = self.model.model.parameters(), self.reference.parameters()
+            self.reference.update(tree_map(mixed, own, there))
+            mx.eval(self.reference.parameters())
+
+    def reference_arrays(self) -> dict[str, mx.array]:
+        """The blended reference by name, for checkpoints."""
+        if self.blend is not None:
+            return self.blend
+        return dict(tree_flatten(self.reference.parameters()))
+
+    def load_reference(self, arrays: dict[str, mx.array]) -> None:
+        """Take `reference_arrays` back."""
+        if self.blend is not None:
+            check_arrays(arrays, self.blend, "checkpoint")
+            self.blend = dict(arrays)
+        else:
+            self.reference.load_weights(list(arrays.items()))
+
+    def statistics(self, rollout: Rollout, passes: list[dict[str, float]]) -> dict:
+        """The step's metrics; warns, once each, of what usually goes wrong."""
+        stats = pass_metrics(passes) | completion_metrics(rollout)
+        stats.setdefault("not_finite", 0.0)
+        if self.config.reward_beta:
+            stats["kl"] = mean_of(rollout.kls, rollout.mask).item()
+        if self.config.entropy_coef or self.config.use_adaptive_entropy:
+            stats["entropy_coef"] = self.entropy_coef
+        self.num_tokens += sum(map(len, rollout.queries)) + sum(map(len, rollout.responses))
+        stats["num_tokens"] = float(self.num_tokens)
+        stats["learning_rate"] = float(self.optimizer.learning_rate)
+        self._warn(**warnings_for(stats, self.equal_steps, self.config.max_new_tokens))
+        return stats
+
+    def finish(self, stats: dict) -> None:
+        """Count the step."""
+        self.steps_done += 1
+
+    def _warn(self, **messages: str) -> None:
+        for name, message in messages.items():
+            if name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(message, stacklevel=3)
+
+    # ------------------------------------------------------------------ resume
+
+    def state_dict(self) -> dict:
+        """What resuming needs besides weights and optimizer state; JSON-able."""
+        return {
+            "steps_done": self.steps_done,
+            "updates_done": self.updates_done,
+            "equal_steps": self.equal_steps,
+            "num_tokens": self.num_tokens,
+            "entropy_coef": self.entropy_coef,
+            # JSON has no infinity
+            "last_entropy": None if np.isinf(self.last_entropy) else self.last_entropy,
+            "warned": sorted(self._warned),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in ("steps_done", "updates_done", "equal_steps", "num_tokens"):
+            setattr(self, name, int(state[name]))
+        self.entropy_coef = float(state["entropy_coef"])
+        last = state["last_entropy"]
+        self.last_entropy = float("inf") if last is None else float(last)
+        self._warned = set(state["warned"])
+
+
+def estimator_options(config: GroupConfig) -> dict:
+    """The options that the estimator has."""
+    if config.advantage_estimator == "grpo":
+        return {
+            "scale_rewards": config.scale_rewards,
+            "multi_objective_aggregation": config.multi_objective_aggregation,
+        }
+    if config.advantage_estimator == "rloo":
+        return {
+            "reward_clip_range": config.reward_clip_range,
+            "normalize_advantages": config.normalize_advantages,
+        }
+    return {}
+
+
+def reward_matrix(rewards: Sequence) -> np.ndarray:
+    """Rewards (N,) or (N, F) as float64 (N, F), None as NaN; UserError for what is no number."""
+    try:
+        found = np.array(rewards, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise UserError("rewards: numbers or None are needed, one row for each response") from None
+    return found[:, None] if found.ndim == 1 else found
+
+
+def check_groups(queries: Sequence[list[int]], group_size: int) -> None:
+    """UserError, naming the row, where the rows of a group answer different prompts."""
+    for row, query in enumerate(queries):
+        if query != queries[row // group_size * group_size]:
+            raise UserError(f"row {row}: its prompt is not that of its group; the "
+                            f"{group_size} responses to a prompt adjoin")  # fmt: skip
+
+
+def without_effect(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+    """A LoRA adapter's arrays with B at 0, which is the model without the adapter."""
+    return {k: mx.zeros_like(v) if k.endswith("lora_b") else v for k, v in arrays.items()}

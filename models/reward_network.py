@@ -1,0 +1,154 @@
+"""A language model that gives one number to a text: trunk, pooling, a linear head.
+
+The head reads hidden states after the final norm. With a `tuning` the reward model is an adapter
+and a head on a base that others share; the adapter goes in for scoring and out again.
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from errors import UserError
+from models.last_block import allow_short_last_block, picked_hidden
+from models.load import LoadedModel
+from models.reading import Reading
+from models.trunk import hidden_size, hidden_states
+from models.tuning import Tuning, check_arrays
+from padding import pad_rows
+
+POOLINGS = ("mean", "last")
+
+
+class RewardModel(nn.Module):
+    """tokens (B, L) and lengths (B,) -> scores (B,).
+
+    `pooling` is "mean" over all tokens of the text, or the "last" token. `gain` and `offset`
+    normalise: score = gain * raw + offset (lm-human-preference-details: mean 0 and standard
+    deviation 1 on samples of the base model). `reading` says how texts become the tokens.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        pooling: str = "mean",
+        tuning: Tuning | None = None,
+        gain: float = 1.0,
+        offset: float = 0.0,
+        reading: Reading | None = None,
+    ):
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise UserError(f"pooling {pooling!r} is none of {', '.join(POOLINGS)}")
+        self.model = model
+        width = hidden_size(model)
+        # normal(0, 1/sqrt(D+1)) as in lm-human-preference-details
+        self.head = {
+            "weight": mx.random.normal((1, width), scale=(width + 1) ** -0.5),
+            "bias": mx.zeros((1,)),
+        }
+        self.pooling, self.gain, self.offset = pooling, gain, offset
+        self._tuning, self.reading = tuning, reading or Reading()
+        allow_short_last_block(model)
+        self._prefix: tuple[int, ...] = ()  # of a soft prompt that is fused into the vocabulary
+        self._pad_id: int | None = None  # where given, the "last" token is the last that is not it
+        self.source: LoadedModel | None = None  # where it was loaded from, with its tokenizer
+        self.train(model.training)
+
+    @property
+    def tuning(self) -> Tuning | None:
+        return self._tuning
+
+    def __call__(self, tokens: mx.array, lengths: mx.array) -> mx.array:
+        """Raw scores (B,) float32 of right-padded tokens (B, L), before gain and offset."""
+        if self.pooling == "last":
+            last = mx.arange(len(tokens)) * tokens.shape[1] + lengths - 1
+            pooled = picked_hidden(self.model, tokens, last).astype(mx.float32)  # (B, D)
+        else:
+            hidden = hidden_states(self.model, tokens)  # (B, L, D)
+            mask = mx.arange(tokens.shape[1])[None] < lengths[:, None]  # (B, L)
+            hidden = mx.where(mask[..., None], hidden.astype(mx.float32), 0)
+            pooled = hidden.sum(axis=1) / lengths[:, None]  # (B, D)
+        return (pooled @ self.head["weight"].T).squeeze(-1) + self.head["bias"]
+
+    def score(self, sequences: Sequence[Sequence[int]], batch_size: int = 64) -> list[float]:
+        """Normalised scores of whole texts (token ids, prompt and response), in their order."""
+        tuning, was_training = self._tuning, self.training
+        was_active = tuning is None or tuning.active
+        if not was_active:
+            tuning.activate()
+        self.eval()  # no dropout; after the adapter is in, whose layers have a mode of their own
+        try:
+            return self._score_sorted(sequences, batch_size)
+        finally:
+            self.train(was_training)
+            if not was_active:
+                tuning.deactivate()
+
+    def _score_sorted(self, sequences: Sequence[Sequence[int]], batch_size: int) -> list[float]:
+        sequences = [self._prepared(sequence) for sequence in sequences]
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        scores = np.zeros(len(sequences), dtype=np.float32)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            tokens, lengths = pad_rows([sequences[i] for i in rows])
+            scores[rows] = np.array(self(mx.array(tokens), mx.array(lengths)))
+        return (self.gain * scores + self.offset).tolist()
+
+    def _prepared(self, sequence: Sequence[int]) -> list[int]:
+        """What is run for a text: its tokens, behind the virtual tokens of a soft prompt."""
+        ids = list(sequence)
+        if self._pad_id is not None:
+            while len(ids) > 1 and ids[-1] == self._pad_id:
+                ids.pop()
+        prefix = list(self._tuning.prefix if self._tuning is not None else self._prefix)
+        # The tokenizer of a fused soft prompt may have put them there already.
+        return ids if prefix and ids[: len(prefix)] == prefix else prefix + ids
+
+    def settle(self, prefix: Sequence[int] | None) -> None:
+        """Its adapter was fused into the model; `prefix` holds the ids of a fused soft prompt."""
+        self._tuning = None
+        if prefix is not None:
+            self._prefix = tuple(prefix)
+
+    def head_arrays(self) -> dict[str, mx.array]:
+        return dict(self.head)
+
+    def description(self) -> dict:
+        described = {"pooling": self.pooling, "gain": self.gain, "offset": self.offset}
+        prefix = self._tuning.prefix if self._tuning is not None else self._prefix
+        if prefix:
+            described["prefix"] = list(prefix)
+        if self._pad_id is not None:
+            described["pad_id"] = self._pad_id
+        return described | self.reading.description()
+
+    def load_head(self, arrays: dict[str, mx.array], description: dict, source: str) -> None:
+        """Take over a saved head and its description."""
+        check_arrays(arrays, self.head_arrays(), source)
+        if description.get("pooling", "mean") not in POOLINGS:
+            raise UserError(f"{source}: pooling is none of {', '.join(POOLINGS)}")
+        self.head = {name: array.astype(mx.float32) for name, array in arrays.items()}
+        self.pooling = description.get("pooling", "mean")
+        self.gain = float(description.get("gain", 1.0))
+        self.offset = float(description.get("offset", 0.0))
+        self._prefix = tuple(int(i) for i in description.get("prefix", ()))
+        self._pad_id = description.get("pad_id")
+        self.reading = Reading.described(description)
+
+
+def normalise(model: RewardModel, texts: Sequence[Sequence[int]]) -> None:
+    """Set gain and offset so that the scores of `texts` have mean 0 and standard deviation 1.
+
+    lm-human-preference-details does so on samples of the base model. Raises UserError where all
+    scores are equal.
+    """
+    model.gain, model.offset = 1.0, 0.0
+    scores = np.array(model.score(texts), dtype=np.float64)
+    if not scores.std() > 1e-6 * np.abs(scores).max():  # what is less is rounding
+        raise UserError("--normalize-samples: all samples have the same score, so there is no "
+                        "deviation to divide by")  # fmt: skip
+    model.gain = float(1 / scores.std())
+    model.offset = float(-scores.mean() / scores.std())
