@@ -20,6 +20,8 @@ from rewards.reward_set import Reward, RewardSet
 from rewards.service import HTTPReward
 from rewards.user_function import load_function
 
+LONGEST_TIMEOUT = 1e6  # seconds; what the system's timers take ends at about 1e9
+
 RULES = (
     Needs(
         "increasing decreasing multiple_of min_length",
@@ -95,8 +97,8 @@ def check_rewards(args: argparse.Namespace) -> None:
         raise UserError("--true-score is logged anyway with --ground-truth-reward; leave it out")
     at_least(args, 0, "reward_retries")
     at_least(args, 1, "multiple_of", "min_length")
-    if args.reward_timeout <= 0:
-        raise UserError("--reward-timeout: give seconds above 0")
+    if not 0 < args.reward_timeout <= LONGEST_TIMEOUT:
+        raise UserError(f"--reward-timeout: give seconds above 0, up to {LONGEST_TIMEOUT:g}")
 
 
 def make_rewards(

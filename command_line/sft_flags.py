@@ -176,8 +176,8 @@ def check_loop(args) -> None:
     if args.val_batches == 0 or args.val_batches < -1:
         raise UserError("--val-batches: give a number of batches, or -1 for all rows; "
                         "--steps-per-eval 0 means no validation")  # fmt: skip
-    if args.epochs is not None and args.epochs <= 0:
-        raise UserError("--epochs: give a number above 0")
+    if args.epochs is not None and not 0 < args.epochs <= 1e6:
+        raise UserError("--epochs: give a number above 0, up to 1e6")
     check_validations(args)
     check_save_file(args.save_file)
 

@@ -51,8 +51,8 @@ def add_run_arguments(parser: Parser, *, save_every: int = 100) -> None:
     def check(args: argparse.Namespace) -> None:
         at_least(args, 0, "save_every", "seed")
         at_least(args, 1, "keep_checkpoints", "max_bad_steps")
-        if args.memory_limit is not None and args.memory_limit <= 0:
-            raise UserError("--memory-limit: give a number of GB above 0")
+        if args.memory_limit is not None and not 0 < args.memory_limit <= 1e6:
+            raise UserError("--memory-limit: give a number of GB above 0, up to 1e6")
         if args.output_dir == "":
             raise UserError("--output-dir: the name is empty; give a folder, or leave the flag out")
         if args.overwrite and args.resume:
