@@ -13,6 +13,7 @@ for mlx-lm or PEFT, a GGUF file, a reward model as transformers' sequence classi
 import fast_blas
 
 import sys
+import tempfile
 from pathlib import Path
 
 from command_line.parser import Parser, run_main
@@ -58,7 +59,12 @@ def parse_arguments(words=None):
     add("--private", type=bool, default=False, help="make the repository private")
     add("--revision", help="branch to upload to, made if it is not there (default: main)")
     add("--commit-message", help="of the upload")
-    add("--dry-run", type=bool, default=False, help="show what would be uploaded; contact no hub")
+    add(
+        "--dry-run",
+        type=bool,
+        default=False,
+        help="show what would be uploaded; write nothing, contact no hub",
+    )
     add("--run", help="run folder for the model card (default: the one that saved the adapter)")
     add("--license", help="for the model card, such as apache-2.0 (default: the base's)")
     parser.checks += [check_arguments, needs(NEEDS)]
@@ -145,9 +151,16 @@ def main(words=None) -> None:
     from publishing.checks import Check
     from publishing.export import export
 
-    written = export(parts, path, args.format, Check(sequences, expected), card_choices(args),
-                     force=args.force, dequantize=args.dequantize)  # fmt: skip
-    print("\n".join([*written.messages, f"wrote {args.save_path}"]))
+    with tempfile.TemporaryDirectory(prefix="fuse-") as scratch:
+        place = Path(scratch, f"model{single or ''}") if args.dry_run else path
+        written = export(parts, place, args.format, Check(sequences, expected), card_choices(args),
+                         force=args.force, dequantize=args.dequantize)  # fmt: skip
+        done = "would write" if args.dry_run else "wrote"
+        print("\n".join([*written.messages, f"{done} {args.save_path}"]))
+        if args.dry_run:
+            upload(place, args)
+    if args.dry_run:
+        return
     if args.upload_repo:
         upload(args.save_path, args)
     elif written.next_commands:
@@ -162,10 +175,13 @@ def upload_alone(args) -> None:
     kinds = ("config.json", "adapter_config.json")
     if not any((folder / name).is_file() for name in kinds):
         raise UserError(f"{args.model}: no model or adapter folder to upload")
-    from publishing.card_facts import card_of_folder
+    from publishing.card import planned_files, write_card
+    from publishing.card_facts import facts_of_folder
 
-    card_of_folder(folder, card_choices(args))
-    upload(folder, args)
+    facts = facts_of_folder(folder, card_choices(args))
+    if facts is not None and not args.dry_run:
+        write_card(folder, facts)
+    upload(folder, args, planned_files(facts) if facts is not None else {})
 
 
 def card_choices(args):
@@ -180,12 +196,13 @@ def card_choices(args):
     return CardChoices(name, run, args.license)
 
 
-def upload(folder, args) -> None:
+def upload(folder, args, planned=None) -> None:
+    """Send a folder, or with --dry-run list it, with the files that are `planned` for it."""
     from publishing.hub import Upload, describe_upload, upload_folder
 
     wanted = Upload(args.upload_repo, args.private, args.revision, args.commit_message)
     if args.dry_run:
-        print(describe_upload(folder, wanted))
+        print(describe_upload(folder, wanted, planned or {}))
         return
     print(f"uploaded to {upload_folder(folder, wanted)}")
 

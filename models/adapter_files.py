@@ -7,7 +7,7 @@ because mlx-lm's loaders take no array they do not know.
 """
 
 import json
-import os
+import warnings
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from errors import UserError
 from models.adapter_description import (
+    CONFIG_FILE,
     CONFIG_KEY,
     describe_peft_adapter,
     guess_description,
@@ -25,11 +26,13 @@ from models.adapter_description import (
     remove_old_heads,
 )
 from models.base_fingerprint import check_base, described_base
-from models.file_checks import check_inside, check_npz, safetensors_header
+from models.file_checks import check_npz, safetensors_header
 from models.load import LoadedModel
 from models.lora import LoraConfig, add_lora
 from models.soft_prompt import SoftPrompt
 from models.tuning import FullTuning, Tuning
+from models.written_arrays import save_arrays
+from safe_files import check_inside, refuse_links, replacing, synced_sum, write_checked
 
 SOFT_PROMPT_FILE = "soft_prompt.safetensors"
 
@@ -50,15 +53,17 @@ def save_adapter(
     config, arrays = describe(tuning, base), tuning.arrays()
     if is_single_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_arrays(path, arrays, {CONFIG_KEY: config})
         written = [path]
     else:
         path.mkdir(parents=True, exist_ok=True)
         name = SOFT_PROMPT_FILE if tuning.kind == "prompt" else "adapters.safetensors"
-        written = [path / name, path / "adapter_config.json"]
-        write_arrays(written[0], arrays, {CONFIG_KEY: config})
-        write_text(written[1], json.dumps(config, indent=2) + "\n")
-    remove_old_heads(path, head)
+        written = [path / name, path / CONFIG_FILE]
+    refuse_links(written[-1])
+    with replacing(written[0]) as aside:
+        fill(aside, arrays, {CONFIG_KEY: config})
+        remove_old_heads(path, head)  # a stop from here on leaves no head of another adapter
+    for file in written[1:]:
+        write_text(file, json.dumps(config, indent=2) + "\n")
     return written
 
 
@@ -80,7 +85,11 @@ def read_adapter(path: str | Path) -> tuple[dict[str, mx.array], dict]:
             file = path / "adapters.safetensors"  # of a soft prompt: in a checkpoint
         check_inside(config_file, path)
         check_inside(file, path)
-        return read_arrays(file)[0], config
+        arrays, described = read_arrays(file)
+        if described.get(CONFIG_KEY, config) != config:
+            said = f"{config_file}: is not what {file.name} says of itself; the former counts"
+            warnings.warn(said, stacklevel=2)
+        return arrays, config
     if not is_single_file(path) and path.exists():
         raise UserError(f"{path}: an adapter is a .npz or .safetensors file, or a folder")
     arrays, described = read_arrays(path)
@@ -163,21 +172,25 @@ def read_head(adapter_path: str | Path, name: str) -> tuple[dict[str, mx.array],
 
 
 def write_arrays(path: Path, arrays: dict[str, mx.array], described: dict) -> None:
-    """Write `arrays` and JSON-able descriptions to .safetensors or .npz, aside and then renamed."""
-    aside = path.with_name(f".{path.stem}.writing{path.suffix}")
-    arrays = dict(sorted(arrays.items()))  # the order is part of the bytes
-    if path.suffix == ".npz":
+    """Write `arrays` and JSON-able descriptions to .safetensors or .npz: whole or not at all.
+
+    Raises UserError where `path` is a link, and the OSError or RuntimeError of a disk that refuses.
+    """
+    with replacing(path) as aside:
+        fill(aside, arrays, described)
+
+
+def fill(file: Path, arrays: dict[str, mx.array], described: dict) -> None:
+    """Arrays and descriptions into a new file, on the disk and read back."""
+    texts = {name: json.dumps(value) for name, value in described.items()}
+    if file.suffix == ".npz":
         arrays = {k: a.astype(mx.float32) if a.dtype == mx.bfloat16 else a
                   for k, a in arrays.items()}  # fmt: skip
-        texts = {k: mx.array(list(json.dumps(v).encode()), dtype=mx.uint8)
-                 for k, v in described.items()}  # fmt: skip
-        mx.savez(str(aside), **arrays, **texts)
+        arrays |= {k: mx.array(list(v.encode()), dtype=mx.uint8) for k, v in texts.items()}
+        save_arrays(file, arrays, {})
     else:
-        metadata = {"format": "mlx", **{k: json.dumps(v) for k, v in described.items()}}
-        mx.save_safetensors(str(aside), arrays, metadata=metadata)
-    with open(aside, "rb") as file:
-        os.fsync(file.fileno())  # on the disk before it takes the name of what was there
-    os.replace(aside, path)
+        save_arrays(file, arrays, {"format": "mlx", **texts})
+    synced_sum(file)
 
 
 def read_arrays(path: Path) -> tuple[dict[str, mx.array], dict]:
@@ -203,7 +216,6 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file aside, then rename it."""
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    """Write a small text file, whole or not at all; raises what `write_arrays` does."""
+    with replacing(path) as aside:
+        write_checked(aside, text)

@@ -16,10 +16,12 @@ from errors import UserError
 from models.adapter_description import CONFIG_FILE as CONFIG
 from models.adapter_description import PEFT_FILES, path_in_block, read_json
 from models.adapter_files import read_arrays, write_json
-from models.file_checks import check_inside, safetensors_header
+from models.file_checks import safetensors_header
 from models.lora import Adapter, LoraConfig, add_lora
 from models.soft_prompt import SoftPrompt
 from models.tuning import Tuning
+from models.written_arrays import save_arrays
+from safe_files import check_inside
 
 WEIGHTS, PICKLED = PEFT_FILES
 ROOT = "base_model.model."
@@ -164,7 +166,7 @@ def save_peft_adapter(folder: Path, tuning: Tuning, base: str, base_folder: Path
         config = _lora_config(tuning)
         arrays = {_peft_name(name): _theirs(name, a) for name, a in tuning.arrays().items()}
     config["base_model_name_or_path"] = base
-    mx.save_safetensors(str(folder / WEIGHTS), arrays, metadata={"format": "pt"})
+    save_arrays(folder / WEIGHTS, arrays, {"format": "pt"})
     write_json(folder / CONFIG, config)
 
 
