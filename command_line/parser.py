@@ -313,7 +313,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     except OSError as wrong:
         if wrong.filename is None and wrong.errno not in SYSTEM_ERRORS:
             raise
-        code = complain(": ".join(filter(None, (named(wrong.filename), wrong.strerror))))
+        more = "; a higher limit helps (ulimit -n)" if wrong.errno == errno.EMFILE else ""
+        where = f"{named(wrong.filename)}: " if wrong.filename is not None else ""
+        code = complain(f"{where}{wrong.strerror}{more}")
     except (RuntimeError, MemoryError) as wrong:
         if not (isinstance(wrong, MemoryError) or OUT_OF_MEMORY.search(str(wrong))):
             raise
