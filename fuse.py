@@ -42,6 +42,8 @@ def parse_arguments(words=None):
     add("--adapter-file", nargs="+", default=[], help=".npz, .safetensors, or adapter folder(s)")
     add("--adapter-weights", nargs="+", type=float, help="a factor for each adapter (default: 1)")
     add("--trust-remote-code", type=bool, default=False, help="run code that the model brings")
+    text = "round the base to so many bits first, as --quantize did in training"
+    add("--quantize", type=int, choices=(4, 8), help=text)
     add_any_base(parser, "adapter_file")
     add = parser.add_argument_group("what comes out").add_argument
     add("--save-path", help="folder to write; for gguf a file, for adapter also .npz, .safetensors")
@@ -84,15 +86,21 @@ def check_arguments(args):
         check_upload_alone(args)
     elif args.format in UNFUSED:
         check_adapter_alone(args, count)
-    elif not count and args.format == "model" and not (args.dequantize or args.dtype != "stored"):
-        raise UserError("nothing to do: give --adapter-file, --dequantize, --dtype or a --format")
+    elif not count and args.format == "model" and not changes_weights(args):
+        raise UserError("nothing to do: give --adapter-file, --quantize, --dequantize, --dtype or "
+                        "a --format")  # fmt: skip
+
+
+def changes_weights(args):
+    """Whether a flag asks for other weights than the base has, adapters apart."""
+    return args.dequantize or args.quantize or args.dtype != "stored"
 
 
 def check_upload_alone(args):
     """Without --save-path a folder is uploaded as it is."""
     if not args.upload_repo:
         raise UserError("--save-path: give the folder to write")
-    if args.adapter_file or args.format != "model" or args.dequantize or args.dtype != "stored":
+    if args.adapter_file or args.format != "model" or changes_weights(args):
         raise UserError("--save-path: give the folder to write before it is uploaded")
     if args.model is None:
         raise UserError("--upload-repo: give --model FOLDER to upload, or --adapter-file and "
@@ -103,7 +111,7 @@ def check_adapter_alone(args, count):
     """An adapter is written as it is: there is nothing to fuse, weigh or dequantise."""
     if count != 1:
         raise UserError(f"--format {args.format} writes one adapter: give one --adapter-file")
-    for name in ("adapter_weights", "dequantize", "dtype"):
+    for name in ("adapter_weights", "quantize", "dequantize", "dtype"):
         refuse_idle(args, name, f"with --format {args.format}", valued=False)
 
 
@@ -136,6 +144,7 @@ def main(words=None) -> None:
         args.adapter_file,
         args.adapter_weights,
         dtype=args.dtype,
+        quantize=args.quantize,
         trust_remote_code=args.trust_remote_code,
         any_base=args.any_base,
     )

@@ -55,16 +55,24 @@ class Ratings:
             raise UserError(f"{self.path}: holds no {self.kind} records; name another file with "
                             "--ratings-file")  # fmt: skip
 
-    def add_label(self, prompt: str | list[dict], completion: str, good: bool) -> int:
+    def add_label(
+        self, prompt: str | list[dict], completion: str, good: bool, extras: dict | None = None
+    ) -> int:
         """Mark one reply; a prompt in messages makes the completion a message, too.
 
-        Returns the rating's number, for `take_back`.
+        `extras` are further fields of the row, such as tools. Returns the
+        rating's number, for `take_back`.
         """
         row = {"prompt": prompt, "completion": _answer(prompt, completion), "label": good}
-        return self._append(row, "good" if good else "bad")
+        return self._append(row | (extras or {}), "good" if good else "bad")
 
     def add_preference(
-        self, prompt: str | list[dict], chosen: str, rejected: str, winner: str
+        self,
+        prompt: str | list[dict],
+        chosen: str,
+        rejected: str,
+        winner: str,
+        extras: dict | None = None,
     ) -> int:
         """Mark which of two replies is better; `winner` names its model, for the count.
 
@@ -72,7 +80,7 @@ class Ratings:
         """
         row = {"prompt": prompt, "chosen": _answer(prompt, chosen),
                "rejected": _answer(prompt, rejected)}  # fmt: skip
-        return self._append(row, winner)
+        return self._append(row | (extras or {}), winner)
 
     def _append(self, row: dict, what: str) -> int:
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")

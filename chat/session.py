@@ -124,7 +124,9 @@ class Session:
         if len(self.speakers) == 2:
             return self._two_replies(messages, stop)
         writer = self.screen.reply_writer()
-        reply = self.speakers[0].reply(messages, self.settings, show=writer, should_stop=stop)
+        reply = self.speakers[0].reply(
+            messages, self.settings, extras=self.conversation.extras, show=writer, should_stop=stop
+        )
         writer.end()
         self.screen.note(describe(reply, self._scores(self.speakers[0], reply)))
         self._warn_if_long(self.speakers[0], reply)
@@ -139,7 +141,10 @@ class Session:
             def show(_, name=name, count=count):
                 self.screen.progress(f"{name}: {next(count)} tokens")
 
-            reply = speaker.reply(messages, self.settings, show=show, should_stop=stop)
+            reply = speaker.reply(
+                messages, self.settings, extras=self.conversation.extras, show=show,
+                should_stop=stop,
+            )  # fmt: skip
             self.screen.progress("")
             replies.append(reply)
             notes.append(describe(reply, self._scores(speaker, reply)))
@@ -177,13 +182,14 @@ class Session:
             return None
         messages = shown.messages
         prompt = messages if self.has_turns else messages[-1]["content"]
+        extras = self.conversation.extras if self.has_turns else {}
         more = {"u": "undo"} if undo else {}
         if len(texts) == 1:
             question = f"good (g), bad (b) or skip (s)?{hint}"
             answer = self._key(question, ONE_KEYS | more, stoppable)
             if answer in ("skip", "undo"):
                 return None if answer == "skip" else answer
-            return 0, self.ratings.add_label(prompt, texts[0], answer == "good")
+            return 0, self.ratings.add_label(prompt, texts[0], answer == "good", extras)
         question = f"better: left (l), right (r), or skip (s)?{hint}"
         answer = self._key(question, TWO_KEYS | more, stoppable)
         if answer == "undo":
@@ -195,7 +201,9 @@ class Session:
             return None
         best = shown.sides[0 if answer == "left" else 1]
         winner = self.speakers[best].name
-        return best, self.ratings.add_preference(prompt, texts[best], texts[1 - best], winner)
+        return best, self.ratings.add_preference(
+            prompt, texts[best], texts[1 - best], winner, extras
+        )
 
     def can_rate(self, shown: "Shown") -> bool:
         """Whether there is anything to ask about these replies."""
