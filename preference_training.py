@@ -13,7 +13,6 @@ With answers that were rated in the chat:
 
 import fast_blas
 
-import functools
 import sys
 
 from command_line.adapter_file import refuse_other_adapter
@@ -21,9 +20,9 @@ from command_line.parser import run_main
 from command_line.preference_flags import (
     WITH_REFERENCE,
     load_rows,
-    loss_options,
     make_plan,
     parse_arguments,
+    task_options,
 )
 from command_line.sft_flags import training_length, validation
 from command_line.shared_flags import adapter_description, optimizer_options
@@ -71,9 +70,8 @@ def make_task(args, loaded):
     """The model with what is trained on it and its reference, as a task of mlx_sft_trainer."""
     import mlx.core as mx
 
-    from mlx_preference_tasks import PairTask, UnpairedTask
+    from mlx_preference_tasks import make_task
     from models.adapter_files import attach, load_adapter
-    from rl.preference_losses import cpo_loss, dpo_loss, orpo_loss
 
     if args.resume_adapter_file is not None:
         tuning = load_adapter(loaded, args.resume_adapter_file, any_base=args.any_base)
@@ -82,33 +80,14 @@ def make_task(args, loaded):
         refuse_other_adapter(args, args.resume_adapter_file, there, blocks=blocks)
     else:
         tuning = attach(loaded.model, adapter_description(args))
-    on_gpu = mx.default_device().type == mx.DeviceType.gpu
-    common = {
-        "reference": make_reference(args, loaded, tuning),
-        "pad_to_multiple": 16 if on_gpu else 1,
-    }
-    losses = {name: loss_options(args, name) for name in args.loss_type}
-    own = losses[args.loss_type[0]]
-    if args.algorithm == "kto":
-        return UnpairedTask(
-            loaded.model, tuning, loss_type=args.loss_type[0], loss_options=own, **common
-        )
-    if args.algorithm == "orpo":
-        loss = functools.partial(orpo_loss, **own)
-        return PairTask(loaded.model, tuning, loss, nll_of_prompt=True, **common)
-    if args.algorithm != "dpo":
-        loss = functools.partial(
-            cpo_loss, loss_type=args.loss_type[0], cpo_alpha=args.cpo_alpha, **own
-        )
-        return PairTask(loaded.model, tuning, loss, **common)
-    loss = functools.partial(
-        dpo_loss, loss_type=args.loss_type, loss_weights=args.loss_weights, options=losses,
-        beta=args.beta,
-    )  # fmt: skip
-    return PairTask(
-        loaded.model, tuning, loss, ld_alpha=args.ld_alpha, use_weighting=args.use_weighting,
-        **common,
-    )  # fmt: skip
+    return make_task(
+        args.algorithm,
+        loaded.model,
+        tuning,
+        reference=make_reference(args, loaded, tuning),
+        pad_to_multiple=16 if mx.default_device().type == mx.DeviceType.gpu else 1,
+        **task_options(args),
+    )
 
 
 def make_reference(args, loaded, tuning):
