@@ -20,6 +20,7 @@ import sys
 
 from command_line.adapter_file import refuse_other_adapter
 from command_line.group_flags import config_of, default_learning_rate, parse_arguments
+from command_line.model_limits import check_rows, fit_lengths
 from command_line.parser import run_main
 from command_line.ppo_flags import ends, load_prompts, stop_at, validation_prompts
 from command_line.reward_flags import make_rewards
@@ -46,8 +47,12 @@ def main(words=None) -> int:
         quantize=args.quantize,
         trust_remote_code=args.trust_remote_code,
     )
+    fit_lengths(args, loaded.limits, response=args.max_new_tokens)
     prompts = load_prompts(args, loaded.tokenizer)
     policy, reference = make_policy(args, loaded)
+    for split in prompts.values():
+        check_rows(split.rows, loaded.limits, prefix=len(policy.tuning.prefix),
+                   response=args.max_new_tokens)  # fmt: skip
     learned = make_learned_reward(args, loaded, policy) if args.reward_model else None
     rewards = make_rewards(args, learned, unscored=True)
     rewards.check_columns([*columns_of(prompts["train"].rows), "group_ids"])

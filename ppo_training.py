@@ -18,6 +18,7 @@ import sys
 
 from command_line.adapter_file import refuse_other_adapter
 from command_line.dataclass_flags import dataclass_from_arguments
+from command_line.model_limits import check_rows, fit_lengths
 from command_line.parser import run_main
 from command_line.ppo_flags import ends, load_prompts, parse_arguments, stop_at, validation_prompts
 from command_line.reward_flags import make_rewards
@@ -96,8 +97,12 @@ def main(words=None) -> int:
         quantize=args.quantize,
         trust_remote_code=args.trust_remote_code,
     )
+    fit_lengths(args, loaded.limits, response=args.max_new_tokens)
     prompts = load_prompts(args, loaded.tokenizer)
     policy, reference = make_policy(args, loaded)
+    for split in prompts.values():
+        check_rows(split.rows, loaded.limits, prefix=len(policy.tuning.prefix),
+                   response=args.max_new_tokens)  # fmt: skip
     learned = make_learned_reward(args, loaded, policy) if args.reward_model else None
     rewards = make_rewards(args, learned, unscored=True)
     train(args, loaded, policy, reference, rewards, prompts)

@@ -18,6 +18,7 @@ import sys
 from contextlib import suppress
 
 from command_line.adapter_file import refuse_other_adapter, refuse_other_pooling
+from command_line.model_limits import check_rows, fit_lengths
 from command_line.parser import run_main
 from command_line.sft_flags import load_rows, parse_arguments, training_length, validation
 from command_line.shared_flags import adapter_description, optimizer_options
@@ -44,7 +45,11 @@ def main(words=None) -> int:
         quantize=args.quantize,
         trust_remote_code=args.trust_remote_code,
     )
+    fit_lengths(args, loaded.limits)
     rows = load_rows(args, loaded.tokenizer)
+    for split in ("train", "valid", "test"):
+        check_rows(rows[split].rows if split in rows else (), loaded.limits)
+    loaded.limits.check(rows.get("samples", ()), where="--sample-prompts", room=1)
     if args.preview:
         return 0
     task = make_task(args, loaded)
@@ -210,7 +215,8 @@ def normalise_scores(args, loaded, task, rows) -> None:
     starts = list(itertools.islice(itertools.cycle(starts), args.normalize_samples))
     starts = [tokens[: max(1, len(tokens) // 4)] for tokens in starts]
     with task.tuning.disabled():
-        longest = max(map(len, starts)) * 3
+        longest = max(map(len, starts))
+        longest = loaded.limits.room(longest, longest * 3)
         made = generate(
             loaded.model, starts, max_tokens=longest, eos_ids=loaded.eos_ids, key=mx.random.key(0)
         )

@@ -1,8 +1,9 @@
 """A model that replies: streaming by mlx-lm or by beam search, its KV cache kept between turns."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from chat.prompting import Prompting
 from chat.settings import Settings
 from models.beam_search import beam_search
 from models.caches import make_cache
+from models.limits import find_limits
 from models.load import LoadedModel
 from models.trunk import vocabulary_size
 from models.tuning import Tuning
@@ -80,6 +82,7 @@ class Speaker:
         prompt, prompt_text = self.prompting.tokens(messages)
         said = self.prompting.said(messages)
         prefix = self.tuning.prefix if self.tuning is not None else ()
+        settings = self._fitting([*prefix, *prompt], settings)
         write = self._beams if settings.num_beams > 1 else self._stream
         started = time.perf_counter()
         first = started
@@ -98,6 +101,17 @@ class Speaker:
             first = started
             show(text)
         return Reply(prompt, said, prompt_text, tokens, text, ended, now - first, first - started)
+
+    def _fitting(self, prompt: list[int], settings: Settings) -> Settings:
+        """`settings` whose default --max-tokens fits behind `prompt`; UserError where none does."""
+        limits, wanted = find_limits(self.loaded.model), settings.max_tokens
+        room = limits.room(len(prompt), wanted)
+        if room < wanted == Settings.max_tokens:
+            said = f"--max-tokens is {room}: the model has {limits.positions} positions"
+            warnings.warn(said, stacklevel=2)
+            settings = replace(settings, max_tokens=room)
+        limits.check_one(prompt, "the conversation", settings.max_tokens)
+        return settings
 
     # ----------------------------------------------------------------- ways to write
 

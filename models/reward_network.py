@@ -12,6 +12,7 @@ import numpy as np
 
 from errors import UserError
 from models.last_block import allow_short_last_block, picked_hidden
+from models.limits import find_limits
 from models.load import LoadedModel
 from models.reading import Reading
 from models.trunk import hidden_size, hidden_states
@@ -89,6 +90,7 @@ class RewardModel(nn.Module):
 
     def _score_sorted(self, sequences: Sequence[Sequence[int]], batch_size: int) -> list[float]:
         sequences = [self._prepared(sequence) for sequence in sequences]
+        find_limits(self.model).check(sequences, where="a text to score")
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         scores = np.zeros(len(sequences), dtype=np.float32)
         for start in range(0, len(order), batch_size):

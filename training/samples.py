@@ -23,10 +23,11 @@ def write_samples(
         return
     tokenizer, prefix = loaded.tokenizer, task.tuning.prefix
     task.trained.eval()
+    rows = [[*prefix, *prompt] for prompt in tokens]
     made = generate(
         loaded.model,
-        [[*prefix, *prompt] for prompt in tokens],
-        max_tokens=100,
+        rows,
+        max_tokens=[loaded.limits.room(len(row), 100) for row in rows],
         eos_ids=loaded.eos_ids,
         sampling=Sampling(temperature=0),
         key=mx.random.key(0),  # leaves the random state of training alone

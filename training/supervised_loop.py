@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from command_line.resumed_options import check_whole_updates
-from run_folder.checkpoint_folder import Metric
 from run_folder.console import Progress
+from run_folder.manifest import Metric
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop
 from training.checkpointed import Group, Resumable
