@@ -128,7 +128,7 @@ def precompute(args, loaded, task, rows, folder) -> None:
         every = rows[split].rows
         plan = make_plan(args, rows[split], shuffle=False)
         batches = ((numbers, make_batch([every[i] for i in numbers])) for numbers in plan.epoch(0))
-        file = folder / NAME / f"{key_of(every, model)}.safetensors"
+        file = folder / NAME / f"{key_of(every, model)}.npy"
         known = fill_in(every, batches, task.reference_logprobs, file)
         print(f"{split}: reference log-probabilities {'read from' if known else 'kept in'} {file}")
 

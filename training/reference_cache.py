@@ -5,6 +5,7 @@ is made from what they depend on, so that a resumed run finds them and a changed
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def fill_in(
     """
     known = file.is_file()
     if known:
-        flat = np.array(read_arrays(file)[0]["logprobs"])
+        flat = np.load(file, allow_pickle=False)
         start = 0
         for row in rows:
             parts = []
@@ -73,8 +74,12 @@ def fill_in(
                 at += 1
             _give(rows[number], parts)
     every = [part for row in rows for part in _given(row)]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_arrays(file, {"logprobs": mx.array(np.concatenate(every))}, {})
+    aside = file.with_name(f".{file.name}.writing")
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as handle:
+            np.save(handle, np.concatenate(every), allow_pickle=False)
+        os.replace(aside, file)
     return False
 
 
