@@ -5,14 +5,12 @@ is made from what they depend on, so that a resumed run finds them and a changed
 """
 
 import hashlib
-import os
+import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-
-from models.array_files import read_arrays, write_arrays
 
 NAME = "reference"  # of the folder in the run folder
 
@@ -74,12 +72,11 @@ def fill_in(
                 at += 1
             _give(rows[number], parts)
     every = [part for row in rows for part in _given(row)]
-    aside = file.with_name(f".{file.name}.writing")
+    content = io.BytesIO()
+    np.save(content, np.concatenate(every), allow_pickle=False)
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as handle:
-            np.save(handle, np.concatenate(every), allow_pickle=False)
-        os.replace(aside, file)
+    write_atomically(file, content.getvalue())
     return False
 
 
