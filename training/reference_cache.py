@@ -12,6 +12,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from safe_files import write_atomically, writing
+
 NAME = "reference"  # of the folder in the run folder
 
 
