@@ -48,7 +48,8 @@ def show_help(session: Session, _: str) -> None:
 
 
 def reset(session: Session, _: str) -> None:
-    session.start_over(Conversation(session.conversation.system))
+    said = session.conversation
+    session.start_over(Conversation(said.system, extras=said.extras))
     session.screen.note("the conversation is empty")
 
 

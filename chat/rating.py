@@ -41,18 +41,28 @@ class Ratings:
             raise UserError(f"{self.path}: holds no {self.kind} records; name another file with "
                             "--ratings-file")  # fmt: skip
 
-    def add_label(self, prompt: str | list[dict], completion: str, good: bool) -> None:
-        """Mark one reply; a prompt in messages makes the completion a message, too."""
+    def add_label(
+        self, prompt: str | list[dict], completion: str, good: bool, extras: dict | None = None
+    ) -> None:
+        """Mark one reply; a prompt in messages makes the completion a message, too.
+
+        `extras` are further fields of the row, such as tools.
+        """
         row = {"prompt": prompt, "completion": _answer(prompt, completion), "label": good}
-        self._append(row, "good" if good else "bad")
+        self._append(row | (extras or {}), "good" if good else "bad")
 
     def add_preference(
-        self, prompt: str | list[dict], chosen: str, rejected: str, winner: str
+        self,
+        prompt: str | list[dict],
+        chosen: str,
+        rejected: str,
+        winner: str,
+        extras: dict | None = None,
     ) -> None:
         """Mark which of two replies is better; `winner` names its model, for the count."""
         row = {"prompt": prompt, "chosen": _answer(prompt, chosen),
                "rejected": _answer(prompt, rejected)}  # fmt: skip
-        self._append(row, winner)
+        self._append(row | (extras or {}), winner)
 
     def _append(self, row: dict, what: str) -> None:
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()

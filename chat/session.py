@@ -93,7 +93,9 @@ class Session:
         if len(self.speakers) == 2:
             return self._two_replies(messages, stop)
         writer = self.screen.reply_writer()
-        reply = self.speakers[0].reply(messages, self.settings, show=writer, should_stop=stop)
+        reply = self.speakers[0].reply(
+            messages, self.settings, extras=self.conversation.extras, show=writer, should_stop=stop
+        )
         writer.end()
         self.screen.note(describe(reply, self._scores(self.speakers[0], reply)))
         self._warn_if_long(self.speakers[0], reply)
@@ -108,7 +110,10 @@ class Session:
             def show(_, name=name, count=count):
                 self.screen.progress(f"{name}: {next(count)} tokens")
 
-            reply = speaker.reply(messages, self.settings, show=show, should_stop=stop)
+            reply = speaker.reply(
+                messages, self.settings, extras=self.conversation.extras, show=show,
+                should_stop=stop,
+            )  # fmt: skip
             self.screen.progress("")
             replies.append(reply)
             notes.append(describe(reply, self._scores(speaker, reply)))
@@ -139,11 +144,12 @@ class Session:
             self.screen.note(problem)
             return None
         prompt = messages if self.has_turns else messages[-1]["content"]
+        extras = self.conversation.extras if self.has_turns else {}
         if len(replies) == 1:
             answer = self._key("good (g), bad (b) or skip (s)?", ONE_KEYS, stoppable)
             if answer == "skip":
                 return None
-            self.ratings.add_label(prompt, texts[0], answer == "good")
+            self.ratings.add_label(prompt, texts[0], answer == "good", extras)
             return 0
         answer = self._key("better: left (l), right (r), or skip (s)?", TWO_KEYS, stoppable)
         if self._blind:
@@ -153,7 +159,7 @@ class Session:
             return None
         best = self._sides[0 if answer == "left" else 1]
         winner = self.speakers[best].name
-        self.ratings.add_preference(prompt, texts[best], texts[1 - best], winner)
+        self.ratings.add_preference(prompt, texts[best], texts[1 - best], winner, extras)
         return best
 
     def _key(self, question: str, meanings: dict[str, str], stoppable: bool) -> str:

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -30,6 +30,7 @@ class Reply:
     ended: str  # "stop": by EOS, "length": by --max-tokens, "interrupted"
     seconds: float  # for all tokens after the first
     first_seconds: float  # to the first token
+    extras: dict = field(default_factory=dict)  # tools and documents that the template was given
 
     @property
     def tokens_per_second(self) -> float:
@@ -74,12 +75,16 @@ class Speaker:
         messages: list[dict],
         settings: Settings,
         *,
+        extras: dict | None = None,
         show: Callable[[str], None] = lambda text: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Reply:
-        """Answer `messages`; `show` gets the text piece by piece as it is written."""
+        """Answer `messages`; `show` gets the text piece by piece as it is written.
+
+        `extras` are tools and documents for the chat template.
+        """
         self.step_forward()
-        prompt, prompt_text = self.prompting.tokens(messages)
+        prompt, prompt_text = self.prompting.tokens(messages, extras)
         said = self.prompting.said(messages)
         prefix = self.tuning.prefix if self.tuning is not None else ()
         settings = self._fitting([*prefix, *prompt], settings)
@@ -100,7 +105,10 @@ class Speaker:
         if settings.num_beams > 1:  # nothing comes before the search is over
             first = started
             show(text)
-        return Reply(prompt, said, prompt_text, tokens, text, ended, now - first, first - started)
+        return Reply(
+            prompt, said, prompt_text, tokens, text, ended, now - first, first - started,
+            extras or {},
+        )  # fmt: skip
 
     def _fitting(self, prompt: list[int], settings: Settings) -> Settings:
         """`settings` whose default --max-tokens fits behind `prompt`; UserError where none does."""
