@@ -118,7 +118,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     from run_folder.run import Run
     from run_folder.run_config import checkpoint_asked_for
     from run_folder.stopping import GracefulStop, StepGivenUp
-    from training.checkpointed import adapter_group
+    from training.checkpointed import Group, adapter_group
     from training.group_loop import GroupLoop
     from training.optimizers import build_optimizer
     from training.rollout_loop import RolloutSchedule
@@ -147,8 +147,8 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         memory_limit=args.memory_limit,
     )
     groups = {"adapters": adapter_group(policy.tuning, describe(policy.tuning, loaded))}
-    if config.sync_ref_model:
-        groups["reference"] = reference_group(trainer)
+    if trainer.blend is not None:
+        groups["reference"] = Group(trainer.blend.arrays, trainer.blend.load_arrays)
     with (
         Run(
             "group", vars(args), output_dir=args.output_dir, resume=args.resume is not None,
@@ -178,13 +178,6 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
             with contextlib.suppress(StepGivenUp), stop.giving_up(), saving(args.save_file):
                 finish(args, loaded, policy, run, loop)
     stop.exit_if_requested("group_training.py", run.folder)
-
-
-def reference_group(trainer):
-    """The blended reference as a part of checkpoints."""
-    from training.checkpointed import Group
-
-    return Group(trainer.reference_arrays, trainer.load_reference)
 
 
 # ------------------------------------------------------------------------------ save
