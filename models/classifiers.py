@@ -14,7 +14,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from errors import UserError
-from models.adapter_files import read_json, write_json
+from models.adapter_description import read_json
+from models.array_files import write_json
 from models.file_checks import safetensors_header
 from models.load import (
     DTYPES,

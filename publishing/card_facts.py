@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
-from models.adapter_files import read_adapter, read_json
+from models.adapter_description import read_json
+from models.adapter_files import read_adapter
 from models.load import DEFAULT_MODEL, LoadedModel
 from models.parts import Parts
 from publishing.card import MARK, Facts
