@@ -170,7 +170,7 @@ def check_loop(args) -> None:
     """Refuse what contradicts itself in the options of `add_loop_arguments`."""
     if not (args.train or args.test or args.preview):
         raise UserError("nothing to do: give --train, --test or both")
-    if {"iters", "epochs"} <= args.explicit and args.epochs is not None:
+    if {"iters", "epochs"} <= args.changed:
         raise UserError("--iters and --epochs both say how long to train; give one of them")
     at_least(args, 1, "batch_size", "iters", "gradient_accumulation_steps", "steps_per_report",
              "early_stopping_patience")  # fmt: skip
@@ -178,8 +178,8 @@ def check_loop(args) -> None:
     if args.val_batches == 0 or args.val_batches < -1:
         raise UserError("--val-batches: give a number of batches, or -1 for all rows; "
                         "--steps-per-eval 0 means no validation")  # fmt: skip
-    if args.epochs is not None and args.epochs <= 0:
-        raise UserError("--epochs: give a number above 0")
+    if args.epochs is not None and not 0 < args.epochs <= 1e6:
+        raise UserError("--epochs: give a number above 0, up to 1e6")
     check_validations(args)
     check_save_file(args.save_file)
 
