@@ -67,6 +67,21 @@ def refuse_other_adapter(
                             "leave the flag out, or start anew")  # fmt: skip
 
 
+def make_tuning(args: argparse.Namespace, loaded: Any, file: str | None, ignore: Collection = ()):
+    """What is trained on a loaded model: that of `file`, or what the adapter flags ask for.
+
+    Raises UserError where flags ask for another adapter than `file` holds; `ignore`: that may.
+    """
+    from models.adapter_files import attach, load_adapter
+
+    if file is None:
+        return attach(loaded.model, adapter_description(args))
+    tuning = load_adapter(loaded, file, any_base=args.any_base)
+    blocks = len(loaded.model.layers)
+    refuse_other_adapter(args, file, tuning.description(blocks), blocks=blocks, ignore=ignore)
+    return tuning
+
+
 def differences(args: argparse.Namespace, asked: Mapping, there: Mapping, blocks: int | None):
     """(name of the flag, value asked for, value in the file) of all that is not the same."""
     tokens, own = there.get("num_prompt_tokens"), there.get("lora_parameters")

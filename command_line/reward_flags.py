@@ -1,7 +1,7 @@
 """Flags that say what is rewarded, and the rewards they ask for. Loads no MLX."""
 
 import argparse
-from typing import get_args
+from typing import Any, get_args
 
 from command_line.parser import Parser
 from command_line.rules import Needs, needs
@@ -15,7 +15,7 @@ from rewards.answers import (
     json_reward,
     length_reward,
 )
-from rewards.learned import digits_rewards
+from rewards.learned import digits_rewards, reward_beside
 from rewards.reward_set import Reward, RewardSet
 from rewards.service import HTTPReward
 from rewards.user_function import load_function
@@ -99,6 +99,28 @@ def check_rewards(args: argparse.Namespace) -> None:
     at_least(args, 1, "multiple_of", "min_length")
     if not 0 < args.reward_timeout <= LONGEST_TIMEOUT:
         raise UserError(f"--reward-timeout: give seconds above 0, up to {LONGEST_TIMEOUT:g}")
+
+
+def make_learned_reward(args: argparse.Namespace, loaded: Any, tuning: Any) -> Reward | None:
+    """--reward-model as a reward beside a policy, or None where none is asked for.
+
+    `tuning` is the policy's, which is off while the reward model scores on the same base.
+    """
+    if not args.reward_model:
+        return None
+    return reward_beside(
+        loaded,
+        tuning,
+        args.reward_model,
+        model=args.model,
+        batch_size=args.batch_size,
+        any_base=args.any_base,
+        quantize=args.quantize,
+        prompt_template=args.prompt_template,
+        token_format=args.token_format,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def make_rewards(

@@ -65,6 +65,17 @@ def add_run_arguments(parser: Parser, *, save_every: int = 100) -> None:
     parser.checks.append(check)
 
 
+def schedule_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the schedules of all loops have in common, but for how long they are."""
+    return {
+        "report_every": args.steps_per_report,
+        "save_every": args.save_every,
+        "keep_checkpoints": args.keep_checkpoints,
+        "max_bad_steps": args.max_bad_steps,
+        "memory_limit": args.memory_limit,
+    }
+
+
 # ------------------------------------------------------------------------------ model
 
 
@@ -85,6 +96,12 @@ def add_model_arguments(parser: Parser) -> None:
         default=False,
         help="run Python code that comes with the model's files",
     )
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `models.load.load_model` takes, the name or folder as ``model``."""
+    names = ("model", "dtype", "quantize", "trust_remote_code")
+    return {name: getattr(args, name) for name in names}
 
 
 # ------------------------------------------------------------------------------ adapter
