@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import mlx.nn as nn
 
 from errors import UserError
+from models.opt import OFFSET
 from models.soft_prompt import SoftPromptEmbedding, find_embedding
 from models.trunk import find_trunk
 
@@ -61,4 +62,6 @@ def find_limits(model: nn.Module) -> Limits:
     tables = [part[table] for part in (owner[name], owner) for table in POSITION_TABLES
               if table in part and "weight" in part[table]]  # fmt: skip
     positions = tables[0].weight.shape[0] if tables else None
+    if positions is not None and getattr(model, "model_type", None) == "opt":
+        positions -= OFFSET
     return Limits(embedding.weight.shape[0] + virtual, positions)
