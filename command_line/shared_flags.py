@@ -10,9 +10,10 @@ from typing import Any
 from command_line.parser import Parser
 from command_line.rules import flag_of
 from errors import UserError
+from run_folder.loggers import LOGGERS
 
 OPTIMIZERS = ("adam", "adamw", "adafactor", "lion", "sgd", "muon")
-SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts")
+SCHEDULES = ("constant", "linear", "polynomial", "cosine", "cosine_with_restarts")
 
 # ------------------------------------------------------------------------------ run
 
@@ -39,7 +40,7 @@ def add_run_arguments(parser: Parser, *, save_every: int = 100) -> None:
     )
     add("--resume", help="run folder, or one of its checkpoints, to go on with")
     add("--force-resume", type=bool, default=False, help="resume even though options changed")
-    add("--log-with", choices=("none", "wandb"), default="none", help="where else metrics go")
+    add("--log-with", choices=("none", *LOGGERS), default="none", help="where else metrics go")
     add("--memory-limit", type=float, help="stop with advice above so many GB in use")
     add(
         "--max-bad-steps",
@@ -213,6 +214,7 @@ def add_optimizer_arguments(
     add("--learning-rate", type=float, default=learning_rate, help="peak learning rate" + note)
     add("--lr-schedule", choices=SCHEDULES, default=lr_schedule, help="course after the warm-up")
     add("--num-cycles", type=int, default=1, help="cycles of cosine_with_restarts")
+    add("--lr-power", type=float, default=2.0, help="of polynomial: (1 - progress) to this power")
     add("--warmup-steps", type=int, default=warmup_steps, help="updates that climb to the peak")
     add("--lr-end-factor", type=float, default=lr_end_factor, help="share of the peak at the end")
     add("--weight-decay", type=float, help="(default: 0.01 for adamw and muon, else 0)")
@@ -226,6 +228,10 @@ def add_optimizer_arguments(
         for name, readers in READERS.items():
             if name in args.explicit and args.optimizer not in readers:
                 raise UserError(f"{flag_of(name)} has no effect with --optimizer {args.optimizer}")
+        if "lr_power" in args.changed and args.lr_schedule != "polynomial":
+            raise UserError("--lr-power needs --lr-schedule polynomial")
+        if args.lr_power <= 0:
+            raise UserError("--lr-power: give a number above 0")
         if "num_cycles" in args.explicit and args.lr_schedule != "cosine_with_restarts":
             raise UserError("--num-cycles needs --lr-schedule cosine_with_restarts")
         if "lr_end_factor" in args.explicit and args.lr_schedule == "constant":
@@ -250,6 +256,7 @@ def optimizer_options(args: argparse.Namespace) -> dict[str, Any]:
         "learning_rate": args.learning_rate,
         "schedule": args.lr_schedule,
         "cycles": args.num_cycles,
+        "power": args.lr_power,
         "warmup": args.warmup_steps,
         "end_factor": args.lr_end_factor,
         "weight_decay": args.weight_decay,
