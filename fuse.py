@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 from command_line.parser import Parser, run_main
+from command_line.rules import Needs, needs, refuse_idle
 from command_line.shared_flags import add_any_base
 from errors import UserError
 
@@ -24,7 +25,10 @@ FORMATS = ("model", "adapter", "peft", "classifier", "gguf")
 UNFUSED = ("adapter", "peft")
 SINGLE_FILES = {"adapter": (".npz", ".safetensors"), "gguf": (".gguf",)}
 SINGLE_FILES.update(model=(), peft=(), classifier=())
-UPLOAD_ONLY = ("private", "revision", "commit_message", "dry_run")
+NEEDS = (
+    Needs("private revision commit_message dry_run", "upload_repo", valued=False),
+    Needs("force", "save_path"),
+)
 
 
 # ------------------------------------------------------------------------------ arguments
@@ -65,7 +69,7 @@ def parse_arguments(words=None):
     )
     add("--run", help="run folder for the model card (default: the one that saved the adapter)")
     add("--license", help="for the model card, such as apache-2.0 (default: the base's)")
-    parser.checks.append(check_arguments)
+    parser.checks += [check_arguments, needs(NEEDS)]
     return parser.parse_args(words)
 
 
@@ -76,9 +80,6 @@ def check_arguments(args):
         args.adapter_weights = [1.0] * count
     if len(args.adapter_weights) != count:
         raise UserError(f"--adapter-weights: give {count} numbers, one for each --adapter-file")
-    for name in UPLOAD_ONLY:
-        if name in args.explicit and getattr(args, name) and not args.upload_repo:
-            raise UserError(f"--{name.replace('_', '-')} has no effect without --upload-repo")
     if args.save_path == "":  # pathlib takes it for the current folder
         raise UserError("--save-path: the name is empty; give the folder to write")
     if args.save_path is None:
@@ -104,8 +105,6 @@ def check_upload_alone(args):
     if args.model is None:
         raise UserError("--upload-repo: give --model FOLDER to upload, or --adapter-file and "
                         "--save-path")  # fmt: skip
-    if args.force:
-        raise UserError("--force has no effect without --save-path")
 
 
 def check_adapter_alone(args, count):
@@ -113,9 +112,7 @@ def check_adapter_alone(args, count):
     if count != 1:
         raise UserError(f"--format {args.format} writes one adapter: give one --adapter-file")
     for name in ("adapter_weights", "quantize", "dequantize", "dtype"):
-        if name in args.explicit:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} has no effect with --format {args.format}")
+        refuse_idle(args, name, f"with --format {args.format}", valued=False)
 
 
 # ------------------------------------------------------------------------------ main

@@ -2,9 +2,11 @@
 
 Tiny random models are saved by transformers 5, read here, given a LoRA adapter on every linear
 layer, fused by fuse.py's own code and read by transformers again. Needs the environment of
-`make test-baseline`; takes about two minutes:
+`make test-baseline`; takes some minutes. Names of cases (tests/baseline/transformers_models.py)
+measure those alone:
 
     .venv-baseline/bin/python benchmarks/architectures.py
+    .venv-baseline/bin/python benchmarks/architectures.py mixtral gemma3_text-yarn
 """
 
 import sys
@@ -49,24 +51,28 @@ def measure(case: str) -> tuple[float, float | None, float]:
         return read, fused, float(np.abs(theirs).max())
 
 
-def main() -> None:
-    rows = ["| `model_type` | settings | read here | fused, in transformers | largest logit |",
-            "|---|---|---|---|---|"]  # fmt: skip
-    worst = 0.0
-    for case in [*CASES, *SIBLINGS, *MORE]:
-        kind, _, settings = case.partition("-")
-        read, fused, size = measure(case)
-        worst = max(worst, read, fused or 0)
-        opened = "not in transformers" if fused is None else f"{fused:.0e}"
-        rows.append(f"| `{kind}` | {settings.replace('_', ' ')} | {read:.0e} | {opened} | "
-                    f"{size:.1f} |")  # fmt: skip
-        print(rows[-1], flush=True)
+def main(words: list[str]) -> None:
+    """Measure the cases named, or all without settings, and put their rows into the page."""
     text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    table = "\n".join([START, *rows, "", f"The largest of all: {worst:.0e}.", END])
+    kept, _, after = rest.partition(END)
+    rows = dict.fromkeys([*CASES, *SIBLINGS, *MORE], "")
+    for line in kept.splitlines():
+        if line.startswith("| `"):
+            cells = [cell.strip(" `") for cell in line.split("|")[1:3]]
+            rows["-".join(cell for cell in cells if cell).replace(" ", "_")] = line
+    for case in words or [*CASES, *SIBLINGS]:
+        kind, _, settings = case.partition("-")
+        read, fused, size = measure(case)
+        opened = "not in transformers" if fused is None else f"{fused:.0e}"
+        rows[case] = (f"| `{kind}` | {settings.replace('_', ' ')} | {read:.0e} | {opened} | "
+                      f"{size:.1f} |")  # fmt: skip
+        print(rows[case], flush=True)
+    head = ["| `model_type` | settings | read here | fused, in transformers | largest logit |",
+            "|---|---|---|---|---|"]  # fmt: skip
+    table = "\n".join([START, "", *head, *filter(None, rows.values()), "", END])
     PAGE.write_text(before + table + after, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,5 +1,6 @@
 """What has been said: the system prompt and the exchanges; saved as a row that sft.py reads."""
 
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +81,7 @@ class Conversation:
         system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
         asks = [i for i, message in enumerate(messages) if message["role"] == "user"]
         exchanges = []
-        for start, end in zip(asks, [*asks[1:], len(messages)], strict=True):
+        for start, end in itertools.pairwise([*asks, len(messages)]):
             turns = messages[start:end]
             if turns[-1]["role"] != "assistant" or len(turns) < 2:
                 break

@@ -57,7 +57,7 @@ def refuse_other_adapter(
         raise UserError(f"{file}: holds {kind}, not {asked['fine_tune_type']}")
     if kind not in ("lora", "dora"):
         for name in LORA_ONLY:
-            if name in args.explicit and getattr(args, name):
+            if name in args.changed:
                 raise UserError(f"{flag_of(name)} has no effect: {file} holds {kind}, not lora")
     for name, want, have in differences(args, asked, there, blocks):
         # Both spellings of the factor are compared as the one that the file records.

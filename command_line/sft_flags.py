@@ -59,9 +59,9 @@ OF_TRAINING = (
     "iters epochs gradient_accumulation_steps steps_per_report steps_per_eval val_batches "
     "early_stopping_patience save_best sample_prompts save_file train_file validation_file "
     "validation_split_percentage lora_dropout grad_checkpoint optimizer learning_rate "
-    "lr_schedule num_cycles lr_power warmup_steps lr_end_factor weight_decay max_grad_norm adam_beta1 "
-    "adam_beta2 adam_eps momentum output_dir overwrite save_every keep_checkpoints log_with "
-    "max_bad_steps"
+    "lr_schedule num_cycles lr_power warmup_steps lr_end_factor weight_decay max_grad_norm "
+    "adam_beta1 adam_beta2 adam_eps momentum output_dir overwrite save_every keep_checkpoints "
+    "log_with max_bad_steps"
 )
 
 # A test alone makes no adapter: it has that of a file, or none.
@@ -170,7 +170,7 @@ def check_loop(args) -> None:
     """Refuse what contradicts itself in the options of `add_loop_arguments`."""
     if not (args.train or args.test or args.preview):
         raise UserError("nothing to do: give --train, --test or both")
-    if {"iters", "epochs"} <= args.explicit and args.epochs is not None:
+    if {"iters", "epochs"} <= args.changed:
         raise UserError("--iters and --epochs both say how long to train; give one of them")
     at_least(args, 1, "batch_size", "iters", "gradient_accumulation_steps", "steps_per_report",
              "early_stopping_patience")  # fmt: skip
@@ -178,8 +178,8 @@ def check_loop(args) -> None:
     if args.val_batches == 0 or args.val_batches < -1:
         raise UserError("--val-batches: give a number of batches, or -1 for all rows; "
                         "--steps-per-eval 0 means no validation")  # fmt: skip
-    if args.epochs is not None and args.epochs <= 0:
-        raise UserError("--epochs: give a number above 0")
+    if args.epochs is not None and not 0 < args.epochs <= 1e6:
+        raise UserError("--epochs: give a number above 0, up to 1e6")
     check_validations(args)
     check_save_file(args.save_file)
 

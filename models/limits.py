@@ -49,6 +49,7 @@ class Limits:
 
 def find_limits(model: nn.Module) -> Limits:
     """The limits of `model` as it stands: with a soft prompt on it, its virtual tokens count."""
+    from models.opt import OFFSET
     from models.soft_prompt import SoftPromptEmbedding, find_embedding
 
     try:
@@ -62,4 +63,6 @@ def find_limits(model: nn.Module) -> Limits:
     tables = [part[table] for part in (owner[name], owner) for table in POSITION_TABLES
               if table in part and "weight" in part[table]]  # fmt: skip
     positions = tables[0].weight.shape[0] if tables else None
+    if positions is not None and getattr(model, "model_type", None) == "opt":
+        positions -= OFFSET
     return Limits(embedding.weight.shape[0] + virtual, positions)

@@ -15,6 +15,7 @@ from models.base_fingerprint import base_fingerprint
 from models.file_checks import check_depth, check_model_files
 from models.hub_files import download, looks_like_hub_name
 from models.limits import Limits, find_limits
+from models.memory_needed import check_memory
 from models.repairs import model_classes, repair
 from models.transformers_config import unnested
 
@@ -71,11 +72,13 @@ def load_model(
     if "SequenceClassification" in str(read_config(path).get("architectures")):
         raise UserError(f"{name}: is a classifier that gives scores, not a language model; "
                         "give it as --reward-model")  # fmt: skip
+    dtype = default_dtype() if dtype == "auto" else dtype
+    check_memory(path, name, dtype, quantize)
     model, tokenizer, config = _load(path, name, trust_remote_code)
     quantized = None if quantize is None else _quantize(model, config, quantize, name)
     repair(model, config)  # after quantisation, which makes some modules anew
     if dtype != "stored":
-        cast(model, default_dtype() if dtype == "auto" else dtype)
+        cast(model, dtype)
     model.freeze()
     exponentials.use_in(model)
     mx.eval(model.parameters())

@@ -4,6 +4,7 @@ The head reads hidden states after the final norm. With a `tuning` the reward mo
 and a head on a base that others share; the adapter goes in for scoring and out again.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -134,11 +135,17 @@ class RewardModel(nn.Module):
             raise UserError(f"{source}: pooling is none of {', '.join(POOLINGS)}")
         self.head = {name: array.astype(mx.float32) for name, array in arrays.items()}
         self.pooling = description.get("pooling", "mean")
-        self.gain = float(description.get("gain", 1.0))
-        self.offset = float(description.get("offset", 0.0))
-        self._prefix = tuple(int(i) for i in description.get("prefix", ()))
-        self._pad_id = description.get("pad_id")
-        self.reading = Reading.described(description)
+        try:
+            self.gain = float(description.get("gain", 1.0))
+            self.offset = float(description.get("offset", 0.0))
+            self._prefix = tuple(int(i) for i in description.get("prefix", ()))
+            pad_id = description.get("pad_id")
+            self._pad_id = None if pad_id is None else int(pad_id)
+            self.reading = Reading.described(description)
+        except (TypeError, ValueError, KeyError, OverflowError, AttributeError) as error:
+            raise UserError(f"{source}: its description is not usable: {error!r}") from None
+        if not (math.isfinite(self.gain) and math.isfinite(self.offset)):
+            raise UserError(f"{source}: gain and offset must be finite numbers")
 
 
 def normalise(model: RewardModel, texts: Sequence[Sequence[int]]) -> None:

@@ -129,6 +129,11 @@ def test_rewards_read_no_further_either(places, tmp_path):
     assert "a text to score: has" in said and "48 positions" in said
 
 
+def test_the_rows_in_front_of_opts_positions_do_not_count(tmp_path):
+    folder = tiny_model_folder(tmp_path, architecture="opt", max_position_embeddings=40)
+    assert find_limits(load_model(folder).model).positions == 40
+
+
 def test_the_functions_themselves(places):
     model = load_model(places / "gpt2").model
     assert find_limits(model) == Limits(296, 32)

@@ -52,6 +52,10 @@ def run(optimizer, steps: int = 4, name: str = "w") -> np.ndarray:
         ("cosine", {}, 50, 1.0),
         ("cosine", {}, 25, 1.0 + math.cos(math.pi / 4)),
         ("cosine", {"end_factor": 0.5}, 1000, 1.0),
+        ("polynomial", {}, 50, 0.5),
+        ("polynomial", {"power": 3.0, "end_factor": 0.5}, 50, 1.125),
+        ("polynomial", {"power": 1.0, "warmup": 20}, 60, 1.0),
+        ("polynomial", {"power": 0.5}, 100, 0.0),
         ("cosine_with_restarts", {"cycles": 2}, 25, 1.0),
         ("cosine_with_restarts", {"cycles": 2}, 50, 2.0),
         ("cosine_with_restarts", {"cycles": 2}, 75, 1.0),
@@ -67,6 +71,19 @@ def test_the_rate_at_a_step(name, options, step, expected):
     rate = learning_rate_schedule(name, 2.0, steps=100, **options)
     assert rate(step).item() == pytest.approx(expected, abs=1e-6)
     assert rate(mx.array(step, dtype=mx.uint64)).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_polynomial_is_that_of_transformers():
+    transformers = pytest.importorskip("transformers.optimization")
+    one = transformers._get_polynomial_decay_schedule_with_warmup_lr_lambda
+    shared = {"num_warmup_steps": 0, "num_training_steps": 10, "lr_init": 0.1}
+    for power, end in ((1.0, 0.0), (2.0, 0.01), (0.5, 0.05)):
+        rate = learning_rate_schedule(
+            "polynomial", 0.1, steps=10, power=power, end_factor=end / 0.1
+        )
+        # Theirs takes the power of the whole and then adds the end, as ours does.
+        theirs = [0.1 * one(k, **shared, lr_end=end, power=power) for k in range(13)]
+        assert [rate(k).item() for k in range(13)] == pytest.approx(theirs, rel=1e-5, abs=1e-8)
 
 
 def test_one_cycle_of_restarts_is_cosine():
