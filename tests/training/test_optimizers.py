@@ -73,19 +73,6 @@ def test_the_rate_at_a_step(name, options, step, expected):
     assert rate(mx.array(step, dtype=mx.uint64)).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_polynomial_is_that_of_transformers():
-    transformers = pytest.importorskip("transformers.optimization")
-    one = transformers._get_polynomial_decay_schedule_with_warmup_lr_lambda
-    shared = {"num_warmup_steps": 0, "num_training_steps": 10, "lr_init": 0.1}
-    for power, end in ((1.0, 0.0), (2.0, 0.01), (0.5, 0.05)):
-        rate = learning_rate_schedule(
-            "polynomial", 0.1, steps=10, power=power, end_factor=end / 0.1
-        )
-        # Theirs takes the power of the whole and then adds the end, as ours does.
-        theirs = [0.1 * one(k, **shared, lr_end=end, power=power) for k in range(13)]
-        assert [rate(k).item() for k in range(13)] == pytest.approx(theirs, rel=1e-5, abs=1e-8)
-
-
 def test_one_cycle_of_restarts_is_cosine():
     one = learning_rate_schedule("cosine_with_restarts", 1.0, steps=10)
     cosine = learning_rate_schedule("cosine", 1.0, steps=10)
