@@ -71,6 +71,7 @@ def make_learned_reward(args, loaded, policy):
         quantize=args.quantize,
         prompt_template=args.prompt_template,
         token_format=args.token_format,
+        template_date=args.template_date,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
     )
@@ -181,6 +182,7 @@ def finish(args, loaded, policy, run, loop) -> None:
     from models.adapter_files import save_adapter, save_head
     from reports.training_plots import plot_learned_and_true, plot_ppo
     from rewards.learned import GROUND_TRUTH, LEARNED
+    from run_folder.next_line import command, next_lines
     from run_folder.run import read_rows
 
     written = save_adapter(args.save_file, policy.tuning, loaded, head=VALUE_HEAD)
@@ -202,13 +204,9 @@ def finish(args, loaded, policy, run, loop) -> None:
     evaluations = {"first": loop.evaluations[:1], "last": loop.evaluations[-1:]}
     run.finish({"steps": loop.step, "kl": kl, "evaluation": evaluations})
     print("wrote " + "\n      ".join(map(str, [*written, run.folder / "metrics.jsonl"])))
-    model = f" --model {args.model}" if args.model else ""
-    talk = f"python talk_to_model.py{model} --resume-file {args.save_file}"
-    if policy.tuning.kind == "prompt":
-        print(f"next: {talk}")
-    else:
-        print(f"next: python fuse.py{model} --adapter-file {args.save_file} --save-path my_model/")
-        print(f"      {talk}")
+    talk = command("talk_to_model.py", model=args.model, resume_file=args.save_file)
+    fuse = command("fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/")
+    print(next_lines([talk] if policy.tuning.kind == "prompt" else [fuse, talk]))
 
 
 if __name__ == "__main__":

@@ -236,6 +236,7 @@ def finish(args, loaded, task, run, loop, rows) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
     from models.adapter_files import save_adapter
     from reports.training_plots import plot_losses, plot_preferences
+    from run_folder.next_line import command, next_lines
     from run_folder.run import read_rows
 
     summary = {"steps": loop.step, "best_valid_loss": loop.best, **loop.totals}
@@ -251,10 +252,10 @@ def finish(args, loaded, task, run, loop, rows) -> None:
         plot_preferences(logged, run.plots / "preferences.png"),
     ]
     run.finish(summary)
-    model = f" --model {args.model}" if args.model else ""
     print(f"wrote {', '.join(map(str, [*written, *plots]))}\n      {run.folder}/metrics.jsonl")
-    print(f"next: python fuse.py{model} --adapter-file {args.save_file} --save-path my_model/\n"
-          f"      python talk_to_model.py{model} --resume-file {args.save_file}")  # fmt: skip
+    fuse = command("fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/")
+    talk = command("talk_to_model.py", model=args.model, resume_file=args.save_file)
+    print(next_lines([fuse, talk]))
 
 
 def show(what: str, metrics: dict[str, float]) -> None:

@@ -107,8 +107,8 @@ def train(args, loaded, task, rows) -> None:
     plan = BatchPlan(
         rows["train"].lengths, args.batch_size, seed=args.seed, pad_to_multiple=multiple
     )
-    updates_per_epoch = len(plan) / args.gradient_accumulation_steps
     steps, batches = training_length(args, len(plan))
+    epochs = (batches or steps * args.gradient_accumulation_steps) / len(plan)
     optimizer = build_optimizer(**optimizer_options(args), steps=steps)
     trainer = SupervisedTrainer(
         task, optimizer, max_grad_norm=args.max_grad_norm, grad_checkpoint=args.grad_checkpoint
@@ -150,7 +150,7 @@ def train(args, loaded, task, rows) -> None:
         efficiency = plan.padding_efficiency(rows["train"].sequences, passes)
         print(
             f"{run.folder}: {steps} updates of {args.batch_size} x "
-            f"{args.gradient_accumulation_steps} rows ({steps / updates_per_epoch:.1f} epochs), "
+            f"{args.gradient_accumulation_steps} rows ({epochs:.1f} epochs), "
             f"padding efficiency {efficiency:.2f}, "
             f"{sum(a.size for a in task.tuning.arrays().values()):,} weights trained"
         )
@@ -171,6 +171,7 @@ def finish(args, loaded, task, run, loop, rows) -> None:
     from models.adapter_files import save_adapter
     from models.reward_model import save_reward_head
     from reports.training_plots import plot_losses
+    from run_folder.next_line import command, next_lines
     from run_folder.run import read_rows
 
     summary = {"steps": loop.step, "best_valid_loss": loop.best, **loop.totals}
@@ -190,12 +191,14 @@ def finish(args, loaded, task, run, loop, rows) -> None:
     unit = "loss" if args.reward_model else "nats per token"
     plot = plot_losses(read_rows(run.folder), run.plots / "loss.png", unit=unit)
     run.finish(summary)
-    model = f" --model {args.model}" if args.model else ""
     print(f"wrote {', '.join(map(str, written))}\n      {plot}\n      {run.folder}/metrics.jsonl")
     if args.reward_model:
-        print(f"next: python ppo_training.py{model} --reward_model {args.save_file}")
+        going_on = command("ppo_training.py", model=args.model, reward_model=args.save_file)
     else:
-        print(f"next: python fuse.py{model} --adapter-file {args.save_file} --save-path my_model/")
+        going_on = command(
+            "fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/"
+        )
+    print(next_lines([going_on]))
 
 
 def normalise_scores(args, loaded, task, rows) -> None:

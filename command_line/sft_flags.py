@@ -16,7 +16,9 @@ from command_line.data_flags import (
     add_data_arguments,
     data_sources,
     has_validation,
+    settle_date,
     tokenising,
+    warn_of_digits_model,
 )
 from command_line.parser import Parser
 from command_line.resumed_options import begun_before
@@ -145,7 +147,7 @@ def add_loop_arguments(parser: Parser) -> Callable:
     add("--save-file", default="peft_weights.npz", help=".npz, .safetensors, or a folder to write")
     add("--resume-adapter-file", help="adapter to start from, or to test")
     add("--batch-size", type=int, default=4, help="rows per gradient")
-    add("--iters", type=int, default=1000, help="updates of the weights")
+    add("--iters", "--steps", type=int, default=1000, help="updates of the weights")
     add("--epochs", type=float, help="passes over the data, in place of --iters")
     add("--gradient-accumulation-steps", type=int, default=1, help="gradients per update")
     add("--steps-per-report", type=int, default=10, help="updates between lines of metrics")
@@ -233,8 +235,11 @@ def load_rows(args, tokenizer) -> dict:
     With --sample-prompts also "samples": their tokens, in the form of the training rows. With
     --reward-model also "reading": how the model reads its texts, to be recorded beside its head.
     """
+    settle_date(args, tokenizer)
     splits = (["train", "valid"] if args.train or args.preview else []) + ["test"] * args.test
     rows, found = {}, load_data(splits=splits, **data_sources(args))
+    for records in found.values():
+        warn_of_digits_model(args, records)
     check_kinds(args, {kind for records in found.values() for kind in records.kinds})
     for split, records in found.items():
         if not args.reward_model:

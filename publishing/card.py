@@ -15,9 +15,16 @@ from publishing.run_facts import RunFacts, copy_plots
 from run_folder.run_config import MADE_BY
 
 LIBRARIES = ("mlx", "mlx-lm", "transformers", "huggingface-hub")
-METHODS = {
-    "ppo_training": ("PPO", ["reinforcement-learning", "rlhf", "ppo"]),
+PPO = ("PPO", ["reinforcement-learning", "rlhf", "ppo"])
+METHODS = {  # by what config.json calls a run
+    "ppo": PPO,
+    "pytorch_ppo": PPO,
     "sft": ("supervised fine-tuning", ["sft"]),
+    "pytorch_sft": ("supervised fine-tuning", ["sft"]),
+    "reward_model": ("reward-model training", []),
+    "pytorch_reward_model": ("reward-model training", []),
+    "preference": ("preference training", ["preference"]),
+    "group": ("group reinforcement learning", ["reinforcement-learning", "rlhf"]),
 }
 MARK = "<!-- written by mlx-rlhf: fuse.py replaces this file -->"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
