@@ -10,19 +10,25 @@ from typing import Any
 
 from command_line.config_files import Setting
 from errors import UserError
+from run_folder.manifest import any_numbered, options_of
+from run_folder.run import Run
 from run_folder.run_config import (
     MADE_BY,
     OF_ONE_START,
     REDACTED,
+    SUM,
     read_run_config,
     run_folder_of,
+    was_changed,
 )
+from run_folder.secrets import tell
 from run_folder.stopping import resume_command
 
 # Where things are written and what is printed: a run with other values here ends the same.
 HARMLESS = frozenset(
     "any_base changed config explicit force_resume keep_checkpoints log_with max_bad_steps "
-    "memory_limit output_dir overwrite resume save_every save_file steps_per_report typed".split()
+    "may_change memory_limit output_dir overwrite resume save_every save_file steps_per_report "
+    "typed".split()
 )
 # How long a run goes on: harmless as long as the learning rate does not depend on it.
 LENGTHS = frozenset({"epochs", "iters", "num_steps", "steps"})
@@ -41,8 +47,10 @@ def check_script(path: str | Path, script: str) -> None:
 
 def read_run_options(path: str | Path) -> list[Setting]:
     """The options of a run as settings for the parser; those with a secret in them are left out."""
-    file = str(run_folder_of(path) / "config.json")
-    options = read_run_config(path)["options"]
+    folder, config = run_folder_of(path), read_run_config(path)
+    file, options = str(folder / "config.json"), config["options"]
+    if was_changed(config) and (SUM in config or any_numbered(folder / "checkpoints")):
+        tell(f"warning: {file}: was changed since the run wrote it")
     # Optional: an option that this version no longer has is no reason to refuse the run.
     return [
         Setting(key, value, file, optional=True)
@@ -68,6 +76,7 @@ def check_resume_options(
     *,
     harmless: Iterable[str] = (),
     force: bool = False,
+    cure: str = "leave the flag out",
 ) -> list[str]:
     """Compare the options of a run with those it is resumed with; return the names that changed.
 
@@ -90,10 +99,29 @@ def check_resume_options(
                 "with another length than it was started with it"
             )
         raise UserError(
-            f"{flag}: {why} would not end as it would have; leave the flag out, or add "
-            "--force-resume"
+            f"{flag}: {why} would not end as it would have; {cure}, or add --force-resume"
         )
     return changed
+
+
+def check_checkpoint_options(checkpoint: Path, run: Run, force: bool) -> None:
+    """UserError where a run's config.json is not what its checkpoint was made with; notes of what
+    may differ. Some edit that file, and a bit of it may change by itself."""
+    made_with = options_of(checkpoint)
+    if made_with is None:
+        return
+    file, now = run.folder / "config.json", run.own_options
+    if made_with["script"] != now["script"]:
+        raise UserError(f"{checkpoint}: is of a run of {made_with['script']}")
+    old = {k: v for k, v in made_with["options"].items() if REDACTED not in str(v)}
+    new = {k: v for k, v in now["options"].items() if REDACTED not in str(v)}
+    changed = check_resume_options(
+        old, new, harmless=run.may_change, force=force, cure=f"put it back in {file}"
+    )
+    for name in sorted({*changed} - run.typed):
+        flag = "--" + name.replace("_", "-")
+        tell(f"note: {flag} is {new[name]!r} now, and was {old[name]!r} when {checkpoint.name} was "
+             "made")  # fmt: skip
 
 
 def fingerprint(rows: Sequence[Any]) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
-from models.file_checks import check_inside, check_npz, safetensors_header
+from models.file_checks import check_npz, safetensors_header
+from safe_files import check_inside
 
 CONFIG_KEY = "adapter_config"  # safetensors metadata entry; in .npz an array of UTF-8 bytes
 FILE_SUFFIXES = (".npz", ".safetensors")
@@ -35,13 +36,14 @@ def head_path(adapter_path: str | Path, name: str) -> Path:
 
 
 def remove_old_heads(adapter_path: str | Path, head: str | None) -> None:
-    """After an adapter was written: delete the heads of the one that it took the place of.
+    """Before an adapter is given its name: delete the heads of the one whose place it takes.
 
     `head` names the one that is saved next; of another that goes, the user is told. A fused model's
     head stays, and one that may be of the other file of this name (``a.npz``, ``a.safetensors``).
     """
     path = Path(adapter_path)
-    shared = is_single_file(path) and all(path.with_suffix(s).exists() for s in FILE_SUFFIXES)
+    others = [path.with_suffix(s) for s in FILE_SUFFIXES if s != path.suffix]
+    shared = is_single_file(path) and any(other.exists() for other in others)
     if shared or (path / "config.json").exists():
         return
     for name in HEADS:

@@ -7,7 +7,7 @@ because mlx-lm's loaders take no array they do not know.
 """
 
 import json
-import os
+import warnings
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from errors import UserError
 from models.adapter_description import (
+    CONFIG_FILE,
     CONFIG_KEY,
     describe_peft_adapter,
     guess_description,
@@ -24,19 +25,22 @@ from models.adapter_description import (
     read_json,
     remove_old_heads,
 )
-from models.base_fingerprint import check_base, described_base
-from models.file_checks import check_inside, check_npz, safetensors_header
+from models.array_files import fill, read_arrays, write_arrays, write_text
+from models.base_fingerprint import QUANTIZATION, check_base, check_quantization, described_base
+from models.interop import load_peft_adapter
 from models.load import LoadedModel
 from models.lora import LoraConfig, add_lora
 from models.soft_prompt import SoftPrompt
-from models.tuning import FullTuning, Tuning
+from models.tuning import FullTuning, Tuning, check_finite
+from safe_files import check_inside, refuse_links, replacing
 
 SOFT_PROMPT_FILE = "soft_prompt.safetensors"
 
 
 def describe(tuning: Tuning, base: LoadedModel) -> dict:
     """What an adapter file says of itself: what is trained, and on which weights."""
-    return {**tuning.description(len(base.model.layers)), **described_base(base)}
+    described = {**tuning.description(len(base.model.layers)), **described_base(base)}
+    return {**described, QUANTIZATION: base.quantized}
 
 
 def save_adapter(
@@ -50,15 +54,17 @@ def save_adapter(
     config, arrays = describe(tuning, base), tuning.arrays()
     if is_single_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_arrays(path, arrays, {CONFIG_KEY: config})
         written = [path]
     else:
         path.mkdir(parents=True, exist_ok=True)
         name = SOFT_PROMPT_FILE if tuning.kind == "prompt" else "adapters.safetensors"
-        written = [path / name, path / "adapter_config.json"]
-        write_arrays(written[0], arrays, {CONFIG_KEY: config})
-        write_text(written[1], json.dumps(config, indent=2) + "\n")
-    remove_old_heads(path, head)
+        written = [path / name, path / CONFIG_FILE]
+    refuse_links(written[-1])
+    with replacing(written[0]) as aside:
+        fill(aside, arrays, {CONFIG_KEY: config})
+        remove_old_heads(path, head)  # a stop from here on leaves no head of another adapter
+    for file in written[1:]:
+        write_text(file, json.dumps(config, indent=2) + "\n")
     return written
 
 
@@ -80,7 +86,11 @@ def read_adapter(path: str | Path) -> tuple[dict[str, mx.array], dict]:
             file = path / "adapters.safetensors"  # of a soft prompt: in a checkpoint
         check_inside(config_file, path)
         check_inside(file, path)
-        return read_arrays(file)[0], config
+        arrays, described = read_arrays(file)
+        if described.get(CONFIG_KEY, config) != config:
+            said = f"{config_file}: is not what {file.name} says of itself; the former counts"
+            warnings.warn(said, stacklevel=2)
+        return arrays, config
     if not is_single_file(path) and path.exists():
         raise UserError(f"{path}: an adapter is a .npz or .safetensors file, or a folder")
     arrays, described = read_arrays(path)
@@ -95,12 +105,11 @@ def load_adapter(base: LoadedModel, path: str | Path, *, any_base: bool = False)
     Raises UserError with every array that does not fit, with both shapes; and for an adapter of
     other weights than these, unless `any_base`.
     """
-    from models.interop import load_peft_adapter
-
     if is_peft_adapter(path):
         return load_peft_adapter(base.model, path)
     arrays, config = read_adapter(path)
     check_base(path, config, base, any_base=any_base)
+    check_quantization(path, config, base.quantized)
     try:
         tuning = attach(base.model, config)
     except (KeyError, TypeError, ValueError) as error:
@@ -151,59 +160,13 @@ def save_head(adapter_path: str | Path, name: str, arrays: dict, description: di
 
 
 def read_head(adapter_path: str | Path, name: str) -> tuple[dict[str, mx.array], dict] | None:
-    """(arrays, description) of a head beside an adapter or in a model folder; None without one."""
+    """(arrays, description) of a head beside an adapter or in a model folder; None without one.
+
+    Raises UserError for a head with NaN or infinite values.
+    """
     path = head_path(adapter_path, name)
     if not path.exists():
         return None
     arrays, described = read_arrays(path)
+    check_finite(arrays, str(path))
     return arrays, described.get(name, {})
-
-
-# ---------------------------------------------------------------------------- arrays on disk
-
-
-def write_arrays(path: Path, arrays: dict[str, mx.array], described: dict) -> None:
-    """Write `arrays` and JSON-able descriptions to .safetensors or .npz, aside and then renamed."""
-    aside = path.with_name(f".{path.stem}.writing{path.suffix}")
-    arrays = dict(sorted(arrays.items()))  # the order is part of the bytes
-    if path.suffix == ".npz":
-        arrays = {k: a.astype(mx.float32) if a.dtype == mx.bfloat16 else a
-                  for k, a in arrays.items()}  # fmt: skip
-        texts = {k: mx.array(list(json.dumps(v).encode()), dtype=mx.uint8)
-                 for k, v in described.items()}  # fmt: skip
-        mx.savez(str(aside), **arrays, **texts)
-    else:
-        metadata = {"format": "mlx", **{k: json.dumps(v) for k, v in described.items()}}
-        mx.save_safetensors(str(aside), arrays, metadata=metadata)
-    with open(aside, "rb") as file:
-        os.fsync(file.fileno())  # on the disk before it takes the name of what was there
-    os.replace(aside, path)
-
-
-def read_arrays(path: Path) -> tuple[dict[str, mx.array], dict]:
-    """(arrays, descriptions) of a .safetensors or .npz file. No pickle is ever read."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    (check_npz if path.suffix == ".npz" else safetensors_header)(path)
-    try:
-        if path.suffix == ".npz":
-            arrays = dict(mx.load(str(path)))
-            described = {k: json.loads(bytes(arrays.pop(k).tolist()).decode())
-                         for k in list(arrays) if k == CONFIG_KEY}  # fmt: skip
-            return arrays, described
-        arrays, metadata = mx.load(str(path), return_metadata=True)
-        described = {k: json.loads(v) for k, v in metadata.items() if v.startswith("{")}
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    return arrays, described
-
-
-def write_json(path: Path, value: dict) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file aside, then rename it."""
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

@@ -14,7 +14,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from errors import UserError
-from models.adapter_files import read_json, write_json
+from models.adapter_description import read_json
+from models.array_files import write_json
 from models.file_checks import safetensors_header
 from models.load import (
     DTYPES,
@@ -30,6 +31,7 @@ from models.repairs import repair
 from models.reward_network import RewardModel
 from models.transformers_config import unnested
 from models.trunk import find_trunk
+from models.written_arrays import save_weights
 
 ENDING = "ForSequenceClassification"
 HEAD_NAMES = ("score.weight", "score.bias")
@@ -142,7 +144,7 @@ def write_classifier(folder: Path, loaded: LoadedModel, reward_model: RewardMode
     Scores of transformers plus that constant are ours. Raises UserError for mean pooling and for
     models that transformers has under other names.
     """
-    from mlx_lm.utils import save_config, save_model
+    from mlx_lm.utils import save_config
 
     config = dict(loaded.config)
     if reward_model.pooling != "last":
@@ -159,7 +161,7 @@ def write_classifier(folder: Path, loaded: LoadedModel, reward_model: RewardMode
     parts.model = loaded.model.model
     parts.score = nn.Linear(1, 1, bias=False)
     parts.score.weight = (reward_model.gain * head["weight"]).astype(DTYPES[dtype])
-    save_model(folder, parts)
+    save_weights(folder, parts)
     constant = float(reward_model.gain * head["bias"].item() + reward_model.offset)
     copy_tokenizer(loaded.path, folder)
     family = (config.get("architectures") or ["LlamaForCausalLM"])[0].split("For")[0]

@@ -13,6 +13,7 @@ from pathlib import Path
 from numpy.lib import format as npy
 
 from errors import UserError
+from safe_files import check_inside
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -95,17 +96,6 @@ def _check_npy(name: str, stream, size: int) -> tuple[int, ...]:
     if stream.tell() + math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"{name} {shape} {dtype} does not fill its {size} bytes")
     return shape
-
-
-def check_inside(file: Path, folder: Path) -> None:
-    """Raise UserError for a link that leads out of `folder` (the hub's cache links to blobs/)."""
-    real, root = file.resolve(), folder.resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
-    if not any(real.is_relative_to(place) for place in allowed):
-        raise UserError(f"{file}: is a link that leads out of its folder, to {real}; "
-                        "put the file itself there")  # fmt: skip
 
 
 def check_model_files(folder: Path) -> None:

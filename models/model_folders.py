@@ -13,8 +13,19 @@ from mlx.utils import tree_flatten
 
 from errors import UserError
 from models.family_names import family_weights
-from models.file_checks import check_inside
 from models.load import LoadedModel
+from models.written_arrays import save_weights
+from safe_files import (
+    check_inside,
+    copy_file,
+    put_folder_in_place,
+    refuse_links,
+    sweep,
+    sync_folder,
+    sync_tree,
+    synced_sum,
+    temporary_name,
+)
 
 # What a tokenizer may be made of; weights and config.json are written anew.
 TOKENIZER_FILES = (
@@ -31,16 +42,17 @@ def new_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     """A folder beside `path` to write into; it becomes `path` when the block ends well.
 
     Raises UserError where something is at `path` already. With `force` a model or adapter folder
-    there is replaced; nothing else is.
+    there is replaced, in one step where the file system has it; nothing else is.
     """
-    path = Path(path).expanduser().absolute()
+    path = Path(path).expanduser().resolve()
+    sweep(path)
     check_free(path, force)
-    aside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    aside = temporary_name(path)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
-        _replace(aside, path)
+        sync_tree(aside)
+        put_folder_in_place(aside, path)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: cannot write: {error}") from error
     finally:
@@ -60,14 +72,6 @@ def check_free(path: Path, force: bool, *, suffix: str | None = None) -> None:
         raise UserError(f"{path}: is no model or adapter folder, so --force does not replace it")
 
 
-def _replace(aside: Path, path: Path) -> None:
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    if path.exists():
-        os.replace(path, old)
-    os.replace(aside, path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 @contextmanager
 def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
     """A folder beside `path` in which a file of that name is made, and moved to `path` at the end.
@@ -75,13 +79,16 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
     Raises UserError where something is at `path` already; with `force` a file there is replaced.
     """
     path = Path(path).expanduser().absolute()
+    sweep(path)
+    refuse_links(path)
     check_free(path, force, suffix=path.suffix)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    aside = temporary_name(path)
     try:
-        aside.mkdir()
+        aside.mkdir(parents=True)
         yield aside
+        synced_sum(aside / path.name)
         os.replace(aside / path.name, path)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: cannot write: {error}") from error
     finally:
@@ -90,10 +97,10 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
 
 def write_model(folder: Path, loaded: LoadedModel) -> None:
     """Write weights, config.json, tokenizer and generation settings of `loaded` into `folder`."""
-    from mlx_lm.utils import save_config, save_model
+    from mlx_lm.utils import save_config
 
     weights = family_weights(loaded)
-    save_model(folder, loaded.model if "quantization" in loaded.config else _Weights(weights))
+    save_weights(folder, loaded.model if "quantization" in loaded.config else _Weights(weights))
     config = {**loaded.config, "dtype": stored_dtype(loaded)}
     config.pop("torch_dtype", None)
     sees = any(name.startswith("vision_tower") or ".vision_tower" in name for name in weights)
@@ -136,7 +143,7 @@ def copy_tokenizer(source: Path, folder: Path, *, with_code: bool = False) -> No
             check_inside(file, source)
             target = folder / file.relative_to(source)
             target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
+            copy_file(file, target)
 
 
 def tokenizer_of(folder: Path) -> Any:

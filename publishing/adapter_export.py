@@ -12,12 +12,14 @@ from models.reward_model import save_reward_head
 from publishing.card import write_card
 from publishing.card_facts import CardChoices, facts_of_parts
 from publishing.checks import Check, Exported, refuse_broken
+from safe_files import sweep
 
 
 def export_adapter(parts: Parts, path: Path, card: CardChoices, force: bool) -> Exported:
     (tuning,) = parts.tunings
     if is_single_file(path):
         check_free(path, force, suffix=path.suffix)
+        sweep(path)
         head = REWARD_HEAD if parts.reward_model is not None else None
         save_adapter(path, tuning, parts.base, head=head)
         if parts.reward_model is not None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from models.load import DEFAULT_NAME
-from publishing.run_facts import RunFacts, copy_plots
+from publishing.run_facts import RunFacts, copy_plots, plot_name
 from run_folder.run_config import MADE_BY
+from safe_files import write_atomically
 
 LIBRARIES = ("mlx", "mlx-lm", "transformers", "huggingface-hub")
 PPO = ("PPO", ["reinforcement-learning", "rlhf", "ppo"])
@@ -53,8 +54,16 @@ def write_card(folder: Path, facts: Facts) -> Path:
     """Write README.md, and the run's plots, into a model `folder`."""
     plots = copy_plots(facts.run, folder) if facts.run else []
     file = folder / "README.md"
-    file.write_text(model_card(facts, plots), encoding="utf-8")
+    write_atomically(file, model_card(facts, plots))
     return file
+
+
+def planned_files(facts: Facts) -> dict[str, int]:
+    """Name -> bytes of what `write_card` would write."""
+    plots = {
+        plot_name(plot): plot.stat().st_size for plot in (facts.run.plots if facts.run else [])
+    }
+    return {"README.md": len(model_card(facts, [*plots]).encode("utf-8")), **plots}
 
 
 def model_card(facts: Facts, plots: list[str]) -> str:

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
-from models.adapter_files import read_adapter, read_json
+from models.adapter_description import read_json
+from models.adapter_files import read_adapter
 from models.load import DEFAULT_MODEL, LoadedModel
 from models.parts import Parts
-from publishing.card import MARK, Facts, write_card
+from publishing.card import MARK, Facts
 from publishing.run_facts import read_run
 from publishing.scoring_code import scoring_code
 
@@ -65,8 +66,9 @@ def license_in_card(file: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def card_of_folder(folder: Path, card: CardChoices) -> None:
-    """Write a card for a folder that is there already, from what its files tell.
+def facts_of_folder(folder: Path, card: CardChoices) -> Facts | None:
+    """Facts for the card of a folder that is there already, from what its files tell; None to leave
+    its card as it is.
 
     A card that was not written by this program is left alone. UserError where that would make
     choices about the card ineffective.
@@ -76,13 +78,13 @@ def card_of_folder(folder: Path, card: CardChoices) -> None:
         if card.run or card.license:
             raise UserError(f"{file}: was not written by fuse.py and is left as it is; edit it, or "
                             "delete it for a new one")  # fmt: skip
-        return
+        return None
     if file.exists() and not (card.run or card.license):
-        return
-    write_card(folder, _facts_of_folder(folder, card))
+        return None
+    return _read_facts(folder, card)
 
 
-def _facts_of_folder(folder: Path, card: CardChoices) -> Facts:
+def _read_facts(folder: Path, card: CardChoices) -> Facts:
     from models.adapter_description import is_peft_adapter
     from models.classifiers import OFFSET, is_classifier, reading_in
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
-from models.file_checks import check_inside
 from models.hub_files import reason
 from run_folder.secrets import redact
+from safe_files import check_inside
 
 NO_LOGIN = "no login found; `hf auth login`, or set HF_TOKEN"
 
@@ -45,18 +45,23 @@ def files_to_upload(folder: str | Path) -> list[Path]:
     for file in sorted(folder.rglob("*")):
         relative = file.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if file.is_file() and not hidden and relative.parts[0] != "checkpoints":
-            check_inside(file, folder)
+        if hidden or relative.parts[0] == "checkpoints":
+            continue
+        check_inside(file, folder)
+        if file.is_symlink() and file.is_dir():
+            raise UserError(f"{file}: is a link to a folder, which is not followed; put the folder "
+                            "itself there")  # fmt: skip
+        if file.is_file():
             found.append(relative)
     if not found:
         raise UserError(f"{folder}: nothing in it to upload")
     return found
 
 
-def describe_upload(folder: str | Path, upload: Upload) -> str:
-    """What an upload would send, for --dry-run."""
-    files = files_to_upload(folder)
-    sizes = [(Path(folder) / file).stat().st_size for file in files]
+def describe_upload(folder: str | Path, upload: Upload, planned: dict[str, int]) -> str:
+    """What an upload would send, for --dry-run; `planned`: name -> bytes of files to be written."""
+    found = {f.as_posix(): (Path(folder) / f).stat().st_size for f in files_to_upload(folder)}
+    files, sizes = zip(*sorted((found | planned).items()), strict=True)
     visibility = "private" if upload.private else "public, unless it exists as private"
     lines = [f"would upload {len(files)} files, {sum(sizes) / 1e6:.2f} MB, to {upload.repo} "
              f"({visibility}), revision {upload.revision or 'main'}:"]  # fmt: skip
@@ -66,7 +71,7 @@ def describe_upload(folder: str | Path, upload: Upload) -> str:
 
 def upload_folder(folder: str | Path, upload: Upload) -> str:
     """Send the folder; returns the address of the repository. UserError says why it failed."""
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     files = files_to_upload(folder)
     if get_token() is None:
@@ -81,12 +86,12 @@ def upload_folder(folder: str | Path, upload: Upload) -> str:
                             "it on the hub, or leave --private out")  # fmt: skip
         if upload.revision:
             api.create_branch(upload.repo, branch=upload.revision, exist_ok=True)
-        api.upload_folder(
+        # File by file: upload_folder would take their names for patterns.
+        api.create_commit(
             repo_id=upload.repo,
-            folder_path=folder,
+            operations=[CommitOperationAdd(f.as_posix(), Path(folder) / f) for f in files],
             revision=upload.revision,
             commit_message=upload.message or "Upload with mlx-rlhf",
-            allow_patterns=[str(file) for file in files],
         )
     except UserError:
         raise

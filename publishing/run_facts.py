@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from errors import UserError
 from run_folder.run import read_rows
 from run_folder.secrets import redact
+from safe_files import copy_file, refuse_links
 
 # How a run was carried out, not what the model learned from.
 LEFT_OUT = {
@@ -74,10 +74,16 @@ def copy_plots(facts: RunFacts, folder: Path) -> list[str]:
     """Copy the run's plots into a model folder; returns their names relative to it."""
     names = []
     for plot in facts.plots:
+        refuse_links(plot, facts.folder)
         (folder / "plots").mkdir(exist_ok=True)
-        shutil.copyfile(plot, folder / "plots" / plot.name)
-        names.append(f"plots/{plot.name}")
+        copy_file(plot, folder / plot_name(plot))
+        names.append(plot_name(plot))
     return names
+
+
+def plot_name(plot: Path) -> str:
+    """Where a plot of a run lies in a model folder."""
+    return f"plots/{plot.name}"
 
 
 def _counts(name: str, value: Any) -> bool:

@@ -6,11 +6,18 @@ from pickle import UnpicklingError
 import torch
 
 from errors import UserError
-from run_folder.checkpoint_folder import Metric, disk_refused, problem, write_checkpoint
+from run_folder.checkpoint_folder import disk_refused, write_checkpoint
+from run_folder.manifest import Metric, problem
 
 
 def save_checkpoint(
-    folder: Path, step: int, state: dict, *, keep: int = 2, metric: Metric | None = None
+    folder: Path,
+    step: int,
+    state: dict,
+    options: dict | None = None,
+    *,
+    keep: int = 2,
+    metric: Metric | None = None,
 ) -> Path:
     """Write `state` (tensors and plain values; "trained" and more), and return the checkpoint.
 
@@ -27,7 +34,7 @@ def save_checkpoint(
         except RuntimeError as wrong:
             raise disk_refused(wrong, temporary) from None
 
-    return write_checkpoint(folder, step, write, keep=keep, metric=metric)
+    return write_checkpoint(folder, step, write, keep=keep, metric=metric, options=options)
 
 
 def load_checkpoint(path: Path) -> dict:

@@ -6,10 +6,10 @@ weights, which every script loads with --model. Heads lie beside either, in file
 """
 
 import copy
+import errno
 import json
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,11 +28,21 @@ from models.adapter_description import (
     read_json,
     remove_old_heads,
 )
-from models.base_fingerprint import check_base, described_base
+from models.base_fingerprint import check_base, check_quantization, described_base
 from run_folder.checkpoint_folder import disk_refused
-from run_folder.folder import RUNS
-from run_folder.run import OWN_NAMES
-from safe_files import write_json
+from run_folder.run import OWN_NAMES, RUNS
+from safe_files import (
+    NOT_WHOLE,
+    copy_file,
+    put_folder_in_place,
+    replacing,
+    sweep,
+    sync_tree,
+    synced_sum,
+    temporary_name,
+    write_atomically,
+    write_json,
+)
 
 # Copied as they are; weights and config.json are written anew.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
@@ -65,18 +75,22 @@ def save_trained(
     `head`: name of the head that the caller saves beside it; those of an older adapter go.
     """
     path = Path(path)
+
+    def old_heads() -> None:
+        remove_old_heads(path, head)
+
     if is_single_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_arrays(path, stored_arrays(model), {CONFIG_KEY: description(model, loaded)})
+        described = description(model, loaded)
+        write_arrays(path, stored_arrays(model), {CONFIG_KEY: described}, old_heads)
     elif model.kind == "prompt":
         path.mkdir(parents=True, exist_ok=True)
         described = description(model, loaded)
         file = path / "soft_prompt.safetensors"
-        write_arrays(file, stored_arrays(model), {CONFIG_KEY: described})
-        (path / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n")
+        write_arrays(file, stored_arrays(model), {CONFIG_KEY: described}, old_heads)
+        write_atomically(path / "adapter_config.json", json.dumps(described, indent=2) + "\n")
     else:
         save_merged(path, model, loaded, tokenizer)
-    remove_old_heads(path, head)
     return [path]
 
 
@@ -119,6 +133,8 @@ def load_adapter(loaded: LoadedModel, path: str, *, any_base: bool = False) -> T
     """The model with the adapter in `path` on it; UserError for one of other weights than these."""
     arrays, described = read_adapter(path)
     check_base(path, described, loaded, any_base=any_base)
+    check_quantization(path, described, None)
+    check_finite(arrays, path)
     described.setdefault("num_layers", -1)
     model = Tuned(loaded.model, described).to(loaded.device)
     model.load_arrays(arrays, str(path))
@@ -140,7 +156,16 @@ def read_head(path: str | Path, name: str) -> tuple[dict[str, Tensor], dict] | N
     if not file.exists():
         return None
     arrays, described = read_arrays(file)
+    check_finite(arrays, str(file))
     return arrays, described.get(name, {})
+
+
+def check_finite(arrays: dict[str, Tensor], source: str) -> None:
+    """UserError for NaN and infinite values, as in models/tuning.py."""
+    for name, array in arrays.items():
+        if broken := int((~torch.isfinite(array)).sum()):
+            raise UserError(f"{source}: {broken} of the {array.numel()} values of {name} are NaN "
+                            "or infinite, so nothing can be computed with it")  # fmt: skip
 
 
 # ---- merged folders ----------------------------------------------------------------------------
@@ -205,8 +230,8 @@ def save_merged(path: Path, model: Tuned, loaded: LoadedModel, tokenizer: str | 
     where mlx-lm does not look for it, and would silently get the default.
     """
     path = path.resolve()
-    aside, old = (path.with_name(f".{path.name}.{what}") for what in ("writing", "old"))
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+    sweep(path)
+    aside = temporary_name(path)
     try:
         with asking_the_disk(path.parent):
             model.base.save_pretrained(aside, state_dict=merged_weights(model))
@@ -215,12 +240,9 @@ def save_merged(path: Path, model: Tuned, loaded: LoadedModel, tokenizer: str | 
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for pattern in TOKENIZER_FILES:
             for file in model_folder(tokenizer or loaded.name).glob(pattern):
-                shutil.copyfile(file, aside / file.name)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(path, old)
-        os.replace(aside, path)
-        shutil.rmtree(old, ignore_errors=True)
+                copy_file(file, aside / file.name)
+        sync_tree(aside)
+        put_folder_in_place(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -228,18 +250,33 @@ def save_merged(path: Path, model: Tuned, loaded: LoadedModel, tokenizer: str | 
 # ---- arrays on disk ----------------------------------------------------------------------------
 
 
-def write_arrays(path: Path, arrays: dict[str, Tensor], described: dict) -> None:
-    """Write tensors and JSON-able descriptions to .safetensors or .npz, aside and then renamed."""
-    aside = path.with_name(f".{path.stem}.writing{path.suffix}")
+def write_arrays(
+    path: Path,
+    arrays: dict[str, Tensor],
+    described: dict,
+    before: Callable[[], None] = lambda: None,
+) -> None:
+    """Write tensors and JSON-able descriptions to .safetensors or .npz: whole or not at all.
+
+    `before`: called once they are on the disk, before they take the name of what was there.
+    """
     arrays = {name: a.cpu().contiguous() for name, a in sorted(arrays.items())}
-    if path.suffix == ".npz":
-        texts = {k: np.frombuffer(json.dumps(v).encode(), np.uint8) for k, v in described.items()}
-        np.savez(aside, **{name: a.float().numpy() for name, a in arrays.items()}, **texts)
-    else:
-        texts = {name: json.dumps(value) for name, value in described.items()}
-        with asking_the_disk(path.parent):
-            save_file(arrays, aside, metadata=texts)  # one: several would be ordered by chance
-    os.replace(aside, path)
+    texts = {name: json.dumps(value) for name, value in described.items()}
+    with replacing(path) as aside:
+        if path.suffix == ".npz":
+            arrays = {name: a.float() for name, a in arrays.items()}
+            encoded = {k: np.frombuffer(v.encode(), np.uint8) for k, v in texts.items()}
+            np.savez(aside, **{name: a.numpy() for name, a in arrays.items()}, **encoded)
+        else:
+            with asking_the_disk(path.parent):
+                save_file(arrays, aside, metadata=texts)  # one: several would be ordered by chance
+        there, _ = read_arrays(aside)
+        if there.keys() != arrays.keys() or not all(
+            torch.equal(there[n], arrays[n]) for n in there
+        ):
+            raise OSError(errno.EIO, NOT_WHOLE, str(path))
+        synced_sum(aside)
+        before()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pytorch_checkpoints import load_checkpoint, save_checkpoint
 from pytorch_training import check_memory, rng_state, set_rng_state
 
 from command_line.resumed_options import (
+    check_checkpoint_options,
     check_same_base,
     check_same_data,
     check_whole_updates,
@@ -21,8 +22,9 @@ from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
 from rewards.scored_rows import response_text
 from rewards.texts import asked, reward_columns
-from run_folder.checkpoint_folder import Metric, set_aside_after
+from run_folder.checkpoint_folder import set_aside_after
 from run_folder.console import Progress
+from run_folder.manifest import Metric, number_old_ones
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop
 from training.endings import not_finite, report_skipped, save_or_stop
@@ -76,7 +78,8 @@ class Loop:
         self.run_folder.cut_back(saved["run"])  # syncs them
         folder, keep = self.run_folder.checkpoints, self.schedule.keep_checkpoints
         try:
-            save_checkpoint(folder, self.step, saved, keep=keep, metric=metric)
+            options = self.run_folder.own_options
+            save_checkpoint(folder, self.step, saved, options, keep=keep, metric=metric)
         except FloatingPointError as wrong:
             raise not_finite(self.run_folder, str(wrong)) from None
 
@@ -87,6 +90,8 @@ class Loop:
     def resume(self, path: Path | None, *, force: bool = False) -> None:
         """Go back to a checkpoint (None: to the start); `force`: also with other data or base."""
         saved = load_checkpoint(path) if path is not None else None
+        if saved is not None:
+            check_checkpoint_options(path, self.run_folder, force)
         if saved is not None and not force:
             check_same_data(saved, fingerprint(self.rows()))
             check_same_base(saved, self.base)
@@ -95,9 +100,12 @@ class Loop:
             self.take(saved)
         # Nothing refuses from here on, and until here the run folder is as it was.
         set_aside_after(path, self.run_folder.checkpoints)
+        number_old_ones(self.run_folder.checkpoints, self.run_folder.own_options)
         self.run_folder.load_state_dict({} if saved is None else saved["run"])
         if saved is not None:
             set_rng_state(saved["rng"])
+            if force:  # what was allowed to differ is a checkpoint's own from now on
+                self.checkpoint()
 
     def take(self, saved: dict) -> None:
         """The weights of a checkpoint, and where its run stood."""

@@ -9,45 +9,34 @@ A checkpoint is written under a temporary name, synced, and renamed. Importing t
 """
 
 import contextlib
-import hashlib
-import json
-import math
 import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from run_folder.manifest import (
+    Metric,
+    any_numbered,
+    metric_of,
+    problem,
+    read_json,
+    read_manifest,
+    write_manifest,
+)
+from run_folder.run_config import SUM, was_changed, with_sum
 from run_folder.secrets import tell
-from safe_files import plain, sync_folder, write_json, writing
+from safe_files import sync_folder, write_json, writing
 
 NAME = "step-{:08d}"
 UNFINISHED = "-0"
 TEMPORARY = ".tmp-"
-STATES = {"state.json", "state.pt"}  # one of them is in every checkpoint: of MLX, of PyTorch
+BEST = "best.json"
 MLX_CANNOT_WRITE = re.compile(r"\[(save_safetensors|write|save)\]")
 ASIDE = "aside-"  # a checkpoint that the run went back behind; neither used nor deleted
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What makes one checkpoint better than another."""
-
-    name: str
-    value: float
-    higher_is_better: bool = False
-
-    def beats(self, other: float | None) -> bool:
-        """Whether this value is better than ``other``; NaN beats nothing."""
-        if math.isnan(self.value):
-            return False
-        if other is None:
-            return True
-        return self.value > other if self.higher_is_better else self.value < other
 
 
 # ------------------------------------------------------------------------------ saving
@@ -61,6 +50,7 @@ def write_checkpoint(
     keep: int = 2,
     metric: Metric | None = None,
     unfinished: bool = False,
+    options: dict[str, Any] | None = None,
 ) -> Path:
     """Make a checkpoint of the files that ``write`` puts into the folder it is given.
 
@@ -81,7 +71,7 @@ def write_checkpoint(
         with writing(temporary):
             temporary.mkdir()
             write(temporary)
-            manifest = write_manifest(temporary, step, metric)
+            manifest = write_manifest(temporary, step, metric, options or {})
             name = NAME.format(step) + UNFINISHED * unfinished
             final = put_in_place(temporary, folder / name, manifest)
     finally:
@@ -91,27 +81,10 @@ def write_checkpoint(
     return final
 
 
-def write_manifest(folder: Path, step: int, metric: Metric | None) -> dict[str, Any]:
-    """Sync every file of a checkpoint and write their sums, the last of its files."""
-    sums = {file.name: synced_sum(file) for file in sorted(folder.iterdir())}
-    manifest = {"step": step, "sha256": sums, "metric": asdict(metric) if metric else None}
-    (folder / "manifest.json").write_text(json.dumps(plain(manifest), indent=1), encoding="utf-8")
-    synced_sum(folder / "manifest.json")
-    sync_folder(folder)
-    return manifest
-
-
 def disk_refused(wrong: Exception, folder: Path) -> OSError:
     """What to raise for an error of a library that does not say that the disk was the reason."""
     free = shutil.disk_usage(folder).free
     return OSError(0, f"{wrong} ({free / 1e6:.1f} MB free on this disk)")
-
-
-def synced_sum(file: Path) -> str:
-    """SHA-256 of a file as read back, after it has been synced."""
-    with open(file, "rb") as opened:
-        os.fsync(opened.fileno())
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def put_in_place(temporary: Path, wanted: Path, manifest: dict[str, Any]) -> Path:
@@ -129,7 +102,7 @@ def put_in_place(temporary: Path, wanted: Path, manifest: dict[str, Any]) -> Pat
         final = taken[-1]
         if problem(final) or (final == wanted and wanted.name.endswith(UNFINISHED)):
             discard(final)
-        elif read_manifest(final)["sha256"] == manifest["sha256"]:
+        elif read_manifest(final)["files"] == manifest["files"]:
             return final
         else:
             number = int(final.name.removeprefix(wanted.name)[1:] or 1) + 1
@@ -144,24 +117,26 @@ def note_best(folder: Path) -> None:
 
     All of them are asked, for a process may have been killed between a checkpoint and its note.
     """
-    judged = [(path, metric) for path in list_checkpoints(folder) if (metric := metric_of(path))]
-    best = read_best(folder)
+    judged = judged_checkpoints(folder)
+    best = before = read_best(folder) if judged else None
+    if best is None or best["metric"] != judged[-1][1].name or not best_checkpoint(folder):
+        best = None
+    best = best_of(judged, best)
+    if best is not None and best != before:
+        write_json(folder / BEST, with_sum(best))
+
+
+def judged_checkpoints(folder: Path) -> list[tuple[Path, Metric]]:
+    """Every checkpoint with a metric, oldest first."""
+    return [(path, metric) for path in list_checkpoints(folder) if (metric := metric_of(path))]
+
+
+def best_of(judged: list[tuple[Path, Metric]], best: dict[str, Any] | None) -> dict | None:
+    """What ``best.json`` should hold: the first that beats the others, by the last one's metric."""
     for path, metric in judged:
-        if metric.name != judged[-1][1].name:
-            continue
-        there = best and best["metric"] == metric.name and best_checkpoint(folder)
-        if metric.beats(best["value"] if there else None):
+        if metric.name == judged[-1][1].name and metric.beats(best["value"] if best else None):
             best = {"metric": metric.name, "value": metric.value, "checkpoint": path.name}
-            write_json(folder / "best.json", best)
-
-
-def metric_of(checkpoint: Path) -> Metric | None:
-    """What a checkpoint is judged by, or None where it was saved with no metric, or with NaN."""
-    try:
-        metric = Metric(**read_manifest(checkpoint)["metric"])
-        return metric if isinstance(metric.value, int | float) else None
-    except (TypeError, KeyError):
-        return None
+    return best
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -208,10 +183,7 @@ def free_name(path: Path) -> Path:
 
 @contextlib.contextmanager
 def saving(path: str | Path) -> Iterator[None]:
-    """Around the writing of trained weights to ``path``: a disk that refuses is a ``UserError``.
-
-    Half a file under a temporary name does not stay behind.
-    """
+    """Around the writing of trained weights to ``path``: a disk that refuses is a ``UserError``."""
     path, said = Path(path), None
     try:
         yield
@@ -225,11 +197,6 @@ def saving(path: str | Path) -> Iterator[None]:
         return
     # A zip file that could not be finished complains once more, with a traceback, when it goes.
     sys.unraisablehook = lambda _: None
-    for half in (*path.parent.glob(f".{path.stem}*.writing*"), *path.glob(".*.writing*")):
-        if half.is_dir():
-            shutil.rmtree(half, ignore_errors=True)
-        else:
-            half.unlink(missing_ok=True)
     raise UserError(
         f"{path}: cannot write: {said}; the trained weights are in the last checkpoint: --resume "
         "the run with another --save-file"
@@ -251,37 +218,6 @@ def place_of(name: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2] or 1)) if found else None
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
-    """The manifest of a checkpoint, or None where it is missing or makes no sense."""
-    try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-        names = manifest["sha256"].keys()
-        if isinstance(manifest["step"], int) and all(Path(n).name == n for n in names):
-            return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    return None
-
-
-def problem(checkpoint: str | Path) -> str | None:
-    """What is wrong with a checkpoint, or None when every file has the sum it was written with."""
-    checkpoint = Path(checkpoint)
-    if not checkpoint.is_dir():
-        return "there is no such checkpoint"
-    manifest = read_manifest(checkpoint)
-    if manifest is None or not STATES & manifest["sha256"].keys():
-        return "manifest.json is missing or torn"
-    for name, expected in manifest["sha256"].items():
-        file = checkpoint / name
-        try:
-            with open(file, "rb") as opened:
-                if hashlib.file_digest(opened, "sha256").hexdigest() != expected:
-                    return f"{name} is torn or was altered"
-        except OSError as wrong:
-            return f"{name} cannot be read: {wrong.strerror}"
-    return None
-
-
 def latest_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint that is whole, or None; warns of every newer one that is not."""
     for path in reversed(list_checkpoints(folder)):
@@ -293,12 +229,20 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def read_best(folder: str | Path) -> dict[str, Any] | None:
-    """The contents of ``best.json``, or None where there is none."""
-    try:
-        best = json.loads((Path(folder) / "best.json").read_text(encoding="utf-8"))
-        return best if {"metric", "value", "checkpoint"} <= set(best) else None
-    except (OSError, ValueError, TypeError):
+    """metric, value and checkpoint as ``best.json`` has them, or None where there is none.
+
+    Where it was altered, what the checkpoints themselves say, and a warning.
+    """
+    file = Path(folder) / BEST
+    if not file.exists():
         return None
+    best = read_json(file) or {}
+    if isinstance(best.get("checkpoint"), str) and {"metric", "value"} <= {*best}:
+        old = SUM not in best and not any_numbered(file.parent)
+        if old or not was_changed(best):
+            return {name: best[name] for name in ("metric", "value", "checkpoint")}
+    tell(f"warning: {file}: was altered; the best checkpoint is found by what each says of itself")
+    return best_of(judged_checkpoints(file.parent), None)
 
 
 def best_checkpoint(folder: str | Path) -> Path | None:

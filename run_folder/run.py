@@ -10,24 +10,32 @@
 Importing this loads neither MLX nor W&B.
 """
 
-import json
+import importlib.metadata
 import os
+import platform
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from errors import UserError
-from run_folder.folder import default_folder, describe, lock_folder, remove
+from run_folder.locks import OutputLock, lock_folder
 from run_folder.loggers import WandbRun, check_installed
-from run_folder.run_config import config_of_run, read_run_config
-from run_folder.secrets import tell
-from safe_files import plain, write_json, writing
+from run_folder.rows import NO_ROWS, ROW_FILES, RowFile, numbered, read_rows
+from run_folder.run_config import (
+    OF_ONE_START,
+    config_of_run,
+    own_options,
+    read_run_config,
+    with_sum,
+)
+from run_folder.secrets import redact
+from safe_files import plain, refuse_links, refuse_links_below, sweep, write_json, writing
 
-OWN_NAMES = (
-    "config.json metrics.jsonl samples.jsonl bad_rows.jsonl summary.json checkpoints plots wandb"
-).split()
-ROW_FILES = ("metrics.jsonl", "samples.jsonl", "bad_rows.jsonl")
+LIBRARIES = ("mlx", "mlx-lm", "transformers", "numpy")
+RUNS = "runs"  # where runs lie that are given no folder
+OWN_NAMES = ["config.json", *ROW_FILES, "summary.json", "checkpoints", "plots", "wandb"]
 
 
 class Run:
@@ -65,20 +73,28 @@ class Run:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(self.folder)
+        self._output, self._files = OutputLock(None), {}
         try:
+            self._refuse_links(outputs)
+            self._sweep()
+            saved = options.get("save_file")
+            self._output = OutputLock(Path(saved).expanduser() if saved else None)
+            self.may_change = tuple(options.get("may_change", ()))
+            self.typed = frozenset(options.get("explicit", ()))
             self._open(script, options, resume, overwrite, outputs, blas)
             self.wandb, self._track = None, log_with == "wandb"
             if not resume:
-                self.write_config()
                 self._start_tracking()
         except BaseException:
-            self._lock.close()
+            self._free()
             raise
         self.started = time.monotonic()
 
     def _refuse_what_is_no_run(self, outputs: Sequence[str]) -> None:
         """UserError where files that would be taken for a run's are not: a model's, say."""
         there = [name for name in (*OWN_NAMES, *outputs) if os.path.lexists(self.folder / name)]
+        # Versions before this one could be killed between these files and config.json.
+        there = [name for name in there if not is_empty(self.folder / name)]
         if there and config_of_run(self.folder) is None:
             raise UserError(
                 f"{self.folder}: holds {there[0]}, and no run that it belongs to (a run's "
@@ -106,11 +122,22 @@ class Run:
                 if name != "config.json":
                     remove(self.folder / name)
         self.config = describe(script, options, blas, created)
-        self._files = {name: self._append_to(name) for name in ROW_FILES}
+        if not resume:  # before any other file: without it they would be no run's
+            self.write_config()
+        self._files = {name: RowFile(self.folder / name) for name in ROW_FILES}
 
-    def _append_to(self, name: str) -> BinaryIO:
-        with writing(self.folder / name):
-            return open(self.folder / name, "ab", buffering=0)
+    def _refuse_links(self, outputs: Sequence[str]) -> None:
+        """UserError where something of the run is a link; W&B makes some inside its folder."""
+        for name in (*OWN_NAMES, *outputs):
+            refuse_links(self.folder / name)
+            refuse_links_below(self.folder / name, may_stay_inside=name == "wandb")
+
+    def _sweep(self) -> None:
+        """Clear away what dead processes left half-written in this folder."""
+        for name in OWN_NAMES:
+            sweep(self.folder / name)
+        for folder in (self.checkpoints, self.plots):
+            sweep(folder, all_names=True)
 
     def _start_tracking(self) -> None:
         if self._track:
@@ -135,8 +162,8 @@ class Run:
 
         NaN and infinity become null, which JSON has and they are not.
         """
-        row = {"step": int(step), **plain(dict(metrics))}
-        write_line(self._files["metrics.jsonl"], row)
+        row = numbered(step, metrics)
+        self._files["metrics.jsonl"].append(row)
         if self.wandb is not None:
             self.wandb.log(step, row)
         return row
@@ -144,31 +171,31 @@ class Run:
     def log_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """Append decoded samples: prompt, response, score, KL, and whatever else they hold."""
         for sample in samples:
-            write_line(self._files["samples.jsonl"], {"step": int(step), **plain(dict(sample))})
+            self._files["samples.jsonl"].append(numbered(step, sample))
 
     def log_bad_rows(self, step: int, reason: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append what an update that was skipped was to be made from, and why it was skipped."""
         for row in rows:
-            entry = {"step": int(step), "reason": reason, **plain(dict(row))}
-            write_line(self._files["bad_rows.jsonl"], entry)
+            entry = numbered(step, {"reason": reason, **row})
+            self._files["bad_rows.jsonl"].append(entry)
 
     # ----------------------------------------------------------------- resume
 
-    def state_dict(self) -> dict[str, int]:
-        """Lengths of the row files in bytes, for a checkpoint."""
-        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+    @property
+    def own_options(self) -> dict[str, Any]:
+        """Script and options, for a checkpoint: what it was made with."""
+        return own_options(self.config)
 
-    def cut_back(self, state: Mapping[str, int]) -> None:
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Lengths and sums of the row files, for a checkpoint."""
+        return {name: file.state() for name, file in self._files.items()}
+
+    def cut_back(self, state: Mapping[str, Any]) -> None:
         """Take back rows beyond these lengths, and make sure of the others on the disk."""
         for name, file in self._files.items():
-            wanted, there = state.get(name, 0), os.fstat(file.fileno()).st_size
-            if there < wanted:
-                tell(f"warning: {file.name}: rows before the checkpoint are gone")
-            with writing(file.name):
-                os.ftruncate(file.fileno(), min(wanted, there))
-                os.fsync(file.fileno())
+            file.cut_back(state.get(name, NO_ROWS))
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, with the options of this start in ``config.json``.
 
         The row files are cut back to its lengths: later rows are going to be made again. An empty
@@ -189,16 +216,18 @@ class Run:
         self.close(result)
 
     def close(self, summary: Mapping[str, Any] | None = None) -> None:
-        """Close files, W&B and the lock; a second call does nothing."""
+        """Close files, W&B and the locks; a second call does nothing."""
         if self._lock.closed:
             return
         try:
-            for file in self._files.values():
-                file.close()
             if self.wandb is not None:
                 self.wandb.finish(read_rows(self.folder / "samples.jsonl"), summary)
         finally:
-            self._lock.close()
+            self._free()
+
+    def _free(self) -> None:
+        for file in (*self._files.values(), self._output, self._lock):
+            file.close()
 
     def __enter__(self) -> "Run":
         return self
@@ -207,36 +236,67 @@ class Run:
         self.close()
 
 
-# ------------------------------------------------------------------------------ rows
+# ------------------------------------------------------------------------------ folders
 
 
-def write_line(file: BinaryIO, row: Mapping[str, Any]) -> None:
-    """Append one JSON object as one line, handed to the system at once."""
-    try:
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair: legal in Python, not in UTF-8
-        line = json.dumps(row, ensure_ascii=True, allow_nan=False).encode("ascii")
-    if os.fstat(file.fileno()).st_nlink == 0:
-        raise UserError(f"{file.name}: was deleted while the run was writing to it")
-    with writing(file.name):
-        rest = memoryview(line + b"\n")
-        while rest:
-            rest = rest[file.write(rest) :]
+def default_folder(script: str, base: str | Path = RUNS) -> Path:
+    """Make and return a folder ``runs/<script>-<time>`` that did not exist before."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    with writing(base):
+        for number in range(1, 1000):
+            folder = Path(base) / (f"{script}-{stamp}" + (f"-{number}" if number > 1 else ""))
+            try:
+                folder.mkdir(parents=True)
+                return folder
+            except FileExistsError:
+                continue
+    raise UserError(f"{base}: a thousand runs of this second are there already")
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl`` or ``samples.jsonl``; a torn last line is left out."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "metrics.jsonl"
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as wrong:
-        raise UserError(f"{path}: cannot read: {wrong.strerror}") from None
-    rows = []
-    for at, line in enumerate(lines[:-1], 1):
+def remove(path: Path) -> None:
+    """Delete a file or a folder that may not be there; links are deleted, never followed."""
+    with writing(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def is_empty(path: Path) -> bool:
+    """Whether a path is a file of rows without any."""
+    return (
+        path.name in ROW_FILES
+        and path.is_file()
+        and not path.is_symlink()
+        and not path.stat().st_size
+    )
+
+
+# ------------------------------------------------------------------------------ contents
+
+
+def describe(
+    script: str, options: Mapping[str, Any], blas: str | None, created: str | None
+) -> dict[str, Any]:
+    """What ``config.json`` holds; secrets are redacted."""
+    kept = {name: value for name, value in options.items() if name not in OF_ONE_START}
+    versions = {"python": platform.python_version()}
+    for library in LIBRARIES:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{path}:{at}: not a JSON object") from None
-    return rows
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            versions[library] = None
+    return with_sum(
+        {
+            "script": script,
+            "created": created or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "options": redact(plain(kept)),
+            "versions": versions,
+            "machine": {
+                "platform": platform.platform(),
+                "processor": platform.processor() or platform.machine(),
+                "cpu_count": os.cpu_count(),
+                "blas": blas,
+            },
+        }
+    )

@@ -1,12 +1,15 @@
 """``config.json`` of a run: where it is, what it holds, which script made it. Loads no MLX."""
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
 
 REDACTED = "<redacted>"
+SUM = "sha256"  # of all that config.json, manifest.json or best.json holds beside it
 
 # The script that makes, and goes on with, what config.json calls a run of this.
 MADE_BY = {
@@ -22,7 +25,7 @@ MADE_BY = {
 
 # Belong to one start of the program and are not taken over from the run that is resumed.
 OF_ONE_START = frozenset(
-    "changed config explicit force_resume output_dir overwrite resume typed".split()
+    "changed config explicit force_resume may_change output_dir overwrite resume typed".split()
 )
 
 
@@ -60,6 +63,29 @@ def read_run_config(path: str | Path) -> dict[str, Any]:
     folder = run_folder_of(path)
     if (config := config_of_run(folder)) is not None:
         return config
+    copies = sorted(folder.glob("checkpoints/step-*/options.json"))
+    cure = f"; {copies[-1]} holds a copy to put in its place" if copies else ""
     raise UserError(
         f"{folder / 'config.json'}: not the config.json of a run: it has no script or no options"
+        f"{cure}"
     )
+
+
+# ------------------------------------------------------------------------------ contents
+
+
+def own_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's config.json decides what it computes; a checkpoint holds it as well."""
+    return {name: config[name] for name in ("script", "options")}
+
+
+def with_sum(contents: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the sum of all of it, by which a changed bit is noticed."""
+    rest = {name: value for name, value in contents.items() if name != SUM}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return {**rest, SUM: hashlib.sha256(text.encode("utf-8")).hexdigest()}
+
+
+def was_changed(contents: Mapping[str, Any]) -> bool:
+    """Whether contents with a sum are not those that it was taken of."""
+    return with_sum(contents)[SUM] != contents.get(SUM)

@@ -21,56 +21,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "data"
+from script_table import DATA, ROOT, RUNS, words  # noqa: F401
+
 KILLS = int(os.environ.get("MLX_RLHF_KILLS", "3"))  # 20 in the long version
 TOUCHES = "touches of files:"
 TOO_LONG = 120.0  # seconds for a run of a test
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "WANDB_MODE")
 
 
-def words(text: str) -> list[str]:
-    """A command line without quotes as words; DATA stands for the folder of sample data."""
-    return [word.replace("DATA", str(DATA)) for word in text.split()]
-
-
-COMMON = "--output-dir run --save-file out.npz --lora-rank 2 --lora-layers 2 --save-every 2"
-RUNS = {
-    "sft": (
-        "sft.py",
-        words(
-            f"--train --data DATA {COMMON} --iters 8 --batch-size 4 --lora-dropout 0.2 "
-            "--gradient-accumulation-steps 2 --learning-rate 3e-3 --lr-schedule cosine "
-            "--warmup-steps 2 --steps-per-eval 3 --val-batches 1 --save-best --sample-prompts 0 8"
-        ),
-    ),
-    "reward": (
-        "sft.py",
-        words(
-            f"--train --reward-model --data DATA --data-base reward_function_increasing_mult_2_ "
-            f"{COMMON} --iters 6 --batch-size 8 --lora-dropout 0.2 --learning-rate 3e-3 "
-            "--steps-per-eval 4 --val-batches 1 --normalize-samples 8"
-        ),
-    ),
-    "group": (
-        "group_training.py",
-        words(
-            f"--ground_truth_reward --data DATA {COMMON} --num-steps 6 --batch-size 8 "
-            "--num-generations 4 --mini-batch-size 4 --ppo-epochs 2 --max-new-tokens 6 --beta 0.05 "
-            "--dynamic-sampling --sync-ref-model --ref-model-sync-steps 3 --use-adaptive-entropy "
-            "--entropy-target 5 --eval-every 3 --eval-prompts 4 --eval-samples 1"
-        ),
-    ),
-    "ppo": (
-        "ppo_training.py",
-        words(
-            f"--ground_truth_reward --data DATA {COMMON} --num-steps 6 --batch-size 4 "
-            "--mini-batch-size 2 --ppo-epochs 2 --max-new-tokens 8 --min-response-length 4 "
-            "--adap-kl-ctrl --horizon 50 --init-kl-coef 0.2 --use-score-scaling --use-score-norm "
-            "--value-head-init-std 0.1 --eval-every 3 --eval-prompts 4 --eval-samples 1"
-        ),
-    ),
-}
 # Put into a run, makes steps and validations last long enough to be hit by something; each says
 # NOW on standard error when it begins.
 NOW = "a slow part begins"
@@ -162,14 +120,17 @@ class Running:
 class Server:
     """A process that forks runs. Use as a context manager, or take `shared_server()`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.count = folder, 0
+    def __init__(self, folder: Path, preload: Path | None = None) -> None:
+        """`preload`: a library that is loaded before all others."""
+        self.folder, self.count, self.preload = folder, 0, preload
 
     def __enter__(self) -> "Server":
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             cwd=ROOT,
-            env=clean_environment() | {"PYTHONPATH": str(ROOT)},
+            env=clean_environment()
+            | {"PYTHONPATH": str(ROOT)}
+            | ({"LD_PRELOAD": str(self.preload)} if self.preload else {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -192,12 +153,14 @@ class Server:
         folder: Path,
         *,
         kill_at: int | None = None,
+        fault: tuple[int, int] | None = None,
         prelude: str = "",
         **environment: str,
     ) -> Running:
         """A run in `folder`. It kills itself at its `kill_at`-th touch of a file in `folder`; 0
         counts them, for `touches`.
 
+        `fault`: (count, action) for fault_arm of reliability/fault_shim.c, which is preloaded.
         `prelude`: Python that the run executes first, with `resource` and `script` in reach.
         """
         self.count += 1
@@ -211,6 +174,7 @@ class Server:
             "out": str(out),
             "err": str(err),
             "kill_at": kill_at,
+            "fault": fault,
             "prelude": prelude,
             "environment": environment,
         }
@@ -313,11 +277,13 @@ def serve() -> None:
     import mlx_lm.tuner.utils  # noqa: F401
     import mlx_lm.utils  # noqa: F401
 
+    import fuse  # noqa: F401
     import group_training  # noqa: F401
     import mlx_group_trainer  # noqa: F401
     import mlx_ppo_trainer  # noqa: F401
     import mlx_sft_trainer  # noqa: F401
     import ppo_training  # noqa: F401
+    import publishing.export  # noqa: F401
     import reports.training_plots  # noqa: F401
     import sft  # noqa: F401
     import training.group_loop  # noqa: F401
@@ -357,6 +323,12 @@ def run(request: dict) -> None:
     script = importlib.import_module(request["script"])
     exec(request["prelude"], {"script": script, "resource": resource})
     at_the_end = die_at(request["kill_at"], request["cwd"])
+    if request["fault"]:
+        import ctypes
+
+        count, action = request["fault"]
+        folder = os.fsencode(os.path.realpath(request["cwd"]))
+        ctypes.CDLL(None).fault_arm(folder, ctypes.c_long(count), action)
     code = 1
     try:
         script.run_main(script.main)

@@ -107,8 +107,9 @@ def test_nothing_imports_a_script():
 def test_folders_below_import_no_other(folder):
     files = [file for file in FILES if unit(file) == folder]
     assert len(files) > 5
+    allowed = {folder, *FOR_ALL, *({"safe_files"} if folder == "models" else ())}
     for file in files:
-        assert roots(file) & TOP <= {folder, *FOR_ALL}, file
+        assert roots(file) & TOP <= allowed, file
 
 
 @pytest.mark.parametrize("name", ["losses", "advantages", "kl"])

@@ -10,10 +10,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from command_line.resumed_options import check_same_base, check_same_data, fingerprint
+from command_line.resumed_options import (
+    check_checkpoint_options,
+    check_same_base,
+    check_same_data,
+    fingerprint,
+)
 from models.adapter_description import CONFIG_KEY
 from models.tuning import Tuning
-from run_folder.checkpoint_folder import Metric, set_aside_after
+from run_folder.checkpoint_folder import set_aside_after
+from run_folder.manifest import Metric, number_old_ones
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop, StepGivenUp
 from training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
@@ -99,6 +105,7 @@ class Resumable:
         """Go back to a checkpoint (None: to the start); `force`: also with other data or base."""
         saved = load_checkpoint(path) if path is not None else None
         if saved is not None:
+            check_checkpoint_options(path, self.run_folder, force)
             if not force:
                 check_same_data(saved.state, self.data)
                 check_same_base(saved.state, self.base)
@@ -106,9 +113,12 @@ class Resumable:
             self.take(saved)
         # Nothing refuses from here on, and until here the run folder is as it was.
         set_aside_after(path, self.run_folder.checkpoints)
+        number_old_ones(self.run_folder.checkpoints, self.run_folder.own_options)
         self.run_folder.load_state_dict({} if saved is None else saved.state["run"])
         if saved is not None:
             set_rng_state(saved.state["rng"])
+            if force:  # what was allowed to differ is a checkpoint's own from now on
+                self.checkpoint()
 
     def take(self, saved: Checkpoint) -> None:
         """The weights of a checkpoint, and where its run stood."""
@@ -174,6 +184,7 @@ class Resumable:
                 keep=self.schedule.keep_checkpoints,
                 metric=metric,
                 unfinished=unfinished,
+                options=self.run_folder.own_options,
             )
         except FloatingPointError as wrong:
             raise not_finite(self.run_folder, str(wrong)) from None

@@ -18,14 +18,13 @@ import mlx.core as mx
 
 from errors import UserError
 from models.adapter_description import CONFIG_FILE, CONFIG_KEY
+from models.written_arrays import save_arrays
 from run_folder.checkpoint_folder import (
-    Metric,
     disk_refused,
-    problem,
-    read_manifest,
     write_checkpoint,
 )
-from safe_files import plain
+from run_folder.manifest import Metric, problem, read_manifest
+from safe_files import plain, write_checked
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ def save_checkpoint(
     keep: int = 2,
     metric: Metric | None = None,
     unfinished: bool = False,
+    options: dict[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint of ``step`` and return its folder; then delete those no longer kept.
 
@@ -62,7 +62,9 @@ def save_checkpoint(
     def write(temporary: Path) -> None:
         write_files(temporary, step, arrays, state, described or {})
 
-    return write_checkpoint(folder, step, write, keep=keep, metric=metric, unfinished=unfinished)
+    return write_checkpoint(
+        folder, step, write, keep=keep, metric=metric, unfinished=unfinished, options=options
+    )
 
 
 def refuse_non_finite(arrays: Mapping[str, Mapping[str, mx.array]]) -> None:
@@ -85,16 +87,14 @@ def write_files(
         about = {key: json.dumps(value) for key, value in described.get(group, {}).items()}
         about["format"] = "mlx"
         try:
-            # MLX lays names out in hash order of their arrival: sorted, the bytes are the same.
-            file = str(folder / f"{group}.safetensors")
-            mx.save_safetensors(file, dict(sorted(members.items())), about)
+            save_arrays(folder / f"{group}.safetensors", members, about)
         except RuntimeError as wrong:
             raise disk_refused(wrong, folder) from None
     text = json.dumps({"step": step, **plain(dict(state))}, allow_nan=False)
-    (folder / "state.json").write_text(text, encoding="utf-8")
+    write_checked(folder / "state.json", text)
     if adapter := described.get("adapters", {}).get(CONFIG_KEY):
         text = json.dumps(adapter, indent=2) + "\n"
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        write_checked(folder / CONFIG_FILE, text)
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -105,7 +105,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path}: {wrong}; this checkpoint cannot be used")
     manifest = read_manifest(path)
     arrays = {}
-    for name in manifest["sha256"]:
+    for name in manifest["files"]:
         if name.endswith(".safetensors"):
             group = arrays[name.removesuffix(".safetensors")] = mx.load(str(path / name))
             mx.eval(group)  # MLX reads lazily, and the file may be deleted before that

@@ -4,7 +4,8 @@ import contextlib
 from typing import Any
 
 from errors import UserError
-from run_folder.checkpoint_folder import Metric, list_checkpoints, problem
+from run_folder.checkpoint_folder import list_checkpoints
+from run_folder.manifest import Metric, problem
 from run_folder.run import Run
 from run_folder.secrets import tell
 

@@ -18,8 +18,8 @@ from rewards.texts import asked, reward_columns
 from rewards.user_function import quote_row
 from rl.ppo_statistics import logged_row, part_means
 from rl.rollouts import join_rollouts
-from run_folder.checkpoint_folder import Metric
 from run_folder.console import Progress
+from run_folder.manifest import Metric
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop
 from training.checkpointed import Group, Resumable

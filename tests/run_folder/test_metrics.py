@@ -17,7 +17,8 @@ import pytest
 
 from errors import UserError
 from run_folder.console import Progress
-from run_folder.run import Run, read_rows, write_line
+from run_folder.rows import RowFile
+from run_folder.run import Run, read_rows
 from run_folder.secrets import REDACTED, redact
 from training.memory import check_memory, peak_memory
 
@@ -80,10 +81,40 @@ def test_a_torn_last_line_is_left_out_and_a_broken_one_is_named(folder):
         read_rows(folder)
 
 
-def test_a_full_disk_is_a_clear_error():
-    with open("/dev/full", "ab", buffering=0) as file:
-        with pytest.raises(UserError, match="/dev/full: cannot write: No space left"):
-            write_line(file, {"step": 1})
+def test_a_full_disk_is_a_clear_error(tmp_path):
+    file = RowFile(tmp_path / "rows.jsonl")
+    with open("/dev/full", "ab", buffering=0) as full:
+        os.dup2(full.fileno(), file._file.fileno())
+    with pytest.raises(UserError, match="rows.jsonl: cannot write: No space left"):
+        file.append({"step": 1})
+
+
+def test_half_a_row_does_not_stay(tmp_path, monkeypatch):
+    """What is written next would be glued to it."""
+    file = RowFile(tmp_path / "rows.jsonl")
+    file.append({"step": 1})
+    whole = (tmp_path / "rows.jsonl").read_bytes()
+
+    class Torn:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def write(self, data):
+            if len(data) < 8:
+                raise OSError(28, "No space left on device")
+            return self.inner.write(data[:8])
+
+    inner = file._file
+    monkeypatch.setattr(file, "_file", Torn(inner))
+    with pytest.raises(UserError, match="No space left"):
+        file.append({"step": 2})
+    monkeypatch.setattr(file, "_file", inner)
+    assert (tmp_path / "rows.jsonl").read_bytes() == whole
+    file.append({"step": 3})
+    assert read_rows(tmp_path / "rows.jsonl") == [{"step": 1}, {"step": 3}]
 
 
 def test_a_folder_that_vanishes_is_a_clear_error(folder):
@@ -174,9 +205,50 @@ def test_overwrite_does_not_follow_links_out_of_the_folder(folder, tmp_path):
     (outside / "precious").write_text("")
     Run("sft", {}, output_dir=folder).close()
     (folder / "checkpoints").symlink_to(outside)
-    with Run("sft", {}, output_dir=folder, overwrite=True):
-        assert not (folder / "checkpoints").exists()
+    with pytest.raises(UserError, match="checkpoints: is a symbolic link"):
+        Run("sft", {}, output_dir=folder, overwrite=True)
     assert (outside / "precious").exists()
+
+
+LINKS = [".lock", "config.json", "metrics.jsonl", "samples.jsonl", "bad_rows.jsonl", "summary.json",
+         "checkpoints", "plots", "wandb", "checkpoints/step-00000001", "checkpoints/best.json",
+         "checkpoints/step-00000001/state.json", "plots/loss.png", "wandb/run-id"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("way", ["anew", "overwrite", "resume"])
+def test_links_within_a_run_are_refused_before_anything_is_written(folder, tmp_path, name, way):
+    (outside := tmp_path / "outside").mkdir()
+    (precious := outside / "precious").write_text("mine")
+    Run("sft", {"a": 1}, output_dir=folder).close()
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    if name == "config.json":
+        (folder / name).rename(precious)
+    (folder / name).unlink(missing_ok=True)
+    before = precious.read_text()
+    (folder / name).symlink_to(outside if "." not in name and "id" not in name else precious)
+    there = sorted(path.name for path in folder.rglob("*"))
+    with pytest.raises(UserError, match="is a (symbolic link|link that leads out)|holds a run"):
+        Run(
+            "sft", {"a": 1}, output_dir=folder, resume=way == "resume", overwrite=way == "overwrite"
+        )
+    assert precious.read_text() == before and list(outside.iterdir()) == [precious]
+    assert sorted(path.name for path in folder.rglob("*")) == there
+
+
+def test_w_and_b_s_own_links_stay(folder):
+    """latest-run, say: within its folder."""
+    Run("sft", {}, output_dir=folder).close()
+    (folder / "wandb" / "run-1").mkdir(parents=True)
+    (folder / "wandb" / "latest-run").symlink_to("run-1")
+    Run("sft", {}, output_dir=folder, resume=True).close()
+
+
+def test_the_folder_itself_may_be_a_link(folder, tmp_path):
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    Run("sft", {}, output_dir=tmp_path / "link").close()
+    assert (folder / "config.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from run_folder.checkpoint_folder import (
     list_checkpoints,
     problem,
 )
+from run_folder.run_config import with_sum
 from run_folder.stopping import resume_command
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.streams import rng_state, seed_everything, set_rng_state
@@ -170,8 +171,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, capsys, da
 def test_a_manifest_that_leaves_the_folder_is_refused(tmp_path):
     path = save(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["sha256"]["../../outside.safetensors"] = "0" * 64
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    manifest["files"]["../../outside.safetensors"] = "0" * 64
+    (path / "manifest.json").write_text(json.dumps(with_sum(manifest)))
     assert "manifest.json" in problem(path)
 
 
