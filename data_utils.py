@@ -49,6 +49,7 @@ from data_loading.tokenise import (
     columns_of,  # columns for a reward function
     encode_prompt,  # one prompt, text or messages, as a script gives it to the model
     first_words,  # the prompt in a plain text
+    not_for_sft,  # why rows of a kind are not for supervised fine-tuning
     tokenise_preferences,  # chosen and rejected, for reward models
     tokenise_prompts,  # prompts for PPO
     tokenise_scalar,  # text and reward, for reward models
@@ -91,6 +92,7 @@ __all__ = [
     "load_data",
     "make_batch",
     "mix_records",
+    "not_for_sft",
     "pack_rows",
     "pad_rows",
     "preview",

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 from command_line.parser import Parser, run_main
+from command_line.rules import Needs, needs, refuse_idle
 from command_line.shared_flags import add_any_base
 from errors import UserError
 
@@ -24,7 +25,10 @@ FORMATS = ("model", "adapter", "peft", "classifier", "gguf")
 UNFUSED = ("adapter", "peft")
 SINGLE_FILES = {"adapter": (".npz", ".safetensors"), "gguf": (".gguf",)}
 SINGLE_FILES.update(model=(), peft=(), classifier=())
-UPLOAD_ONLY = ("private", "revision", "commit_message", "dry_run")
+NEEDS = (
+    Needs("private revision commit_message dry_run", "upload_repo", valued=False),
+    Needs("force", "save_path"),
+)
 
 
 # ------------------------------------------------------------------------------ arguments
@@ -38,6 +42,8 @@ def parse_arguments(words=None):
     add("--adapter-file", nargs="+", default=[], help=".npz, .safetensors, or adapter folder(s)")
     add("--adapter-weights", nargs="+", type=float, help="a factor for each adapter (default: 1)")
     add("--trust-remote-code", type=bool, default=False, help="run code that the model brings")
+    text = "round the base to so many bits first, as --quantize did in training"
+    add("--quantize", type=int, choices=(4, 8), help=text)
     add_any_base(parser, "adapter_file")
     add = parser.add_argument_group("what comes out").add_argument
     add("--save-path", help="folder to write; for gguf a file, for adapter also .npz, .safetensors")
@@ -63,7 +69,7 @@ def parse_arguments(words=None):
     )
     add("--run", help="run folder for the model card (default: the one that saved the adapter)")
     add("--license", help="for the model card, such as apache-2.0 (default: the base's)")
-    parser.checks.append(check_arguments)
+    parser.checks += [check_arguments, needs(NEEDS)]
     return parser.parse_args(words)
 
 
@@ -74,40 +80,39 @@ def check_arguments(args):
         args.adapter_weights = [1.0] * count
     if len(args.adapter_weights) != count:
         raise UserError(f"--adapter-weights: give {count} numbers, one for each --adapter-file")
-    for name in UPLOAD_ONLY:
-        if name in args.explicit and getattr(args, name) and not args.upload_repo:
-            raise UserError(f"--{name.replace('_', '-')} has no effect without --upload-repo")
     if args.save_path == "":  # pathlib takes it for the current folder
         raise UserError("--save-path: the name is empty; give the folder to write")
     if args.save_path is None:
         check_upload_alone(args)
     elif args.format in UNFUSED:
         check_adapter_alone(args, count)
-    elif not count and args.format == "model" and not (args.dequantize or args.dtype != "stored"):
-        raise UserError("nothing to do: give --adapter-file, --dequantize, --dtype or a --format")
+    elif not count and args.format == "model" and not changes_weights(args):
+        raise UserError("nothing to do: give --adapter-file, --quantize, --dequantize, --dtype or "
+                        "a --format")  # fmt: skip
+
+
+def changes_weights(args):
+    """Whether a flag asks for other weights than the base has, adapters apart."""
+    return args.dequantize or args.quantize or args.dtype != "stored"
 
 
 def check_upload_alone(args):
     """Without --save-path a folder is uploaded as it is."""
     if not args.upload_repo:
         raise UserError("--save-path: give the folder to write")
-    if args.adapter_file or args.format != "model" or args.dequantize or args.dtype != "stored":
+    if args.adapter_file or args.format != "model" or changes_weights(args):
         raise UserError("--save-path: give the folder to write before it is uploaded")
     if args.model is None:
         raise UserError("--upload-repo: give --model FOLDER to upload, or --adapter-file and "
                         "--save-path")  # fmt: skip
-    if args.force:
-        raise UserError("--force has no effect without --save-path")
 
 
 def check_adapter_alone(args, count):
     """An adapter is written as it is: there is nothing to fuse, weigh or dequantise."""
     if count != 1:
         raise UserError(f"--format {args.format} writes one adapter: give one --adapter-file")
-    for name in ("adapter_weights", "dequantize", "dtype"):
-        if name in args.explicit:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} has no effect with --format {args.format}")
+    for name in ("adapter_weights", "quantize", "dequantize", "dtype"):
+        refuse_idle(args, name, f"with --format {args.format}", valued=False)
 
 
 # ------------------------------------------------------------------------------ main
@@ -139,6 +144,7 @@ def main(words=None) -> None:
         args.adapter_file,
         args.adapter_weights,
         dtype=args.dtype,
+        quantize=args.quantize,
         trust_remote_code=args.trust_remote_code,
         any_base=args.any_base,
     )

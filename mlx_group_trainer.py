@@ -19,6 +19,7 @@ Papers: Shao et al. 2024 (GRPO), Ahmadian et al. 2024 (RLOO), Hu 2025 (REINFORCE
 
 import fast_blas  # noqa: F401
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +42,14 @@ from models.trunk import vocabulary_size
 from models.tuning import check_arrays
 from rl.group_advantages import ESTIMATORS, group_stds, reward_metrics, weighted_sum
 from rl.group_config import GroupConfig
-from rl.group_losses import Pass, group_loss, mean_of, rloo_loss, surrogate_options
+from rl.group_losses import (
+    Pass,
+    group_loss,
+    mean_of,
+    online_dpo_loss,
+    rloo_loss,
+    surrogate_options,
+)
 from rl.group_statistics import (
     completion_metrics,
     config_warnings,
@@ -49,7 +57,6 @@ from rl.group_statistics import (
     warnings_for,
 )
 from rl.ppo_statistics import sampling_warnings
-from rl.preference_losses import DPO_LOSSES, Pairs, pair_sums
 from rl.rollout_checks import check_rollout
 from rl.rollouts import Rollout
 from rl.shaping import length_penalties
@@ -67,6 +74,7 @@ from training.rollout_stages import (
     token_lists,
     use_sampled,
 )
+from training.update import added, all_finite, apply_update
 
 __all__ = ["GroupConfig", "GroupTrainer"]
 
@@ -364,16 +372,21 @@ class GroupTrainer:
             gradient, found = self._gradient(rollout, rows[start : start + config.mini_batch_size])
             metrics.append(found)
             if gradient is not None:
-                total = gradient if total is None else tree_map(mx.add, total, gradient)
-                mx.eval(total)  # or every gradient stays in memory until the last one
+                total = added(total, gradient)
         if total is None:
             return metrics
-        gradient = tree_map(lambda g: g / config.gradient_accumulation_steps, total)
-        gradient, norm = optim.clip_grad_norm(gradient, config.max_grad_norm or float("inf"))
-        self.before_update()
-        self.optimizer.update(self.model, gradient)
-        mx.eval(self.model.trainable_parameters(), self.optimizer.state, norm)
-        metrics[-1]["grad_norm"] = norm.item()
+        norm = apply_update(
+            self.model,
+            self.optimizer,
+            total,
+            config.gradient_accumulation_steps,
+            config.max_grad_norm,
+            before=self.before_update,
+        )
+        metrics[-1]["grad_norm"] = norm
+        if not math.isfinite(norm):  # of numbers that were finite themselves
+            metrics[-1] |= {"not_finite": 1.0, "skipped": 1.0}
+            return metrics
         self._after_update(metrics)
         return metrics
 
@@ -394,7 +407,7 @@ class GroupTrainer:
         scalars = [rollout.mask.sum() / passes, mx.array(self.entropy_weight)]
         with checkpointed_blocks(self.model.model, self.grad_checkpoint):
             (_, metrics), gradient = self._loss_and_grad(packed.arrays(), columns, scalars)
-        finite = mx.stack([mx.isfinite(g).all() for _, g in tree_flatten(gradient)]).all()
+        finite = all_finite(gradient)
         mx.eval(metrics, gradient, finite)
         metrics = {name: value.item() for name, value in metrics.items()}
         bad = not (finite.item() and np.isfinite(metrics["loss"]))
@@ -428,40 +441,12 @@ class GroupTrainer:
         )
 
     def _pair_loss(self, packed, columns, scalars) -> tuple[mx.array, dict]:
-        """The DPO loss of pairs of rows; ties, whose advantages are 0, weigh nothing."""
+        """The DPO loss of one pass, whose rows are pairs, and its metrics."""
         config, packed = self.config, Packed(*packed)
         logprobs, entropy = self.model(packed, temperature=config.temperature, gradient=True)
-        _, advantages, ref_logprobs = columns
-        first = mx.arange(0, logprobs.shape[0], 2)
-        won = advantages[first, 0] >= 0
-        better, worse = mx.where(won, first, first + 1), mx.where(won, first + 1, first)
-        chosen, rejected = pair_sums(logprobs, packed.mask, better, worse)
-        ref_chosen, ref_rejected = pair_sums(ref_logprobs, packed.mask, better, worse)
-        lengths = packed.mask.sum(axis=1)
-        decided = mx.abs(advantages[first, 0])
-        count = mx.maximum(decided.sum(), 1.0)
-        pairs = Pairs(
-            chosen, rejected, lengths[better], lengths[worse], decided, ref_chosen, ref_rejected
-        )
-        losses = DPO_LOSSES[config.dpo_loss](pairs, beta=config.beta)
-        loss = (losses * decided).sum() / count
-
-        def mean(x: mx.array) -> mx.array:
-            return mx.stop_gradient((x * decided).sum() / count)
-
-        chosen_reward, rejected_reward = (
-            config.beta * pairs.chosen_ratio,
-            config.beta * pairs.rejected_ratio,
-        )
-        return loss, {
-            "loss": mx.stop_gradient(loss),
-            "entropy": mx.stop_gradient(mean_of(entropy, packed.mask)),
-            "rewards/chosen": mean(chosen_reward),
-            "rewards/rejected": mean(rejected_reward),
-            "rewards/margins": mean(chosen_reward - rejected_reward),
-            "rewards/accuracies": mean((chosen_reward > rejected_reward).astype(mx.float32)),
-            "ties": 1 - decided.mean(),
-        }
+        old_logprobs, advantages, ref_logprobs = columns
+        rows = Pass(logprobs, old_logprobs, advantages, packed.mask, entropy, ref_logprobs)
+        return online_dpo_loss(rows, loss=config.dpo_loss, beta=config.beta)
 
     # ------------------------------------------------------------------ 7. after an update
 

@@ -11,12 +11,11 @@ With answers that were rated in the chat:
     python preference_training.py --model MODEL --train --algorithm kto --train-file ratings.jsonl
 """
 
-import fast_blas
+import fast_blas  # noqa: F401
 
 import functools
-import sys
 
-from command_line.adapter_file import refuse_other_adapter
+from command_line.adapter_file import make_tuning
 from command_line.parser import run_main
 from command_line.preference_flags import (
     WITH_REFERENCE,
@@ -26,29 +25,16 @@ from command_line.preference_flags import (
     parse_arguments,
 )
 from command_line.sft_flags import training_length, validation
-from command_line.shared_flags import adapter_description, optimizer_options
+from command_line.shared_flags import model_options, optimizer_options, schedule_options
 from data_utils import BatchIterator, epoch_batches, make_batch
+from training.launch import run_training, say_peak_memory, say_written, shape_multiple, start
 
 # ------------------------------------------------------------------------------ main
 
 
 def main(words=None) -> int:
     args = parse_arguments(words)
-    # MLX and what stands on it come after the command line: help and mistakes answer at once.
-    from models.load import load_model
-    from training.memory import peak_memory, set_memory_limit
-    from training.streams import seed_everything
-
-    if notice := fast_blas.notice():
-        print(notice, file=sys.stderr)
-    seed_everything(args.seed)
-    set_memory_limit(args.memory_limit)
-    loaded = load_model(
-        args.model,
-        dtype=args.dtype,
-        quantize=args.quantize,
-        trust_remote_code=args.trust_remote_code,
-    )
+    loaded = start(args.seed, args.memory_limit, **model_options(args))
     rows = load_rows(args, loaded.tokenizer)
     if args.preview:
         return 0
@@ -60,7 +46,7 @@ def main(words=None) -> int:
         from mlx_sft_trainer import evaluate
 
         show("test", evaluate(task, batches))
-    print(f"peak memory {peak_memory():.2f} GB")
+    say_peak_memory()
     return 0
 
 
@@ -69,23 +55,13 @@ def main(words=None) -> int:
 
 def make_task(args, loaded):
     """The model with what is trained on it and its reference, as a task of mlx_sft_trainer."""
-    import mlx.core as mx
-
     from mlx_preference_tasks import PairTask, UnpairedTask
-    from models.adapter_files import attach, load_adapter
     from rl.preference_losses import cpo_loss, dpo_loss, orpo_loss
 
-    if args.resume_adapter_file is not None:
-        tuning = load_adapter(loaded, args.resume_adapter_file, any_base=args.any_base)
-        blocks = len(loaded.model.layers)
-        there = tuning.description(blocks)
-        refuse_other_adapter(args, args.resume_adapter_file, there, blocks=blocks)
-    else:
-        tuning = attach(loaded.model, adapter_description(args))
-    on_gpu = mx.default_device().type == mx.DeviceType.gpu
+    tuning = make_tuning(args, loaded, args.resume_adapter_file)
     common = {
         "reference": make_reference(args, loaded, tuning),
-        "pad_to_multiple": 16 if on_gpu else 1,
+        "pad_to_multiple": shape_multiple(),
     }
     losses = {name: loss_options(args, name) for name in args.loss_type}
     own = losses[args.loss_type[0]]
@@ -122,12 +98,8 @@ def make_reference(args, loaded, tuning):
     as_loaded = args.resume_adapter_file is not None and args.reference == "loaded"
     if tuning.kind != "full":
         return (adapter_as_it_is if as_loaded else adapter_off)(loaded.model, tuning)
-    other = load_model(
-        args.model,
-        dtype=args.dtype,
-        quantize=args.reference_quantize,
-        trust_remote_code=args.trust_remote_code,
-    )
+    options = model_options(args) | {"quantize": args.reference_quantize}
+    other = load_model(options.pop("model"), **options)
     if as_loaded:
         load_adapter(other, args.resume_adapter_file, any_base=args.any_base)
         other.model.freeze()
@@ -159,51 +131,39 @@ def precompute(args, loaded, task, rows, folder) -> None:
 
 def train(args, loaded, task, rows) -> None:
     """The loop, and what is left behind at its end."""
-    import mlx.core as mx
-
     from mlx_sft_trainer import SupervisedTrainer
     from models.adapter_files import describe
-    from run_folder.checkpoint_folder import best_checkpoint, latest_checkpoint, saving
-    from run_folder.run import Run
-    from run_folder.run_config import checkpoint_asked_for
-    from run_folder.stopping import GracefulStop
     from training.optimizers import build_optimizer
     from training.preference_warnings import PreferenceWatch
     from training.reference_cache import NAME
     from training.samples import write_samples
     from training.supervised_loop import Loop, Schedule
 
-    multiple = 16 if mx.default_device().type == mx.DeviceType.gpu else 1
-    plan = make_plan(args, rows["train"], seed=args.seed, pad_to_multiple=multiple)
+    plan = make_plan(args, rows["train"], seed=args.seed, pad_to_multiple=shape_multiple())
     steps, batches = training_length(args, len(plan))
-    optimizer = build_optimizer(**optimizer_options(args), steps=steps)
     trainer = SupervisedTrainer(
-        task, optimizer, max_grad_norm=args.max_grad_norm, grad_checkpoint=args.grad_checkpoint
+        task,
+        build_optimizer(**optimizer_options(args), steps=steps),
+        max_grad_norm=args.max_grad_norm,
+        grad_checkpoint=args.grad_checkpoint,
     )
     schedule = Schedule(
         steps=steps,
-        report_every=args.steps_per_report,
         eval_every=args.steps_per_eval,
-        save_every=args.save_every,
         accumulation=args.gradient_accumulation_steps,
         batches=batches,
-        keep_checkpoints=args.keep_checkpoints,
         patience=args.early_stopping_patience,
-        max_bad_steps=args.max_bad_steps,
-        memory_limit=args.memory_limit,
+        **schedule_options(args),
     )
-    least, resuming = 2 if args.algorithm == "kto" else 1, args.resume is not None
-    with (
-        Run(
-            "preference", vars(args), output_dir=args.output_dir, resume=resuming,
-            overwrite=args.overwrite, log_with=args.log_with, blas=fast_blas.NAME, outputs=(NAME,),
-        ) as run,
-        GracefulStop() as stop,
-    ):  # fmt: skip
-        loop = Loop(
-            run, trainer, task.groups(describe(task.tuning, loaded)),
-            BatchIterator(rows["train"].rows, plan), schedule,
-            validation=validation(args, rows.get("valid"), least),
+
+    def make_loop(run) -> Loop:
+        return Loop(
+            run,
+            trainer,
+            task.groups(describe(task.tuning, loaded)),
+            BatchIterator(rows["train"].rows, plan),
+            schedule,
+            validation=validation(args, rows.get("valid"), least_rows(args)),
             after_validation=lambda step: write_samples(
                 run, step, loaded, task, args.sample_prompts, rows.get("samples")
             ),
@@ -212,49 +172,55 @@ def train(args, loaded, task, rows) -> None:
                 log_2={*args.loss_type} <= {"sigmoid", "sigmoid_norm"} and args.algorithm == "dpo",
                 reference=task.reference is not None,
             ),
-        )  # fmt: skip
-        if resuming:
-            last = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
-            loop.resume(last, force=args.force_resume)
-        precompute(args, loaded, task, rows, run.folder)
+        )
+
+    def said(loop: Loop) -> str:
+        precompute(args, loaded, task, rows, loop.run_folder.folder)
         count = sum(a.size for a in task.tuning.arrays().values())
-        print(f"{run.folder}: {steps} updates of {args.batch_size} x "
-              f"{args.gradient_accumulation_steps} rows, {count:,} weights trained")  # fmt: skip
-        loop.run(stop, args.algorithm)
-        if args.save_best and not stop.requested:
-            loop.take_best(best_checkpoint(run.checkpoints))
-        if not stop.requested:
-            with saving(args.save_file):
-                finish(args, loaded, task, run, loop, rows)
-    stop.exit_if_requested("preference_training.py", run.folder)
+        size = f"{args.batch_size} x {args.gradient_accumulation_steps}"
+        return f"{steps} updates of {size} rows, {count:,} weights trained"
+
+    run_training(
+        args,
+        "preference",
+        make_loop,
+        said,
+        lambda run, loop: finish(args, loaded, run, loop, rows),
+        name=args.algorithm,
+        outputs=(NAME,),
+    )
+
+
+def least_rows(args) -> int:
+    """Of a batch: KTO compares the rows of one."""
+    return 2 if args.algorithm == "kto" else 1
 
 
 # ------------------------------------------------------------------------------ save
 
 
-def finish(args, loaded, task, run, loop, rows) -> None:
+def finish(args, loaded, run, loop, rows) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
     from models.adapter_files import save_adapter
     from reports.training_plots import plot_losses, plot_preferences
     from run_folder.run import read_rows
 
-    summary = {"steps": loop.step, "best_valid_loss": loop.best, **loop.totals}
+    task, found = loop.trainer.task, {}
+    if args.save_best:
+        loop.take_best()
     written = save_adapter(args.save_file, task.tuning, loaded)
     if "valid" in rows:
-        least = 2 if args.algorithm == "kto" else 1
-        found = loop.trainer.evaluate(validation(args, rows["valid"], least)())
+        found = loop.trainer.evaluate(validation(args, rows["valid"], least_rows(args))())
         show("validation", found)
-        summary |= {f"valid/{name}": value for name, value in found.items()}
     logged = read_rows(run.folder)
-    plots = [
-        plot_losses(logged, run.plots / "loss.png", unit="loss"),
-        plot_preferences(logged, run.plots / "preferences.png"),
-    ]
-    run.finish(summary)
+    written.append(plot_losses(logged, run.plots / "loss.png", unit="loss"))
+    written.append(plot_preferences(logged, run.plots / "preferences.png"))
+    valid = {f"valid/{name}": value for name, value in found.items()}
+    run.finish({"steps": loop.step, "best_valid_loss": loop.best, **loop.totals, **valid})
     model = f" --model {args.model}" if args.model else ""
-    print(f"wrote {', '.join(map(str, [*written, *plots]))}\n      {run.folder}/metrics.jsonl")
-    print(f"next: python fuse.py{model} --adapter-file {args.save_file} --save-path my_model/\n"
-          f"      python talk_to_model.py{model} --resume-file {args.save_file}")  # fmt: skip
+    fuse = f"fuse.py{model} --adapter-file {args.save_file} --save-path my_model/"
+    talk = f"talk_to_model.py{model} --resume-file {args.save_file}"
+    say_written(run, written, fuse, talk)
 
 
 def show(what: str, metrics: dict[str, float]) -> None:

@@ -39,7 +39,7 @@ def main(words=None) -> int:
     tokenizer, reward_model = load(args)
     rewards = make_rewards(args, make_learned_reward(args, tokenizer, reward_model))
     pairs, tokenised = make_pairs(records, tokenizer, tokenising(args))
-    print(data_report("responses", records, tokenised))
+    print(data_report("responses", records, tokenised, columns=True))
     if args.best_of:
         refuse_promptless(pairs)
     rewards.check_columns(columns_of(pair.whole for pair in pairs))

@@ -11,40 +11,28 @@ A real one:
         --data-base "" --epochs 2 --mask-prompt --save-file my_adapter
 """
 
-import fast_blas
+import fast_blas  # noqa: F401
 
-import itertools
-import sys
-from contextlib import suppress
-
-from command_line.adapter_file import refuse_other_adapter, refuse_other_pooling
+from command_line.adapter_file import make_tuning, refuse_other_pooling
+from command_line.model_limits import check_rows, fit_lengths
 from command_line.parser import run_main
 from command_line.sft_flags import load_rows, parse_arguments, training_length, validation
-from command_line.shared_flags import adapter_description, optimizer_options
+from command_line.shared_flags import model_options, optimizer_options, schedule_options
 from data_utils import BatchIterator, BatchPlan, epoch_batches
 from models.adapter_description import REWARD_HEAD
+from training.launch import run_training, say_peak_memory, say_written, shape_multiple, start
 
 # ------------------------------------------------------------------------------ main
 
 
 def main(words=None) -> int:
     args = parse_arguments(words)
-    # MLX and what stands on it come after the command line: help and mistakes answer at once.
-    from models.load import load_model
-    from training.memory import peak_memory, set_memory_limit
-    from training.streams import seed_everything
-
-    if notice := fast_blas.notice():
-        print(notice, file=sys.stderr)
-    seed_everything(args.seed)
-    set_memory_limit(args.memory_limit)
-    loaded = load_model(
-        args.model,
-        dtype=args.dtype,
-        quantize=args.quantize,
-        trust_remote_code=args.trust_remote_code,
-    )
+    loaded = start(args.seed, args.memory_limit, **model_options(args))
+    fit_lengths(args, loaded.limits)
     rows = load_rows(args, loaded.tokenizer)
+    for split in ("train", "valid", "test"):
+        check_rows(rows[split].rows if split in rows else (), loaded.limits)
+    loaded.limits.check(rows.get("samples", ()), where="--sample-prompts", room=1)
     if args.preview:
         return 0
     task = make_task(args, loaded)
@@ -54,7 +42,7 @@ def main(words=None) -> int:
         train(args, loaded, task, rows)
     if args.test:
         test(args, task, rows["test"])
-    print(f"peak memory {peak_memory():.2f} GB")
+    say_peak_memory()
     return 0
 
 
@@ -63,22 +51,12 @@ def main(words=None) -> int:
 
 def make_task(args, loaded):
     """The model with what is trained on it, as a task of mlx_sft_trainer."""
-    import mlx.core as mx
-
     from mlx_sft_trainer import LanguageModelTask, RewardModelTask
-    from models.adapter_files import attach, load_adapter
     from models.reward_model import RewardModel, load_reward_head
 
-    on_gpu = mx.default_device().type == mx.DeviceType.gpu
-    if args.resume_adapter_file is not None:
-        tuning = load_adapter(loaded, args.resume_adapter_file, any_base=args.any_base)
-        blocks = len(loaded.model.layers)
-        there = tuning.description(blocks)
-        refuse_other_adapter(args, args.resume_adapter_file, there, blocks=blocks)
-    else:
-        tuning = attach(loaded.model, adapter_description(args))
+    tuning = make_tuning(args, loaded, args.resume_adapter_file)
     if not args.reward_model:
-        return LanguageModelTask(loaded.model, tuning, pad_to_multiple=16 if on_gpu else 1)
+        return LanguageModelTask(loaded.model, tuning, pad_to_multiple=shape_multiple())
     reward_model = RewardModel(loaded.model, pooling=args.pooling, tuning=tuning)
     if args.resume_adapter_file is not None:
         load_reward_head(reward_model, args.resume_adapter_file)
@@ -91,143 +69,108 @@ def make_task(args, loaded):
 
 def train(args, loaded, task, rows) -> None:
     """The loop, and what is left behind at its end."""
-    import mlx.core as mx
-
     from mlx_sft_trainer import SupervisedTrainer
     from models.adapter_files import describe
-    from run_folder.checkpoint_folder import best_checkpoint, latest_checkpoint, saving
-    from run_folder.run import Run
-    from run_folder.run_config import checkpoint_asked_for
-    from run_folder.stopping import GracefulStop, StepGivenUp
     from training.optimizers import build_optimizer
     from training.samples import write_samples
     from training.supervised_loop import Loop, Schedule
 
-    multiple = 16 if mx.default_device().type == mx.DeviceType.gpu else 1
     plan = BatchPlan(
-        rows["train"].lengths, args.batch_size, seed=args.seed, pad_to_multiple=multiple
+        rows["train"].lengths, args.batch_size, seed=args.seed, pad_to_multiple=shape_multiple()
     )
-    updates_per_epoch = len(plan) / args.gradient_accumulation_steps
     steps, batches = training_length(args, len(plan))
-    optimizer = build_optimizer(**optimizer_options(args), steps=steps)
     trainer = SupervisedTrainer(
-        task, optimizer, max_grad_norm=args.max_grad_norm, grad_checkpoint=args.grad_checkpoint
+        task,
+        build_optimizer(**optimizer_options(args), steps=steps),
+        max_grad_norm=args.max_grad_norm,
+        grad_checkpoint=args.grad_checkpoint,
     )
     schedule = Schedule(
         steps=steps,
-        report_every=args.steps_per_report,
         eval_every=args.steps_per_eval,
-        save_every=args.save_every,
         accumulation=args.gradient_accumulation_steps,
         batches=batches,
-        keep_checkpoints=args.keep_checkpoints,
         patience=args.early_stopping_patience,
-        max_bad_steps=args.max_bad_steps,
-        memory_limit=args.memory_limit,
+        **schedule_options(args),
     )
-    resuming = args.resume is not None
-    script = "reward_model" if args.reward_model else "sft"
-    with (
-        Run(
-            script, vars(args), output_dir=args.output_dir, resume=resuming,
-            overwrite=args.overwrite, log_with=args.log_with, blas=fast_blas.NAME,
-        ) as run,
-        GracefulStop() as stop,
-    ):  # fmt: skip
-        groups = task.groups(describe(task.tuning, loaded))
-        loop = Loop(
-            run, trainer, groups, BatchIterator(rows["train"].rows, plan), schedule,
+
+    def make_loop(run) -> Loop:
+        return Loop(
+            run,
+            trainer,
+            task.groups(describe(task.tuning, loaded)),
+            BatchIterator(rows["train"].rows, plan),
+            schedule,
             validation=validation(args, rows.get("valid")),
             after_validation=lambda step: write_samples(
                 run, step, loaded, task, args.sample_prompts, rows.get("samples")
             ),
             base=loaded.fingerprint,
-        )  # fmt: skip
-        if resuming:
-            last = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
-            loop.resume(last, force=args.force_resume)
+        )
+
+    def said(loop: Loop) -> str:
         passes = task.passes if args.reward_model else None
-        efficiency = plan.padding_efficiency(rows["train"].sequences, passes)
-        print(
-            f"{run.folder}: {steps} updates of {args.batch_size} x "
-            f"{args.gradient_accumulation_steps} rows ({steps / updates_per_epoch:.1f} epochs), "
-            f"padding efficiency {efficiency:.2f}, "
+        return (
+            f"{steps} updates of {args.batch_size} x {schedule.accumulation} rows "
+            f"({steps * schedule.accumulation / len(plan):.1f} epochs), padding efficiency "
+            f"{plan.padding_efficiency(rows['train'].sequences, passes):.2f}, "
             f"{sum(a.size for a in task.tuning.arrays().values()):,} weights trained"
         )
-        loop.run(stop, script)
-        if args.save_best and not stop.requested:
-            loop.take_best(best_checkpoint(run.checkpoints))
-        if not stop.requested:
-            with suppress(StepGivenUp), stop.giving_up(), saving(args.save_file):
-                finish(args, loaded, task, run, loop, rows)
-    stop.exit_if_requested("sft.py", run.folder)
+
+    kind = "reward_model" if args.reward_model else "sft"
+    run_training(
+        args, kind, make_loop, said, lambda run, loop: finish(args, loaded, run, loop, rows)
+    )
 
 
 # ------------------------------------------------------------------------------ save
 
 
-def finish(args, loaded, task, run, loop, rows) -> None:
+def finish(args, loaded, run, loop, rows) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
     from models.adapter_files import save_adapter
     from models.reward_model import save_reward_head
     from reports.training_plots import plot_losses
     from run_folder.run import read_rows
+    from training.samples import normalise_on_samples
 
-    summary = {"steps": loop.step, "best_valid_loss": loop.best, **loop.totals}
+    task, found = loop.trainer.task, {}
+    if args.save_best:
+        loop.take_best()
     head = REWARD_HEAD if args.reward_model else None
     written = save_adapter(args.save_file, task.tuning, loaded, head=head)
     if args.reward_model:
         written.append(save_reward_head(args.save_file, task.reward_model))
         if args.normalize_samples:  # may fail, and what was trained lies there already
-            normalise_scores(args, loaded, task, rows["train"])
+            normalise_on_samples(task, loaded, rows["train"].rows, args.normalize_samples)
             save_reward_head(args.save_file, task.reward_model)
         if "valid" in rows:
-            summary |= evaluate_reward_model(task, rows["valid"], run.plots)
+            found = {
+                f"heldout/{k}": v for k, v in agreement(task, rows["valid"], run.plots).items()
+            }
     elif "valid" in rows:
         found = loop.trainer.evaluate(validation(args, rows["valid"])())
         print("validation: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
-        summary |= {f"valid/{name}": value for name, value in found.items()}
+        found = {f"valid/{name}": value for name, value in found.items()}
     unit = "loss" if args.reward_model else "nats per token"
-    plot = plot_losses(read_rows(run.folder), run.plots / "loss.png", unit=unit)
-    run.finish(summary)
+    written.append(plot_losses(read_rows(run.folder), run.plots / "loss.png", unit=unit))
+    run.finish({"steps": loop.step, "best_valid_loss": loop.best, **loop.totals, **found})
     model = f" --model {args.model}" if args.model else ""
-    print(f"wrote {', '.join(map(str, written))}\n      {plot}\n      {run.folder}/metrics.jsonl")
     if args.reward_model:
-        print(f"next: python ppo_training.py{model} --reward_model {args.save_file}")
+        say_written(run, written, f"ppo_training.py{model} --reward_model {args.save_file}")
     else:
-        print(f"next: python fuse.py{model} --adapter-file {args.save_file} --save-path my_model/")
+        fuse = f"fuse.py{model} --adapter-file {args.save_file} --save-path my_model/"
+        say_written(run, written, fuse)
 
 
-def normalise_scores(args, loaded, task, rows) -> None:
-    """Mean 0 and deviation 1 on texts that the base model writes after the beginning of rows."""
-    import mlx.core as mx
-
-    from models.decoding import generate
-    from models.reading import Ending
-    from models.reward_model import normalise
-
-    starts = [getattr(row, "tokens", None) or row.chosen for row in rows.rows]
-    starts = list(itertools.islice(itertools.cycle(starts), args.normalize_samples))
-    starts = [tokens[: max(1, len(tokens) // 4)] for tokens in starts]
-    with task.tuning.disabled():
-        longest = max(map(len, starts)) * 3
-        made = generate(
-            loaded.model, starts, max_tokens=longest, eos_ids=loaded.eos_ids, key=mx.random.key(0)
-        )
-    ending = Ending(loaded.tokenizer, task.reward_model.reading)
-    made = zip(starts, made.responses, made.finished, strict=True)
-    texts = [ending.put(start + response, end) for start, response, end in made]
-    normalise(task.reward_model, texts)
-
-
-def evaluate_reward_model(task, rows, plots=None) -> dict[str, float]:
-    """Agreement of scores with rewards or preferences; with `plots`, drawn there."""
+def agreement(task, rows, plots=None) -> dict[str, float]:
+    """How far a reward model's scores agree with rewards or preferences; with `plots`, drawn."""
     from reports.reward_evaluation import evaluate_scores
 
     model = task.reward_model
     report = evaluate_scores(model.score, rows.rows, plots, gain=model.gain, offset=model.offset)
     print("held-out rows: " + "  ".join(f"{k} {v:.3f}" for k, v in report.items()))
-    return {f"heldout/{name}": value for name, value in report.items()}
+    return report
 
 
 def test(args, task, rows) -> None:
@@ -238,7 +181,7 @@ def test(args, task, rows) -> None:
     metrics = evaluate(task, epoch_batches(rows.rows, plan))
     print("test: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     if args.reward_model:
-        evaluate_reward_model(task, rows)
+        agreement(task, rows)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ replies become a reward model.
 
 import fast_blas
 
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -19,11 +20,39 @@ from dataclasses import fields
 from chat.settings import Settings
 from command_line.dataclass_flags import add_dataclass_arguments, dataclass_from_arguments
 from command_line.parser import Parser, complain, run_main
+from command_line.rules import Needs, needs
 from command_line.shared_flags import add_any_base, add_model_arguments
 from data_utils import TOKEN_FORMATS
 from errors import UserError
 
 # ------------------------------------------------------------------------------ arguments
+
+NEEDS = (
+    Needs("ratings_file", "rate", valued=False),
+    Needs(
+        "blind",
+        met=lambda args: args.compare and args.rate,
+        why="without --compare OTHER and --rate",
+    ),
+    Needs(
+        "top_p top_k min_p",
+        met=lambda args: args.temp > 0,
+        why="at --temp 0; add --temp 0.7, for example",
+        valued=False,
+    ),
+    Needs(
+        "length_penalty",
+        met=lambda args: args.num_beams > 1,
+        why="without --num-beams 2 or more",
+        valued=False,
+    ),
+    Needs(
+        "repetition_context_size",
+        met=lambda args: args.repetition_penalty != 1,
+        why="without --repetition-penalty",
+        valued=False,
+    ),
+)
 
 
 def parse_arguments(words: list[str] | None = None):
@@ -51,18 +80,14 @@ def parse_arguments(words: list[str] | None = None):
     text = "where ratings are added, as records that sft.py --reward-model reads"
     add("--ratings-file", default="ratings.jsonl", help=text)
     add("--blind", type=bool, default=False, help="with --compare and --rate: hide who is who")
-    parser.checks.append(check_arguments)
+    parser.checks += [check_arguments, needs(NEEDS)]
     return parser.parse_args(words)
 
 
 def check_arguments(args) -> None:
     """Refuse what contradicts itself."""
     args.settings = dataclass_from_arguments(Settings, args)
-    args.settings.check_flags(args.explicit)
-    if "ratings_file" in args.explicit and not args.rate:
-        raise UserError("--ratings-file has no effect without --rate")
-    if args.blind and not (args.compare and args.rate):
-        raise UserError("--blind has no effect without --compare OTHER and --rate")
+    args.settings.check()
 
 
 # ------------------------------------------------------------------------------ set-up
@@ -129,10 +154,31 @@ def answer_each(session, prompts: Iterator[str]) -> None:
     for prompt in prompts:
         if session.screen.nobody_reads:
             break
-        if session.ratings is not None:
-            session.screen.note(f"> {prompt}")
         session.start_over(Conversation(session.conversation.system))
         session.ask(prompt, stoppable=False)
+
+
+def rate_each(session, prompts: list[str]) -> None:
+    """Reply to such prompts and have each reply rated; the key u goes back to the one before."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    shown, numbers, at = [], [], 0  # numbers: of the ratings before `at`
+    while at < len(prompts):
+        if at == len(shown):
+            session.screen.note(f"> {prompts[at]}")
+            shown.append(session.reply_to(prompts[at]))
+        else:
+            session.show_again(shown[at])
+        undo = any(map(session.can_rate, shown[:at]))
+        hint = f" ({'u: the one before, ' * undo}{at} of {len(prompts)} done)"
+        rated = session.rate(shown[at], stoppable=False, hint=hint, undo=undo)
+        if rated != "undo":
+            numbers.append(rated[1] if rated else None)
+            at += 1
+            continue
+        while rated == "undo":  # past those that were not asked about
+            at -= 1
+            session.take_back(numbers.pop())
+            rated = None if session.can_rate(shown[at]) else "undo"
 
 
 def piped_lines() -> Iterator[str]:
@@ -151,6 +197,7 @@ def chat(session) -> None:
     from chat import commands
     from chat.keyboard import LineEditor
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may ignore it
     editor = LineEditor(commands.completions)
     names = " and ".join(speaker.name for speaker in session.speakers)
     how = "conversation" if session.has_turns else "type a text for it to continue"
@@ -181,12 +228,14 @@ def main(words: list[str] | None = None) -> None:
         print(notice, file=sys.stderr)
     session = make_session(args)
     try:
-        if args.prompt:
-            answer_each(session, iter([" ".join(args.prompt)]))
-        elif sys.stdin.isatty():
+        if not args.prompt and sys.stdin.isatty():
             chat(session)
         else:
-            answer_each(session, piped_lines())
+            prompts = iter([" ".join(args.prompt)]) if args.prompt else piped_lines()
+            if session.ratings is not None:
+                rate_each(session, list(prompts))
+            else:
+                answer_each(session, prompts)
             if not session.replies_given:
                 session.screen.note("note: standard input held no prompts")
     finally:

@@ -48,7 +48,8 @@ def show_help(session: Session, _: str) -> None:
 
 
 def reset(session: Session, _: str) -> None:
-    session.start_over(Conversation(session.conversation.system))
+    said = session.conversation
+    session.start_over(Conversation(said.system, extras=said.extras))
     session.screen.note("the conversation is empty")
 
 
@@ -60,7 +61,7 @@ def undo(session: Session, _: str) -> None:
 
 
 def retry(session: Session, _: str) -> None:
-    prompt = session.undo()
+    prompt = session.drop_last()
     if prompt is None:
         raise UserError("/retry: nothing has been said yet")
     if session.settings.temp == 0:
@@ -98,7 +99,7 @@ def change_setting(session: Session, rest: str) -> None:
         raise UserError("/set: a name and a value are needed, as in /set temp 0.7")
     name = Settings.full_name(name)
     settings = session.settings.changed(name, value.strip())
-    settings.check_flags(explicit=set())
+    settings.check()
     session.settings = settings
     if name == "seed":
         session.use_seed()
@@ -126,7 +127,7 @@ COMMANDS = {
     "help": Command(show_help, "/help", "this list"),
     "reset": Command(reset, "/reset", "forget what was said; settings and system prompt stay"),
     "undo": Command(undo, "/undo", "take back the last prompt, its reply and its rating"),
-    "retry": Command(retry, "/retry", "another reply to the last prompt"),
+    "retry": Command(retry, "/retry", "another reply to the last prompt; its rating stays"),
     "save": Command(save, "/save FILE", "write the conversation as one line of JSON"),
     "load": Command(load, "/load FILE", "go on with a saved conversation"),
     "set": Command(change_setting, "/set NAME VALUE", "as in /set temp 0.7; /set alone: all"),

@@ -1,35 +1,46 @@
 """What has been said: the system prompt and the exchanges; saved as a row that sft.py reads."""
 
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_loading.messages import BadRow, read_messages
+from data_loading.formats import to_record
+from data_loading.messages import BadRow
 from errors import UserError
 from safe_files import write_atomically
 
 
 @dataclass
 class Exchange:
-    """One prompt and the reply to it, as the next prompt quotes them."""
+    """One prompt and the reply to it, as the next prompt quotes them.
+
+    `turns` are the messages themselves where they say more: keys of their own, calls of tools.
+    """
 
     prompt: str
     reply: str
+    turns: list[dict] = field(default_factory=list)
+
+    @property
+    def messages(self) -> list[dict]:
+        plain = [("user", self.prompt), ("assistant", self.reply)]
+        return self.turns or [{"role": role, "content": text} for role, text in plain]
 
 
 @dataclass
 class Conversation:
-    """The exchanges so far, oldest first."""
+    """The exchanges so far, oldest first; `extras` are tools and documents for the template."""
 
     system: str | None = None
     exchanges: list[Exchange] = field(default_factory=list)
+    extras: dict = field(default_factory=dict)
 
     def messages(self, prompt: str | None = None) -> list[dict]:
         """All of it as role and content, `prompt` as the last."""
         said = [{"role": "system", "content": self.system}] if self.system else []
         for exchange in self.exchanges:
-            said.append({"role": "user", "content": exchange.prompt})
-            said.append({"role": "assistant", "content": exchange.reply})
+            said += exchange.messages
         return said + ([{"role": "user", "content": prompt}] if prompt is not None else [])
 
     def add(self, prompt: str, reply: str) -> None:
@@ -40,10 +51,10 @@ class Conversation:
         return self.exchanges.pop() if self.exchanges else None
 
     def save(self, path: Path) -> None:
-        """Write one conversation record, ``{"messages": [...]}``."""
+        """Write one conversation record, ``{"messages": [...]}``, with its tools if it has any."""
         if not self.exchanges:
             raise UserError("/save: nothing has been said yet")
-        row = json.dumps({"messages": self.messages()}, ensure_ascii=False)
+        row = json.dumps({"messages": self.messages(), **self.extras}, ensure_ascii=False)
         write_atomically(path, row + "\n")
 
     @classmethod
@@ -60,16 +71,23 @@ class Conversation:
         if not isinstance(row, dict) or "messages" not in row:
             raise UserError(f'{path}: not a conversation: {{"messages": [...]}} is needed')
         try:
-            return cls._of(read_messages(row["messages"], "messages"))
+            record = to_record(row, "conversation", str(path))
+            return cls._of(record.messages, record.extras)
         except BadRow as error:
             raise UserError(f"{path}: {error}") from None
 
     @classmethod
-    def _of(cls, messages: list[dict]) -> "Conversation":
+    def _of(cls, messages: list[dict], extras: dict) -> "Conversation":
         system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
-        roles = [m["role"] for m in messages]
-        if roles != ["user", "assistant"] * (len(roles) // 2):
+        asks = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        exchanges = []
+        for start, end in itertools.pairwise([*asks, len(messages)]):
+            turns = messages[start:end]
+            if turns[-1]["role"] != "assistant" or len(turns) < 2:
+                break
+            plain = all({*turn} == {"role", "content"} for turn in turns) and len(turns) == 2
+            kept = [] if plain else turns
+            exchanges.append(Exchange(turns[0]["content"], turns[-1]["content"], kept))
+        if sum(len(exchange.messages) for exchange in exchanges) != len(messages):
             raise BadRow("user and assistant must take turns, and the assistant have the last")
-        texts = [m["content"] for m in messages]
-        pairs = zip(texts[::2], texts[1::2], strict=True)
-        return cls(system, [Exchange(*pair) for pair in pairs])
+        return cls(system, exchanges, extras)

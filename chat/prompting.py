@@ -35,16 +35,20 @@ class Prompting:
         if (token := template.turn_end_id()) is not None:
             self.tokenizer.add_eos_token(str(token))
 
-    def tokens(self, messages: list[dict]) -> tuple[list[int], str]:
+    def tokens(
+        self, messages: list[dict], extras: dict[str, Any] | None = None
+    ) -> tuple[list[int], str]:
         """(token ids with one BOS where the tokenizer writes one, the text they stand for).
 
-        `messages` end with the user's. Raises UserError where the template refuses them.
+        `messages` end with the user's; `extras` are tools and documents. Raises UserError where the
+        template refuses them.
         """
         last = messages[-1]["content"]
         if not last.strip():
             raise UserError("the prompt is empty")
         if self.has_turns:
-            record = Record("conversation", "conversation", {}, messages=messages)
+            record = Record("conversation", "conversation", {}, messages=messages,
+                            extras=extras or {})  # fmt: skip
         else:
             record = Record("prompt", "prompt", {"prompt": last}, prompt=last)
         rows = tokenise_prompts(

@@ -1,14 +1,27 @@
 """Ratings as training data: a line for each, in formats that sft.py --reward-model reads."""
 
+import contextlib
+import itertools
 import json
+import os
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
-from safe_files import writing
+from safe_files import write_atomically, writing
 
 FIELDS = {"unpaired": {"prompt", "completion", "label"},
           "preference": {"prompt", "chosen", "rejected"}}  # fmt: skip
+
+
+@dataclass
+class Written:
+    """A rating in the file: where it begins, its bytes, and what it counts as."""
+
+    start: int
+    line: bytes
+    what: str
 
 
 class Ratings:
@@ -20,7 +33,8 @@ class Ratings:
     def __init__(self, path: str | Path, kind: str):
         self.path, self.kind = Path(path), kind
         self.counts: Counter[str] = Counter()
-        self._written: list[tuple[int, int, str]] = []  # (start, end, what) in bytes
+        self._written: dict[int, Written] = {}  # by number, in the order of the file
+        self._numbers = itertools.count()
         self._check_file()
 
     def _check_file(self) -> None:
@@ -41,42 +55,76 @@ class Ratings:
             raise UserError(f"{self.path}: holds no {self.kind} records; name another file with "
                             "--ratings-file")  # fmt: skip
 
-    def add_label(self, prompt: str | list[dict], completion: str, good: bool) -> None:
-        """Mark one reply; a prompt in messages makes the completion a message, too."""
+    def add_label(
+        self, prompt: str | list[dict], completion: str, good: bool, extras: dict | None = None
+    ) -> int:
+        """Mark one reply; a prompt in messages makes the completion a message, too.
+
+        `extras` are further fields of the row, such as tools. Returns the
+        rating's number, for `take_back`.
+        """
         row = {"prompt": prompt, "completion": _answer(prompt, completion), "label": good}
-        self._append(row, "good" if good else "bad")
+        return self._append(row | (extras or {}), "good" if good else "bad")
 
     def add_preference(
-        self, prompt: str | list[dict], chosen: str, rejected: str, winner: str
-    ) -> None:
-        """Mark which of two replies is better; `winner` names its model, for the count."""
+        self,
+        prompt: str | list[dict],
+        chosen: str,
+        rejected: str,
+        winner: str,
+        extras: dict | None = None,
+    ) -> int:
+        """Mark which of two replies is better; `winner` names its model, for the count.
+
+        Returns the rating's number.
+        """
         row = {"prompt": prompt, "chosen": _answer(prompt, chosen),
                "rejected": _answer(prompt, rejected)}  # fmt: skip
-        self._append(row, winner)
+        return self._append(row | (extras or {}), winner)
 
-    def _append(self, row: dict, what: str) -> None:
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    def _append(self, row: dict, what: str) -> int:
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         with writing(self.path), open(self.path, "ab+") as file:
             start = file.seek(0, 2)
             if start:
                 file.seek(start - 1)
                 if file.read(1) != b"\n":
                     line = b"\n" + line
-            file.write(line)
-        self._written.append((start, start + len(line), what))
+            try:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(file.fileno(), start)  # half a line would spoil the others
+                raise
+        number = next(self._numbers)
+        self._written[number] = Written(start, line, what)
         self.counts[what] += 1
+        return number
 
-    def take_back(self) -> bool:
-        """Remove the rating written last; False where the file has changed since."""
-        if not self._written:
+    def take_back(self, number: int | None = None) -> bool:
+        """Remove a rating of this session (None: the last); False where the file has changed."""
+        number = max(self._written, default=None) if number is None else number
+        if number not in self._written:
             return False
-        start, end, what = self._written[-1]
-        with writing(self.path), open(self.path, "rb+") as file:
-            if file.seek(0, 2) != end:
-                return False
-            file.truncate(start)
-        self._written.pop()
-        self.counts[what] -= 1
+        gone = self._written[number]
+        end = gone.start + len(gone.line)
+        try:
+            data = self.path.read_bytes()
+        except OSError:
+            return False
+        if data[gone.start : end] != gone.line:
+            return False
+        if end == len(data):
+            with writing(self.path), open(self.path, "rb+") as file:
+                file.truncate(gone.start)
+        else:
+            write_atomically(self.path, data[: gone.start] + data[end:])
+        del self._written[number]
+        for later in self._written.values():
+            later.start -= len(gone.line) if later.start > gone.start else 0
+        self.counts[gone.what] -= 1
         return True
 
     def summary(self) -> str:

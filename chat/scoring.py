@@ -40,7 +40,7 @@ class Scorer:
             return {}
         switch_off(self._tunings)
         columns = reward_columns(
-            {},
+            {name: [value] for name, value in reply.extras.items()},
             token_ids=[[*reply.prompt_tokens, *reply.tokens]],
             ended=[reply.ended == "stop"],
             prompt_text=[reply.prompt_text],

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -46,7 +47,7 @@ class Session:
         self.conversation = Conversation(system)
         self.replies_given = 0
         self._blind = random.Random(settings.seed) if blind else None
-        self._rated: list[bool] = []  # for each exchange of the conversation
+        self._rated: list[int | None] = []  # for each exchange, the number of its rating
         self._sides = [0, 1]  # the speakers on the left and on the right
         self.use_seed()
 
@@ -60,7 +61,7 @@ class Session:
 
     def start_over(self, conversation: Conversation) -> None:
         self.conversation = conversation
-        self._rated = [False] * len(conversation.exchanges)
+        self._rated = [None] * len(conversation.exchanges)
 
     # ----------------------------------------------------------------- one exchange
 
@@ -75,25 +76,57 @@ class Session:
         self.replies_given += 1
         if not any(reply.text.strip() for reply in replies) and stop():
             return  # stopped before there was anything to remember
-        choice = self._rate(messages, replies, stoppable) if self.ratings is not None else None
-        text = replies[choice or 0].text
+        rated = None
+        if self.ratings is not None:
+            rated = self.rate(Shown(messages, replies, list(self._sides)), stoppable=stoppable)
+        choice, number = rated if isinstance(rated, tuple) else (0, None)
+        text = replies[choice].text
         self.conversation.add(prompt, text.strip() if self.has_turns else text)
-        self._rated.append(choice is not None)
+        self._rated.append(number)
 
     def undo(self) -> str | None:
         """Take back the last exchange and its rating; returns its prompt, None without one."""
         exchange = self.conversation.undo()
         if exchange is None:
             return None
-        if self._rated.pop() and not self.ratings.take_back():
-            self.screen.note("its rating stays in the file, which has changed since")
+        self.take_back(self._rated.pop())
         return exchange.prompt
+
+    def drop_last(self) -> str | None:
+        """Take back the last exchange; its rating, of a reply that was given, stays."""
+        exchange = self.conversation.undo()
+        if exchange is None:
+            return None
+        self._rated.pop()
+        return exchange.prompt
+
+    def take_back(self, number: int | None) -> None:
+        """Remove a rating from the file; None: there is none."""
+        if number is not None and not self.ratings.take_back(number):
+            self.screen.note("its rating stays in the file, which has changed since")
+
+    def reply_to(self, prompt: str) -> "Shown":
+        """The reply to a prompt that has nothing to do with the others, shown and not yet rated."""
+        self.start_over(Conversation(self.conversation.system))
+        messages = self.conversation.messages(prompt)
+        replies = self._replies(messages, lambda: False)
+        self.replies_given += 1
+        return Shown(messages, replies, list(self._sides))
+
+    def show_again(self, shown: "Shown") -> None:
+        """A prompt and its replies on standard error: the output has them already."""
+        self.screen.note(f"> {shown.messages[-1]['content']}")
+        names = ["left: ", "right: "] if len(shown.replies) == 2 else [""]
+        for name, side in zip(names, shown.sides, strict=False):
+            self.screen.note(name + shown.replies[side].text.strip())
 
     def _replies(self, messages: list[dict], stop) -> list[Reply]:
         if len(self.speakers) == 2:
             return self._two_replies(messages, stop)
         writer = self.screen.reply_writer()
-        reply = self.speakers[0].reply(messages, self.settings, show=writer, should_stop=stop)
+        reply = self.speakers[0].reply(
+            messages, self.settings, extras=self.conversation.extras, show=writer, should_stop=stop
+        )
         writer.end()
         self.screen.note(describe(reply, self._scores(self.speakers[0], reply)))
         self._warn_if_long(self.speakers[0], reply)
@@ -108,7 +141,10 @@ class Session:
             def show(_, name=name, count=count):
                 self.screen.progress(f"{name}: {next(count)} tokens")
 
-            reply = speaker.reply(messages, self.settings, show=show, should_stop=stop)
+            reply = speaker.reply(
+                messages, self.settings, extras=self.conversation.extras, show=show,
+                should_stop=stop,
+            )  # fmt: skip
             self.screen.progress("")
             replies.append(reply)
             notes.append(describe(reply, self._scores(speaker, reply)))
@@ -131,30 +167,50 @@ class Session:
 
     # ----------------------------------------------------------------- rating
 
-    def _rate(self, messages: list[dict], replies: list[Reply], stoppable: bool) -> int | None:
-        """Ask for a key and write a record; returns which reply was rated, None if none was."""
-        texts = [reply.text.strip() if self.has_turns else reply.text for reply in replies]
+    def rate(
+        self, shown: "Shown", *, stoppable: bool, hint: str = "", undo: bool = False
+    ) -> tuple[int, int] | str | None:
+        """Ask for a key and write a record.
+
+        Returns (which reply was rated good or better, the rating's number), None if none was, or
+        "undo" for the key u, where `undo` lets it be one. `hint` follows the question.
+        """
+        texts = self._texts(shown)
         problem = cannot_rate(texts)
         if problem is not None:
             self.screen.note(problem)
             return None
+        messages = shown.messages
         prompt = messages if self.has_turns else messages[-1]["content"]
-        if len(replies) == 1:
-            answer = self._key("good (g), bad (b) or skip (s)?", ONE_KEYS, stoppable)
-            if answer == "skip":
-                return None
-            self.ratings.add_label(prompt, texts[0], answer == "good")
-            return 0
-        answer = self._key("better: left (l), right (r), or skip (s)?", TWO_KEYS, stoppable)
+        extras = self.conversation.extras if self.has_turns else {}
+        more = {"u": "undo"} if undo else {}
+        if len(texts) == 1:
+            question = f"good (g), bad (b) or skip (s)?{hint}"
+            answer = self._key(question, ONE_KEYS | more, stoppable)
+            if answer in ("skip", "undo"):
+                return None if answer == "skip" else answer
+            return 0, self.ratings.add_label(prompt, texts[0], answer == "good", extras)
+        question = f"better: left (l), right (r), or skip (s)?{hint}"
+        answer = self._key(question, TWO_KEYS | more, stoppable)
+        if answer == "undo":
+            return answer
         if self._blind:
-            names = [self.speakers[side].name for side in self._sides]
+            names = [self.speakers[side].name for side in shown.sides]
             self.screen.note(f"left was {names[0]}, right was {names[1]}")
         if answer == "skip":
             return None
-        best = self._sides[0 if answer == "left" else 1]
+        best = shown.sides[0 if answer == "left" else 1]
         winner = self.speakers[best].name
-        self.ratings.add_preference(prompt, texts[best], texts[1 - best], winner)
-        return best
+        return best, self.ratings.add_preference(
+            prompt, texts[best], texts[1 - best], winner, extras
+        )
+
+    def can_rate(self, shown: "Shown") -> bool:
+        """Whether there is anything to ask about these replies."""
+        return cannot_rate(self._texts(shown)) is None
+
+    def _texts(self, shown: "Shown") -> list[str]:
+        return [r.text.strip() if self.has_turns else r.text for r in shown.replies]
 
     def _key(self, question: str, meanings: dict[str, str], stoppable: bool) -> str:
         """The meaning of the key; "skip" for Ctrl-C, too, where that does not end the program."""
@@ -166,8 +222,18 @@ class Session:
             answer = None
         answer = answer or "skip"
         self.screen.progress("")
-        self.screen.note(f"rated: {answer}" if answer != "skip" else "not rated")
+        said = {"skip": "not rated", "undo": "back to the one before"}
+        self.screen.note(said.get(answer, f"rated: {answer}"))
         return answer
+
+
+@dataclass
+class Shown:
+    """What a rating is about: the messages up to the prompt, and the replies to it."""
+
+    messages: list[dict]
+    replies: list[Reply]
+    sides: list[int]  # of two replies, which stands on the left and on the right
 
 
 def distinct_names(speakers: Sequence[Speaker]) -> None:

@@ -61,19 +61,10 @@ class Settings:
         except ArgumentTypeError as wrong:
             raise UserError(f"/set {name}: {wrong}") from None
 
-    def check_flags(self, explicit: set[str]) -> None:
-        """Refuse flags given on the command line that would change nothing."""
+    def check(self) -> None:
+        """Refuse values that contradict each other."""
         if self.num_beams > 1 and self.temp > 0:
             raise UserError("--num-beams: beam search does not sample; leave --temp at 0")
-        sampling = {"top_p": self.top_p < 1, "top_k": self.top_k > 0, "min_p": self.min_p > 0}
-        for name, is_on in sampling.items():
-            if is_on and name in explicit and self.temp == 0:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} has no effect at --temp 0; add --temp 0.7, for example")
-        if "length_penalty" in explicit and self.num_beams == 1:
-            raise UserError("--length-penalty has no effect without --num-beams 2 or more")
-        if "repetition_context_size" in explicit and self.repetition_penalty == 1:
-            raise UserError("--repetition-context-size has no effect without --repetition-penalty")
 
     def describe(self) -> str:
         """Every setting with its value and meaning, a line each."""

@@ -1,8 +1,9 @@
 """A model that replies: streaming by mlx-lm or by beam search, its KV cache kept between turns."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from chat.prompting import Prompting
 from chat.settings import Settings
 from models.beam_search import beam_search
 from models.caches import make_cache
+from models.limits import find_limits
 from models.load import LoadedModel
 from models.trunk import vocabulary_size
 from models.tuning import Tuning
@@ -28,6 +30,7 @@ class Reply:
     ended: str  # "stop": by EOS, "length": by --max-tokens, "interrupted"
     seconds: float  # for all tokens after the first
     first_seconds: float  # to the first token
+    extras: dict = field(default_factory=dict)  # tools and documents that the template was given
 
     @property
     def tokens_per_second(self) -> float:
@@ -72,14 +75,19 @@ class Speaker:
         messages: list[dict],
         settings: Settings,
         *,
+        extras: dict | None = None,
         show: Callable[[str], None] = lambda text: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Reply:
-        """Answer `messages`; `show` gets the text piece by piece as it is written."""
+        """Answer `messages`; `show` gets the text piece by piece as it is written.
+
+        `extras` are tools and documents for the chat template.
+        """
         self.step_forward()
-        prompt, prompt_text = self.prompting.tokens(messages)
+        prompt, prompt_text = self.prompting.tokens(messages, extras)
         said = self.prompting.said(messages)
         prefix = self.tuning.prefix if self.tuning is not None else ()
+        settings = self._fitting([*prefix, *prompt], settings)
         write = self._beams if settings.num_beams > 1 else self._stream
         started = time.perf_counter()
         first = started
@@ -97,7 +105,21 @@ class Speaker:
         if settings.num_beams > 1:  # nothing comes before the search is over
             first = started
             show(text)
-        return Reply(prompt, said, prompt_text, tokens, text, ended, now - first, first - started)
+        return Reply(
+            prompt, said, prompt_text, tokens, text, ended, now - first, first - started,
+            extras or {},
+        )  # fmt: skip
+
+    def _fitting(self, prompt: list[int], settings: Settings) -> Settings:
+        """`settings` whose default --max-tokens fits behind `prompt`; UserError where none does."""
+        limits, wanted = find_limits(self.loaded.model), settings.max_tokens
+        room = limits.room(len(prompt), wanted)
+        if room < wanted == Settings.max_tokens:
+            said = f"--max-tokens is {room}: the model has {limits.positions} positions"
+            warnings.warn(said, stacklevel=2)
+            settings = replace(settings, max_tokens=room)
+        limits.check_one(prompt, "the conversation", settings.max_tokens)
+        return settings
 
     # ----------------------------------------------------------------- ways to write
 

@@ -57,7 +57,7 @@ def refuse_other_adapter(
         raise UserError(f"{file}: holds {kind}, not {asked['fine_tune_type']}")
     if kind not in ("lora", "dora"):
         for name in LORA_ONLY:
-            if name in args.explicit and getattr(args, name):
+            if name in args.changed:
                 raise UserError(f"{flag_of(name)} has no effect: {file} holds {kind}, not lora")
     for name, want, have in differences(args, asked, there, blocks):
         # Both spellings of the factor are compared as the one that the file records.
@@ -65,6 +65,21 @@ def refuse_other_adapter(
         if given & args.explicit and name not in ignore:
             raise UserError(f"{flag_of(name)} {shown_value(want)}: {file} has {shown_value(have)}; "
                             "leave the flag out, or start anew")  # fmt: skip
+
+
+def make_tuning(args: argparse.Namespace, loaded: Any, file: str | None, ignore: Collection = ()):
+    """What is trained on a loaded model: that of `file`, or what the adapter flags ask for.
+
+    Raises UserError where flags ask for another adapter than `file` holds; `ignore`: that may.
+    """
+    from models.adapter_files import attach, load_adapter
+
+    if file is None:
+        return attach(loaded.model, adapter_description(args))
+    tuning = load_adapter(loaded, file, any_base=args.any_base)
+    blocks = len(loaded.model.layers)
+    refuse_other_adapter(args, file, tuning.description(blocks), blocks=blocks, ignore=ignore)
+    return tuning
 
 
 def differences(args: argparse.Namespace, asked: Mapping, there: Mapping, blocks: int | None):

@@ -33,6 +33,8 @@ def read_config(path: Path, flags: Mapping[str, Action]) -> list[Setting]:
         raise UserError(f"{path}: cannot read the config file: {wrong.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: the config file is not UTF-8 text") from None
+    except ValueError as wrong:  # a NUL character in the name
+        raise UserError(f"{str(path)!r}: cannot read the config file: {wrong}") from None
     if path.suffix == ".conf":
         from command_line.foreign_config import read_conf
 
@@ -46,6 +48,10 @@ def read_json(path: Path, text: str) -> list[Setting]:
         pairs = json.loads(text, object_pairs_hook=Pairs)
     except json.JSONDecodeError as wrong:
         raise UserError(f"{path}:{wrong.lineno}: not JSON: {wrong.msg}") from None
+    except ValueError:  # Python reads no number of more than 4,300 digits
+        raise UserError(f"{path}: a number that cannot be read: it has too many digits") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply for a config file") from None
     if not isinstance(pairs, Pairs):
         raise UserError(f"{path}: the config file must hold one JSON object, {{...}}")
     lines = {}
@@ -63,8 +69,9 @@ def read_yaml(path: Path, text: str) -> list[Setting]:
     """The entries of one YAML mapping."""
     import yaml
 
-    loader = yaml.SafeLoader(text)
+    loader, where = None, f"{path}"
     try:
+        loader = yaml.SafeLoader(text)  # refuses control characters
         node = loader.get_single_node()
         if node is None:
             return []
@@ -73,14 +80,23 @@ def read_yaml(path: Path, text: str) -> list[Setting]:
         found = []
         for key, value in node.value:
             where = f"{path}:{key.start_mark.line + 1}"
+            if not isinstance(key, yaml.ScalarNode):
+                raise UserError(f"{where}: a key must be the name of a flag")
             found.append(Setting(str(key.value), loader.construct_object(value, True), where))
         return refuse_doubles(found)
     except yaml.YAMLError as wrong:
         mark = getattr(wrong, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not YAML: {getattr(wrong, 'problem', wrong)}") from None
+        said = getattr(wrong, "problem", None) or str(wrong).partition("\n")[0]
+        raise UserError(f"{path}{line}: not YAML: {said}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply for a config file") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as wrong:
+        # A 13th month, too many digits, a tag on what it does not fit.
+        raise UserError(f"{where}: a value that YAML cannot read: {wrong}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def refuse_doubles(settings: list[Setting]) -> list[Setting]:

@@ -4,9 +4,12 @@ import argparse
 from typing import Any
 
 from command_line.parser import Parser
+from command_line.rules import Needs, needs
 from command_line.shared_flags import at_least
 from data_utils import KNOWN_FORMATS, TOKEN_FORMATS, folder_file
 from errors import UserError
+
+NEEDS = (Needs("dataset_config split streaming", "dataset", valued=False),)
 
 
 def add_data_arguments(parser: Parser, *, max_length: int = 2048, test_rows: bool = False) -> None:
@@ -39,14 +42,10 @@ def add_data_arguments(parser: Parser, *, max_length: int = 2048, test_rows: boo
         if share is not None and not 0 < share < 100:
             raise UserError(f"--validation-split-percentage {share:g}: give a number between 0 and "
                             "100, or leave it out")  # fmt: skip
-        if args.dataset is None:
-            for name in ("dataset_config", "split", "streaming"):
-                if name in args.explicit:
-                    raise UserError(f"--{name.replace('_', '-')} has no effect without --dataset")
         if args.prompt_template is not None:  # the two characters \n, as shells hand them over
             args.prompt_template = args.prompt_template.replace("\\n", "\n")
 
-    parser.checks.append(check)
+    parser.checks += [check, needs(NEEDS)]
 
 
 NO_VALIDATION = (

@@ -23,7 +23,14 @@ from command_line.resumed_options import (
     read_run_options,
     redacted_options,
 )
-from command_line.values import HelpFormatter, boolean, number, whole_number
+from command_line.values import (
+    LONGEST_SHOWN,
+    HelpFormatter,
+    boolean,
+    number,
+    shown,
+    whole_number,
+)
 from errors import UserError
 from run_folder.output import lost_output, open_outputs
 from run_folder.run_config import run_folder_of
@@ -32,9 +39,13 @@ from run_folder.secrets import clean, tell
 # No fault of the program's, also where no file is named: the disk is full or read-only, or too many
 # files are open.
 SYSTEM_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+LONGEST_NAME = 1000
 OUT_OF_MEMORY = re.compile(
     "out of memory|unable to allocate|insufficient memory|attempting to allocate", re.IGNORECASE
 )
+
+
+LARGEST = 2**31 - 1  # of a size or a count
 
 
 class Parser(argparse.ArgumentParser):
@@ -136,6 +147,14 @@ class Parser(argparse.ArgumentParser):
             return word.lower() in ("true", "false")
         return not word.startswith("-")
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as wrong:
+            if len(arg_string) > LONGEST_SHOWN:
+                wrong.message = wrong.message.replace(repr(arg_string), shown(arg_string))
+            raise
+
     def _boolean_word(self, name: str, action: argparse.Action, value: str) -> str:
         try:
             truth = boolean(value)
@@ -153,6 +172,10 @@ class Parser(argparse.ArgumentParser):
             return self._parse(words, given, namespace or argparse.Namespace())
         except UserError as wrong:
             self.error(str(wrong))
+        except OSError as wrong:  # a name that no file can have, a folder that may not be read
+            if wrong.filename is None:
+                raise
+            self.error(f"{short_name(wrong.filename)}: {wrong.strerror}")
 
     def _parse(self, words: list[str], given: set[str], args: argparse.Namespace):
         has_resume = any(action.dest == "resume" for action in self._actions)
@@ -174,9 +197,21 @@ class Parser(argparse.ArgumentParser):
         args.may_change = self.harmless
         if resumed:
             self._settle_resume(args, old)
+        self._check_values(args)
         for check in self.checks:
             check(args)
         return args
+
+    def _check_values(self, args: argparse.Namespace) -> None:
+        """Refuse what no option can be: a text with NUL, a number that MLX cannot take."""
+        for action in self._actions:
+            value = getattr(args, action.dest, None)
+            name = action.option_strings[0] if action.option_strings else action.dest
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, str) and "\0" in item:
+                    raise UserError(f"{name}: {shown(item)} has a NUL character in it")
+                if isinstance(item, int) and action.dest != "seed" and abs(item) > LARGEST:
+                    raise UserError(f"{name}: {item} is too large: {LARGEST} is the most")
 
     def _replace_alternatives(self, args: argparse.Namespace, chosen: set[str]) -> None:
         """Take back to its default what ``chosen`` options say in another way."""
@@ -234,7 +269,8 @@ def plain_word(value: Any, action: argparse.Action, setting: Setting) -> str:
     """A value of a file as the word that a user would have typed; raises ``UserError``."""
     fits = isinstance(value, str | int | float) or (value is None and action.type is not bool)
     if not fits or (isinstance(value, bool) and action.type in (int, float)):
-        raise UserError(f"{setting.where}: {setting.key}: {value!r} is no value for this option")
+        said = shown(str(value))
+        raise UserError(f"{setting.where}: {setting.key}: {said} is no value for this option")
     return "none" if value is None else str(value)
 
 
@@ -277,7 +313,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     except OSError as wrong:
         if wrong.filename is None and wrong.errno not in SYSTEM_ERRORS:
             raise
-        code = complain(": ".join(filter(None, (named(wrong.filename), wrong.strerror))))
+        more = "; a higher limit helps (ulimit -n)" if wrong.errno == errno.EMFILE else ""
+        where = f"{named(wrong.filename)}: " if wrong.filename is not None else ""
+        code = complain(f"{where}{wrong.strerror}{more}")
     except (RuntimeError, MemoryError) as wrong:
         if not (isinstance(wrong, MemoryError) or OUT_OF_MEMORY.search(str(wrong))):
             raise
@@ -293,7 +331,13 @@ MEMORY_ADVICE = (
 
 def named(path: str | bytes | int | None) -> str | None:
     """The name of the file that an OSError is about, as text."""
-    return os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else None
+    return short_name(path) if isinstance(path, str | bytes | os.PathLike) else None
+
+
+def short_name(path: str | bytes | os.PathLike) -> str:
+    """A file's name for a message: the ends of one that is too long for any file."""
+    name = os.fsdecode(path)
+    return name if len(name) <= LONGEST_NAME else f"{name[:40]}...{name[-40:]}"
 
 
 def one_line_warning(message, category, filename, lineno, line=None) -> str:

@@ -106,7 +106,7 @@ def check_arguments(args) -> None:
         raise UserError("--use-peft trains an adapter; leave out --fine-tune-type full")
     if args.use_peft is False and not full:
         given = {"prompt_tuning", "fine_tune_type", "lora_rank", "lora_layers", "lora_keys"}
-        if given & args.explicit:
+        if given & args.changed:
             raise UserError("--use-peft False trains every weight; leave out the adapter's flags")
         full = True
     if args.reference_quantize and not full:

@@ -1,7 +1,7 @@
 """Flags that say what is rewarded, and the rewards they ask for. Loads no MLX."""
 
 import argparse
-from typing import get_args
+from typing import Any, get_args
 
 from command_line.parser import Parser
 from command_line.rules import Needs, needs
@@ -15,11 +15,21 @@ from rewards.answers import (
     json_reward,
     length_reward,
 )
-from rewards.learned import digits_rewards
+from rewards.learned import digits_rewards, reward_beside
 from rewards.reward_set import Reward, RewardSet
 from rewards.service import HTTPReward
 from rewards.user_function import load_function
 
+LONGEST_TIMEOUT = 1e6  # seconds; what the system's timers take ends at about 1e9
+
+RULES = (
+    Needs(
+        "increasing decreasing multiple_of min_length",
+        met=lambda args: args.ground_truth_reward or args.true_score,
+        why="without --ground-truth-reward or --true-score",
+        valued=False,
+    ),
+)
 NEEDS = (
     Needs("answer_from answer_tag answer_match", "answer_reward"),
     Needs("reward_retries", "reward_url"),
@@ -65,7 +75,7 @@ def add_reward_arguments(parser: Parser) -> None:
     add("--decreasing", type=bool, default=None, help="digits score: numbers fall")
     add("--multiple-of", type=int, default=2, help="digits score: of this number")
     add("--min-length", type=int, default=5, help="digits score: fewer words count as this many")
-    parser.checks += [check_rewards, needs(NEEDS)]
+    parser.checks += [needs(RULES), check_rewards, needs(NEEDS)]
 
 
 def check_rewards(args: argparse.Namespace) -> None:
@@ -74,10 +84,6 @@ def check_rewards(args: argparse.Namespace) -> None:
         raise UserError("--increasing and --decreasing contradict each other; give one of them")
     if args.increasing is False and not args.decreasing:
         raise UserError("--increasing False needs --decreasing")
-    for name in ("increasing", "decreasing", "multiple_of", "min_length"):
-        if name in args.explicit and not (args.ground_truth_reward or args.true_score):
-            raise UserError(f"--{name.replace('_', '-')} has no effect without "
-                            "--ground-truth-reward or --true-score")  # fmt: skip
     count = args.ground_truth_reward + bool(args.reward_model)
     count += len(args.reward_function or ()) + len(args.reward_url or ())
     count += sum(getattr(args, name) is not None for name in CHECKED_ANSWERS)
@@ -91,8 +97,30 @@ def check_rewards(args: argparse.Namespace) -> None:
         raise UserError("--true-score is logged anyway with --ground-truth-reward; leave it out")
     at_least(args, 0, "reward_retries")
     at_least(args, 1, "multiple_of", "min_length")
-    if args.reward_timeout <= 0:
-        raise UserError("--reward-timeout: give seconds above 0")
+    if not 0 < args.reward_timeout <= LONGEST_TIMEOUT:
+        raise UserError(f"--reward-timeout: give seconds above 0, up to {LONGEST_TIMEOUT:g}")
+
+
+def make_learned_reward(args: argparse.Namespace, loaded: Any, tuning: Any) -> Reward | None:
+    """--reward-model as a reward beside a policy, or None where none is asked for.
+
+    `tuning` is the policy's, which is off while the reward model scores on the same base.
+    """
+    if not args.reward_model:
+        return None
+    return reward_beside(
+        loaded,
+        tuning,
+        args.reward_model,
+        model=args.model,
+        batch_size=args.batch_size,
+        any_base=args.any_base,
+        quantize=args.quantize,
+        prompt_template=args.prompt_template,
+        token_format=args.token_format,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def make_rewards(

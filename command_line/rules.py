@@ -13,7 +13,9 @@ class Needs:
     """The flags named in `flags` have an effect only where `other` is set or `met(args)` is true.
 
     `why` ends the sentence "--flag VALUE has no effect ..."; it follows from `other`. `typed`: only
-    on the command line, as one --config file may serve to train and to test.
+    on the command line, as one --config file may serve to train and to test. `valued`: whether the
+    sentence names the value. What a user gave is what differs from its default (`args.changed`): a
+    default that is written out, as shared config files do, is no mistake.
     """
 
     flags: str
@@ -21,25 +23,26 @@ class Needs:
     met: Callable[[argparse.Namespace], Any] | None = None
     why: str = ""
     typed: bool = False
+    valued: bool = True
 
     def check(self, args: argparse.Namespace) -> None:
         """Raise UserError where the user gave one of the flags another value than its default."""
         given = args.typed if self.typed else args.changed
         names = [name for name in self.flags.split() if name in given]
         if names and not (self.met(args) if self.met else getattr(args, self.other)):
-            refuse_idle(args, names[0], self.why or missing(args, self.other))
+            refuse_idle(args, names[0], self.why or missing(args, self.other), self.valued)
 
 
-def refuse_idle(args: argparse.Namespace, name: str, why: str) -> None:
+def refuse_idle(args: argparse.Namespace, name: str, why: str, valued: bool = True) -> None:
     """UserError where the flag `name` was changed by the user, who must be told that it does not
-    matter here. A default that is written out, as shared config files do, is no mistake.
+    matter here.
     """
     if name not in args.changed:
         return
     value, flag = getattr(args, name), flag_of(name)
     if value is False:
         flag = f"--no-{flag[2:]}"
-    shown = [] if isinstance(value, bool) else [shown_value(value)]
+    shown = [] if isinstance(value, bool) or not valued else [shown_value(value)]
     raise UserError(f"{' '.join([flag, *shown])} has no effect {why}")
 
 

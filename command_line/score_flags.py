@@ -5,10 +5,12 @@ import os
 from command_line.data_flags import add_data_arguments
 from command_line.parser import Parser
 from command_line.reward_flags import add_reward_arguments
+from command_line.rules import Needs, needs
 from command_line.shared_flags import add_any_base, add_model_arguments, at_least
 from data_utils import Records, mix_records, read_dataset, read_records
 from errors import UserError
 
+NEEDS = (Needs("force", "output"),)
 DESCRIPTION = "Score a file of prompts and responses with any reward; pick the best of several."
 # Of the flags that say where training rows come from, those that are for rows to score as well.
 ROW_FLAGS = frozenset(
@@ -27,7 +29,7 @@ def parse_arguments(words=None):
         help="write the best response to each prompt alone, as a row for sft.py")  # fmt: skip
     add("--force", type=bool, default=False, help="overwrite --output")
     add("--batch-size", type=int, default=64, help="responses that are scored together")
-    parser.checks.append(check_arguments)
+    parser.checks += [check_arguments, needs(NEEDS)]
     add_reward_arguments(parser)
     add_row_arguments(parser)
     add_model_arguments(parser)
@@ -52,8 +54,6 @@ def check_arguments(args) -> None:
         raise UserError("nothing to score: give --input FILE, or --dataset NAME")
     if args.best_of and args.output is None:
         raise UserError("--best-of needs --output FILE to write to")
-    if args.force and args.output is None:
-        raise UserError("--force has no effect without --output")
     refuse_overwriting(args)
     at_least(args, 1, "batch_size")
 

@@ -35,6 +35,7 @@ from data_utils import (
     encode_prompt,
     epoch_batches,
     load_data,
+    not_for_sft,
     pack_rows,
     preview,
     tokenise_sft,
@@ -112,6 +113,7 @@ def parse_arguments(words=None):
     add = add_loop_arguments(parser)
     add("--reward-model", type=bool, default=False, help="a reward model, not a language model")
     add("--mask-prompt", type=bool, default=False, help="train on answers alone")
+    add("--chosen", type=bool, default=False, help="of preference rows, train the best answer")
     add(
         "--packing",
         type=bool,
@@ -168,7 +170,7 @@ def check_loop(args) -> None:
     """Refuse what contradicts itself in the options of `add_loop_arguments`."""
     if not (args.train or args.test or args.preview):
         raise UserError("nothing to do: give --train, --test or both")
-    if {"iters", "epochs"} <= args.explicit and args.epochs is not None:
+    if {"iters", "epochs"} <= args.changed:
         raise UserError("--iters and --epochs both say how long to train; give one of them")
     at_least(args, 1, "batch_size", "iters", "gradient_accumulation_steps", "steps_per_report",
              "early_stopping_patience")  # fmt: skip
@@ -176,15 +178,15 @@ def check_loop(args) -> None:
     if args.val_batches == 0 or args.val_batches < -1:
         raise UserError("--val-batches: give a number of batches, or -1 for all rows; "
                         "--steps-per-eval 0 means no validation")  # fmt: skip
-    if args.epochs is not None and args.epochs <= 0:
-        raise UserError("--epochs: give a number above 0")
+    if args.epochs is not None and not 0 < args.epochs <= 1e6:
+        raise UserError("--epochs: give a number above 0, up to 1e6")
     check_validations(args)
     check_save_file(args.save_file)
 
 
 def check_arguments(args) -> None:
     """Refuse what contradicts itself."""
-    for name in ("mask_prompt", "packing", "sample_prompts"):
+    for name in ("mask_prompt", "packing", "sample_prompts", "chosen"):
         if getattr(args, name) and args.reward_model:
             raise UserError(f"{flag_of(name)} has no effect with --reward-model")
     if args.test and not args.train and args.resume_adapter_file is None and args.reward_model:
@@ -234,12 +236,17 @@ def load_rows(args, tokenizer) -> dict:
     --reward-model also "reading": how the model reads its texts, to be recorded beside its head.
     """
     splits = (["train", "valid"] if args.train or args.preview else []) + ["test"] * args.test
-    rows, found = {}, load_data(splits=splits, **data_sources(args))
+    refuse = None if args.reward_model else lambda kind: not_for_sft(kind, args.chosen)
+    rows, found = {}, load_data(splits=splits, refuse=refuse, **data_sources(args))
     check_kinds(args, {kind for records in found.values() for kind in records.kinds})
     for split, records in found.items():
         if not args.reward_model:
             rows[split] = tokenise_sft(
-                records, tokenizer, mask_prompt=args.mask_prompt, **tokenising(args)
+                records,
+                tokenizer,
+                mask_prompt=args.mask_prompt,
+                chosen=args.chosen,
+                **tokenising(args),
             )
         else:
             if "reading" not in rows:
@@ -300,6 +307,8 @@ def check_kinds(args, kinds: set[str]) -> None:
     if "preference" not in kinds and args.reward_model:
         for name in ("centering", "margins"):
             refuse_idle(args, name, "on rows with a reward: it is for pairs of chosen and rejected")
+    if "preference" not in kinds:
+        refuse_idle(args, "chosen", "without preference rows")
     if kinds == {"text"}:
         refuse_idle(args, "token_format", "on rows of plain text")
 

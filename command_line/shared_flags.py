@@ -8,7 +8,7 @@ import argparse
 from typing import Any
 
 from command_line.parser import Parser
-from command_line.rules import flag_of
+from command_line.rules import Needs, flag_of, needs, refuse_idle
 from errors import UserError
 
 OPTIMIZERS = ("adam", "adamw", "adafactor", "lion", "sgd", "muon")
@@ -51,8 +51,8 @@ def add_run_arguments(parser: Parser, *, save_every: int = 100) -> None:
     def check(args: argparse.Namespace) -> None:
         at_least(args, 0, "save_every", "seed")
         at_least(args, 1, "keep_checkpoints", "max_bad_steps")
-        if args.memory_limit is not None and args.memory_limit <= 0:
-            raise UserError("--memory-limit: give a number of GB above 0")
+        if args.memory_limit is not None and not 0 < args.memory_limit <= 1e6:
+            raise UserError("--memory-limit: give a number of GB above 0, up to 1e6")
         if args.output_dir == "":
             raise UserError("--output-dir: the name is empty; give a folder, or leave the flag out")
         if args.overwrite and args.resume:
@@ -63,6 +63,17 @@ def add_run_arguments(parser: Parser, *, save_every: int = 100) -> None:
             raise UserError("--force-resume needs --resume RUN_FOLDER")
 
     parser.checks.append(check)
+
+
+def schedule_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the schedules of all loops have in common, but for how long they are."""
+    return {
+        "report_every": args.steps_per_report,
+        "save_every": args.save_every,
+        "keep_checkpoints": args.keep_checkpoints,
+        "max_bad_steps": args.max_bad_steps,
+        "memory_limit": args.memory_limit,
+    }
 
 
 # ------------------------------------------------------------------------------ model
@@ -87,6 +98,12 @@ def add_model_arguments(parser: Parser) -> None:
     )
 
 
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `models.load.load_model` takes, the name or folder as ``model``."""
+    names = ("model", "dtype", "quantize", "trust_remote_code")
+    return {name: getattr(args, name) for name in names}
+
+
 # ------------------------------------------------------------------------------ adapter
 
 
@@ -96,15 +113,31 @@ def add_any_base(parser: Parser, *adapters: str) -> None:
     text = "use an adapter although it was trained on another base, such as a quantised copy"
     group.add_argument("--any-base", type=bool, default=False, help=text)
 
-    def check(args: argparse.Namespace) -> None:
-        if args.any_base and not any(getattr(args, name) for name in adapters):
-            names = " or ".join(map(flag_of, adapters))
-            raise UserError(f"--any-base has no effect without {names}")
-
-    parser.checks.append(check)
+    names = " or ".join(map(flag_of, adapters))
+    given = Needs(
+        "any_base",
+        met=lambda args: any(getattr(args, name) for name in adapters),
+        why=f"without {names}",
+    )
+    parser.checks.append(needs([given]))
 
 
 LORA_ONLY = "lora_layers lora_rank lora_scale lora_alpha lora_dropout lora_keys rslora".split()
+ADAPTER_NEEDS = (
+    Needs(
+        " ".join(LORA_ONLY),
+        met=lambda args: not args.prompt_tuning,
+        why="with --prompt-tuning; leave one of them out",
+        valued=False,
+    ),
+    Needs(
+        " ".join(LORA_ONLY),
+        met=lambda args: args.fine_tune_type != "full",
+        why="with --fine-tune-type full; leave one of them out",
+        valued=False,
+    ),
+    Needs("num_prompt_tokens", "prompt_tuning", valued=False),
+)
 
 
 def add_adapter_arguments(parser: Parser, *, lora_scale: float = 20.0) -> None:
@@ -126,8 +159,14 @@ def add_adapter_arguments(parser: Parser, *, lora_scale: float = 20.0) -> None:
     add("--rslora", type=bool, default=False, help="scale = alpha / sqrt(rank); takes --lora-alpha")
     add("--grad-checkpoint", type=bool, default=False, help="recompute layers: less memory, slower")
 
+    idle = needs(ADAPTER_NEEDS)
+
     def check(args: argparse.Namespace) -> None:
-        check_adapter_kind(args)
+        if args.prompt_tuning and args.fine_tune_type != "lora":
+            raise UserError(
+                "--prompt-tuning trains virtual tokens alone; leave out --fine-tune-type"
+            )
+        idle(args)
         at_least(args, 1, "num_prompt_tokens", "lora_rank")
         if args.lora_layers == 0 or args.lora_layers < -1:
             raise UserError("--lora-layers: give a number of layers, or -1 for all of them")
@@ -141,23 +180,9 @@ def add_adapter_arguments(parser: Parser, *, lora_scale: float = 20.0) -> None:
     parser.checks.append(check)
 
 
-def check_adapter_kind(args: argparse.Namespace) -> None:
-    """Refuse flags of one kind of adapter that were given together with another kind."""
-    explicit = args.explicit
-    if args.prompt_tuning and args.fine_tune_type != "lora":
-        raise UserError("--prompt-tuning trains virtual tokens alone; leave out --fine-tune-type")
-    other = "--prompt-tuning" if args.prompt_tuning else None
-    other = "--fine-tune-type full" if args.fine_tune_type == "full" else other
-    for name in LORA_ONLY:
-        if other and name in explicit and getattr(args, name):
-            raise UserError(f"{flag_of(name)} has no effect with {other}; leave one of them out")
-    if "num_prompt_tokens" in explicit and not args.prompt_tuning:
-        raise UserError("--num-prompt-tokens has no effect without --prompt-tuning")
-
-
 def settle_lora_scale(args: argparse.Namespace, default: float) -> None:
     """Fill in ``args.lora_scale`` from scale, alpha or rsLoRA (arXiv 2312.03732, section 3)."""
-    if {"lora_scale", "lora_alpha"} <= args.explicit:
+    if {"lora_scale", "lora_alpha"} <= args.changed:
         raise UserError("--lora-scale and --lora-alpha set the same factor; give one of them")
     if args.rslora and args.lora_alpha is None:
         raise UserError("--rslora needs --lora-alpha: the scale is alpha / sqrt(rank)")
@@ -176,6 +201,22 @@ READERS = {
     "adam_eps": ("adam", "adamw", "muon"),
     "momentum": ("sgd", "muon"),
 }
+
+
+OPTIMIZER_NEEDS = (
+    Needs(
+        "num_cycles",
+        met=lambda args: args.lr_schedule == "cosine_with_restarts",
+        why="without --lr-schedule cosine_with_restarts",
+        valued=False,
+    ),
+    Needs(
+        "lr_end_factor",
+        met=lambda args: args.lr_schedule != "constant",
+        why="with --lr-schedule constant",
+        valued=False,
+    ),
+)
 
 
 def add_optimizer_arguments(
@@ -207,12 +248,8 @@ def add_optimizer_arguments(
 
     def check(args: argparse.Namespace) -> None:
         for name, readers in READERS.items():
-            if name in args.explicit and args.optimizer not in readers:
-                raise UserError(f"{flag_of(name)} has no effect with --optimizer {args.optimizer}")
-        if "num_cycles" in args.explicit and args.lr_schedule != "cosine_with_restarts":
-            raise UserError("--num-cycles needs --lr-schedule cosine_with_restarts")
-        if "lr_end_factor" in args.explicit and args.lr_schedule == "constant":
-            raise UserError("--lr-end-factor has no effect with --lr-schedule constant")
+            if args.optimizer not in readers:
+                refuse_idle(args, name, f"with --optimizer {args.optimizer}", valued=False)
         at_least(args, 0, "learning_rate", "warmup_steps", "weight_decay", "lr_end_factor")
         at_least(args, 1, "num_cycles")
         for name in ("adam_beta1", "adam_beta2", "momentum"):
@@ -223,7 +260,7 @@ def add_optimizer_arguments(
                 "--max-grad-norm: give a number above 0; a large one, such as 1e9, clips nothing"
             )
 
-    parser.checks.append(check)
+    parser.checks += [needs(OPTIMIZER_NEEDS), check]
 
 
 def optimizer_options(args: argparse.Namespace) -> dict[str, Any]:

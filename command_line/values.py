@@ -1,17 +1,21 @@
 """What the value of a flag may look like, and how help shows it. Loads no MLX."""
 
 import argparse
+import contextlib
 import math
 
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
+LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # of float32
+LARGEST_INT = 2**63 - 1
+LONGEST_SHOWN = 80  # characters of a value in a message
 
 
 def boolean(text: str) -> bool:
     """``True``, ``yes``, ``on``, ``1`` and their opposites, in any case."""
     word = text.strip().lower()
     if word not in TRUE_WORDS + FALSE_WORDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is neither True nor False")
     return word in TRUE_WORDS
 
 
@@ -22,23 +26,30 @@ def number(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a finite number")
+    if abs(value) > LARGEST_FLOAT:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is beyond what float32 can hold")
     return value
 
 
 def whole_number(text: str) -> int:
     """An integer; ``1e3`` and ``600.0`` count as integers too."""
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        value = float(text)
-        if value == int(value):
-            return int(value)
-    except (ValueError, OverflowError):
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    value = None
+    with contextlib.suppress(ValueError, OverflowError):
+        number = float(text)
+        value = int(number) if number == int(number) else None
+    with contextlib.suppress(ValueError):
+        value = int(text)  # exact, where it has that form
+    if value is None:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number")
+    if abs(value) > LARGEST_INT:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is beyond what 64 bits can hold")
+    return value
+
+
+def shown(text: str) -> str:
+    """A value for a message, not all of its thousand digits."""
+    return repr(text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "...")
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -212,7 +212,7 @@ def check_rule(args: argparse.Namespace) -> None:
         raise UserError(f"--multiple-of: {args.multiple_of} is below 1")
     if not 0 <= args.noise <= 1:
         raise UserError(f"--noise: {args.noise:g} is not a fraction from 0 to 1")
-    if "noise" in args.explicit and "text" not in args.kind:
+    if "noise" in args.changed and "text" not in args.kind:
         raise UserError("--noise: only the kind text has a noise to set; leave it out")
 
 

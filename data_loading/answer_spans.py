@@ -103,7 +103,7 @@ def _answer(
         elif _bare(here) != _bare(there):
             what = f"{_differing(there, here)} becomes {_differing(here, there)}"
             notes = [(OTHERWISE, what)]
-    lost = lost_text(messages[i], text[turn:end])
+    lost = lost_text(messages[i], text[start:end])
     if lost:
         notes = [note for note in notes if note[0] != OTHERWISE]
     if turns.generation is not None:

@@ -279,7 +279,9 @@ def not_for_sft(kind: str, chosen: bool = False) -> str | None:
     """Why rows of a kind cannot be trained on as they are; None where they can."""
     if kind not in ("preference", "unpaired", "prompt") or (chosen and kind == "preference"):
         return None
-    hint = "; --chosen trains the best answers of such rows" if kind == "preference" else ""
+    hint = ""
+    if kind == "preference":
+        hint = "; --chosen trains their best answers, --reward-model a reward model"
     return (
         f"a row of kind {kind} is not for supervised fine-tuning, which needs text, "
         f"prompt and completion, or messages{hint}"

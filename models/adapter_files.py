@@ -25,21 +25,22 @@ from models.adapter_description import (
     read_json,
     remove_old_heads,
 )
-from models.base_fingerprint import check_base, described_base
-from models.file_checks import check_npz, safetensors_header
+from models.array_files import fill, read_arrays, write_arrays, write_text
+from models.base_fingerprint import QUANTIZATION, check_base, check_quantization, described_base
+from models.interop import load_peft_adapter
 from models.load import LoadedModel
 from models.lora import LoraConfig, add_lora
 from models.soft_prompt import SoftPrompt
-from models.tuning import FullTuning, Tuning
-from models.written_arrays import save_arrays
-from safe_files import check_inside, refuse_links, replacing, synced_sum, write_checked
+from models.tuning import FullTuning, Tuning, check_finite
+from safe_files import check_inside, refuse_links, replacing
 
 SOFT_PROMPT_FILE = "soft_prompt.safetensors"
 
 
 def describe(tuning: Tuning, base: LoadedModel) -> dict:
     """What an adapter file says of itself: what is trained, and on which weights."""
-    return {**tuning.description(len(base.model.layers)), **described_base(base)}
+    described = {**tuning.description(len(base.model.layers)), **described_base(base)}
+    return {**described, QUANTIZATION: base.quantized}
 
 
 def save_adapter(
@@ -104,12 +105,11 @@ def load_adapter(base: LoadedModel, path: str | Path, *, any_base: bool = False)
     Raises UserError with every array that does not fit, with both shapes; and for an adapter of
     other weights than these, unless `any_base`.
     """
-    from models.interop import load_peft_adapter
-
     if is_peft_adapter(path):
         return load_peft_adapter(base.model, path)
     arrays, config = read_adapter(path)
     check_base(path, config, base, any_base=any_base)
+    check_quantization(path, config, base.quantized)
     try:
         tuning = attach(base.model, config)
     except (KeyError, TypeError, ValueError) as error:
@@ -160,62 +160,13 @@ def save_head(adapter_path: str | Path, name: str, arrays: dict, description: di
 
 
 def read_head(adapter_path: str | Path, name: str) -> tuple[dict[str, mx.array], dict] | None:
-    """(arrays, description) of a head beside an adapter or in a model folder; None without one."""
+    """(arrays, description) of a head beside an adapter or in a model folder; None without one.
+
+    Raises UserError for a head with NaN or infinite values.
+    """
     path = head_path(adapter_path, name)
     if not path.exists():
         return None
     arrays, described = read_arrays(path)
+    check_finite(arrays, str(path))
     return arrays, described.get(name, {})
-
-
-# ---------------------------------------------------------------------------- arrays on disk
-
-
-def write_arrays(path: Path, arrays: dict[str, mx.array], described: dict) -> None:
-    """Write `arrays` and JSON-able descriptions to .safetensors or .npz: whole or not at all.
-
-    Raises UserError where `path` is a link, and the OSError or RuntimeError of a disk that refuses.
-    """
-    with replacing(path) as aside:
-        fill(aside, arrays, described)
-
-
-def fill(file: Path, arrays: dict[str, mx.array], described: dict) -> None:
-    """Arrays and descriptions into a new file, on the disk and read back."""
-    texts = {name: json.dumps(value) for name, value in described.items()}
-    if file.suffix == ".npz":
-        arrays = {k: a.astype(mx.float32) if a.dtype == mx.bfloat16 else a
-                  for k, a in arrays.items()}  # fmt: skip
-        arrays |= {k: mx.array(list(v.encode()), dtype=mx.uint8) for k, v in texts.items()}
-        save_arrays(file, arrays, {})
-    else:
-        save_arrays(file, arrays, {"format": "mlx", **texts})
-    synced_sum(file)
-
-
-def read_arrays(path: Path) -> tuple[dict[str, mx.array], dict]:
-    """(arrays, descriptions) of a .safetensors or .npz file. No pickle is ever read."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    (check_npz if path.suffix == ".npz" else safetensors_header)(path)
-    try:
-        if path.suffix == ".npz":
-            arrays = dict(mx.load(str(path)))
-            described = {k: json.loads(bytes(arrays.pop(k).tolist()).decode())
-                         for k in list(arrays) if k == CONFIG_KEY}  # fmt: skip
-            return arrays, described
-        arrays, metadata = mx.load(str(path), return_metadata=True)
-        described = {k: json.loads(v) for k, v in metadata.items() if v.startswith("{")}
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    return arrays, described
-
-
-def write_json(path: Path, value: dict) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file, whole or not at all; raises what `write_arrays` does."""
-    with replacing(path) as aside:
-        write_checked(aside, text)

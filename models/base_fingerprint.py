@@ -8,6 +8,7 @@ No MLX: the PyTorch baseline writes and compares the same.
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from errors import UserError
 from models.file_checks import safetensors_header
 
 KEY = "base_fingerprint"  # beside "model" in an adapter's description
+QUANTIZATION = "base_quantization"  # {"bits", "group_size"} where --quantize rounded the base
 LENGTH = 16  # hexadecimal digits: 64 bits, and still fit for a message
 # Of each tensor, 4 kB in 8 places: 1.2 MB of a model of 16 GB in 300 tensors.
 PIECES, PIECE_BYTES = 8, 512
@@ -86,3 +88,29 @@ def check_base(
     raise UserError(f"{path}: was trained on {whose} (fingerprint {recorded}), and {base.name} "
                     f"({base.fingerprint}) is another base; give --model {whose}, or "
                     f"{override}")  # fmt: skip
+
+
+def check_quantization(
+    path: str | Path, description: dict[str, Any], here: dict[str, int] | None
+) -> None:
+    """Warn where the adapter in `path` was trained on a base quantised otherwise than `here`.
+
+    Only what --quantize does is recorded: a folder that is quantised has a fingerprint of its own.
+    """
+    if QUANTIZATION not in description or description.get("fine_tune_type") == "full":
+        return
+    trained = description[QUANTIZATION]
+    if _bits(trained) != _bits(here):
+        flag = f"--quantize {_bits(trained)}" if trained else "no --quantize"
+        warnings.warn(f"{path}: was trained on {_in_words(trained)}, and goes on "
+                      f"{_in_words(here)} here, which computes something else; {flag} gives what "
+                      "was trained", stacklevel=3)  # fmt: skip
+
+
+def _bits(quantized: Any) -> int | None:
+    return quantized.get("bits") if isinstance(quantized, dict) else None
+
+
+def _in_words(quantized: Any) -> str:
+    bits = _bits(quantized)
+    return "weights as they are stored" if bits is None else f"weights rounded to {bits} bits"

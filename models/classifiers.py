@@ -14,7 +14,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from errors import UserError
-from models.adapter_files import read_json, write_json
+from models.adapter_description import read_json
+from models.array_files import write_json
 from models.file_checks import safetensors_header
 from models.load import (
     DTYPES,
@@ -24,7 +25,7 @@ from models.load import (
     default_dtype,
     read_config,
 )
-from models.model_folders import copy_tokenizer, stored_dtype
+from models.model_folders import copy_tokenizer, stored_dtype, tokenizer_of
 from models.reading import Reading, imported_reading
 from models.repairs import repair
 from models.reward_network import RewardModel
@@ -78,17 +79,23 @@ def load_classifier(
         "pad_id": config.get("pad_token_id"),
     }
     reward_model.load_head(arrays, description, str(folder))
-    recorded = config.get(READING)
-    reward_model.reading = (
-        imported_reading(loaded.tokenizer, config)
-        if recorded is None
-        else Reading.described(recorded)
-    )
+    reward_model.reading = reading_of(config, loaded.tokenizer)
     reward_model.source = loaded
     reward_model.freeze()
     reward_model.eval()
     mx.eval(reward_model.parameters())
     return reward_model
+
+
+def reading_of(config: dict, tokenizer) -> Reading:
+    """How a classifier reads texts: as its config.json records, else as TRL trains."""
+    recorded = config.get(READING)
+    return imported_reading(tokenizer, config) if recorded is None else Reading.described(recorded)
+
+
+def reading_in(folder: Path) -> Reading:
+    """`reading_of` a classifier's folder."""
+    return reading_of(read_config(folder), tokenizer_of(folder))
 
 
 def _read_head(folder: Path) -> dict[str, mx.array]:

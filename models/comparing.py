@@ -16,7 +16,10 @@ def check_sequences(tokenizer, vocabulary: int) -> list[list[int]]:
     """A few texts as token ids, and a few rows of ids drawn evenly from the vocabulary."""
     texts = [tokenizer.encode(text)[:LONGEST] for text in CHECK_TEXTS]
     drawn = np.random.default_rng(0).integers(0, vocabulary, (RANDOM_ROWS, RANDOM_LENGTH))
-    return [ids for ids in texts if ids] + drawn.tolist()
+    rows = [ids for ids in texts if ids] + drawn.tolist()
+    # A classifier scores the last token that is not the padding, which BOS may have to serve as.
+    pads = {tokenizer.pad_token_id, tokenizer.bos_token_id}
+    return [ids if ids[-1] not in pads else [*ids, tokenizer.eos_token_id] for ids in rows]
 
 
 def all_logits(

@@ -16,6 +16,7 @@ import numpy as np
 
 from models.caches import make_cache, padded_cache
 from models.exponentials import exp
+from models.limits import find_limits
 from models.trunk import hidden_states, logits_from_hidden
 
 # Rows are dropped once this share of the batch is finished: each drop copies the cache.
@@ -71,6 +72,9 @@ def generate(
     limits = [max_tokens] * count if isinstance(max_tokens, int) else list(max_tokens)
     if not prompts or any(not p for p in prompts) or min(limits) < 1:
         raise ValueError("every prompt needs a token, and every row a limit of at least 1")
+    known = find_limits(model)
+    for row, limit in enumerate(limits):
+        known.check_one(prompts[row // samples], "a prompt", limit)
     state = _Rows(limits, eos_ids, should_stop, value_head is not None)
     uniforms = mx.random.uniform(shape=(max(limits), count), key=key)  # (step, B)
     tokens, cache = _left_pad(model, prompts)

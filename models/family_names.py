@@ -54,6 +54,8 @@ def _one(kind: str, name: str, array: mx.array) -> Iterator[tuple[str, mx.array]
     elif kind == "gpt2":
         name = name.removeprefix("model.")
         yield name, array.T if GPT2_TURNED.fullmatch(name) else array
+    elif kind == "opt":
+        yield name.replace("model.", "model.decoder.", 1), array
     elif kind == "gpt_neox":
         name = name.removeprefix("model.").replace("h.", "layers.", 1 if name[6:8] == "h." else 0)
         yield name if name.startswith("embed_out") else f"gpt_neox.{name}", array
@@ -146,6 +148,8 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _is_mlx_form(kind: str, shapes: dict[str, tuple[int, ...]]) -> bool:
     """Whether a folder was written by mlx-lm, with its names and shapes, or quantised."""
+    if kind == "opt":
+        return not any("decoder." in name for name in shapes)
     if kind in ("gpt2", "gpt_neox"):
         return any(name.startswith("model.") for name in shapes)
     if kind in TURNED:
@@ -155,6 +159,8 @@ def _is_mlx_form(kind: str, shapes: dict[str, tuple[int, ...]]) -> bool:
 
 
 def _plain_name(kind: str, name: str) -> str:
+    if kind == "opt":  # whose first files have no "model."
+        return f"model.{name}" if name.startswith("decoder.") else name
     return name.removeprefix("transformer.") if kind == "gpt2" else name
 
 

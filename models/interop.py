@@ -15,7 +15,7 @@ import mlx.nn as nn
 from errors import UserError
 from models.adapter_description import CONFIG_FILE as CONFIG
 from models.adapter_description import PEFT_FILES, path_in_block, read_json
-from models.adapter_files import read_arrays, write_json
+from models.array_files import read_arrays, write_json
 from models.file_checks import safetensors_header
 from models.lora import Adapter, LoraConfig, add_lora
 from models.soft_prompt import SoftPrompt
@@ -27,12 +27,22 @@ WEIGHTS, PICKLED = PEFT_FILES
 ROOT = "base_model.model."
 LEAVES = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
 NAME = re.compile(rf"(.*)\.({'|'.join(LEAVES)})(\.default)?(\.weight)?")
-# Settings that change the function in a way that LoRA here has no counterpart for.
-WITHOUT_COUNTERPART = ("modules_to_save", "layer_replication", "fan_in_fan_out", "lora_bias",
-                       "trainable_token_indices", "target_parameters", "use_qalora")  # fmt: skip
-# Starting points that subtract from the base weights, which stay behind in the program that did.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
-
+# Settings that are understood, or change nothing of what a trained adapter computes (peft 0.21).
+ANY_VALUE = set(
+    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
+    "r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern "
+    "rank_pattern alpha_pattern use_rslora use_dora megatron_core qalora_group_size eva_config "
+    "runtime_config num_virtual_tokens token_dim num_attention_heads num_layers prompt_tuning_init "
+    "prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs _custom_modules".split()
+)
+OFF = (None, False, [], {}, "")
+ONE_OF = {
+    "bias": ("none", None),
+    # Other starting points subtract from the base weights, which stay behind in the program that
+    # did (pissa, olora, corda, loftq, lora_ga).
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+    "num_transformer_submodules": (1, None),
+}
 
 # ---------------------------------------------------------------------------- in
 
@@ -52,26 +62,24 @@ def load_peft_adapter(model: nn.Module, path: str | Path) -> Tuning:
     config = read_json(path / CONFIG)
     arrays, _ = read_arrays(path / WEIGHTS)
     try:
-        if config.get("peft_type") == "PROMPT_TUNING":
-            return _soft_prompt(model, arrays, path)
         _check_settings(config, path)
+        if config["peft_type"] == "PROMPT_TUNING":
+            return _soft_prompt(model, arrays, path)
         return _lora(model, config, arrays, path)
     except (KeyError, TypeError, ValueError, re.error) as error:
         raise UserError(f"{path / CONFIG}: not usable: {error!r}") from error
 
 
 def _check_settings(config: dict, path: Path) -> None:
+    """Raise UserError for every setting that is not known to mean what is computed here."""
     kind = config.get("peft_type")
-    if kind != "LORA":
+    if kind not in ("LORA", "PROMPT_TUNING"):
         raise UserError(f"{path}: PEFT type {kind}; only LORA and PROMPT_TUNING can be read")
-    for name in WITHOUT_COUNTERPART:
-        if config.get(name):
-            raise UserError(f"{path}: its {name} has no counterpart here; merge the adapter with "
-                            "PEFT (merge_and_unload) and give the model")  # fmt: skip
-    start = str(config.get("init_lora_weights", "")).lower()
-    if start.startswith(CHANGES_BASE):
-        raise UserError(f"{path}: was started with {start}, which changes the base weights too; "
-                        "convert it with PEFT to an adapter of the unchanged base")  # fmt: skip
+    refused = [f"{name} {value!r}" for name, value in config.items()
+               if name not in ANY_VALUE and value not in ONE_OF.get(name, OFF)]  # fmt: skip
+    if refused:
+        raise UserError(f"{path}: its {', '.join(refused)} has no counterpart here; merge the "
+                        "adapter with PEFT (merge_and_unload) and give the model")  # fmt: skip
 
 
 def _soft_prompt(model: nn.Module, arrays: dict[str, mx.array], path: Path) -> SoftPrompt:

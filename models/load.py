@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,6 +14,8 @@ from models import exponentials
 from models.base_fingerprint import base_fingerprint
 from models.file_checks import check_depth, check_model_files
 from models.hub_files import download, looks_like_hub_name
+from models.limits import Limits, find_limits
+from models.memory_needed import check_memory
 from models.repairs import model_classes, repair
 from models.transformers_config import unnested
 
@@ -32,6 +35,12 @@ class LoadedModel:
     path: Path
     name: str
     fingerprint: str | None = None  # of the folder's weights, for adapters (base_fingerprint.py)
+    quantized: dict[str, int] | None = None  # {"bits", "group_size"} where `quantize` did it
+
+    @cached_property
+    def limits(self) -> Limits:
+        """Tokens and positions that the model has rows for, without virtual tokens."""
+        return find_limits(self.model)
 
     @property
     def eos_ids(self) -> set[int]:
@@ -63,16 +72,17 @@ def load_model(
     if "SequenceClassification" in str(read_config(path).get("architectures")):
         raise UserError(f"{name}: is a classifier that gives scores, not a language model; "
                         "give it as --reward-model")  # fmt: skip
+    dtype = default_dtype() if dtype == "auto" else dtype
+    check_memory(path, name, dtype, quantize)
     model, tokenizer, config = _load(path, name, trust_remote_code)
-    if quantize is not None:
-        _quantize(model, config, quantize, name)
+    quantized = None if quantize is None else _quantize(model, config, quantize, name)
     repair(model, config)  # after quantisation, which makes some modules anew
     if dtype != "stored":
-        cast(model, default_dtype() if dtype == "auto" else dtype)
+        cast(model, dtype)
     model.freeze()
     exponentials.use_in(model)
     mx.eval(model.parameters())
-    return LoadedModel(model, tokenizer, config, path, name, base_fingerprint(path))
+    return LoadedModel(model, tokenizer, config, path, name, base_fingerprint(path), quantized)
 
 
 def resolve_path(name: str, revision: str | None = None, *, with_code: bool = False) -> Path:
@@ -183,7 +193,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(lines)[:500] or type(error).__name__
 
 
-def _quantize(model: nn.Module, config: dict, bits: int, name: str) -> None:
+def _quantize(model: nn.Module, config: dict, bits: int, name: str) -> dict[str, int]:
     if "quantization" in config:
         raise UserError(f"{name}: is quantised already; leave --quantize away")
     for group_size in QUANTIZE_GROUP_SIZES:
@@ -194,6 +204,7 @@ def _quantize(model: nn.Module, config: dict, bits: int, name: str) -> None:
         raise UserError(f"{name}: no layer is a multiple of 32 wide, so none can be quantised")
     nn.quantize(model, group_size, bits, class_predicate=lambda _, m: _can_quantize(m, group_size))
     config["quantization"] = {"group_size": group_size, "bits": bits, "mode": "affine"}
+    return {"bits": bits, "group_size": group_size}
 
 
 def _can_quantize(module: nn.Module, group_size: int) -> bool:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -143,3 +144,13 @@ def copy_tokenizer(source: Path, folder: Path, *, with_code: bool = False) -> No
             target = folder / file.relative_to(source)
             target.parent.mkdir(exist_ok=True)
             copy_file(file, target)
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """transformers' own tokenizer of a model folder, as others will load it. UserError for none."""
+    from mlx_lm.utils import load_tokenizer
+
+    try:
+        return load_tokenizer(folder)._tokenizer
+    except Exception as error:  # transformers has dozens of kinds for a broken folder
+        raise UserError(f"{folder}: its tokenizer cannot be loaded: {error}") from error

@@ -104,18 +104,19 @@ def load_parts(
     weights: Sequence[float],
     *,
     dtype: str = "stored",
+    quantize: int | None = None,
     trust_remote_code: bool = False,
     any_base: bool = False,
 ) -> Parts:
     """Load a base and the adapter `files` with `weights`; without a `model` the recorded base.
 
-    `dtype` is that of the result.
+    `dtype` is that of the result; `quantize` rounds the base to so many bits first, as in training.
 
     Raises UserError for what cannot be combined: several heads or soft prompts, weights on them or
     on a full fine-tune, and a full fine-tune with anything else; unless `any_base`, for an adapter
     that was trained on another base.
     """
-    options = {"dtype": "stored", "trust_remote_code": trust_remote_code}
+    options = {"dtype": "stored", "quantize": quantize, "trust_remote_code": trust_remote_code}
     if not files:
         return _model_alone(model, dtype, options)
     descriptions = [read_adapter(file)[1] for file in files]
@@ -146,6 +147,8 @@ def _model_alone(model: str | None, dtype: str, options: dict) -> Parts:
 
     path = resolve_path(model) if model is not None else None
     if path is not None and (is_classifier(path) or read_head(path, REWARD_HEAD) is not None):
+        if options.pop("quantize"):
+            raise UserError("--quantize: rounds the base of an adapter; a fused reward model stays")
         reward_model = load_reward_model(path, **options)
         return Parts(reward_model.source, dtype, reward_model=reward_model)
     return Parts(load_model(model, **options), dtype)

@@ -4,6 +4,7 @@ The head reads hidden states after the final norm. With a `tuning` the reward mo
 and a head on a base that others share; the adapter goes in for scoring and out again.
 """
 
+import math
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ import numpy as np
 
 from errors import UserError
 from models.last_block import allow_short_last_block, picked_hidden
+from models.limits import find_limits
 from models.load import LoadedModel
 from models.reading import Reading
 from models.trunk import hidden_size, hidden_states
@@ -89,6 +91,7 @@ class RewardModel(nn.Module):
 
     def _score_sorted(self, sequences: Sequence[Sequence[int]], batch_size: int) -> list[float]:
         sequences = [self._prepared(sequence) for sequence in sequences]
+        find_limits(self.model).check(sequences, where="a text to score")
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         scores = np.zeros(len(sequences), dtype=np.float32)
         for start in range(0, len(order), batch_size):
@@ -132,11 +135,17 @@ class RewardModel(nn.Module):
             raise UserError(f"{source}: pooling is none of {', '.join(POOLINGS)}")
         self.head = {name: array.astype(mx.float32) for name, array in arrays.items()}
         self.pooling = description.get("pooling", "mean")
-        self.gain = float(description.get("gain", 1.0))
-        self.offset = float(description.get("offset", 0.0))
-        self._prefix = tuple(int(i) for i in description.get("prefix", ()))
-        self._pad_id = description.get("pad_id")
-        self.reading = Reading.described(description)
+        try:
+            self.gain = float(description.get("gain", 1.0))
+            self.offset = float(description.get("offset", 0.0))
+            self._prefix = tuple(int(i) for i in description.get("prefix", ()))
+            pad_id = description.get("pad_id")
+            self._pad_id = None if pad_id is None else int(pad_id)
+            self.reading = Reading.described(description)
+        except (TypeError, ValueError, KeyError, OverflowError, AttributeError) as error:
+            raise UserError(f"{source}: its description is not usable: {error!r}") from None
+        if not (math.isfinite(self.gain) and math.isfinite(self.offset)):
+            raise UserError(f"{source}: gain and offset must be finite numbers")
 
 
 def normalise(model: RewardModel, texts: Sequence[Sequence[int]]) -> None:

@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 
 from errors import UserError
-from models.adapter_files import read_json, write_json, write_text
+from models.adapter_description import read_json
+from models.array_files import write_json, write_text
 from models.model_folders import GENERATION_CONFIG
 from models.soft_vocabulary import token_names
 

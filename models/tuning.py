@@ -80,7 +80,10 @@ class FullTuning(Tuning):
 
 
 def check_arrays(given: dict, expected: dict, source: str) -> None:
-    """Raise one UserError that lists every array too many, too few or of another shape."""
+    """Raise one UserError that lists every array too many, too few or of another shape.
+
+    Arrays that fit and hold NaN or infinite values are refused as well.
+    """
     problems = []
     for name in sorted(given.keys() | expected.keys()):
         if name not in expected:
@@ -92,3 +95,15 @@ def check_arrays(given: dict, expected: dict, source: str) -> None:
             problems.append(f"{name} is {there} in the file and {here} in the model")
     if problems:
         raise UserError(f"{source}: does not fit the model: " + "; ".join(problems))
+    check_finite(given, source)
+
+
+def check_finite(arrays: dict[str, mx.array], source: str) -> None:
+    """Raise UserError that counts the NaN and infinite values of the first array with any."""
+    for name, array in arrays.items():
+        if not mx.issubdtype(array.dtype, mx.floating):
+            continue
+        if broken := int((~mx.isfinite(array)).sum()):
+            raise UserError(f"{source}: {broken} of the {array.size} values of {name} are NaN or "
+                            "infinite, so nothing can be computed with it; take an earlier "
+                            "checkpoint")  # fmt: skip

@@ -38,6 +38,8 @@ class Facts:
     run: RunFacts | None = None
     quantized: bool = False
     pooling: str | None = None  # of a reward model
+    scoring: str | None = None  # of a classifier: code that makes `inputs` of a text
+    constant: float = 0.0  # of a classifier: what its own scores lack
     difference: str | None = None  # of the fused model from the unfused one
 
 
@@ -132,6 +134,7 @@ def summary(facts: Facts) -> str:
 def usage(facts: Facts) -> str:
     """Code that loads the model, for each program that can."""
     name, base = facts.name, facts.base or "BASE"
+    constant = " + model.config.reward_offset" if facts.constant else ""
     mlx = f"""With [mlx-lm](https://github.com/ml-explore/mlx-lm):
 
 ```python
@@ -157,17 +160,17 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
         "reward": f"""As the reward in PPO, from a checkout of mlx-rlhf:
 
 ```
-python ppo_training.py --model MODEL --reward_model {name}
+python ppo_training.py --model MODEL --reward-model {name}
 ```
 
 or in Python:
 
 ```python
 from models.reward_model import load_reward_model
+from rewards.learned import score_texts
 
 reward_model = load_reward_model("{name}")
-tokenizer = reward_model.source.tokenizer
-print(reward_model.score([tokenizer.encode("prompt and response")]))
+print(score_texts(reward_model, ["What is 2 + 2?"], ["4"]))
 ```
 """,
         "classifier": f"""With transformers:
@@ -178,12 +181,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForSequenceClassification.from_pretrained("{name}")
-inputs = tokenizer("prompt and response", return_tensors="pt")
+{facts.scoring}
 with torch.no_grad():
-    print(model(**inputs).logits[0, 0].item())
+    print(model(**inputs).logits[0, 0].item(){constant})
 ```
 
-As the reward in PPO: `python ppo_training.py --model MODEL --reward_model {name}`.
+As the reward in PPO: `python ppo_training.py --model MODEL --reward-model {name}`.
 """,
         "adapter": f"""With [mlx-lm](https://github.com/ml-explore/mlx-lm), after downloading it:
 

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
-from models.adapter_files import read_adapter, read_json
+from models.adapter_description import read_json
+from models.adapter_files import read_adapter
 from models.load import DEFAULT_MODEL, LoadedModel
 from models.parts import Parts
 from publishing.card import MARK, Facts
 from publishing.run_facts import read_run
+from publishing.scoring_code import scoring_code
 
 
 @dataclass
@@ -21,7 +23,13 @@ class CardChoices:
 
 
 def facts_of_parts(
-    kind: str, parts: Parts, card: CardChoices, difference: str | None = None
+    kind: str,
+    parts: Parts,
+    card: CardChoices,
+    difference: str | None = None,
+    *,
+    scoring: str | None = None,
+    constant: float = 0.0,
 ) -> Facts:
     """Facts on a result made of `parts`; `difference` is the line that the comparison gave."""
     weights = iter(parts.weights)
@@ -35,6 +43,8 @@ def facts_of_parts(
         run=read_run(card.run) if card.run else None,
         quantized="quantization" in parts.base.config,
         pooling=parts.reward_model.pooling if parts.reward_model else None,
+        scoring=scoring,
+        constant=constant,
         difference=difference and difference.partition(": ")[2],
     )
 
@@ -76,16 +86,19 @@ def facts_of_folder(folder: Path, card: CardChoices) -> Facts | None:
 
 def _read_facts(folder: Path, card: CardChoices) -> Facts:
     from models.adapter_description import is_peft_adapter
-    from models.classifiers import is_classifier
+    from models.classifiers import OFFSET, is_classifier, reading_in
 
     descriptions: list[dict] = []
     kind, base, quantized, pooling = "model", None, False, None
+    scoring, constant = None, 0.0
     if (folder / "config.json").exists():
         quantized = "quantization" in read_json(folder / "config.json")
         if (folder / "reward_head.safetensors").exists():
             kind = "reward"
         elif is_classifier(folder):
             kind, pooling = "classifier", "last"
+            scoring = scoring_code(folder, reading_in(folder))
+            constant = float(read_json(folder / "config.json").get(OFFSET, 0.0))
     else:
         kind = "peft" if is_peft_adapter(folder) else "adapter"
         descriptions = [read_adapter(folder)[1]]
@@ -93,4 +106,4 @@ def _read_facts(folder: Path, card: CardChoices) -> Facts:
     license_name = card.license or license_in_card(folder / "README.md")
     run = read_run(card.run) if card.run else None
     return Facts(kind, card.name, base, license_name, descriptions, [1.0] * len(descriptions), run,
-                 quantized, pooling)  # fmt: skip
+                 quantized, pooling, scoring, constant)  # fmt: skip

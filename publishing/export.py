@@ -18,6 +18,7 @@ from publishing.adapter_export import export_adapter, export_peft
 from publishing.card import write_card
 from publishing.card_facts import CardChoices, facts_of_parts
 from publishing.checks import Check, Exported, refuse_broken
+from publishing.scoring_code import scoring_code, write_bos
 
 GGUF_NAME = "model.gguf"
 LIKELY = 1e-6  # a virtual token this probable is worth a warning
@@ -118,6 +119,8 @@ def _export_classifier(parts, path, check, card, *, force, exact, prompt, done) 
         constant = write_classifier(folder, parts.base, parts.reward_model)
         if prompt:
             add_soft_prompt(folder, parts.base.tokenizer, prompt.ids)
+        reading = parts.reward_model.reading
+        write_bos(folder, reading)
         difference = _compare(folder, parts, check, prompt, exact)
         done.messages.append(difference)
         if constant:
@@ -125,7 +128,11 @@ def _export_classifier(parts, path, check, card, *, force, exact, prompt, done) 
                 f"note: transformers' form has no constant, so scores there are {constant:+.4g} "
                 "away from ours, all by the same; this program adds it again (reward_offset)"
             )
-        write_card(folder, facts_of_parts("classifier", parts, card, difference))
+        code = scoring_code(folder, reading)
+        facts = facts_of_parts(
+            "classifier", parts, card, difference, scoring=code, constant=constant
+        )
+        write_card(folder, facts)
     done.next_commands = [f"python ppo_training.py --model MODEL --reward_model {path}"]
 
 

@@ -28,7 +28,7 @@ from models.adapter_description import (
     read_json,
     remove_old_heads,
 )
-from models.base_fingerprint import check_base, described_base
+from models.base_fingerprint import check_base, check_quantization, described_base
 from run_folder.checkpoint_folder import disk_refused
 from run_folder.run import OWN_NAMES, RUNS
 from safe_files import (
@@ -133,6 +133,8 @@ def load_adapter(loaded: LoadedModel, path: str, *, any_base: bool = False) -> T
     """The model with the adapter in `path` on it; UserError for one of other weights than these."""
     arrays, described = read_adapter(path)
     check_base(path, described, loaded, any_base=any_base)
+    check_quantization(path, described, None)
+    check_finite(arrays, path)
     described.setdefault("num_layers", -1)
     model = Tuned(loaded.model, described).to(loaded.device)
     model.load_arrays(arrays, str(path))
@@ -154,7 +156,16 @@ def read_head(path: str | Path, name: str) -> tuple[dict[str, Tensor], dict] | N
     if not file.exists():
         return None
     arrays, described = read_arrays(file)
+    check_finite(arrays, str(file))
     return arrays, described.get(name, {})
+
+
+def check_finite(arrays: dict[str, Tensor], source: str) -> None:
+    """UserError for NaN and infinite values, as in models/tuning.py."""
+    for name, array in arrays.items():
+        if broken := int((~torch.isfinite(array)).sum()):
+            raise UserError(f"{source}: {broken} of the {array.numel()} values of {name} are NaN "
+                            "or infinite, so nothing can be computed with it")  # fmt: skip
 
 
 # ---- merged folders ----------------------------------------------------------------------------

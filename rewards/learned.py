@@ -89,6 +89,18 @@ def learned_reward(
     return Reward(LEARNED, reward_model, weight)
 
 
+def score_texts(model: Any, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    """Scores of whole responses, read by the reward model's own template.
+
+    Prompts are texts, or the messages of a conversation.
+    """
+    ended = [True] * len(responses)
+    if getattr(model, "reads_pairs", False):
+        return model.score(_read_pairs(prompts, responses, (), ended, {}))
+    read = Reader(model.source.tokenizer, model.reading, as_given=False)
+    return model.score(read(prompts, responses, (), ended, {}))
+
+
 def reward_beside(
     loaded: Any,
     tuning: Any,

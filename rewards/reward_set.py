@@ -77,6 +77,10 @@ class RewardSet:
         totals = [self._total(row) for row in zip(*parts.values(), strict=True)]
         return totals, parts
 
+    def __str__(self) -> str:
+        pairs = zip(self.rewards, self.names, strict=True)
+        return ", ".join(f"{reward.weight:g} x {name}" for reward, name in pairs)
+
     def _total(self, scores: Sequence[float]) -> float:
         """The weighted sum of one row's scores; NaN where none is a number, or it is not finite."""
         found = [

@@ -232,7 +232,9 @@ def scored_rows(pairs: Iterable[Pair]) -> list[dict[str, Any]]:
     for pair in pairs:
         row = dict(pair.whole.fields)
         if pair.rank is not None:
-            row = {name: value for name, value in row.items() if name not in SHARED}
+            # The prompt has what it is made of; the template's fields are for the next reader.
+            made = {*SHARED, *pair.whole.prompt_fields} - {*pair.record.extras}
+            row = {name: value for name, value in row.items() if name not in made}
             row |= {"prompt": pair.record.prompt, "response": pair.record.completion}
             row["rank"] = pair.rank
         rows.append(row | {SCORE: pair.score, PARTS: pair.parts})
@@ -263,6 +265,7 @@ def best_rows(best: Iterable[Pair]) -> list[dict[str, Any]]:
         {
             "prompt": prompt_of(pair.record),
             "completion": answer_of(pair.record),
+            **pair.record.extras,
             SCORE: pair.score,
             PARTS: pair.parts,
         }

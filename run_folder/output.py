@@ -78,9 +78,11 @@ def own_text(stream: TextIO) -> TextIO:
 
 def open_outputs(clean: Callable[[str], str]) -> None:
     """Make standard output and error safe to print on; closed ones become the null device."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass  # or the first file that is opened would get their numbers
-    os.close(number)
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed, and the first file that is opened would get its number
+            os.open(os.devnull, os.O_RDWR)
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     for name in ("stdout", "stderr"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from models.adapter_files import read_arrays, write_arrays
+from models.array_files import read_arrays, write_arrays
 
 NAME = "reference"  # of the folder in the run folder
 

@@ -7,10 +7,10 @@ table of array groups that belong into a checkpoint, each with a way to get and 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from command_line.resumed_options import check_whole_updates
+from run_folder.checkpoint_folder import best_checkpoint
 from run_folder.console import Progress
 from run_folder.manifest import Metric
 from run_folder.run import Run
@@ -121,13 +121,14 @@ class Loop(Resumable):
             due = plan.save_every and (best or self.step % plan.save_every == 0)
             save_or_stop(self, bool(due), metric if best else None, "loss or gradient")
 
-    def take_best(self, checkpoint: Path | None) -> None:
-        """Go back to the weights of the best validation (None: there was none)."""
-        if checkpoint is None:
-            print("note: no validation was better than the one before training; the last "
-                  "weights stay")  # fmt: skip
+    def take_best(self) -> None:
+        """Go back to the weights of the best validation."""
+        best = best_checkpoint(self.run_folder.checkpoints)
+        if best is None:
+            what = "no validation was better than the one before training"
+            print(f"note: {what}; the last weights stay")
             return
-        saved = load_checkpoint(checkpoint)
+        saved = load_checkpoint(best)
         for name, group in self.groups.items():
             group.put(saved.arrays[name])
         print(f"the best weights are those of step {saved.step}")

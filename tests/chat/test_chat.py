@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -371,6 +372,74 @@ def test_prompts_from_a_pipe_are_rated_at_the_terminal(tmp_path):
     child.expect(pexpect.EOF)
     assert [r.label for r in read_records(tmp_path / "ratings.jsonl")] == [False, True]
     assert len((tmp_path / "out.txt").read_text(encoding="utf-8").splitlines()) == 3
+
+
+def test_retry_keeps_the_rating_that_was_given(tmp_path):
+    """It was deleted with the exchange."""
+    chat = Keyboard(tmp_path, "--rate", "--max-tokens", 5)
+    chat.see("> ")
+    for line, key in (("8 20", "b"), ("/retry", "g"), ("5 7", "g")):
+        chat.type(line + ENTER)
+        chat.see("skip (s)?")
+        chat.type(key)
+        chat.see("\n> ")
+    assert "taken back: 5 7" in chat.line("/undo") and "taken back: 8 20" in chat.line("/undo")
+    assert "nothing has been said yet" in chat.line("/undo")
+    chat.type(CTRL_D)
+    chat.see("1 rating added to ratings.jsonl (1 bad)")
+    assert [r.label for r in read_records(tmp_path / "ratings.jsonl")] == [False]
+
+
+def piped(tmp_path, lines: str, *words) -> pexpect.spawn:
+    """Prompts from a pipe, keys from the terminal."""
+    shown = " ".join(map(str, words))
+    line = f"printf '{lines}' | {sys.executable} {SCRIPT} --rate {shown} > out.txt"
+    environment = {**os.environ, "NO_COLOR": "1", "TERM": "dumb"}
+    return pexpect.spawn("/bin/sh", ["-c", line], cwd=tmp_path, env=environment,
+                         encoding="utf-8", timeout=60)  # fmt: skip
+
+
+def test_a_key_by_mistake_is_taken_back_where_prompts_come_from_a_file(tmp_path):
+    child = piped(tmp_path, "8 20\\n5 7\\n1 2\\n", "--max-tokens", 5)
+    steps = [
+        # what is asked about, how many are done, the key
+        ("8 20", "(0 of 3 done)", "u"),  # nothing there to go back to: no key
+        ("", "", "b"),
+        ("5 7", "(u: the one before, 1 of 3 done)", "g"),
+        ("1 2", "(u: the one before, 2 of 3 done)", "u"),
+        ("5 7", "(u: the one before, 1 of 3 done)", "u"),
+        ("8 20", "(0 of 3 done)", "g"),
+        ("5 7", "(u: the one before, 1 of 3 done)", "s"),
+        ("1 2", "(u: the one before, 2 of 3 done)", "b"),
+    ]
+    for prompt, done, key in steps:
+        if prompt:
+            child.expect_exact(f"> {prompt}")
+            child.expect_exact(f"good (g), bad (b) or skip (s)? {done}")
+        child.send(key)
+    child.expect_exact("2 ratings added to ratings.jsonl (1 bad, 1 good)")
+    child.expect(pexpect.EOF)
+    rated = [(r.prompt, r.label) for r in read_records(tmp_path / "ratings.jsonl")]
+    assert rated == [("8 20", True), ("1 2", False)]
+    # The replies were written once each.
+    assert len((tmp_path / "out.txt").read_text(encoding="utf-8").splitlines()) == 3
+
+
+@pytest.mark.parametrize("ignored", [signal.SIG_IGN, signal.SIG_DFL])
+def test_ctrl_c_stops_a_reply_whatever_was_inherited(files, tmp_path, ignored):
+    """A background shell hands it down as ignored."""
+    code = f"import os, signal, sys; signal.signal(signal.SIGINT, {int(ignored)}); " \
+           "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"  # fmt: skip
+    environment = {**os.environ, "HOME": str(tmp_path), "TERM": "dumb", "NO_COLOR": "1"}
+    child = pexpect.spawn(sys.executable, ["-c", code, SCRIPT, "--max-tokens", "3"], cwd=tmp_path,
+                          env=environment, encoding="utf-8", timeout=60)  # fmt: skip
+    child.expect_exact("\n> ")
+    child.send("half a line" + CTRL_C)
+    child.expect_exact("\n> ")
+    child.send("8 20" + ENTER)
+    child.expect_exact("tokens/s")
+    child.send(CTRL_D)
+    child.expect(pexpect.EOF)
 
 
 # ------------------------------------------------------------------------------ from ratings on

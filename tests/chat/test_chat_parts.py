@@ -1,6 +1,7 @@
 """The parts of the chat, one by one: prompts, cache, penalties, conversations, rating files."""
 
 import json
+import os
 from dataclasses import replace
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from chat.screen import ReplyWriter, columns, columns_of, wrap
 from chat.settings import Settings
 from chat.speaker import Speaker, continuation
 from chat.speakers import Loader
+from data_utils import read_records
 from errors import UserError
 from models.adapter_files import attach
 from models.beam_search import beam_search
@@ -253,6 +255,36 @@ def test_a_rating_is_not_taken_back_from_a_file_that_others_changed(tmp_path):
     with open(tmp_path / "r.jsonl", "a", encoding="utf-8") as file:
         file.write("{}\n")
     assert not ratings.take_back()
+
+
+def test_a_rating_in_the_middle_is_taken_back_alone(tmp_path):
+    file = tmp_path / "r.jsonl"
+    file.write_text('{"prompt": "0", "completion": " 1", "label": true}')  # no end of line
+    ratings = Ratings(file, "unpaired")
+    numbers = [ratings.add_label(str(n), f" {n}", n % 2 == 0) for n in range(4)]
+    assert ratings.take_back(numbers[1]) and not ratings.take_back(numbers[1])
+    assert ratings.take_back(numbers[2]) and ratings.take_back()
+    assert [r.prompt for r in read_records(file)] == ["0", "0"]
+    assert ratings.summary().startswith("1 rating added")
+    assert ratings.take_back(numbers[0])
+    assert [r.completion for r in read_records(file)] == [" 1"]
+
+
+def test_a_full_disk_leaves_no_half_of_a_rating(tmp_path, monkeypatch):
+    ratings = Ratings(tmp_path / "r.jsonl", "unpaired")
+    ratings.add_label("8", " 9", True)
+    before = (tmp_path / "r.jsonl").read_bytes()
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left"):
+            ratings.add_label("5", " 6", False)
+    assert (tmp_path / "r.jsonl").read_bytes() == before
+    ratings.add_label("5", " 6", False)
+    assert [r.label for r in read_records(tmp_path / "r.jsonl")] == [True, False]
 
 
 def test_ratings_of_two_kinds_do_not_share_a_file(tmp_path):

@@ -297,11 +297,11 @@ SHAPES = [
 
 
 @st.composite
-def rows_of_one_shape(draw):
+def rows_of_one_shape(draw, least=0):
     """Rows with odd contents, and here and there another type or a missing field."""
     shape = draw(st.sampled_from(SHAPES))
     rows = []
-    for _ in range(draw(st.integers(0, 5))):
+    for _ in range(draw(st.integers(least, 5))):
         row = {name: draw(FIELDS[name]) for name in shape}
         match draw(st.integers(0, 31)):
             case 31:
@@ -328,9 +328,9 @@ def as_csv(rows):
 
 
 @st.composite
-def files(draw):
+def files(draw, accidents=(0, 0, 1, 1, 2), least=0):
     """(suffix, bytes, rows in it): a JSONL, JSON or CSV file, whole or damaged (rows: None)."""
-    rows = draw(rows_of_one_shape())
+    rows = draw(rows_of_one_shape(least))
     kind = draw(st.sampled_from(["jsonl", "jsonl", "jsonl", "json", "csv"]))
     ascii_only = draw(st.booleans())
     if kind == "csv":
@@ -342,7 +342,7 @@ def files(draw):
         end = draw(st.sampled_from(["\n", "\r\n", "\n\n"]))
         lines = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
         data = end.join(lines).encode("utf-8", "surrogatepass")
-    accidents = draw(st.sampled_from([0, 0, 1, 1, 2]))
+    accidents = draw(st.sampled_from(accidents))
     for _ in range(accidents):
         data = draw(damaged(data))
     return kind, data, None if accidents or data == b"\r\n" else len(rows)
@@ -395,6 +395,27 @@ def outcome(function, *arguments, **options):
 )
 @given(file=files())
 def test_any_file_is_rows_or_one_clean_error(tmp_path, file):
+    check_file(tmp_path, file)
+
+
+@pytest.mark.long
+def test_five_thousand_files_of_which_half_are_rows(tmp_path):
+    """Most of them whole: an error that every file ends in would be found by nothing above."""
+    accepted = []
+
+    @settings(max_examples=5000, deadline=ONE_FILE, derandomize=True,
+              suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
+    @given(file=files(accidents=(0,) * 7 + (1,), least=1))
+    def run(file):
+        accepted.append(check_file(tmp_path, file))
+
+    run()
+    print(f"{sum(accepted)} of {len(accepted)} files accepted")
+    assert len(accepted) >= 5000 and 2 * sum(accepted) >= len(accepted)
+
+
+def check_file(tmp_path, file) -> bool:
+    """Whether the file is rows, all of them; else it is one clean error."""
     kind, data, count = file
     path = tmp_path / f"rows.{kind}"
     path.write_bytes(data)
@@ -405,14 +426,14 @@ def test_any_file_is_rows_or_one_clean_error(tmp_path, file):
         assert repr(lenient.rows) == repr(strict.rows)  # NaN does not equal itself
         assert not lenient.refused and count in (None, len(strict))
         check_tokenised(strict)
-        return
+        return True
     place = error.removeprefix(str(path))
     assert place.startswith(":"), error
     has_line = place[1:].partition(":")[0].isdigit()
     assert has_line or place == ": no rows", error
     if lenient is None:
         assert lenient_error.startswith(str(path))
-        return
+        return False
     if count is not None:
         assert len(lenient) + len(lenient.refused) == count
     # The strict reader stops at the first row that the lenient one counts.
@@ -424,6 +445,7 @@ def test_any_file_is_rows_or_one_clean_error(tmp_path, file):
         found = [row.where for row in lenient] + [where for where, _ in lenient.refused]
         assert Counter(found) == Counter(f"{path}:{n}" for n in lines)
     check_tokenised(lenient)
+    return False
 
 
 def check_tokenised(records):

@@ -367,7 +367,8 @@ def test_ppo_prompts_are_the_beginning_of_sft_rows(record, template):
         whole = tokenise_sft([record], tokenizer)[0].tokens
     assert whole[: len(prompt.tokens)] == prompt.tokens
     assert prompt.tokens.count(BOS) == 1 and prompt.tokens[-1] != EOS
-    assert tokenizer.decode(prompt.tokens) == "<s>" + prompt.text
+    own = template in ("llama3", "mistral")  # these write BOS themselves
+    assert tokenizer.decode(prompt.tokens) == "<s>" * (not own) + prompt.text
 
 
 def test_the_prompt_of_a_conversation_ends_with_its_last_user_turn():

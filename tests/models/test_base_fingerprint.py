@@ -24,9 +24,8 @@ from models.adapter_files import (
     load_adapter,
     read_adapter,
     save_adapter,
-    write_arrays,
-    write_json,
 )
+from models.array_files import write_arrays, write_json
 from models.base_fingerprint import KEY, base_fingerprint
 from models.load import load_model
 from models.reward_model import RewardModel, load_reward_model, save_reward_head

@@ -105,7 +105,7 @@ def test_peft_adapters_without_a_counterpart_are_refused(tmp_path):
             caught.value
         )
     biased = {**arrays, "base_model.model.model.layers.0.self_attn.q_proj.bias": mx.zeros((64,))}
-    write_peft(tmp_path / "biased", biased, bias="lora_only")
+    write_peft(tmp_path / "biased", biased)
     with pytest.raises(UserError, match="no part of a LoRA"):
         load_adapter(loaded, tmp_path / "biased")
     head = {"base_model.model.lm_head.lora_A.weight": mx.zeros((4, 64)),

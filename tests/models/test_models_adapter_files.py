@@ -18,8 +18,8 @@ from models.adapter_files import (
     read_head,
     save_adapter,
     save_head,
-    write_arrays,
 )
+from models.array_files import write_arrays
 from models.load import load_model
 from models.lora import LoraConfig, add_lora
 from models.soft_prompt import SoftPrompt
@@ -40,6 +40,7 @@ def test_an_adapter_comes_back_as_it_was(tmp_path, place, use_dora):
         assert file.is_file()
     arrays, described = read_adapter(path)
     assert described == {
+        "base_quantization": None,
         "fine_tune_type": "dora" if use_dora else "lora",
         "num_layers": 1,
         "lora_parameters": {"rank": 3, "scale": 2.5, "dropout": 0.1,

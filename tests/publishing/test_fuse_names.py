@@ -29,6 +29,8 @@ EXPECTED = {
     "gpt_neox": {"gpt_neox.layers.1.attention.dense.weight": [32, 32],
                  "gpt_neox.embed_in.weight": [296, 32], "embed_out.weight": [296, 32]},
     "gpt2": {"h.1.attn.c_attn.weight": [32, 96], "wte.weight": [296, 32]},
+    "opt": {"model.decoder.layers.1.fc1.weight": [64, 32],
+            "model.decoder.embed_tokens.weight": [296, 32]},
     "mamba": {"backbone.layers.1.mixer.conv1d.weight": [64, 1, 4]},
     "lfm2": {"model.layers.0.conv.conv.weight": [32, 1, 3]},
 }  # fmt: skip

@@ -14,7 +14,8 @@ import pytest
 from fuse_setup import fuse, largest, logits, make_adapter
 
 from errors import UserError
-from models.adapter_files import load_adapter, read_adapter, read_arrays
+from models.adapter_files import load_adapter, read_adapter
+from models.array_files import read_arrays
 from models.file_checks import safetensors_header
 from models.load import load_model
 from models.reward_model import RewardModel, load_reward_model, save_reward_head

@@ -12,8 +12,8 @@ from conftest import ROOT
 from tiny import tiny_model
 
 import fuse
-import models.reward_model
 import sft
+import training.samples
 from command_line.parser import run_main
 from data_utils import PreferenceRow, ScalarRow, make_batch, read_records, tokenise_scalar
 from mlx_sft_trainer import RewardModelTask
@@ -191,7 +191,7 @@ def test_ranked_responses_train():
 
 def test_normalisation_is_on_samples_of_the_base_and_is_stored(monkeypatch):
     seen = []
-    original = models.reward_model.normalise
+    original = training.samples.normalise
 
     def kept(model, texts):
         seen.extend(texts)
@@ -200,7 +200,7 @@ def test_normalisation_is_on_samples_of_the_base_and_is_stored(monkeypatch):
     words = ("--data-base", "reward_function_increasing_mult_2_", "--max-rows", 24, "--iters", 6,
              "--learning-rate", 1e-2)  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr(models.reward_model, "normalise", kept)
+        patch.setattr(training.samples, "normalise", kept)
         train(*words, "--normalize-samples", 20)
     assert len(seen) == 20
     loaded = load_model()

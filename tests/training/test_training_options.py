@@ -291,7 +291,7 @@ def test_sample_prompts_have_the_form_of_training_prompts(monkeypatch):
         asked.extend(prompts)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("models.decoding.generate", caught)
+    monkeypatch.setattr("training.samples.generate", caught)
     questions = DATA / "samples" / "question_answer.jsonl"
     run(sft, "--train", "--train-file", questions, "--validation-file", questions, "--iters", 1,
         "--prompt-template", "Question: {question}\\n\\nAnswer: ", "--sample-prompts", "Why?",

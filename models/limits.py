@@ -1,0 +1,67 @@
+"""How many tokens and positions a model has a row for. MLX reads beyond a table without a word."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import mlx.nn as nn
+
+from errors import UserError
+from models.opt import OFFSET
+from models.soft_prompt import SoftPromptEmbedding, find_embedding
+from models.trunk import find_trunk
+
+POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Rows of the embedding, virtual tokens included, and of the table of positions, if any."""
+
+    tokens: int | None = None
+    positions: int | None = None
+
+    def check(
+        self, sequences: Iterable[Sequence[int]], *, where: str = "a text", room: int = 0
+    ) -> None:
+        """Raise UserError for a token without a row, and for a text that, `room` for a response
+        included, is longer than the table of positions."""
+        for ids in sequences:
+            self.check_one(ids, where, room)
+
+    def check_one(self, ids: Sequence[int], where: str, room: int = 0) -> None:
+        if self.tokens is not None and len(ids):
+            last = max(ids)
+            if last >= self.tokens or min(ids) < 0:
+                wrong = last if last >= self.tokens else min(ids)
+                raise UserError(
+                    f"{where}: has token {wrong}, and the model has rows for 0 to "
+                    f"{self.tokens - 1} alone; its tokenizer knows tokens that were added and "
+                    "never given a row: take a template without them, or resize the model's "
+                    "embeddings"
+                )
+        if self.positions is not None and len(ids) + room > self.positions:
+            response = f" and a response of up to {room}" if room else ""
+            raise UserError(f"{where}: has {len(ids)} tokens{response}, and the model has "
+                            f"{self.positions} positions; give shorter ones")  # fmt: skip
+
+    def room(self, count: int, wanted: int) -> int:
+        """How many of `wanted` tokens fit behind `count` others; at least one."""
+        return wanted if self.positions is None else max(1, min(wanted, self.positions - count))
+
+
+def find_limits(model: nn.Module) -> Limits:
+    """The limits of `model` as it stands: with a soft prompt on it, its virtual tokens count."""
+    try:
+        trunk, _, embedding = find_embedding(model)
+    except UserError:  # an architecture that cannot be trained here, but may be looked at
+        return Limits()
+    virtual = 0
+    if isinstance(embedding, SoftPromptEmbedding):
+        virtual, embedding = len(embedding.prompt), embedding.embedding
+    owner, name = find_trunk(model)
+    tables = [part[table] for part in (owner[name], owner) for table in POSITION_TABLES
+              if table in part and "weight" in part[table]]  # fmt: skip
+    positions = tables[0].weight.shape[0] if tables else None
+    if positions is not None and getattr(model, "model_type", None) == "opt":
+        positions -= OFFSET
+    return Limits(embedding.weight.shape[0] + virtual, positions)

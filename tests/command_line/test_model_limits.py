@@ -1,0 +1,144 @@
+"""No script reads beyond a model's tables: tokens without a row, positions without one."""
+
+import contextlib
+import io
+import json
+
+import pytest
+from tiny import tiny_model_folder
+from tiny_tokenizers import tiny_tokenizer
+
+import group_training
+import ppo_training
+import score
+import sft
+import talk_to_model
+from command_line.parser import run_main
+from errors import UserError
+from models.decoding import generate
+from models.limits import Limits, find_limits
+from models.load import load_model
+
+TURNS = ("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")  # fmt: skip
+LONG = "what is the answer to the question " * 8
+REWARD = "def length(prompts, responses, **columns):\n    return [len(r) for r in responses]\n"
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A folder with models, rows of every kind and a reward."""
+    folder = tmp_path_factory.mktemp("limits")
+    for name, architecture in (("rows", "llama"), ("tied", "gemma"), ("heads", "gpt_neox")):
+        tiny_model_folder(folder / name, architecture=architecture)
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]}
+        )
+        tokenizer.chat_template = TURNS
+        tokenizer.save_pretrained(folder / name)
+    tiny_tokenizer.cache_clear()
+    tiny_model_folder(folder / "gpt2", architecture="gpt2", n_positions=32, n_ctx=32)
+    tiny_model_folder(folder / "gpt2_48", architecture="gpt2", n_positions=48, n_ctx=48)
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "the answer"}]
+    rows = {
+        "chat": {"messages": turns},
+        "chat_pairs": {"prompt": turns[:1], "chosen": turns[1:],
+                       "rejected": [{"role": "assistant", "content": "the question"}]},
+        "long": {"text": LONG}, "long_prompt": {"prompt": LONG, "completion": "the answer"},
+        "short": {"prompt": "what is", "completion": "the answer"},
+        "long_pairs": {"prompt": LONG, "chosen": "the answer", "rejected": "the question"},
+    }  # fmt: skip
+    for name, row in rows.items():
+        (folder / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    (folder / "reward.py").write_text(REWARD)
+    return folder
+
+
+def run(script, folder, words: str, status: int = 0) -> str:
+    out, err = io.StringIO(), io.StringIO()
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with contextlib.chdir(folder), streams[0], streams[1], pytest.raises(SystemExit) as end:
+        run_main(lambda: script.main(words.split()))
+    assert end.value.code == status, out.getvalue() + err.getvalue()
+    said = err.getvalue() if status else out.getvalue() + err.getvalue()
+    assert "Traceback" not in said and (not status or said.strip().splitlines()[-1][:6] == "error:")
+    return said
+
+
+SFT = "--train --iters 1 --batch-size 2 --steps-per-eval 0 --save-every 0 --output-dir runs/x"
+ROLLOUT = ("--reward_function reward.py:length --batch_size 2 --num_steps 1 --eval-every 0 "
+           "--save-every 0 --output-dir runs/x")  # fmt: skip
+PPO = f"{ROLLOUT} --mini_batch_size 2"
+
+
+@pytest.mark.parametrize("model", ["rows", "tied", "heads"])
+@pytest.mark.parametrize(
+    "script, words",
+    [(sft, f"{SFT} --train-file chat.jsonl"),
+     (sft, f"{SFT} --reward-model --train-file chat_pairs.jsonl"),
+     (ppo_training, f"{PPO} --train-file chat.jsonl --max-new-tokens 4"),
+     (group_training, f"{ROLLOUT} --num_generations 2 --train-file chat.jsonl --max-new-tokens 4"),
+     (talk_to_model, "hello")],
+    ids=["sft", "reward_model", "ppo", "group", "chat"],
+)  # fmt: skip
+def test_a_token_without_a_row_is_refused_before_training(script, words, model, places):
+    said = run(script, places, f"{words} --model {model}", status=2)
+    assert "has token" in said and "rows for 0 to 295" in said
+    assert not (places / "runs").exists()
+
+
+def test_a_default_length_is_lowered_and_said(places, tmp_path):
+    out = run(sft, places, f"{SFT} --model gpt2 --train-file long.jsonl --overwrite "
+              f"--output-dir {tmp_path}/run --save-file {tmp_path}/a.npz")  # fmt: skip
+    assert "note: --max-length is 32: the model has 32 positions" in out
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert kept["options"]["max_length"] == 32
+    out = run(sft, places, f"{SFT} --model gpt2_48 --train-file long.jsonl --prompt-tuning "
+              f"--num-prompt-tokens 5 --output-dir {tmp_path}/prompt "
+              f"--save-file {tmp_path}/b.npz")  # fmt: skip
+    assert "--max-length is 43: the model has 48 positions, 5 for the soft prompt" in out
+    with pytest.warns(UserWarning, match="--max-tokens is .* 32 positions"):
+        run(talk_to_model, places, "hello --model gpt2 --temp 0")
+
+
+@pytest.mark.parametrize(
+    "script, words, wrong",
+    [(sft, f"{SFT} --train-file long.jsonl --max-length 2048", "--max-length 2048"),
+     (sft, f"{SFT} --train-file long.jsonl --max-length 33", "give at most 32"),
+     (ppo_training, f"{PPO} --train-file short.jsonl --max-new-tokens 40", "40"),
+     (ppo_training, f"{PPO} --train-file short.jsonl --max-new-tokens 30 --max-length 20",
+      "a response of up to 30"),
+     (ppo_training, f"{PPO} --train-file short.jsonl --max-new-tokens 4 --max-length 64",
+      "--max-length 64"),
+     (group_training, f"{ROLLOUT} --num_generations 2 --train-file short.jsonl --max-new-tokens 40",
+      "40"),
+     (talk_to_model, "hello --max-tokens 100", "a response of up to 100")],
+)  # fmt: skip
+def test_what_does_not_fit_the_positions_is_refused(script, words, wrong, places):
+    said = run(script, places, f"{words} --model gpt2", status=2)
+    assert wrong in said and "32 positions" in said
+    assert not (places / "runs").exists()
+
+
+def test_rewards_read_no_further_either(places, tmp_path):
+    run(sft, places, f"{SFT} --reward-model --model gpt2_48 --train-file chat_pairs.jsonl "
+        f"--output-dir {tmp_path}/r --save-file {tmp_path}/reward.npz")  # fmt: skip
+    said = run(score, places, f"--input long_pairs.jsonl --model gpt2_48 "
+               f"--reward-model {tmp_path}/reward.npz", status=2)  # fmt: skip
+    assert "a text to score: has" in said and "48 positions" in said
+
+
+def test_the_rows_in_front_of_opts_positions_do_not_count(tmp_path):
+    folder = tiny_model_folder(tmp_path, architecture="opt", max_position_embeddings=40)
+    assert find_limits(load_model(folder).model).positions == 40
+
+
+def test_the_functions_themselves(places):
+    model = load_model(places / "gpt2").model
+    assert find_limits(model) == Limits(296, 32)
+    with pytest.raises(UserError, match="token 296"):
+        generate(model, [[3, 296]], max_tokens=2, eos_ids={2})
+    with pytest.raises(UserError, match="31 tokens and a response of up to 2"):
+        generate(model, [[3] * 31], max_tokens=2, eos_ids={2})
+    assert len(generate(model, [[3] * 30], max_tokens=2, eos_ids=set()).responses[0]) == 2
