@@ -9,6 +9,7 @@ Legend: N rows (responses after their prompts), P pairs, R longest response, L p
 
 import fast_blas  # noqa: F401
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,7 +24,16 @@ from models.packing import Layout, lay_out, left_justified
 from models.reference import Reference
 from models.trunk import token_logprobs
 from models.tuning import Tuning
-from rl.preference_losses import Pairs, kto_baseline, kto_loss, pair_sums, sequence_weights
+from rl.preference_losses import (
+    Pairs,
+    cpo_loss,
+    dpo_loss,
+    kto_baseline,
+    kto_loss,
+    orpo_loss,
+    pair_sums,
+    sequence_weights,
+)
 from training.checkpointed import Group, adapter_group
 
 EXTRAS = ("entropy", "top1", "mean_logit")
@@ -290,3 +300,36 @@ class UnpairedTask(PreferenceTask):
         if None not in sides:
             metrics = {**metrics, "rewards/margins": sides[0] - sides[1]}
         return metrics
+
+
+def make_task(
+    algorithm: str,
+    model: nn.Module,
+    tuning: Tuning,
+    *,
+    loss_type: Sequence[str],
+    options: dict[str, dict[str, Any]],
+    loss_weights: Sequence[float] | None = None,
+    beta: float = 0.1,
+    cpo_alpha: float = 1.0,
+    ld_alpha: float | None = None,
+    use_weighting: bool = False,
+    reference: Reference | None = None,
+    pad_to_multiple: int = 1,
+) -> PreferenceTask:
+    """The task of an algorithm (dpo, kto, orpo, cpo, simpo, alphapo); `options` by loss."""
+    common = {"reference": reference, "pad_to_multiple": pad_to_multiple}
+    first = loss_type[0]
+    if algorithm == "kto":
+        return UnpairedTask(model, tuning, loss_type=first, loss_options=options[first], **common)
+    if algorithm == "orpo":
+        loss = functools.partial(orpo_loss, **options[first])
+        return PairTask(model, tuning, loss, nll_of_prompt=True, **common)
+    if algorithm == "dpo":
+        loss = functools.partial(
+            dpo_loss, loss_type=loss_type, loss_weights=loss_weights, options=options, beta=beta
+        )
+        own = {"ld_alpha": ld_alpha, "use_weighting": use_weighting}
+        return PairTask(model, tuning, loss, **own, **common)
+    loss = functools.partial(cpo_loss, loss_type=first, cpo_alpha=cpo_alpha, **options[first])
+    return PairTask(model, tuning, loss, **common)

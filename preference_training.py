@@ -13,16 +13,14 @@ With answers that were rated in the chat:
 
 import fast_blas  # noqa: F401
 
-import functools
-
 from command_line.adapter_file import make_tuning
 from command_line.parser import run_main
 from command_line.preference_flags import (
     WITH_REFERENCE,
     load_rows,
-    loss_options,
     make_plan,
     parse_arguments,
+    task_options,
 )
 from command_line.sft_flags import training_length, validation
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
@@ -55,36 +53,17 @@ def main(words=None) -> int:
 
 def make_task(args, loaded):
     """The model with what is trained on it and its reference, as a task of mlx_sft_trainer."""
-    from mlx_preference_tasks import PairTask, UnpairedTask
-    from rl.preference_losses import cpo_loss, dpo_loss, orpo_loss
+    from mlx_preference_tasks import make_task
 
     tuning = make_tuning(args, loaded, args.resume_adapter_file)
-    common = {
-        "reference": make_reference(args, loaded, tuning),
-        "pad_to_multiple": shape_multiple(),
-    }
-    losses = {name: loss_options(args, name) for name in args.loss_type}
-    own = losses[args.loss_type[0]]
-    if args.algorithm == "kto":
-        return UnpairedTask(
-            loaded.model, tuning, loss_type=args.loss_type[0], loss_options=own, **common
-        )
-    if args.algorithm == "orpo":
-        loss = functools.partial(orpo_loss, **own)
-        return PairTask(loaded.model, tuning, loss, nll_of_prompt=True, **common)
-    if args.algorithm != "dpo":
-        loss = functools.partial(
-            cpo_loss, loss_type=args.loss_type[0], cpo_alpha=args.cpo_alpha, **own
-        )
-        return PairTask(loaded.model, tuning, loss, **common)
-    loss = functools.partial(
-        dpo_loss, loss_type=args.loss_type, loss_weights=args.loss_weights, options=losses,
-        beta=args.beta,
-    )  # fmt: skip
-    return PairTask(
-        loaded.model, tuning, loss, ld_alpha=args.ld_alpha, use_weighting=args.use_weighting,
-        **common,
-    )  # fmt: skip
+    return make_task(
+        args.algorithm,
+        loaded.model,
+        tuning,
+        reference=make_reference(args, loaded, tuning),
+        pad_to_multiple=shape_multiple(),
+        **task_options(args),
+    )
 
 
 def make_reference(args, loaded, tuning):
@@ -121,7 +100,7 @@ def precompute(args, loaded, task, rows, folder) -> None:
         every = rows[split].rows
         plan = make_plan(args, rows[split], shuffle=False)
         batches = ((numbers, make_batch([every[i] for i in numbers])) for numbers in plan.epoch(0))
-        file = folder / NAME / f"{key_of(every, model)}.safetensors"
+        file = folder / NAME / f"{key_of(every, model)}.npy"
         known = fill_in(every, batches, task.reference_logprobs, file)
         print(f"{split}: reference log-probabilities {'read from' if known else 'kept in'} {file}")
 

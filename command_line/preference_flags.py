@@ -249,8 +249,8 @@ def settle_arguments(args) -> None:
                         "reference has no margin to measure")  # fmt: skip
 
 
-def loss_options(args, name: str) -> dict[str, Any]:
-    """The keyword arguments of one loss."""
+def task_options(args) -> dict[str, Any]:
+    """Keyword arguments of `mlx_preference_tasks.make_task` that say what the loss is."""
     values = {
         "beta": args.beta,
         "label_smoothing": args.label_smoothing,
@@ -262,7 +262,16 @@ def loss_options(args, name: str) -> dict[str, Any]:
         "simpo_gamma": args.simpo_gamma,
         "alpha": args.alpha,
     }
-    return {option: values[option] for option in READS[args.algorithm][name]}
+    reads = READS[args.algorithm]
+    return {
+        "loss_type": args.loss_type,
+        "options": {n: {option: values[option] for option in reads[n]} for n in args.loss_type},
+        "loss_weights": args.loss_weights,
+        "beta": args.beta,
+        "cpo_alpha": args.cpo_alpha,
+        "ld_alpha": args.ld_alpha,
+        "use_weighting": args.use_weighting,
+    }
 
 
 # ------------------------------------------------------------------------------ data

@@ -48,6 +48,15 @@ RUNS = {
             "--steps-per-eval 4 --val-batches 1 --normalize-samples 8"
         ),
     ),
+    "preference": (
+        "preference_training.py",
+        words(
+            f"--train --data DATA {COMMON} --iters 8 --batch-size 4 --loss-type sigmoid sft "
+            "--gradient-accumulation-steps 2 --loss-weights 1 0.5 --learning-rate 3e-3 "
+            "--lr-schedule cosine --warmup-steps 2 --steps-per-eval 3 --val-batches 1 --save-best "
+            "--sample-prompts 0 8 --precompute-ref-log-probs"
+        ),
+    ),
     "group": (
         "group_training.py",
         words(
@@ -84,6 +93,7 @@ SHORT = {
         words(f"--ground_truth_reward --num-steps 2 --max-new-tokens 4 --ppo-epochs 1 "
               f"--eval-every 2 --eval-prompts 2 --eval-samples 1 {FEW}"),
     ),
+    "preference": Short("preference_training.py", words(f"{LOOP} {FEW}")),
     "group": Short(
         "group_training.py",
         words(f"--ground_truth_reward --num-steps 2 --num-generations 2 --max-new-tokens 4 "

@@ -5,13 +5,14 @@ is made from what they depend on, so that a resumed run finds them and a changed
 """
 
 import hashlib
+import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from models.array_files import read_arrays, write_arrays
+from safe_files import write_atomically, writing
 
 NAME = "reference"  # of the folder in the run folder
 
@@ -55,7 +56,7 @@ def fill_in(
     """
     known = file.is_file()
     if known:
-        flat = np.array(read_arrays(file)[0]["logprobs"])
+        flat = np.load(file, allow_pickle=False)
         start = 0
         for row in rows:
             parts = []
@@ -73,8 +74,11 @@ def fill_in(
                 at += 1
             _give(rows[number], parts)
     every = [part for row in rows for part in _given(row)]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_arrays(file, {"logprobs": mx.array(np.concatenate(every))}, {})
+    content = io.BytesIO()
+    np.save(content, np.concatenate(every), allow_pickle=False)
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, content.getvalue())
     return False
 
 
