@@ -91,8 +91,8 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         grad_checkpoint=args.grad_checkpoint,
     )
     groups = {"adapters": adapter_group(policy.tuning, describe(policy.tuning, loaded))}
-    if config.sync_ref_model:  # the blended reference is a part of checkpoints
-        groups["reference"] = Group(trainer.reference_arrays, trainer.load_reference)
+    if trainer.blend is not None:  # the blended reference is a part of checkpoints
+        groups["reference"] = Group(trainer.blend.arrays, trainer.blend.load_arrays)
     schedule = RolloutSchedule(
         steps=config.num_steps,
         eval_every=args.eval_every,

@@ -44,10 +44,11 @@ from data_utils import (
     use_colour,
 )
 from errors import UserError
-from models.adapter_description import REWARD_HEAD, read_head_description
+from models.adapter_description import REWARD_HEAD, head_path, read_head_description
 from models.reading import Reading, trained_reading
 from rewards.reward_rows import tokenise_reward_rows
 from run_folder.output import own_text, printable
+from run_folder.run_config import run_folder_of
 
 DESCRIPTION = (
     "Supervised fine-tuning of a language model; with --reward-model, training of a reward model."
@@ -280,8 +281,14 @@ def reading_of(args, tokenizer, kinds: set[str]) -> Reading:
     old = args.resume_adapter_file
     if old is not None and "ending" not in read_head_description(old, REWARD_HEAD):
         return Reading()
-    if args.resume is not None and begun_before(args.resume, "template_date"):
-        return Reading()
+    checkpoints = args.resume and sorted(run_folder_of(args.resume).glob("checkpoints/step-*"))
+    if checkpoints:  # without one the run begins anew
+        if head_path(checkpoints[-1], REWARD_HEAD).exists():
+            before = "ending" not in read_head_description(checkpoints[-1], REWARD_HEAD)
+        else:
+            before = begun_before(args.resume, "template_date")
+        if before:
+            return Reading()
     return trained_reading(
         tokenizer,
         plain=kinds == {"text"},
