@@ -139,6 +139,7 @@ def finish(args, loaded, run, loop) -> None:
     from models.adapter_files import save_adapter
     from reports.training_plots import plot_groups, plot_learned_and_true
     from rewards.learned import GROUND_TRUTH, LEARNED
+    from run_folder.next_line import command
     from run_folder.run import read_rows
 
     tuning = loop.trainer.model.tuning
@@ -156,9 +157,8 @@ def finish(args, loaded, run, loop) -> None:
         )
     evaluations = {"first": loop.evaluations[:1], "last": loop.evaluations[-1:]}
     run.finish({"steps": loop.step, "evaluation": evaluations})
-    model = f" --model {args.model}" if args.model else ""
-    talk = f"talk_to_model.py{model} --resume-file {args.save_file}"
-    fuse = f"fuse.py{model} --adapter-file {args.save_file} --save-path my_model/"
+    talk = command("talk_to_model.py", model=args.model, resume_file=args.save_file)
+    fuse = command("fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/")
     say_written(run, written, *([] if tuning.kind == "prompt" else [fuse]), talk)
 
 

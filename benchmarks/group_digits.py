@@ -22,7 +22,7 @@ IMAGE = ROOT / "docs" / "images" / "group_digits.png"
 GOAL, SMOOTHED, BATCH, STEPS = 0.95, 5, 64, 40
 METHODS = {
     "grpo": ("GRPO", "group_training.py", ""),
-    "rloo": ("RLOO", "group_training.py", "--advantage_estimator rloo"),
+    "rloo": ("RLOO", "group_training.py", "--advantage_estimator rloo --beta .01"),
     "reinforce": ("REINFORCE++", "group_training.py", "--advantage_estimator reinforce --beta .01"),
     "ppo": ("PPO", "ppo_training.py", ""),
 }
