@@ -119,7 +119,11 @@ def test_the_arithmetic_imports_mlx_alone(name):
 
 def test_pytorch_stays_in_the_baseline():
     outside = {name for name in importers(PYTORCH) if not name.startswith("pytorch_baseline/")}
-    allowed = {"models/encoder_reward.py", "benchmarks/trl_worker.py"}
+    allowed = {
+        "models/encoder_reward.py",
+        "benchmarks/trl_worker.py",
+        "benchmarks/trl_dpo_worker.py",
+    }
     assert outside == allowed
     assert all(f"`{name}`" in PAGE for name in allowed)
     # Optional: nothing of it is imported with the module.
