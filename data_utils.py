@@ -44,6 +44,12 @@ from data_loading.sources import (
     mix_records,  # several data sets as one, by weights
     split_records,  # a percentage for validation
 )
+from data_loading.template_date import (
+    asks_for_date,  # whether a chat template reads the date
+    now,  # the date to record
+    read_date,  # a recorded date, checked
+    use_date,  # let a chat template see a recorded date
+)
 from data_loading.templates import TOKEN_FORMATS, Template  # prompts and conversations to text
 from data_loading.tokenise import (
     columns_of,  # columns for a reward function
@@ -81,6 +87,7 @@ __all__ = [
     "Tokenised",
     "UnpairedBatch",
     "UnpairedRow",
+    "asks_for_date",
     "columns_of",
     "data_report",
     "encode_prompt",
@@ -93,11 +100,13 @@ __all__ = [
     "make_batch",
     "mix_records",
     "not_for_sft",
+    "now",
     "pack_rows",
     "pad_rows",
     "preview",
     "prompt_batch",
     "read_dataset",
+    "read_date",
     "read_records",
     "split_records",
     "tokenise_pairs",
@@ -107,4 +116,5 @@ __all__ = [
     "tokenise_sft",
     "tokenise_unpaired",
     "use_colour",
+    "use_date",
 ]

@@ -91,8 +91,8 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         grad_checkpoint=args.grad_checkpoint,
     )
     groups = {"adapters": adapter_group(policy.tuning, describe(policy.tuning, loaded))}
-    if config.sync_ref_model:  # the blended reference is a part of checkpoints
-        groups["reference"] = Group(trainer.reference_arrays, trainer.load_reference)
+    if trainer.blend is not None:  # the blended reference is a part of checkpoints
+        groups["reference"] = Group(trainer.blend.arrays, trainer.blend.load_arrays)
     schedule = RolloutSchedule(
         steps=config.num_steps,
         eval_every=args.eval_every,
@@ -139,6 +139,7 @@ def finish(args, loaded, run, loop) -> None:
     from models.adapter_files import save_adapter
     from reports.training_plots import plot_groups, plot_learned_and_true
     from rewards.learned import GROUND_TRUTH, LEARNED
+    from run_folder.next_line import command
     from run_folder.run import read_rows
 
     tuning = loop.trainer.model.tuning
@@ -156,9 +157,8 @@ def finish(args, loaded, run, loop) -> None:
         )
     evaluations = {"first": loop.evaluations[:1], "last": loop.evaluations[-1:]}
     run.finish({"steps": loop.step, "evaluation": evaluations})
-    model = f" --model {args.model}" if args.model else ""
-    talk = f"talk_to_model.py{model} --resume-file {args.save_file}"
-    fuse = f"fuse.py{model} --adapter-file {args.save_file} --save-path my_model/"
+    talk = command("talk_to_model.py", model=args.model, resume_file=args.save_file)
+    fuse = command("fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/")
     say_written(run, written, *([] if tuning.kind == "prompt" else [fuse]), talk)
 
 

@@ -19,17 +19,16 @@ Papers: Shao et al. 2024 (GRPO), Ahmadian et al. 2024 (RLOO), Hu 2025 (REINFORCE
 
 import fast_blas  # noqa: F401
 
+import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
 
 from errors import UserError
 from models.blocks import checkpointed_blocks
@@ -39,7 +38,6 @@ from models.last_block import allow_short_last_block
 from models.packing import Packed
 from models.policy import Policy
 from models.trunk import vocabulary_size
-from models.tuning import check_arrays
 from rl.group_advantages import ESTIMATORS, group_stds, reward_metrics, weighted_sum
 from rl.group_config import GroupConfig
 from rl.group_losses import (
@@ -60,6 +58,7 @@ from rl.ppo_statistics import sampling_warnings
 from rl.rollout_checks import check_rollout
 from rl.rollouts import Rollout
 from rl.shaping import length_penalties
+from training.reference_blend import ReferenceBlend
 from training.rollout_stages import (
     EVALUATION,
     SAMPLING,
@@ -102,9 +101,6 @@ class GroupTrainer:
         if config.beta and ref_model is None and kind == "full":
             raise UserError("full fine-tuning with a KL needs a reference model: a frozen copy of "
                             "the policy; --beta 0 needs none")  # fmt: skip
-        if config.sync_ref_model and kind not in ("lora", "full"):
-            raise UserError(f"--sync-ref-model blends weights, which a {kind} adapter does not "
-                            "allow; use LoRA or full fine-tuning")  # fmt: skip
         if eos_ids is None and tokenizer is None:
             raise UserError("GroupTrainer needs a tokenizer, or eos_ids")
         if ref_model is not None:
@@ -118,8 +114,10 @@ class GroupTrainer:
         self.grad_checkpoint = grad_checkpoint
         self.steps_done = self.updates_done = self.equal_steps = self.num_tokens = 0
         self.entropy_coef, self.last_entropy = config.entropy_coef, float("inf")
-        # The blended adapter; it starts as no adapter at all.
-        self.blend = without_effect(model.tuning.arrays()) if self._blends_adapter else None
+        self.blend = None
+        if config.sync_ref_model:
+            alpha = config.ref_model_mixup_alpha
+            self.blend = ReferenceBlend(model.model, model.tuning, ref_model, alpha)
         self._warned: set[str] = set()
         self._set_up_gradient()
         self.before_update: Callable[[], None] = lambda: None  # called before weights move
@@ -294,27 +292,13 @@ class GroupTrainer:
         """Fill in ref_logprobs, unless the KL has no weight."""
         if not self.config.beta:
             return
-        with self._blended():
-            reference = self.reference if self.blend is None else self.model.model
+        fixed = contextlib.nullcontext(self.reference)
+        with fixed if self.blend is None else self.blend.in_place() as reference:
             score_reference(
                 rollout, self.model.model, self.model.tuning, reference,
                 size=self.config.mini_batch_size, temperature=self.config.temperature,
                 pad_to_multiple=self.pad_to_multiple,
             )  # fmt: skip
-
-    @contextmanager
-    def _blended(self) -> Iterator[None]:
-        """The blended adapter stands in for the policy's, where there is one."""
-        if self.blend is None:
-            yield
-            return
-        tuning = self.model.tuning
-        own = tuning.arrays()
-        tuning.load_arrays(self.blend, "reference")
-        try:
-            yield
-        finally:
-            tuning.load_arrays(own, "policy")
 
     # ------------------------------------------------------------------ 5. advantages
 
@@ -471,41 +455,7 @@ class GroupTrainer:
                 max(self.entropy_coef + move, config.entropy_coef_min), config.entropy_coef_max
             )
         if config.sync_ref_model and self.updates_done % config.ref_model_sync_steps == 0:
-            self._blend()
-
-    @property
-    def _blends_adapter(self) -> bool:
-        return self.config.sync_ref_model and self.model.tuning.kind == "lora"
-
-    def _blend(self) -> None:
-        """reference <- alpha x policy + (1 - alpha) x reference (TRL's SyncRefModelCallback)."""
-        alpha = self.config.ref_model_mixup_alpha
-
-        def mixed(policy: mx.array, reference: mx.array) -> mx.array:
-            return alpha * policy + (1 - alpha) * reference
-
-        if self.blend is not None:
-            own = self.model.tuning.arrays()
-            self.blend = {name: mixed(own[name], array) for name, array in self.blend.items()}
-            mx.eval(self.blend)
-        else:
-            own, there = self.model.model.parameters(), self.reference.parameters()
-            self.reference.update(tree_map(mixed, own, there))
-            mx.eval(self.reference.parameters())
-
-    def reference_arrays(self) -> dict[str, mx.array]:
-        """The blended reference by name, for checkpoints."""
-        if self.blend is not None:
-            return self.blend
-        return dict(tree_flatten(self.reference.parameters()))
-
-    def load_reference(self, arrays: dict[str, mx.array]) -> None:
-        """Take `reference_arrays` back."""
-        if self.blend is not None:
-            check_arrays(arrays, self.blend, "checkpoint")
-            self.blend = dict(arrays)
-        else:
-            self.reference.load_weights(list(arrays.items()))
+            self.blend.blend()
 
     def statistics(self, rollout: Rollout, passes: list[dict[str, float]]) -> dict:
         """The step's metrics; warns, once each, of what usually goes wrong."""
@@ -585,8 +535,3 @@ def check_groups(queries: Sequence[list[int]], group_size: int) -> None:
         if query != queries[row // group_size * group_size]:
             raise UserError(f"row {row}: its prompt is not that of its group; the "
                             f"{group_size} responses to a prompt adjoin")  # fmt: skip
-
-
-def without_effect(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-    """A LoRA adapter's arrays with B at 0, which is the model without the adapter."""
-    return {k: mx.zeros_like(v) if k.endswith("lora_b") else v for k, v in arrays.items()}

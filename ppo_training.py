@@ -133,6 +133,7 @@ def finish(args, loaded, run, loop) -> None:
     from models.adapter_files import save_adapter, save_head
     from reports.training_plots import plot_learned_and_true, plot_ppo
     from rewards.learned import GROUND_TRUTH, LEARNED
+    from run_folder.next_line import command
     from run_folder.run import read_rows
 
     policy = loop.trainer.model
@@ -149,9 +150,8 @@ def finish(args, loaded, run, loop) -> None:
     kl = sum(kls) / len(kls) if kls else None
     evaluations = {"first": loop.evaluations[:1], "last": loop.evaluations[-1:]}
     run.finish({"steps": loop.step, "kl": kl, "evaluation": evaluations})
-    model = f" --model {args.model}" if args.model else ""
-    talk = f"talk_to_model.py{model} --resume-file {args.save_file}"
-    fuse = f"fuse.py{model} --adapter-file {args.save_file} --save-path my_model/"
+    talk = command("talk_to_model.py", model=args.model, resume_file=args.save_file)
+    fuse = command("fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/")
     say_written(run, written, *([] if policy.tuning.kind == "prompt" else [fuse]), talk)
 
 

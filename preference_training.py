@@ -182,6 +182,7 @@ def finish(args, loaded, run, loop, rows) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
     from models.adapter_files import save_adapter
     from reports.training_plots import plot_losses, plot_preferences
+    from run_folder.next_line import command
     from run_folder.run import read_rows
 
     task, found = loop.trainer.task, {}
@@ -196,9 +197,8 @@ def finish(args, loaded, run, loop, rows) -> None:
     written.append(plot_preferences(logged, run.plots / "preferences.png"))
     valid = {f"valid/{name}": value for name, value in found.items()}
     run.finish({"steps": loop.step, "best_valid_loss": loop.best, **loop.totals, **valid})
-    model = f" --model {args.model}" if args.model else ""
-    fuse = f"fuse.py{model} --adapter-file {args.save_file} --save-path my_model/"
-    talk = f"talk_to_model.py{model} --resume-file {args.save_file}"
+    fuse = command("fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/")
+    talk = command("talk_to_model.py", model=args.model, resume_file=args.save_file)
     say_written(run, written, fuse, talk)
 
 

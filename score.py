@@ -17,7 +17,7 @@ import json
 import sys
 from pathlib import Path
 
-from command_line.data_flags import tokenising
+from command_line.data_flags import settle_date, tokenising
 from command_line.parser import run_main
 from command_line.reward_flags import make_rewards
 from command_line.score_flags import parse_arguments, read_input, refuse_overwriting
@@ -38,6 +38,7 @@ def main(words=None) -> int:
         print(notice, file=sys.stderr)
     tokenizer, reward_model = load(args)
     rewards = make_rewards(args, make_learned_reward(args, tokenizer, reward_model))
+    settle_date(args, tokenizer)
     pairs, tokenised = make_pairs(records, tokenizer, tokenising(args))
     print(data_report("responses", records, tokenised, columns=True))
     if args.best_of:
@@ -113,6 +114,7 @@ def print_summary(pairs) -> None:
 def write(args, pairs) -> None:
     """All rows with their scores, or the best of each prompt; aside, then renamed."""
     from rewards.scored_rows import best_of, best_rows, scored_rows
+    from run_folder.next_line import command, next_lines
     from safe_files import plain, write_atomically
 
     rows = scored_rows(pairs)
@@ -127,7 +129,10 @@ def write(args, pairs) -> None:
     write_atomically(args.output, "".join(lines))
     print(f"wrote {args.output}: {len(rows)} rows")
     if args.best_of:
-        print(f"next: python sft.py --train --train-file {args.output} --mask-prompt")
+        going_on = command(
+            "sft.py", "--train", "--mask-prompt", model=args.model, train_file=args.output
+        )
+        print(next_lines([going_on]))
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ def train(args, loaded, task, rows) -> None:
         rows["train"].lengths, args.batch_size, seed=args.seed, pad_to_multiple=shape_multiple()
     )
     steps, batches = training_length(args, len(plan))
+    epochs = (batches or steps * args.gradient_accumulation_steps) / len(plan)
     trainer = SupervisedTrainer(
         task,
         build_optimizer(**optimizer_options(args), steps=steps),
@@ -112,7 +113,7 @@ def train(args, loaded, task, rows) -> None:
         passes = task.passes if args.reward_model else None
         return (
             f"{steps} updates of {args.batch_size} x {schedule.accumulation} rows "
-            f"({steps * schedule.accumulation / len(plan):.1f} epochs), padding efficiency "
+            f"({epochs:.1f} epochs), padding efficiency "
             f"{plan.padding_efficiency(rows['train'].sequences, passes):.2f}, "
             f"{sum(a.size for a in task.tuning.arrays().values()):,} weights trained"
         )
@@ -131,6 +132,7 @@ def finish(args, loaded, run, loop, rows) -> None:
     from models.adapter_files import save_adapter
     from models.reward_model import save_reward_head
     from reports.training_plots import plot_losses
+    from run_folder.next_line import command
     from run_folder.run import read_rows
     from training.samples import normalise_on_samples
 
@@ -155,12 +157,13 @@ def finish(args, loaded, run, loop, rows) -> None:
     unit = "loss" if args.reward_model else "nats per token"
     written.append(plot_losses(read_rows(run.folder), run.plots / "loss.png", unit=unit))
     run.finish({"steps": loop.step, "best_valid_loss": loop.best, **loop.totals, **found})
-    model = f" --model {args.model}" if args.model else ""
     if args.reward_model:
-        say_written(run, written, f"ppo_training.py{model} --reward_model {args.save_file}")
+        going_on = command("ppo_training.py", model=args.model, reward_model=args.save_file)
     else:
-        fuse = f"fuse.py{model} --adapter-file {args.save_file} --save-path my_model/"
-        say_written(run, written, fuse)
+        going_on = command(
+            "fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/"
+        )
+    say_written(run, written, going_on)
 
 
 def agreement(task, rows, plots=None) -> dict[str, float]:

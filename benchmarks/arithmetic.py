@@ -22,16 +22,16 @@ import fast_blas  # noqa: E402, F401  before MLX
 RESULTS = Path(__file__).resolve().parent / "results"
 LARGEST = 19
 HELD_OUT = 100  # of 400 pairs
-BASE_STEPS = 60  # of supervised training
+BASE_STEPS = 80  # of supervised training
 METHODS = {
-    "grpo": "",
+    "grpo": "--loss_type dr_grpo --scale-rewards none",
     "rloo": "--advantage_estimator rloo",
     "reinforce_baseline": "--advantage_estimator reinforce_baseline",
 }
 TRAINING = (
-    "--answer_reward answer --answer_from text --max-new-tokens 4 --num-steps 200 --batch-size 128 "
+    "--answer_reward answer --answer_from text --max-new-tokens 4 --num-steps 400 --batch-size 256 "
     "--num-generations 8 --beta 0 --eval-every 0 --save-every 0 --steps-per-report 50 "
-    "--lora-rank 16"
+    "--lora-rank 16 --learning-rate 1e-3 --ppo-epochs 2"
 )
 
 

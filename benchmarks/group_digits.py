@@ -19,12 +19,12 @@ from digits_stages import ROOT, Stage, base_stages, run, summary
 sys.path.insert(0, str(ROOT))
 RESULTS = Path(__file__).resolve().parent / "results"
 IMAGE = ROOT / "docs" / "images" / "group_digits.png"
-GOAL, SMOOTHED, BATCH = 0.95, 5, 64
+GOAL, SMOOTHED, BATCH, STEPS = 0.95, 5, 64, 40
 METHODS = {
-    "ppo": ("PPO", "ppo_training.py", ""),
     "grpo": ("GRPO", "group_training.py", ""),
-    "rloo": ("RLOO", "group_training.py", "--advantage_estimator rloo"),
+    "rloo": ("RLOO", "group_training.py", "--advantage_estimator rloo --beta .01"),
     "reinforce": ("REINFORCE++", "group_training.py", "--advantage_estimator reinforce --beta .01"),
+    "ppo": ("PPO", "ppo_training.py", ""),
 }
 REWARD = {"ppo": "env/reward_mean"}  # the metric that holds a batch's mean score; else "reward"
 
@@ -45,8 +45,8 @@ def train(place: Path, name: str, seed: int) -> float:
     if not (folder / "summary.json").exists():
         command = (
             f"python {script} --model {place}/sft_model --ground_truth_reward {flags} "
-            f"--num-steps 60 --batch-size {BATCH} --data {place}/data --eval-prompts -1 "
-            f"--eval-every 60 --data-base prompts_increasing_mult_2_ --save-every 0 "
+            f"--num-steps {STEPS} --batch-size {BATCH} --data {place}/data --eval-prompts -1 "
+            f"--eval-every {STEPS} --data-base prompts_increasing_mult_2_ --save-every 0 "
             f"--save-file {place}/{name}.npz --output-dir {folder} --overwrite --seed {seed}"
         )
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -92,7 +92,7 @@ def table(results: dict) -> str:
             f"{sum(row['numbers'] for row in found) / len(found):.1f}",
             f"{min(samples)} to {max(samples)}" if reached else "not on every seed",
             f"{min(seconds):.1f} to {max(seconds):.1f}" if reached else "",
-            f"{sum(row['seconds'] for row in found) / len(found) / 60:.2f}",
+            f"{sum(row['seconds'] for row in found) / len(found) / STEPS:.2f}",
         ])  # fmt: skip
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
@@ -136,12 +136,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "group_digits")
     args = parser.parse_args()
-    results: dict = {}
-    for seed in args.seeds:
-        place = args.folder / str(seed)
-        make_base(place, seed)
-        results[seed] = {}
-        for name in METHODS:
+    results: dict = {seed: {} for seed in args.seeds}
+    for name in METHODS:
+        for seed in args.seeds:
+            place = args.folder / str(seed)
+            make_base(place, seed)
             seconds = train(place, name, seed)
             results[seed][name] = figures(place / name, name, seconds)
             print(f"seed {seed}: {name} {results[seed][name]}", flush=True)

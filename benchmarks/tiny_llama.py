@@ -29,13 +29,31 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_model(folder: Path, seed: int = 0, vocabulary: int = CONFIG["vocab_size"]) -> Path:
-    """Write the model to `folder`: normal(0, 0.02) matrices, Hugging Face's initialisation."""
+# The shape of SmolLM2-135M.
+SMOLLM2 = {
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+
+
+def make_model(
+    folder: Path, seed: int = 0, vocabulary: int = CONFIG["vocab_size"], **shape
+) -> Path:
+    """Write the model to `folder`: normal(0, 0.02) matrices, Hugging Face's initialisation.
+
+    `shape`: further entries of its config.json.
+    """
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.models.llama import Model, ModelArgs
 
-    key, weights, config = mx.random.key(seed), {}, CONFIG | {"vocab_size": vocabulary}
+    key, weights, config = mx.random.key(seed), {}, CONFIG | {"vocab_size": vocabulary} | shape
+    vocabulary = config["vocab_size"]
     for name, array in tree_flatten(Model(ModelArgs.from_dict(config)).parameters()):
         key, own = mx.random.split(key)
         random = mx.random.normal(array.shape, scale=0.02, key=own)

@@ -1,13 +1,26 @@
 """Flags that say which data a script reads and how a row becomes tokens. Loads no MLX."""
 
 import argparse
+import itertools
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from command_line.parser import Parser
 from command_line.rules import Needs, needs
 from command_line.shared_flags import at_least
-from data_utils import KNOWN_FORMATS, TOKEN_FORMATS, folder_file
+from data_utils import (
+    KNOWN_FORMATS,
+    TOKEN_FORMATS,
+    Record,
+    asks_for_date,
+    folder_file,
+    now,
+    read_date,
+    use_date,
+)
 from errors import UserError
+from run_folder.secrets import tell
 
 NEEDS = (Needs("dataset_config split streaming", "dataset", valued=False),)
 
@@ -33,6 +46,7 @@ def add_data_arguments(parser: Parser, *, max_length: int = 2048, test_rows: boo
     add("--prompt-template", help='such as "Question: {question}\\n\\nAnswer: "')
     formats = "; ".join(f"{name}: {what}" for name, what in TOKEN_FORMATS.items())
     add("--token-format", choices=tuple(TOKEN_FORMATS), default="standard", help=formats)
+    add("--template-date", help="date that a chat template sees (default: that of the run's start)")
     add("--max-length", type=int, default=max_length, help="longest row, in tokens")
     add("--too-long", choices=("cut", "refuse"), help="what happens to a longer one")
 
@@ -42,12 +56,38 @@ def add_data_arguments(parser: Parser, *, max_length: int = 2048, test_rows: boo
         if share is not None and not 0 < share < 100:
             raise UserError(f"--validation-split-percentage {share:g}: give a number between 0 and "
                             "100, or leave it out")  # fmt: skip
+        if args.template_date is not None:
+            read_date(args.template_date)
         if args.prompt_template is not None:  # the two characters \n, as shells hand them over
             args.prompt_template = args.prompt_template.replace("\\n", "\n")
 
     parser.checks += [check, needs(NEEDS)]
 
 
+def warn_of_digits_model(args: argparse.Namespace, records: Iterable[Record]) -> None:
+    """Say so where no --model was given and the rows are not numbers: digits are all it knows."""
+    if args.model is not None:
+        return
+    for record in itertools.islice(records, 100):
+        said = [record.text, record.prompt, record.completion, record.messages, *record.responses]
+        turns = [turn for one in said if isinstance(one, list) for turn in one]
+        texts = [one for one in said if isinstance(one, str)]
+        texts += [str(turn.get("content")) for turn in turns]
+        if any(LETTERS.search(text) for text in texts):
+            tell("warning: no --model: it is the embedded digits model that reads these rows, and "
+                 f"all it knows is numbers ({record.where} is none); give --model")  # fmt: skip
+            return
+
+
+def settle_date(args: argparse.Namespace, tokenizer: Any) -> None:
+    """Make sure of the date that chat templates see; a run's config.json keeps it for a resume."""
+    if "template_date" in args.typed and not asks_for_date(tokenizer):
+        raise UserError("--template-date has no effect: the tokenizer's chat template reads none")
+    args.template_date = args.template_date or now()
+    use_date(tokenizer, args.template_date)
+
+
+LETTERS = re.compile(r"[^\W\d_]{2,}")  # words
 NO_VALIDATION = (
     "without rows to validate on: give --validation-file or --validation-split-percentage"
 )

@@ -24,7 +24,8 @@ def add_dataclass_arguments(
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if field.init and field.name not in exclude:
-            group.add_argument(flag_of(field.name), **field_options(field, hints[field.name]))
+            names = [flag_of(field.name), *field.metadata.get("aliases", ())]
+            group.add_argument(*names, **field_options(field, hints[field.name]))
 
 
 def field_options(field: dataclasses.Field, hint: Any) -> dict[str, Any]:

@@ -67,10 +67,12 @@ OURS = {
 NO_COUNTERPART = frozenset(
     "accelerate accelerate_mode bias checkpoint_dir dataloader_num_workers ddp deepspeed device "
     "device_map failure_config flash_attention fsdp gpt_base_model group inference_mode local_rank "
-    "max_failures model_pretrain num_gpus num_proc num_training_workers num_workers pin_memory "
-    "preprocessing_num_workers resources_per_worker rm_pretrain save_strategy shuffle task_type "
+    "max_failures num_gpus num_proc num_training_workers num_workers pin_memory "
+    "preprocessing_num_workers resources_per_worker save_strategy shuffle task_type "
     "tokenizer_name use_auth_token use_deepspeed use_flash_attention".split()
 )
+# A trained model, which comes before the base model that other keys name.
+TRAINED = {"model_pretrain": "model", "rm_pretrain": "reward-model"}
 # Dictionaries inside a section whose entries count as the section's own, some under other names.
 INNER = {"config": {}, "lora_config": {"r": "lora_r"}, "peft_config": {"r": "lora_r"}}
 OPTIMIZERS = ("adamw", "adafactor", "adam", "lion", "sgd", "muon")
@@ -80,6 +82,7 @@ def read_conf(path: Path, text: str, flags: Mapping[str, Action]) -> list[Settin
     """The settings of a ``.conf`` file under our names; prints what each was mapped to."""
     found = opened(entries(path, text))
     settings = refuse_doubles([entry for entry in found if entry.value is not None])
+    settings = [setting for setting in settings if not replaced(setting, settings)]
     keys = {setting.key for setting in settings}
     mapped, notes = [], []
     for setting in settings:
@@ -96,6 +99,23 @@ def read_conf(path: Path, text: str, flags: Mapping[str, Action]) -> list[Settin
     return refuse_doubles(mapped)
 
 
+def replaced(setting: Setting, settings: Iterable[Setting]) -> bool:
+    """Whether a trained model is named that stands in the place of this one."""
+    wanted = set(OURS.get(setting.key, ()))
+    return any(
+        TRAINED.get(other.key) in wanted and not is_adapter_file(other)
+        for other in settings
+        if other.key != setting.key and setting.key not in TRAINED
+    )
+
+
+def is_adapter_file(setting: Setting) -> bool:
+    """Whether `model_pretrain` names an adapter, which goes on the base model."""
+    path = Path(str(setting.value)).expanduser()
+    there = (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
+    return setting.key == "model_pretrain" and (there or path.suffix in (".npz", ".safetensors"))
+
+
 def choose_flag(setting: Setting, keys: set[str], flags: Mapping[str, Action]) -> str | None:
     """Our flag (no dashes in front) for a foreign key, or None when this script has no use for it.
 
@@ -103,6 +123,10 @@ def choose_flag(setting: Setting, keys: set[str], flags: Mapping[str, Action]) -
     """
     own = setting.key.replace("_", "-")
     wanted = OURS.get(setting.key, ())
+    if setting.key in TRAINED:
+        wanted = (TRAINED[setting.key],)
+        if is_adapter_file(setting):
+            wanted = ("resume-file", "resume-adapter-file")
     if "experience_batch_size" in keys and wanted == ("batch-size",):
         # In their PPO the experience is our batch, and their batch is our minibatch. Elsewhere
         # there is no experience, and a batch is a batch.
@@ -116,7 +140,12 @@ def choose_flag(setting: Setting, keys: set[str], flags: Mapping[str, Action]) -
         # sft.py's --reward-model is a switch where ppo_training.py's is a path.
         if action and (action.type is not bool or isinstance(setting.value, bool | int)):
             return name
-    known = setting.key in OURS or setting.key in NO_COUNTERPART or own in OTHER_NAMES
+    known = (
+        setting.key in OURS
+        or setting.key in TRAINED
+        or setting.key in NO_COUNTERPART
+        or own in OTHER_NAMES
+    )
     return None if known else setting.key
 
 

@@ -11,7 +11,9 @@ from command_line.data_flags import (
     add_data_arguments,
     data_sources,
     has_validation,
+    settle_date,
     tokenising,
+    warn_of_digits_model,
 )
 from command_line.dataclass_flags import add_dataclass_arguments, dataclass_from_arguments
 from command_line.parser import Parser
@@ -152,7 +154,10 @@ def settle_tuning(args) -> None:
 
 def load_prompts(args, tokenizer) -> dict:
     """Prompts to train on and, where there are any, to validate on."""
+    settle_date(args, tokenizer)
     found, loaded = {}, load_data(splits=("train", "valid"), **data_sources(args))
+    for records in loaded.values():
+        warn_of_digits_model(args, records)
     if not any("text" in records.kinds for records in loaded.values()):
         refuse_idle(args, "prompt_words", "on rows that have prompts of their own")
     for split, records in loaded.items():

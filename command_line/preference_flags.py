@@ -6,7 +6,13 @@ from typing import Any
 import numpy as np
 
 from command_line.adapter_file import settle_adapter
-from command_line.data_flags import add_data_arguments, data_sources, tokenising
+from command_line.data_flags import (
+    add_data_arguments,
+    data_sources,
+    settle_date,
+    tokenising,
+    warn_of_digits_model,
+)
 from command_line.parser import Parser
 from command_line.rules import Needs, flag_of, needs, shown_value
 from command_line.sft_flags import HARMLESS, LOOP_NEEDS, add_loop_arguments, encode_samples
@@ -279,8 +285,11 @@ def task_options(args) -> dict[str, Any]:
 
 def load_rows(args, tokenizer) -> dict[str, Any]:
     """Tokenised rows by split: train and valid when training, test when testing."""
+    settle_date(args, tokenizer)
     splits = (["train", "valid"] if args.train or args.preview else []) + ["test"] * args.test
     rows, found = {}, load_data(splits=splits, **data_sources(args))
+    for records in found.values():
+        warn_of_digits_model(args, records)
     for split, records in found.items():
         kinds = set(records.kinds)
         check_kinds(args, kinds)

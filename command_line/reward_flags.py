@@ -118,6 +118,7 @@ def make_learned_reward(args: argparse.Namespace, loaded: Any, tuning: Any) -> R
         quantize=args.quantize,
         prompt_template=args.prompt_template,
         token_format=args.token_format,
+        template_date=args.template_date,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
     )

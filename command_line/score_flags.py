@@ -15,7 +15,7 @@ DESCRIPTION = "Score a file of prompts and responses with any reward; pick the b
 # Of the flags that say where training rows come from, those that are for rows to score as well.
 ROW_FLAGS = frozenset(
     "--dataset --dataset-config --split --streaming --max-rows --format --skip-bad-rows "
-    "--prompt-template --token-format --max-length --too-long".split()
+    "--prompt-template --token-format --template-date --max-length --too-long".split()
 )
 
 

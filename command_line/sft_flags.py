@@ -16,7 +16,9 @@ from command_line.data_flags import (
     add_data_arguments,
     data_sources,
     has_validation,
+    settle_date,
     tokenising,
+    warn_of_digits_model,
 )
 from command_line.parser import Parser
 from command_line.resumed_options import begun_before
@@ -42,10 +44,11 @@ from data_utils import (
     use_colour,
 )
 from errors import UserError
-from models.adapter_description import REWARD_HEAD, read_head_description
+from models.adapter_description import REWARD_HEAD, head_path, read_head_description
 from models.reading import Reading, trained_reading
 from rewards.reward_rows import tokenise_reward_rows
 from run_folder.output import own_text, printable
+from run_folder.run_config import run_folder_of
 
 DESCRIPTION = (
     "Supervised fine-tuning of a language model; with --reward-model, training of a reward model."
@@ -147,7 +150,7 @@ def add_loop_arguments(parser: Parser) -> Callable:
     add("--save-file", default="peft_weights.npz", help=".npz, .safetensors, or a folder to write")
     add("--resume-adapter-file", help="adapter to start from, or to test")
     add("--batch-size", type=int, default=4, help="rows per gradient")
-    add("--iters", type=int, default=1000, help="updates of the weights")
+    add("--iters", "--steps", type=int, default=1000, help="updates of the weights")
     add("--epochs", type=float, help="passes over the data, in place of --iters")
     add("--gradient-accumulation-steps", type=int, default=1, help="gradients per update")
     add("--steps-per-report", type=int, default=10, help="updates between lines of metrics")
@@ -235,9 +238,12 @@ def load_rows(args, tokenizer) -> dict:
     With --sample-prompts also "samples": their tokens, in the form of the training rows. With
     --reward-model also "reading": how the model reads its texts, to be recorded beside its head.
     """
+    settle_date(args, tokenizer)
     splits = (["train", "valid"] if args.train or args.preview else []) + ["test"] * args.test
     refuse = None if args.reward_model else lambda kind: not_for_sft(kind, args.chosen)
     rows, found = {}, load_data(splits=splits, refuse=refuse, **data_sources(args))
+    for records in found.values():
+        warn_of_digits_model(args, records)
     check_kinds(args, {kind for records in found.values() for kind in records.kinds})
     for split, records in found.items():
         if not args.reward_model:
@@ -275,8 +281,14 @@ def reading_of(args, tokenizer, kinds: set[str]) -> Reading:
     old = args.resume_adapter_file
     if old is not None and "ending" not in read_head_description(old, REWARD_HEAD):
         return Reading()
-    if args.resume is not None and begun_before(args.resume, "template_date"):
-        return Reading()
+    checkpoints = args.resume and sorted(run_folder_of(args.resume).glob("checkpoints/step-*"))
+    if checkpoints:  # without one the run begins anew
+        if head_path(checkpoints[-1], REWARD_HEAD).exists():
+            before = "ending" not in read_head_description(checkpoints[-1], REWARD_HEAD)
+        else:
+            before = begun_before(args.resume, "template_date")
+        if before:
+            return Reading()
     return trained_reading(
         tokenizer,
         plain=kinds == {"text"},

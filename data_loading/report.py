@@ -68,7 +68,8 @@ def notices(notes: Sequence[tuple[str, str, str]]) -> list[str]:
         rows = list(dict.fromkeys(where for where, _ in found))
         more = ", ..." if len(rows) > SHOWN_PLACES else ""
         places = ", ".join(rows[:SHOWN_PLACES])
-        lines.append(f"note, {len(rows):,} rows: {what}: {found[0][1]} ({places}{more})")
+        count = f"{len(rows):,} row{'s' * (len(rows) > 1)}"
+        lines.append(f"note: {what}: {found[0][1]} ({count}: {places}{more})")
     return lines
 
 

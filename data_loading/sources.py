@@ -96,7 +96,8 @@ def folder_file(
         return None
     there = sorted(p.stem.removesuffix(split) for p in folder.glob(f"*{split}.*"))
     there = [base for base in there if base != data_base]
-    hint = f"--data-base could be {' or '.join(there[:4])}" if there else "no such files there"
+    names = [base or "''" for base in there[:4]]  # as a shell takes an empty one
+    hint = f"--data-base could be {' or '.join(names)}" if names else "no such files there"
     raise UserError(f"{folder / (data_base + split + '.jsonl')}: no such file; {hint}")
 
 

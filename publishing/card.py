@@ -16,9 +16,16 @@ from run_folder.run_config import MADE_BY
 from safe_files import write_atomically
 
 LIBRARIES = ("mlx", "mlx-lm", "transformers", "huggingface-hub")
-METHODS = {
-    "ppo_training": ("PPO", ["reinforcement-learning", "rlhf", "ppo"]),
+PPO = ("PPO", ["reinforcement-learning", "rlhf", "ppo"])
+METHODS = {  # by what config.json calls a run
+    "ppo": PPO,
+    "pytorch_ppo": PPO,
     "sft": ("supervised fine-tuning", ["sft"]),
+    "pytorch_sft": ("supervised fine-tuning", ["sft"]),
+    "reward_model": ("reward-model training", []),
+    "pytorch_reward_model": ("reward-model training", []),
+    "preference": ("preference training", ["preference"]),
+    "group": ("group reinforcement learning", ["reinforcement-learning", "rlhf"]),
 }
 MARK = "<!-- written by mlx-rlhf: fuse.py replaces this file -->"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

@@ -1,5 +1,6 @@
 """Writes what fuse.py makes: one function for each form, each checked before it gets its name."""
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 from errors import UserError
 from models.comparing import all_logits, compare_logits, compare_scores
 from models.family_names import about_transformers, check_names
-from models.load import load_model
+from models.load import DEFAULT_MODEL, load_model
 from models.model_folders import new_file, new_folder, stored_dtype, write_model
 from models.parts import Parts
 from models.reward_model import load_reward_model, save_reward_head
@@ -19,6 +20,7 @@ from publishing.card import write_card
 from publishing.card_facts import CardChoices, facts_of_parts
 from publishing.checks import Check, Exported, refuse_broken
 from publishing.scoring_code import scoring_code, write_bos
+from run_folder.next_line import command
 
 GGUF_NAME = "model.gguf"
 LIKELY = 1e-6  # a virtual token this probable is worth a warning
@@ -105,11 +107,18 @@ def _export_model(parts, path, check, card, *, force, exact, prompt, done) -> No
         write_card(folder, facts_of_parts(kind, parts, card, difference))
     if parts.reward_model is None:
         done.next_commands = [
-            f"python talk_to_model.py --model {path}",
-            f"python ppo_training.py --model {path} --ground_truth_reward",
+            command("talk_to_model.py", model=path),
+            command("ppo_training.py", *reward_for(parts), model=path),
         ]
     else:
-        done.next_commands = [f"python ppo_training.py --model MODEL --reward_model {path}"]
+        done.next_commands = [command("ppo_training.py", model="MODEL", reward_model=path)]
+
+
+def reward_for(parts: Parts) -> list[str]:
+    """Flags of a reward: the digits score for the digits model alone."""
+    if parts.base.path.resolve() == DEFAULT_MODEL.resolve():
+        return ["--ground-truth-reward"]
+    return ["--reward-function", "FILE.py:NAME"]
 
 
 def _export_classifier(parts, path, check, card, *, force, exact, prompt, done) -> None:
@@ -133,7 +142,7 @@ def _export_classifier(parts, path, check, card, *, force, exact, prompt, done) 
             "classifier", parts, card, difference, scoring=code, constant=constant
         )
         write_card(folder, facts)
-    done.next_commands = [f"python ppo_training.py --model MODEL --reward_model {path}"]
+    done.next_commands = [command("ppo_training.py", model="MODEL", reward_model=path)]
 
 
 def _export_gguf(parts, path, check, card, *, force, exact, prompt, done) -> None:
@@ -148,7 +157,7 @@ def _export_gguf(parts, path, check, card, *, force, exact, prompt, done) -> Non
             done.messages.append(_make_gguf(folder / GGUF_NAME, folder, parts))
             write_card(folder, facts_of_parts("gguf", parts, card))
     file = path if path.suffix == ".gguf" else path / GGUF_NAME
-    done.next_commands = [f"llama-cli -m {file} -p Hello"]
+    done.next_commands = [shlex.join(["llama-cli", "-m", str(file), "-p", "Hello"])]
 
 
 def _make_gguf(file: Path, folder: Path, parts: Parts) -> str:

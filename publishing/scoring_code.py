@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from models.adapter_files import read_json, write_json
+from models.adapter_description import read_json
+from models.array_files import write_json
 from models.model_folders import tokenizer_of
 from models.reading import Reading, template_tail
 from rewards.learned import Reader

@@ -115,8 +115,8 @@ def make_trainer(args, loaded, model, **options):
 def train(args, loaded, model, rows) -> None:
     """The loop, and what is left behind at its end."""
     plan = BatchPlan(rows["train"].lengths, args.batch_size, seed=args.seed)
-    updates_per_epoch = len(plan) / args.gradient_accumulation_steps
     steps, batches = sft_flags.training_length(args, len(plan))
+    epochs = (batches or steps * args.gradient_accumulation_steps) / len(plan)
     iterator = BatchIterator(rows["train"].rows, plan)
     parameters = trainable(model)
     optimizer, scheduler = optimizer_and_schedule(parameters, optimizer_options(args), steps)
@@ -164,7 +164,7 @@ def train(args, loaded, model, rows) -> None:
         note_versions(run)
         print(
             f"{run.folder}: {steps} updates of {args.batch_size} x "
-            f"{args.gradient_accumulation_steps} rows ({steps / updates_per_epoch:.1f} epochs), "
+            f"{args.gradient_accumulation_steps} rows ({epochs:.1f} epochs), "
             f"{sum(a.numel() for a in trainer.tuned.arrays().values()):,} weights trained"
         )
         loop.run(stop, name)

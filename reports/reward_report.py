@@ -45,6 +45,7 @@ def regression_report(
         "spearman": spearman(x, y),
         "loss": float((error**2).mean()),
         "accuracy": float(agree[decided].mean()) if decided.any() else NAN,
+        "pairs": float(decided.sum() // 2),
         "score_mean": float(x.mean()),
         "score_std": float(x.std()),
     }
@@ -71,6 +72,7 @@ def preference_report(
 
     found = {
         "accuracy": mean(difference > 0),
+        "pairs": float(len(a)),
         "loss": mean(np.logaddexp(0, -difference / gain)),
         "margin_mean": mean(difference),
         "chosen_mean": mean(a),

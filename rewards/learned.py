@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from string import Formatter
 from typing import Any
 
-from data_utils import Record, extras_of, tokenise_scalar
+from data_utils import Record, extras_of, tokenise_scalar, use_date
 from models.reading import Ending, Reading, template_tail
 from rewards.digits import count_numbers, digits_score
 from rewards.reward_set import Reward
@@ -112,6 +112,7 @@ def reward_beside(
     quantize: int | None,
     prompt_template: str | None,
     token_format: str,
+    template_date: str,
     **options: Any,
 ) -> Reward:
     """The reward model at `path` as a reward for a policy: `loaded` with `tuning` on it.
@@ -128,6 +129,8 @@ def reward_beside(
         base, off = loaded, tuning.disabled
     with off():
         reward_model = load_reward_model(path, base, any_base=any_base, **options)
+    if not getattr(reward_model, "reads_pairs", False):
+        use_date(reward_model.source.tokenizer, template_date)
     return learned_reward(
         reward_model,
         loaded.tokenizer,

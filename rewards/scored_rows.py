@@ -189,10 +189,12 @@ def _describe(scores: np.ndarray, pairs: Sequence[Pair]) -> dict[str, float]:
     better, worse, weights = _ordered(pairs)
     if better:
         report = preference_report(scores[better], scores[worse], weights)
-        found["accuracy"] = report["accuracy"]
+        found |= {"accuracy": report["accuracy"], "pairs": len(better)}
     labels = [pair.whole.label for pair in pairs]
     if None not in labels and len(set(labels)) == 2:
+        good = sum(labels)
         found["accuracy"] = _separation(scores, np.array(labels))
+        found["pairs"] = good * (len(labels) - good)
     rewards = [pair.whole.reward for pair in pairs]
     if None not in rewards and len(set(rewards)) > 1:
         rewards = np.array(rewards, dtype=np.float64)

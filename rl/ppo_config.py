@@ -7,8 +7,8 @@ from typing import Literal, get_args
 from errors import UserError
 
 
-def _option(default, help_text: str):
-    return field(default=default, metadata={"help": help_text})
+def _option(default, help_text: str, *aliases: str):
+    return field(default=default, metadata={"help": help_text, "aliases": aliases})
 
 
 KLPenalty = Literal["kl", "abs", "mse", "full", "k1", "k2", "k3"]
@@ -27,7 +27,7 @@ class PPOConfig:
     Raises UserError for values that cannot work together.
     """
 
-    num_steps: int = _option(60, "PPO steps: rollout of a batch, then its updates")
+    num_steps: int = _option(60, "PPO steps: rollout of a batch, then its updates", "--steps")
     batch_size: int = _option(64, "responses per step")
     mini_batch_size: int | None = _option(None, "responses per gradient; none: the batch")
     gradient_accumulation_steps: int = _option(1, "gradients summed up for one update")

@@ -118,11 +118,11 @@ def note_best(folder: Path) -> None:
     All of them are asked, for a process may have been killed between a checkpoint and its note.
     """
     judged = judged_checkpoints(folder)
-    best = before = read_best(folder) if judged else None
+    best = read_best(folder) if judged else None
     if best is None or best["metric"] != judged[-1][1].name or not best_checkpoint(folder):
         best = None
     best = best_of(judged, best)
-    if best is not None and best != before:
+    if best is not None and read_json(folder / BEST) != with_sum(best):  # or it was altered
         write_json(folder / BEST, with_sum(best))
 
 

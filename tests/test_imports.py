@@ -123,6 +123,7 @@ def test_pytorch_stays_in_the_baseline():
         "models/encoder_reward.py",
         "benchmarks/trl_worker.py",
         "benchmarks/trl_dpo_worker.py",
+        "benchmarks/trl_group_worker.py",
     }
     assert outside == allowed
     assert all(f"`{name}`" in PAGE for name in allowed)

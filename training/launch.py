@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from run_folder.checkpoint_folder import latest_checkpoint, saving
+from run_folder.next_line import next_lines
 from run_folder.run import Run
 from run_folder.run_config import MADE_BY, checkpoint_asked_for
 from run_folder.stopping import GracefulStop, StepGivenUp
@@ -88,7 +89,7 @@ def say_peak_memory() -> None:
 def say_written(run: Run, written: Iterable[Any], *commands: str) -> None:
     """The last words of a run: where everything lies, and what to do with it."""
     print("wrote " + "\n      ".join(map(str, [*written, run.folder / "metrics.jsonl"])))
-    print("next: " + "\n      ".join(f"python {command}" for command in commands))
+    print(next_lines(commands))
 
 
 def shape_multiple() -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from command_line.resumed_options import check_whole_updates
+from data_utils import TextBatch
 from run_folder.checkpoint_folder import best_checkpoint
 from run_folder.console import Progress
 from run_folder.manifest import Metric
@@ -36,6 +37,13 @@ class Schedule:
     patience: int | None = None
     max_bad_steps: int = 5
     memory_limit: float | None = None
+
+
+def tokens_of(batches: Sequence, weight: float) -> float:
+    """Tokens that batches trained on: targets of a language model (their `weight`), or all."""
+    if any(isinstance(batch, TextBatch) for batch in batches):
+        return weight
+    return float(sum(int(batch.lengths.sum()) for batch in batches))
 
 
 @dataclass
@@ -149,7 +157,7 @@ class Loop(Resumable):
         metrics = self.trainer.step(batches)
         self.step += 1
         weight = metrics.pop("weight")
-        self.totals["tokens"] += metrics.get("num_tokens", weight)
+        self.totals["tokens"] += metrics.get("num_tokens", tokens_of(batches, weight))
         if "num_tokens" in metrics:  # TRL's name for all tokens so far
             metrics["num_tokens"] = self.totals["tokens"]
         bad = metrics.pop("not_finite")

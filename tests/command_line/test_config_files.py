@@ -150,3 +150,30 @@ def test_an_unknown_key_is_not_mapped_to_anything(tmp_path, capsys, script, word
     said = capsys.readouterr()
     assert said.out == f"note: {file}: lr -> --learning-rate 0.001\n"
     assert said.err == f"error: {file}:3: unknown key 'generate'; --help lists the flags\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "model", "adapter"),
+    [
+        ("whole", {"model_name": "base", "model_pretrain": "trained"}, "trained", None),
+        ("none", {"model_name": "base", "model_pretrain": None}, "base", None),
+        ("adapter", {"model_name": "base", "model_pretrain": "a.npz"}, "base", "a.npz"),
+        ("alone", {"model_pretrain": "trained"}, "trained", None),
+    ],
+)
+def test_a_trained_model_comes_before_the_base_that_a_conf_names(
+    tmp_path, capsys, name, keys, model, adapter
+):
+    from command_line.config_files import read_config
+    from command_line.parser import Parser
+
+    parser = Parser()
+    for flag in ("--model", "--reward-model", "--resume-file"):
+        parser.add_argument(flag)
+    file = tmp_path / "a.conf"
+    file.write_text(repr({"Training": {**keys, "rm_name": "base", "rm_pretrain": "judge"}}))
+    found = {s.key.replace("_", "-"): s.value for s in read_config(file, parser._flags())}
+    assert found == {"model": model, "reward-model": "judge"} | (
+        {"resume-file": adapter} if adapter else {}
+    )
+    assert "not used here" not in capsys.readouterr().out

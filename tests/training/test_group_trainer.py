@@ -12,9 +12,9 @@ from tiny_ppo import assert_close, assert_same_bits, movement, shaken, weights
 
 import training.rollout_stages
 from errors import UserError
-from mlx_group_trainer import without_effect
 from models.packing import pack
 from rl.group_statistics import STEPS_OF_EQUAL_REWARDS
+from training.reference_blend import without_effect
 
 PROMPTS = [[5, 6, 7], [8]]
 KINDS = ["lora", "dora", "prompt", "full"]
@@ -184,16 +184,13 @@ def test_the_reference_is_blended(kind):
     trainer = make_trainer(
         kind, beta=0.1, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.25
     )
-    if kind == "lora":
-        expected = {k: np.array(v) for k, v in trainer.blend.items()}
-        assert not any(v.any() for k, v in expected.items() if k.endswith("lora_b"))
-    else:
-        expected = {k: np.array(v) for k, v in trainer.reference_arrays().items()}
+    expected = {k: np.array(v) for k, v in trainer.blend.arrays().items()}
+    assert not any(v.any() for k, v in expected.items() if k.endswith("lora_b"))
     for _ in range(2):
         update(trainer)  # two updates
         own = trainer.model.tuning.arrays()
         expected = {k: 0.25 * np.array(own[k]) + 0.75 * v for k, v in expected.items()}
-        found = {k: np.array(v) for k, v in trainer.reference_arrays().items()}
+        found = {k: np.array(v) for k, v in trainer.blend.arrays().items()}
         assert_close(found, expected, 1e-6)
     assert update(trainer)["kl"] >= 0
 
@@ -201,7 +198,7 @@ def test_the_reference_is_blended(kind):
 def test_the_blended_reference_is_what_the_kl_is_to():
     options = {"beta": 0.1, "mini_batch_size": 8}
     trainer = make_trainer(**options, sync_ref_model=True, ref_model_mixup_alpha=1.0)
-    shaken(trainer)._blend()  # the reference is the policy now
+    shaken(trainer).blend.blend()  # the reference is the policy now
     assert abs(update(trainer)["kl"]) < 1e-5
     plain = shaken(make_trainer(**options))
     assert update(plain)["kl"] > 1e-3

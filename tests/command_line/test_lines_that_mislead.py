@@ -1,0 +1,190 @@
+"""Lines on the terminal and in files that said something else than what is so."""
+
+import json
+import re
+import shlex
+
+import pytest
+from tiny import tiny_model_folder
+
+import fuse
+import ppo_training
+import score
+import sft
+from command_line.ppo_flags import parse_arguments as ppo_arguments
+from command_line.sft_flags import parse_arguments as sft_arguments
+from publishing.card import METHODS
+from run_folder.next_line import command
+from run_folder.run_config import MADE_BY
+
+PAIRS = [{"prompt": f"q {i}", "chosen": f"the a{i}", "rejected": f"no {i}"} for i in range(6)]
+TRAIN = ["--train", "--iters", "2", "--lora-rank", "2", "--save-every", "0"]
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("pairs.jsonl", PAIRS)
+    write(
+        "chat.jsonl",
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": "hello"},
+                    {"role": "assistant", "content": "good day"},
+                ]
+            }
+        ]
+        * 5,
+    )
+    write("numbers.jsonl", [{"text": "8 20 22 30"}, {"text": "4 18 33"}, {"text": "1 2 3"}])
+    write("answers.jsonl", [{"prompt": "what", "response": f"a {i}", "label": i > 2}
+                            for i in range(5)])  # fmt: skip
+
+
+def write(name, rows):
+    with open(name, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def commands(out: str) -> list[list[str]]:
+    """The words of every command below `next:`, as a shell would take them."""
+    lines = out[out.index("next:") :].removeprefix("next:").splitlines()
+    return [shlex.split(line) for line in lines if line.strip().startswith("python ")]
+
+
+# ------------------------------------------------------------------------------ next
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "quo'te$x"])
+def test_the_next_lines_of_sft_can_be_pasted(tmp_path, capsys, name):
+    base = tiny_model_folder(tmp_path / name)
+    words = ["--model", str(base), *TRAIN, "--output-dir", "run"]
+    sft.main([*words, "--train-file", "numbers.jsonl", "--save-file", f"{name}.npz"])
+    (line,) = commands(capsys.readouterr().out)
+    assert line == ["python", "fuse.py", "--model", str(base), "--adapter-file", f"{name}.npz",
+                    "--save-path", "my_model/"]  # fmt: skip
+    sft.main([*words[:-1], "run2", "--reward-model", "--train-file", "pairs.jsonl", "--save-file",
+              f"r{name}.npz"])  # fmt: skip
+    (line,) = commands(capsys.readouterr().out)
+    assert line[1:] == ["ppo_training.py", "--model", str(base), "--reward-model", f"r{name}.npz"]
+
+
+def test_score_says_which_model_to_train(tmp_path, capsys):
+    base = tiny_model_folder(tmp_path / "my base")
+    score.main(["--input", "answers.jsonl", "--model", str(base), "--best-of", "--output",
+                "the best.jsonl", "--length-reward", "10"])  # fmt: skip
+    (line,) = commands(capsys.readouterr().out)
+    assert line[line.index("--model") + 1] == str(base)
+    assert line[line.index("--train-file") + 1] == "the best.jsonl"
+
+
+def test_only_the_digits_model_is_sent_to_the_digits_score(tmp_path, capsys):
+    fuse.main(["--dtype", "float32", "--save-path", "digits"])
+    assert ["--ground-truth-reward" in line for line in commands(capsys.readouterr().out)] == [
+        False, True,
+    ]  # fmt: skip
+    base = tiny_model_folder(tmp_path / "other")
+    fuse.main(["--model", str(base), "--dtype", "float32", "--save-path", "fused two"])
+    lines = commands(capsys.readouterr().out)
+    assert not any("--ground-truth-reward" in line for line in lines)
+    assert all(line[line.index("--model") + 1] == "fused two" for line in lines)
+    assert "--reward-function" in lines[1]
+
+
+def test_a_command_is_quoted_and_leaves_out_what_is_not_given():
+    made = command("a.py", "--x", model=None, save_path="b c", other="$(rm)")
+    assert shlex.split(made) == ["python", "a.py", "--save-path", "b c", "--other", "$(rm)", "--x"]
+
+
+# ------------------------------------------------------------------------------ cards
+
+
+def test_every_kind_of_run_has_a_method_for_its_card():
+    assert set(METHODS) == set(MADE_BY)
+
+
+# ------------------------------------------------------------------------------ the model
+
+
+@pytest.mark.parametrize("rows", ["chat.jsonl", "pairs.jsonl", "answers.jsonl"])
+def test_a_forgotten_model_is_said(capsys, rows):
+    kind = {"pairs.jsonl": ["--reward-model"]}.get(rows, [])
+    if rows == "answers.jsonl":
+        write(rows, [{"instruction": "Say it", "response": "Said."}] * 3)
+    sft.main([*TRAIN, *kind, "--train-file", rows, "--output-dir", "run"])
+    assert "no --model" in capsys.readouterr().err
+
+
+def test_numbers_and_a_given_model_are_not_warned_of(tmp_path, capsys):
+    sft.main([*TRAIN, "--train-file", "numbers.jsonl", "--output-dir", "run"])
+    base = tiny_model_folder(tmp_path / "base")
+    sft.main(["--model", str(base), *TRAIN, "--train-file", "chat.jsonl", "--output-dir", "b"])
+    assert "no --model" not in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ counts
+
+
+@pytest.mark.parametrize("batch", [2, 3, 6])
+def test_tokens_of_a_reward_model_are_tokens(tmp_path, batch):
+    base = tiny_model_folder(tmp_path / "base")
+    sft.main(["--model", str(base), "--train", "--epochs", "1", "--lora-rank", "2",
+              "--reward-model", "--train-file", "pairs.jsonl", "--output-dir", "run",
+              "--batch-size", str(batch)])  # fmt: skip
+    rows = [json.loads(line) for line in open("run/metrics.jsonl")]
+    from data_utils import read_records
+    from models.load import load_model
+    from models.reading import trained_reading
+    from rewards.reward_rows import tokenise_reward_rows
+
+    tokenizer = load_model(base).tokenizer
+    done = tokenise_reward_rows(
+        read_records("pairs.jsonl"), tokenizer, trained_reading(tokenizer), max_length=99
+    )
+    assert rows[-1]["train/tokens_total"] == sum(map(sum, done.sequences))
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(1, 2), (2, 2), (1, 4)])
+def test_epochs_are_printed_as_asked_for(capsys, batch, accumulation):
+    write("five.jsonl", [{"text": f"{i} {i + 2} {i + 4}"} for i in range(5)])
+    sft.main(["--train", "--epochs", "1", "--train-file", "five.jsonl", "--batch-size", str(batch),
+              "--gradient-accumulation-steps", str(accumulation), "--output-dir", "run",
+              "--lora-rank", "2"])  # fmt: skip
+    assert "(1.0 epochs)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--steps", "7"], ["--steps=7"]])
+def test_steps_are_another_name_of_iters_and_num_steps(words):
+    args = sft_arguments(["--train", *words])
+    assert args.iters == 7 and args.steps_per_report == 10
+    args = ppo_arguments(["--ground-truth-reward", *words])
+    assert args.num_steps == 7 and args.steps_per_report == 5
+
+
+def test_accuracy_stands_beside_the_pairs_that_it_is_over(capsys):
+    score.main(["--input", "pairs.jsonl", "--length-reward", "10"])
+    (line,) = [row for row in capsys.readouterr().out.splitlines() if row.startswith("score ")]
+    assert re.search(r"accuracy \S+ +pairs 6\b", line)
+    score.main(["--input", "answers.jsonl", "--length-reward", "10"])
+    (line,) = [row for row in capsys.readouterr().out.splitlines() if row.startswith("score ")]
+    assert re.search(r"pairs 6\b", line)  # 2 good ones x 3 bad ones
+    sft.main([*TRAIN, "--reward-model", "--train-file", "pairs.jsonl", "--validation-file",
+              "pairs.jsonl", "--output-dir", "run"])  # fmt: skip
+    assert re.search(r"accuracy \S+  pairs 6", capsys.readouterr().out)
+
+
+def test_an_empty_data_base_is_shown_as_one(tmp_path, capsys):
+    write("train.jsonl", [{"text": "1 2 3"}])
+    write("other_train.jsonl", [{"text": "1 2 3"}])
+    with pytest.raises(Exception, match="could be '' or other_"):
+        sft.main([*TRAIN, "--data", str(tmp_path), "--data-base", "none_"])
+
+
+def test_ppo_says_so_too(capsys, tmp_path):
+    write("mine.jsonl", [{"prompt": "hello world"}] * 2)
+    (tmp_path / "mine.py").write_text("def one(prompts, responses):\n    return [1.0, 2.0]\n")
+    ppo_training.main(["--train-file", "mine.jsonl", "--reward-function", "mine.py:one",
+                       "--batch-size", "2", "--num-steps", "1", "--max-new-tokens", "3",
+                       "--eval-every", "0", "--output-dir", "run"])  # fmt: skip
+    assert "no --model" in capsys.readouterr().err
