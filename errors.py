@@ -1,5 +1,10 @@
 """The one exception that is meant for the person at the terminal."""
 
+MEMORY_ADVICE = (
+    "lower --batch-size, --mini-batch-size or the sequence length, or add --grad-checkpoint or, "
+    "with MLX, --quantize 4"
+)
+
 
 class UserError(Exception):
     """Something the user can put right: a bad file, row, flag or model.

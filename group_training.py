@@ -74,8 +74,8 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_group_trainer import GroupTrainer
     from models.adapter_files import describe
-    from training.checkpointed import Group, adapter_group
     from training.group_loop import GroupLoop
+    from training.groups import Group, adapter_group
     from training.optimizers import build_optimizer
     from training.rollout_loop import RolloutSchedule
 

@@ -31,9 +31,8 @@ import mlx.optimizers as optim
 import numpy as np
 
 from errors import UserError
-from models.blocks import checkpointed_blocks
 from models.decoding import Sampling
-from models.gradients import loss_and_gradient
+from models.gradients import checkpointed_blocks, loss_and_gradient
 from models.last_block import allow_short_last_block
 from models.packing import Packed
 from models.policy import Policy

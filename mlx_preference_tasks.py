@@ -34,7 +34,7 @@ from rl.preference_losses import (
     pair_sums,
     sequence_weights,
 )
-from training.checkpointed import Group, adapter_group
+from training.groups import Group, adapter_group
 
 EXTRAS = ("entropy", "top1", "mean_logit")
 

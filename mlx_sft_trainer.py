@@ -15,17 +15,16 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
 
-from data_utils import PreferenceBatch, ScalarBatch, TextBatch, UnpairedBatch
+from data_loading.collate import PreferenceBatch, ScalarBatch, TextBatch, UnpairedBatch
 from models.adapter_description import REWARD_HEAD
-from models.blocks import checkpointed_blocks
-from models.gradients import loss_and_gradient
+from models.gradients import checkpointed_blocks, loss_and_gradient
 from models.last_block import allow_short_last_block, picked_hidden
 from models.packing import pick_targets, round_up
-from models.reward_model import RewardModel
+from models.reward_network import RewardModel
 from models.trunk import find_trunk, token_logprobs
 from models.tuning import Tuning
 from rl.losses import pairwise_loss, regression_loss
-from training.checkpointed import Group, adapter_group
+from training.groups import Group, adapter_group
 from training.update import added, apply_update
 
 Batch = TextBatch | ScalarBatch | PreferenceBatch | UnpairedBatch

@@ -48,9 +48,8 @@ def main(words=None) -> int:
 
 def make_policy(args, loaded):
     """(policy with a value head, reference model or None for "the policy without its adapter")."""
-    from models.actor_critic import ActorCritic
+    from models.actor_critic import ActorCritic, ValueHead
     from models.adapter_files import read_head
-    from models.heads import ValueHead
     from models.load import load_model
     from models.trunk import hidden_size
 
@@ -73,7 +72,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_ppo_trainer import PPOTrainer
     from models.adapter_files import describe
-    from training.checkpointed import Group, adapter_group
+    from training.groups import Group, adapter_group
     from training.optimizers import build_optimizer
     from training.rollout_loop import RolloutLoop, RolloutSchedule
 

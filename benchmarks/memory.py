@@ -29,8 +29,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 from data_utils import TextRow, make_batch  # noqa: E402
 from mlx_ppo_trainer import PPOConfig, PPOTrainer  # noqa: E402
 from mlx_sft_trainer import LanguageModelTask, SupervisedTrainer  # noqa: E402
-from models.actor_critic import ActorCritic  # noqa: E402
-from models.heads import ValueHead  # noqa: E402
+from models.actor_critic import ActorCritic, ValueHead  # noqa: E402
 from models.load import weight_bytes  # noqa: E402
 from models.lora import LoraConfig, add_lora  # noqa: E402
 from models.reward_model import RewardModel  # noqa: E402

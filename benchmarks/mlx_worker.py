@@ -9,8 +9,7 @@ import numpy as np
 from side_by_side import serve
 
 from mlx_ppo_trainer import PPOConfig, PPOTrainer
-from models.actor_critic import ActorCritic
-from models.heads import ValueHead
+from models.actor_critic import ActorCritic, ValueHead
 from models.load import load_model
 from models.lora import LoraConfig, add_lora
 

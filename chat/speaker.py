@@ -11,7 +11,7 @@ import mlx.core as mx
 from chat.prompting import Prompting
 from chat.settings import Settings
 from models.beam_search import beam_search
-from models.caches import make_cache
+from models.decoding import make_cache
 from models.limits import find_limits
 from models.load import LoadedModel
 from models.trunk import vocabulary_size

@@ -8,21 +8,11 @@ import json
 import re
 from argparse import Action
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from command_line.foreign_config import read_conf
+from command_line.setting import Setting, refuse_doubles
 from errors import UserError
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One option of a file: its name there, its value, and where it stands (``FILE:LINE``)."""
-
-    key: str
-    value: Any
-    where: str
-    optional: bool = False  # True: skipped in silence by a script that has no such flag
 
 
 def read_config(path: Path, flags: Mapping[str, Action]) -> list[Setting]:
@@ -36,8 +26,6 @@ def read_config(path: Path, flags: Mapping[str, Action]) -> list[Setting]:
     except ValueError as wrong:  # a NUL character in the name
         raise UserError(f"{str(path)!r}: cannot read the config file: {wrong}") from None
     if path.suffix == ".conf":
-        from command_line.foreign_config import read_conf
-
         return read_conf(path, text, flags)
     return read_json(path, text) if path.suffix == ".json" else read_yaml(path, text)
 
@@ -97,15 +85,3 @@ def read_yaml(path: Path, text: str) -> list[Setting]:
     finally:
         if loader is not None:
             loader.dispose()
-
-
-def refuse_doubles(settings: list[Setting]) -> list[Setting]:
-    """The same settings; raises ``UserError`` when a key stands there twice."""
-    seen: dict[str, str] = {}
-    for setting in settings:
-        name = setting.key.replace("-", "_")
-        if name in seen:
-            first = seen[name].rpartition(":")[2]
-            raise UserError(f"{setting.where}: {setting.key!r} stands in line {first} already")
-        seen[name] = setting.where
-    return settings

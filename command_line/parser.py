@@ -16,13 +16,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from command_line.config_files import Setting, read_config
-from command_line.resumed_options import (
-    check_resume_options,
-    check_script,
-    read_run_options,
-    redacted_options,
-)
+from command_line.config_files import read_config
+from command_line.resumed_options import check_script, read_run_options, redacted_options
+from command_line.setting import Setting
 from command_line.values import (
     LONGEST_SHOWN,
     HelpFormatter,
@@ -31,8 +27,9 @@ from command_line.values import (
     shown,
     whole_number,
 )
-from errors import UserError
+from errors import MEMORY_ADVICE, UserError
 from run_folder.output import lost_output, open_outputs
+from run_folder.resuming import check_resume_options
 from run_folder.run_config import run_folder_of
 from run_folder.secrets import clean, tell
 
@@ -321,12 +318,6 @@ def run_main(main: Callable[[], int | None]) -> None:
             raise
         code = complain(f"out of memory ({wrong}): {MEMORY_ADVICE}")
     sys.exit(code)
-
-
-MEMORY_ADVICE = (
-    "lower --batch-size, --mini-batch-size or the sequence length, or add --grad-checkpoint or, "
-    "with MLX, --quantize 4"
-)
 
 
 def named(path: str | bytes | int | None) -> str | None:

@@ -5,14 +5,16 @@ flag that would change nothing ends in an error. Importing this loads no MLX.
 """
 
 import argparse
+import math
 from typing import Any
 
 from command_line.parser import Parser
 from command_line.rules import Needs, flag_of, needs, refuse_idle
 from errors import UserError
+from run_folder.loggers import LOGGERS
 
 OPTIMIZERS = ("adam", "adamw", "adafactor", "lion", "sgd", "muon")
-SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts")
+SCHEDULES = ("constant", "linear", "polynomial", "cosine", "cosine_with_restarts")
 
 # ------------------------------------------------------------------------------ run
 
@@ -39,7 +41,7 @@ def add_run_arguments(parser: Parser, *, save_every: int = 100) -> None:
     )
     add("--resume", help="run folder, or one of its checkpoints, to go on with")
     add("--force-resume", type=bool, default=False, help="resume even though options changed")
-    add("--log-with", choices=("none", "wandb"), default="none", help="where else metrics go")
+    add("--log-with", choices=("none", *LOGGERS), default="none", help="where else metrics go")
     add("--memory-limit", type=float, help="stop with advice above so many GB in use")
     add(
         "--max-bad-steps",
@@ -205,6 +207,12 @@ READERS = {
 
 OPTIMIZER_NEEDS = (
     Needs(
+        "lr_power",
+        met=lambda args: args.lr_schedule == "polynomial",
+        why="without --lr-schedule polynomial",
+        valued=False,
+    ),
+    Needs(
         "num_cycles",
         met=lambda args: args.lr_schedule == "cosine_with_restarts",
         why="without --lr-schedule cosine_with_restarts",
@@ -237,6 +245,7 @@ def add_optimizer_arguments(
     add("--learning-rate", type=float, default=learning_rate, help="peak learning rate" + note)
     add("--lr-schedule", choices=SCHEDULES, default=lr_schedule, help="course after the warm-up")
     add("--num-cycles", type=int, default=1, help="cycles of cosine_with_restarts")
+    add("--lr-power", type=float, default=2.0, help="of polynomial: (1 - progress) to this power")
     add("--warmup-steps", type=int, default=warmup_steps, help="updates that climb to the peak")
     add("--lr-end-factor", type=float, default=lr_end_factor, help="share of the peak at the end")
     add("--weight-decay", type=float, help="(default: 0.01 for adamw and muon, else 0)")
@@ -252,6 +261,8 @@ def add_optimizer_arguments(
                 refuse_idle(args, name, f"with --optimizer {args.optimizer}", valued=False)
         at_least(args, 0, "learning_rate", "warmup_steps", "weight_decay", "lr_end_factor")
         at_least(args, 1, "num_cycles")
+        if not 0 < args.lr_power < math.inf:
+            raise UserError("--lr-power: give a number above 0")
         for name in ("adam_beta1", "adam_beta2", "momentum"):
             if not 0 <= (getattr(args, name) or 0) < 1:
                 raise UserError(f"{flag_of(name)}: give a number from 0 up to, not including, 1")
@@ -270,6 +281,7 @@ def optimizer_options(args: argparse.Namespace) -> dict[str, Any]:
         "learning_rate": args.learning_rate,
         "schedule": args.lr_schedule,
         "cycles": args.num_cycles,
+        "power": args.lr_power,
         "warmup": args.warmup_steps,
         "end_factor": args.lr_end_factor,
         "weight_decay": args.weight_decay,

@@ -6,8 +6,6 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from data_loading.records import Text
-
 
 @dataclass
 class TextRow:
@@ -88,7 +86,7 @@ class PromptRow:
     columns: dict[str, Any]
     where: str = ""
     # A text, or messages. Not in repr, of which the fingerprint of a run's data is made.
-    prompt: Text = field(default="", repr=False)
+    prompt: str | list = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         self.prompt = self.prompt or self.text

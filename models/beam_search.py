@@ -12,8 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from models.caches import make_cache
-from models.decoding import keep_rows
+from models.decoding import keep_rows, make_cache
 from models.trunk import hidden_states, logits_from_hidden
 
 

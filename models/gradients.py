@@ -1,6 +1,7 @@
-"""Loss and gradient of what is trained in a model, compiled or not."""
+"""Gradients of what is trained, compiled or not; activations kept, or made again backwards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,3 +25,40 @@ def loss_and_gradient(model: nn.Module, loss: Callable, compiled: bool = False) 
         return result
 
     return run
+
+
+@contextmanager
+def checkpointed_blocks(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Within this context, blocks of `model` that run are checkpointed.
+
+    Calls go through the class of a block, so the class is patched while the graph is being built
+    and restored on the way out; another model of that class is never left with it.
+    """
+    if not enabled:
+        yield
+        return
+    kinds = {type(block): type(block).__call__ for block in model.layers}
+
+    def checkpointed(call):
+        def run(block, *args, **kwargs):
+            def inner(parameters, *args, **kwargs):
+                block.update(parameters)
+                return call(block, *args, **kwargs)
+
+            return mx.checkpoint(inner)(block.trainable_parameters(), *args, **kwargs)
+
+        run.checkpointed = True
+        return run
+
+    for kind, call in kinds.items():
+        kind.__call__ = checkpointed(call)
+    try:
+        yield
+    finally:
+        for kind, call in kinds.items():
+            kind.__call__ = call
+
+
+def is_checkpointed(block: nn.Module) -> bool:
+    """Whether a call of `block` is checkpointed at present."""
+    return getattr(type(block).__call__, "checkpointed", False)

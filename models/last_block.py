@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
-from models.blocks import is_checkpointed
+from models.gradients import is_checkpointed
 from models.trunk import find_trunk, hidden_states
 
 ATTENTION_NAMES = ("self_attn", "attention", "attn")

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import mlx.nn as nn
 
 from errors import UserError
-from models.opt import OFFSET
-from models.soft_prompt import SoftPromptEmbedding, find_embedding
 from models.trunk import find_trunk
 
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
@@ -51,6 +49,9 @@ class Limits:
 
 def find_limits(model: nn.Module) -> Limits:
     """The limits of `model` as it stands: with a soft prompt on it, its virtual tokens count."""
+    from models.opt import OFFSET
+    from models.soft_prompt import SoftPromptEmbedding, find_embedding
+
     try:
         trunk, _, embedding = find_embedding(model)
     except UserError:  # an architecture that cannot be trained here, but may be looked at

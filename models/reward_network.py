@@ -6,6 +6,7 @@ and a head on a base that others share; the adapter goes in for scoring and out 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +15,6 @@ import numpy as np
 from errors import UserError
 from models.last_block import allow_short_last_block, picked_hidden
 from models.limits import find_limits
-from models.load import LoadedModel
 from models.reading import Reading
 from models.trunk import hidden_size, hidden_states
 from models.tuning import Tuning, check_arrays
@@ -56,7 +56,7 @@ class RewardModel(nn.Module):
         allow_short_last_block(model)
         self._prefix: tuple[int, ...] = ()  # of a soft prompt that is fused into the vocabulary
         self._pad_id: int | None = None  # where given, the "last" token is the last that is not it
-        self.source: LoadedModel | None = None  # where it was loaded from, with its tokenizer
+        self.source: Any = None  # LoadedModel: where it was loaded from, with its tokenizer
         self.train(model.training)
 
     @property

@@ -11,13 +11,6 @@ import torch
 from pytorch_checkpoints import load_checkpoint, save_checkpoint
 from pytorch_training import check_memory, rng_state, set_rng_state
 
-from command_line.resumed_options import (
-    check_checkpoint_options,
-    check_same_base,
-    check_same_data,
-    check_whole_updates,
-    fingerprint,
-)
 from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
 from rewards.scored_rows import response_text
@@ -25,6 +18,13 @@ from rewards.texts import asked, reward_columns
 from run_folder.checkpoint_folder import set_aside_after
 from run_folder.console import Progress
 from run_folder.manifest import Metric, number_old_ones
+from run_folder.resuming import (
+    check_checkpoint_options,
+    check_same_base,
+    check_same_data,
+    check_whole_updates,
+    fingerprint,
+)
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop
 from training.endings import not_finite, report_skipped, save_or_stop

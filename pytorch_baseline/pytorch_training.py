@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from command_line.parser import MEMORY_ADVICE
-from errors import UserError
+from errors import MEMORY_ADVICE, UserError
 
 # ---- optimizers --------------------------------------------------------------------------------
 
@@ -146,18 +145,25 @@ class Scheduler:
         self._set()
 
 
-SHAPES: dict[str, Callable[[float, int], float]] = {
-    "constant": lambda progress, _: 1.0,
-    "linear": lambda progress, _: 1.0 - progress,
-    "cosine": lambda progress, _: 0.5 * (1.0 + math.cos(math.pi * progress)),
-    "cosine_with_restarts": lambda progress, cycles: (
+SHAPES: dict[str, Callable[[float, int, float], float]] = {
+    "constant": lambda progress, *_: 1.0,
+    "linear": lambda progress, *_: 1.0 - progress,
+    "polynomial": lambda progress, _, power: (1.0 - progress) ** power,
+    "cosine": lambda progress, *_: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "cosine_with_restarts": lambda progress, cycles, _: (
         0.0 if progress >= 1.0 else 0.5 * (1.0 + math.cos(math.pi * (progress * cycles % 1.0)))
     ),
 }
 
 
 def learning_rate_factor(
-    name: str, *, steps: int, warmup: int = 0, cycles: int = 1, end_factor: float = 0.0
+    name: str,
+    *,
+    steps: int,
+    warmup: int = 0,
+    cycles: int = 1,
+    power: float = 2.0,
+    end_factor: float = 0.0,
 ) -> Callable[[int], float]:
     """A function from the number of updates done so far to the next one's share of the peak."""
     if warmup and warmup >= steps and name != "constant":
@@ -167,7 +173,7 @@ def learning_rate_factor(
         if done < warmup:
             return (done + 1) / warmup
         progress = min((done - warmup) / max(steps - warmup, 1), 1.0)
-        shape = SHAPES[name](progress, cycles)
+        shape = SHAPES[name](progress, cycles, power)
         return shape if name == "constant" else end_factor + (1.0 - end_factor) * shape
 
     return factor
@@ -175,7 +181,7 @@ def learning_rate_factor(
 
 def optimizer_and_schedule(parameters: dict[str, nn.Parameter], options: dict, steps: int):
     """Both from `command_line.shared_flags.optimizer_options`; `steps` counts updates."""
-    schedule = {"cycles": options.pop("cycles"), "end_factor": options.pop("end_factor")}
+    schedule = {each: options.pop(each) for each in ("cycles", "power", "end_factor")}
     name, warmup = options.pop("schedule"), options.pop("warmup")
     optimizer = build_optimizer(parameters, **options)
     factor = learning_rate_factor(name, steps=steps, warmup=warmup, **schedule)

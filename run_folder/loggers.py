@@ -1,6 +1,10 @@
-"""Weights & Biases: scalars step by step, decoded text once, nothing secret, no questions asked."""
+"""Where else metrics go: scalars step by step, decoded text once, nothing secret, no questions.
+
+Another logger is a class here and a row in `LOGGERS`.
+"""
 
 import importlib.util
+import json
 import netrc
 import os
 import sys
@@ -41,14 +45,17 @@ def has_netrc_key(server: str) -> bool:
         return False
 
 
-def check_installed() -> None:
-    """Raise ``UserError`` where there is no W&B, before a run folder is touched."""
-    if importlib.util.find_spec("wandb") is None:
-        raise UserError("--log-with wandb: not installed; pip install wandb")
+def check_installed(name: str) -> None:
+    """Raise ``UserError`` where a logger's library is missing, before a run folder is touched."""
+    library = LOGGERS[name].library
+    if importlib.util.find_spec(library) is None:
+        raise UserError(f"--log-with {name}: not installed; pip install {library}")
 
 
 class WandbRun:
     """One W&B run whose files lie inside the run folder."""
+
+    library = "wandb"
 
     def __init__(self, folder: Path, script: str, config: Mapping[str, Any]) -> None:
         """``config``: what config.json holds, secrets redacted."""
@@ -124,3 +131,50 @@ class WandbRun:
         for name, value in (summary or {}).items():
             self.run.summary[name] = value
         self.run.finish()
+
+
+class TensorboardRun:
+    """Event files in the run folder's ``tensorboard``, for `tensorboard --logdir RUN`."""
+
+    library = "tensorboardX"
+
+    def __init__(self, folder: Path, script: str, config: Mapping[str, Any]) -> None:
+        """``config``: what config.json holds, secrets redacted."""
+        self.folder, self.config, self.writer = folder / "tensorboard", config, None
+
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        """Write the numbers of one row under their own names."""
+        if self.writer is None:
+            from tensorboardX import SummaryWriter
+
+            # A resumed run comes by its last steps again: what an older file says of them is void.
+            self.writer = SummaryWriter(logdir=str(self.folder), purge_step=step)
+            self.writer.add_text("config", as_block(self.config), step)
+        for name, value in row.items():
+            if isinstance(value, int | float) and name != "step":
+                self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def finish(
+        self, samples: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None
+    ) -> None:
+        """Write the last decoded samples and the summary as text, and close the file."""
+        if self.writer is None:
+            return
+        if samples:
+            last = samples[-1]["step"]
+            shown = [sample for sample in samples if sample["step"] == last]
+            self.writer.add_text("samples", as_block(shown), last)
+        if summary:
+            self.writer.add_text("summary", as_block(summary))
+        self.writer.close()
+
+
+def as_block(value: Any) -> str:
+    """JSON as TensorBoard shows it line by line: indented, as Markdown's code."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+# What --log-with offers, and the name of each one's own folder within a run's.
+LOGGERS = {"wandb": WandbRun, "tensorboard": TensorboardRun}

@@ -21,7 +21,7 @@ from typing import Any
 
 from errors import UserError
 from run_folder.locks import OutputLock, lock_folder
-from run_folder.loggers import WandbRun, check_installed
+from run_folder.loggers import LOGGERS, check_installed
 from run_folder.rows import NO_ROWS, ROW_FILES, RowFile, numbered, read_rows
 from run_folder.run_config import (
     OF_ONE_START,
@@ -35,7 +35,7 @@ from safe_files import plain, refuse_links, refuse_links_below, sweep, write_jso
 
 LIBRARIES = ("mlx", "mlx-lm", "transformers", "numpy")
 RUNS = "runs"  # where runs lie that are given no folder
-OWN_NAMES = ["config.json", *ROW_FILES, "summary.json", "checkpoints", "plots", "wandb"]
+OWN_NAMES = ["config.json", *ROW_FILES, "summary.json", "checkpoints", "plots", *LOGGERS]
 
 
 class Run:
@@ -65,8 +65,8 @@ class Run:
         in use. Raises ``UserError`` when the folder holds another run, is in use, or holds files
         under a run's names that are no run's, with ``overwrite`` too.
         """
-        if log_with == "wandb":
-            check_installed()
+        if log_with != "none":
+            check_installed(log_with)
         self.folder = Path(output_dir) if output_dir else default_folder(script)
         if not resume:
             self._refuse_what_is_no_run(outputs)
@@ -82,7 +82,7 @@ class Run:
             self.may_change = tuple(options.get("may_change", ()))
             self.typed = frozenset(options.get("explicit", ()))
             self._open(script, options, resume, overwrite, outputs, blas)
-            self.wandb, self._track = None, log_with == "wandb"
+            self.logger, self._log_with = None, log_with
             if not resume:
                 self._start_tracking()
         except BaseException:
@@ -140,8 +140,8 @@ class Run:
             sweep(folder, all_names=True)
 
     def _start_tracking(self) -> None:
-        if self._track:
-            self.wandb = WandbRun(self.folder, self.config["script"], self.config)
+        if self._log_with != "none":
+            self.logger = LOGGERS[self._log_with](self.folder, self.config["script"], self.config)
 
     # ----------------------------------------------------------------- writing
 
@@ -158,14 +158,14 @@ class Run:
         return self.folder / "plots"
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Append one row and send its numbers to W&B; return the row as written.
+        """Append one row and send its numbers to the logger; return the row as written.
 
         NaN and infinity become null, which JSON has and they are not.
         """
         row = numbered(step, metrics)
         self._files["metrics.jsonl"].append(row)
-        if self.wandb is not None:
-            self.wandb.log(step, row)
+        if self.logger is not None:
+            self.logger.log(step, row)
         return row
 
     def log_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
@@ -216,12 +216,12 @@ class Run:
         self.close(result)
 
     def close(self, summary: Mapping[str, Any] | None = None) -> None:
-        """Close files, W&B and the locks; a second call does nothing."""
+        """Close files, the logger and the locks; a second call does nothing."""
         if self._lock.closed:
             return
         try:
-            if self.wandb is not None:
-                self.wandb.finish(read_rows(self.folder / "samples.jsonl"), summary)
+            if self.logger is not None:
+                self.logger.finish(read_rows(self.folder / "samples.jsonl"), summary)
         finally:
             self._free()
 

@@ -3,6 +3,8 @@
 import ast
 import functools
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,16 +83,113 @@ def test_the_page_s_table_is_what_is_imported():
 
 
 def test_imports_in_the_page_s_picture_go_down():
+    level = levels()
+    assert {*page_imports()} - {*level} == {"data", "pytorch_baseline"}
+    for name, targets in page_imports().items():
+        for target in targets - ({"data_loading"} if name == "data_utils" else set()):
+            assert level.get(name, -1) < level[target], f"{name} imports {target}"
+
+
+def module_files() -> dict[str, Path]:
+    """Every file of the project under the name it is imported by."""
+    names = {".".join(file.with_suffix("").parts): file for file in FILES}
+    # Scripts beside their helpers import those by their bare names.
+    flat = {f.stem: f for f in FILES if f.parts[0] in ("benchmarks", "pytorch_baseline", "data")}
+    return flat | names
+
+
+def graph(files: dict[str, Path]) -> dict[Path, set[Path]]:
+    """Which files each file imports, inside functions too."""
+    return {
+        file: {
+            files[name]
+            for module, part in imports(file)
+            for name in (module, f"{module}.{part}")
+            if name in files
+        }
+        - {file}
+        for file in files.values()
+    }
+
+
+def circles(edges: dict) -> list[list]:
+    """Paths that come back to where they began."""
+    found, done = [], set()
+
+    def follow(node, path: tuple) -> None:
+        if node in path:
+            found.append([*path[path.index(node) :], node])
+        elif node not in done:
+            for target in edges.get(node, ()):
+                follow(target, (*path, node))
+            done.add(node)
+
+    for node in edges:
+        follow(node, ())
+    return found
+
+
+def test_no_file_imports_itself_over_others():
+    edges = graph(module_files())
+    assert len(edges) > 150
+    assert circles(edges) == []
+
+
+def test_a_circle_is_found_where_one_is_added():
+    edges = graph(module_files())
+    low, high = Path("command_line/setting.py"), Path("command_line/config_files.py")
+    assert low in edges[high] and high not in edges[low]
+    edges[low] = edges[low] | {high}
+    assert any({low, high} <= set(circle) for circle in circles(edges))
+
+
+def levels() -> dict[str, int]:
+    """The line of the page's picture that each room stands in; imports go down."""
     lines = PAGE.split("```")[1].splitlines()
-    level = {
+    return {
         name: number
         for number, line in enumerate(lines)
         for name in re.findall(r"(\w+)(?:\.py|/)", line)
     }
-    assert {*page_imports()} - {*level} == {"data", "pytorch_baseline"}
-    for name, targets in page_imports().items():
-        for target in targets - {"data_loading"}:  # the parts of data_utils
-            assert level.get(name, -1) < level[target], f"{name} imports {target}"
+
+
+def upward(edges: dict[Path, set[Path]]) -> list[tuple[Path, Path]]:
+    """Imports of a file from a room that does not stand below its own."""
+    level = levels()
+    return [
+        (file, target)
+        for file, targets in edges.items()
+        for target in targets
+        if unit(file) != unit(target)
+        and {unit(file), unit(target)} <= {*level}
+        and not (unit(file) == "data_utils" and unit(target) == "data_loading")  # its parts
+        and level[unit(file)] >= level[unit(target)]
+    ]
+
+
+def test_no_file_imports_upward():
+    edges = graph(module_files())
+    assert upward(edges) == []
+    low, high = Path("run_folder/run.py"), Path("command_line/parser.py")
+    assert upward({low: {high}}) == [(low, high)]
+    assert upward({Path("training/memory.py"): {high}}), "training knows nothing of flags"
+
+
+TRAINERS = ("mlx_sft_trainer", "mlx_ppo_trainer")
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_trainer_brings_in_few_files(trainer):
+    """And no run folder, parser or W&B; seen in a process of its own."""
+    code = f"import {trainer}, sys; print(*[m for m in sys.modules if '__main__' not in m])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    ours = {module_files()[name] for name in loaded & {*module_files()}}
+    assert 10 < len(ours) < 25, sorted(map(str, ours))
+    assert not {unit(file) for file in ours} & {"run_folder", "command_line", "reports", "rewards"}
+    assert "wandb" not in loaded
 
 
 def test_nothing_imports_a_script():
@@ -169,4 +268,4 @@ def test_what_the_page_names_is_there():
     placed = re.findall(r"`(\w+)` (?:of|\()\s*`?([\w/]+\.py)`", PAGE)
     assert ("make_rewards", "command_line/reward_flags.py") in placed
     for name, file in placed:
-        assert re.search(rf"^(def|class) {name}\b", (ROOT / file).read_text("utf-8"), re.M), name
+        assert re.search(rf"^(def |class )?{name}\b", (ROOT / file).read_text("utf-8"), re.M), name

@@ -6,8 +6,7 @@ import numpy as np
 from tiny import flat, tiny_model
 
 from mlx_ppo_trainer import PPOConfig, PPOTrainer
-from models.actor_critic import ActorCritic
-from models.heads import ValueHead
+from models.actor_critic import ActorCritic, ValueHead
 from models.lora import LoraConfig, add_lora
 from models.soft_prompt import SoftPrompt
 from models.trunk import hidden_size

@@ -1,55 +1,29 @@
 """A run's checkpoints on MLX: what both loops save, and how they go back to it."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
-from command_line.resumed_options import (
+from run_folder.checkpoint_folder import set_aside_after
+from run_folder.manifest import Metric, number_old_ones
+from run_folder.resuming import (
     check_checkpoint_options,
     check_same_base,
     check_same_data,
     fingerprint,
 )
-from models.adapter_description import CONFIG_KEY
-from models.tuning import Tuning
-from run_folder.checkpoint_folder import set_aside_after
-from run_folder.manifest import Metric, number_old_ones
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop, StepGivenUp
 from training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from training.endings import not_finite
+from training.groups import Arrays, Group
 from training.memory import check_memory
 from training.optimizers import optimizer_arrays, restore_optimizer
 from training.streams import rng_state, set_rng_state
-
-Arrays = dict[str, mx.array]
-
-
-@dataclass
-class Group:
-    """Arrays of a checkpoint: `get()` gives them by name, `put(arrays)` takes them back.
-
-    `described()` is what their file says of itself, so that it also serves as an adapter or a head.
-    """
-
-    get: Callable[[], Arrays]
-    put: Callable[[Arrays], None]
-    described: Callable[[], dict[str, Any]] = dict
-
-
-def adapter_group(tuning: Tuning, described: dict) -> Group:
-    """The arrays of `tuning`; `described` is models.adapter_files.describe's."""
-    return Group(
-        tuning.arrays,
-        lambda arrays: tuning.load_arrays(arrays, "checkpoint"),
-        lambda: {CONFIG_KEY: described},
-    )
 
 
 @dataclass

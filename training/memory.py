@@ -2,8 +2,7 @@
 
 import mlx.core as mx
 
-from command_line.parser import MEMORY_ADVICE
-from errors import UserError
+from errors import MEMORY_ADVICE, UserError
 
 GB = 1e9
 

@@ -20,6 +20,7 @@ def learning_rate_schedule(
     steps: int,
     warmup: int = 0,
     cycles: int = 1,
+    power: float = 2.0,
     end_factor: float = 0.0,
 ) -> Callable[[mx.array | int], mx.array]:
     """A function from the number of updates done so far to the rate of the next one.
@@ -38,7 +39,7 @@ def learning_rate_schedule(
     def rate(step: mx.array | int) -> mx.array:
         done = mx.array(step).astype(mx.float32)
         progress = mx.clip((done - warmup) / span, 0.0, 1.0)
-        factor = end_factor + (1.0 - end_factor) * shape(progress, cycles)
+        factor = end_factor + (1.0 - end_factor) * shape(progress, cycles, power)
         if name == "constant":
             factor = mx.ones_like(done)
         if warmup:
@@ -48,16 +49,18 @@ def learning_rate_schedule(
     return rate
 
 
-def restarts(progress: mx.array, cycles: int) -> mx.array:
+def restarts(progress: mx.array, cycles: int, _: float) -> mx.array:
     """Cosine from 1 to 0, ``cycles`` times over; 0 at the very end."""
     within = (progress * cycles) % 1.0
     return mx.where(progress >= 1.0, 0.0, 0.5 * (1.0 + mx.cos(math.pi * within)))
 
 
-SHAPES: dict[str, Callable[[mx.array, int], mx.array]] = {
-    "constant": lambda progress, _: mx.ones_like(progress),
-    "linear": lambda progress, _: 1.0 - progress,
-    "cosine": lambda progress, _: 0.5 * (1.0 + mx.cos(math.pi * progress)),
+# Of progress from 0 to 1, the number of cycles, and the power.
+SHAPES: dict[str, Callable[[mx.array, int, float], mx.array]] = {
+    "constant": lambda progress, *_: mx.ones_like(progress),
+    "linear": lambda progress, *_: 1.0 - progress,
+    "polynomial": lambda progress, _, power: (1.0 - progress) ** power,
+    "cosine": lambda progress, *_: 0.5 * (1.0 + mx.cos(math.pi * progress)),
     "cosine_with_restarts": restarts,
 }
 
@@ -137,6 +140,7 @@ def build_optimizer(
     steps: int = 1,
     warmup: int = 0,
     cycles: int = 1,
+    power: float = 2.0,
     end_factor: float = 0.0,
     weight_decay: float | None = None,
     betas: tuple[float, float | None] = (0.9, None),
@@ -150,7 +154,13 @@ def build_optimizer(
     AdamW.
     """
     rate = learning_rate_schedule(
-        schedule, learning_rate, steps=steps, warmup=warmup, cycles=cycles, end_factor=end_factor
+        schedule,
+        learning_rate,
+        steps=steps,
+        warmup=warmup,
+        cycles=cycles,
+        power=power,
+        end_factor=end_factor,
     )
     decay = DECAY.get(name, 0.0) if weight_decay is None else weight_decay
     both = (betas[0], betas[1] if betas[1] is not None else (0.99 if name == "lion" else 0.999))

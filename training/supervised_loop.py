@@ -9,16 +9,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from command_line.resumed_options import check_whole_updates
 from data_utils import TextBatch
 from run_folder.checkpoint_folder import best_checkpoint
 from run_folder.console import Progress
 from run_folder.manifest import Metric
+from run_folder.resuming import check_whole_updates
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop
-from training.checkpointed import Group, Resumable
+from training.checkpointed import Resumable
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.endings import report_skipped, save_or_stop
+from training.groups import Group
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins")  # of what there is, in every report
 

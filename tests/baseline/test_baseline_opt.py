@@ -7,7 +7,7 @@ from baseline_setup import torch
 import mlx.core as mx  # isort: skip
 from mlx_lm.utils import load_model
 
-from models.caches import padded_cache
+from models.decoding import padded_cache
 from models.repairs import model_classes
 
 pytestmark = pytest.mark.torch

@@ -36,10 +36,9 @@ from data_utils import (
 from errors import UserError
 from mlx_ppo_trainer import PPOConfig, PPOTrainer
 from mlx_sft_trainer import LanguageModelTask, RewardModelTask, SupervisedTrainer
-from models.actor_critic import ActorCritic
+from models.actor_critic import ActorCritic, ValueHead
 from models.adapter_files import load_adapter, read_head
 from models.decoding import Sampling, generate
-from models.heads import ValueHead
 from models.load import load_model
 from models.packing import pack
 from models.reward_model import RewardModel, load_reward_head

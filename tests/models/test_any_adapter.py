@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from errors import UserError
+from models.actor_critic import ValueHead
 from models.adapter_description import REWARD_HEAD, VALUE_HEAD, head_path, read_description
 from models.adapter_files import attach, load_adapter, read_head, save_adapter, save_head
-from models.heads import ValueHead
 from models.load import load_model
 from models.reward_model import RewardModel, load_reward_head
 

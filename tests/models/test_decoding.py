@@ -7,10 +7,8 @@ import pytest
 from tiny import tiny_model
 
 from errors import UserError
-from models.actor_critic import ActorCritic
-from models.caches import padded_cache
-from models.decoding import Sampling, generate, pick
-from models.heads import ValueHead
+from models.actor_critic import ActorCritic, ValueHead
+from models.decoding import Sampling, generate, padded_cache, pick
 from models.lora import LoraConfig, add_lora
 from models.packing import pack
 from models.trunk import hidden_states, logits_from_hidden
@@ -305,11 +303,11 @@ def test_a_model_that_cannot_be_batched_is_refused(monkeypatch):
 
 
 def test_the_check_is_made_once(monkeypatch):
-    import models.caches
+    import models.decoding
 
     model = tiny_model()
     padded_cache(model, [0, 2])
-    monkeypatch.setattr(models.caches, "_check_padding", lambda model: 1 / 0)
+    monkeypatch.setattr(models.decoding, "_check_padding", lambda model: 1 / 0)
     padded_cache(model, [0, 2])
 
 

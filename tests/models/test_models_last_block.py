@@ -7,7 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny import ARCHITECTURES, OTHERS, tiny_model
 
-from models.blocks import checkpointed_blocks
+from models.gradients import checkpointed_blocks
 from models.last_block import allow_short_last_block, picked_hidden
 from models.lora import LoraConfig, add_lora
 from models.trunk import hidden_states

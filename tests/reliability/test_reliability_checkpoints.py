@@ -9,7 +9,6 @@ import pytest
 from reliable_runs import DATA, RUNS, Server, differences, left_by, shared_server, whole
 from test_scripts_errors import tree
 
-from command_line.resumed_options import check_same_base
 from errors import UserError
 from run_folder import checkpoint_folder as checkpoint_folders
 from run_folder.checkpoint_folder import (
@@ -19,6 +18,7 @@ from run_folder.checkpoint_folder import (
     list_checkpoints,
     set_aside_after,
 )
+from run_folder.resuming import check_same_base
 from training.checkpoints import save_checkpoint
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -412,6 +413,66 @@ def test_without_wandb_a_resumed_run_stays_as_it_was(folder, monkeypatch):
     with pytest.raises(UserError, match="--log-with wandb: not installed"):
         Run("sft", {}, output_dir=folder.with_name("new"), log_with="wandb")
     assert (folder / "config.json").read_bytes() == before and not folder.with_name("new").exists()
+
+
+# ------------------------------------------------------------------------------ TensorBoard
+
+
+def events(folder: Path) -> list:
+    """Every event of a run's files, by TensorBoard's record format: length, sum, bytes, sum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for file in sorted((folder / "tensorboard").iterdir()):
+        data, at = file.read_bytes(), 0
+        while at < len(data):
+            size = int.from_bytes(data[at : at + 8], "little")
+            found.append(Event.FromString(data[at + 12 : at + 12 + size]))
+            at += 16 + size
+    return found
+
+
+def scalars(folder: Path) -> list[tuple[int, str, float]]:
+    return [
+        (event.step, value.tag, value.simple_value)
+        for event in events(folder)
+        for value in event.summary.value
+        if value.HasField("simple_value")
+    ]
+
+
+def test_tensorboard_gets_the_numbers_and_no_secret(folder):
+    pytest.importorskip("tensorboardX")
+    with Run("sft", {"token": "hf_" + "a" * 34}, output_dir=folder, log_with="tensorboard") as run:
+        for step in (1, 2):
+            run.log(step, {"train/loss": step / 4, "what": "text", "nothing": math.nan})
+        run.log_samples(2, [{"prompt": "8 20", "response": " 22"}])
+        run.finish({"steps": 2})
+    assert scalars(folder) == [(1, "train/loss", 0.25), (2, "train/loss", 0.5)]
+    written = b"".join(file.read_bytes() for file in (folder / "tensorboard").iterdir())
+    assert b"8 20" in written and b"hf_" + b"a" * 34 not in written
+
+
+def test_a_resumed_run_voids_what_tensorboard_had_of_later_steps(folder):
+    pytest.importorskip("tensorboardX")
+    first = Run("sft", {}, output_dir=folder, log_with="tensorboard")
+    first.log(1, {"loss": 1.0})
+    state = first.state_dict()
+    first.log(2, {"loss": 2.0})
+    first.close()
+    with Run("sft", {}, output_dir=folder, resume=True, log_with="tensorboard") as again:
+        again.load_state_dict(state)
+        again.log(2, {"loss": 3.0})
+    starts = [event.step for event in events(folder) if event.session_log.status == 1]
+    assert starts == [2]  # from this step on, TensorBoard forgets what came before
+    assert scalars(folder)[-1] == (2, "loss", 3.0)
+
+
+def test_without_a_logger_s_library_nothing_is_touched(folder, monkeypatch):
+    monkeypatch.setattr("run_folder.loggers.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--log-with tensorboard: not installed; pip install ten"):
+        Run("sft", {}, output_dir=folder, log_with="tensorboard")
+    assert not folder.exists()
 
 
 # ------------------------------------------------------------------------------ memory

@@ -52,6 +52,10 @@ def run(optimizer, steps: int = 4, name: str = "w") -> np.ndarray:
         ("cosine", {}, 50, 1.0),
         ("cosine", {}, 25, 1.0 + math.cos(math.pi / 4)),
         ("cosine", {"end_factor": 0.5}, 1000, 1.0),
+        ("polynomial", {}, 50, 0.5),
+        ("polynomial", {"power": 3.0, "end_factor": 0.5}, 50, 1.125),
+        ("polynomial", {"power": 1.0, "warmup": 20}, 60, 1.0),
+        ("polynomial", {"power": 0.5}, 100, 0.0),
         ("cosine_with_restarts", {"cycles": 2}, 25, 1.0),
         ("cosine_with_restarts", {"cycles": 2}, 50, 2.0),
         ("cosine_with_restarts", {"cycles": 2}, 75, 1.0),
@@ -334,8 +338,7 @@ def test_the_ppo_trainers_own_optimizer_is_torchs_adam(epochs):
     from tiny_ppo import EOS, SMALL, random_batch, tuned
 
     from mlx_ppo_trainer import PPOConfig, PPOTrainer
-    from models.actor_critic import ActorCritic
-    from models.heads import ValueHead
+    from models.actor_critic import ActorCritic, ValueHead
 
     mx.random.seed(0)
     model = tiny_model()

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from mlx_ppo_trainer import PPOConfig, PPOTrainer
-from models.actor_critic import ActorCritic
-from models.heads import ValueHead
+from models.actor_critic import ActorCritic, ValueHead
 from models.interop import load_peft_adapter
 from models.load import load_model
 from models.tuning import FullTuning

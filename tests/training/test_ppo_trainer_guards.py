@@ -21,8 +21,7 @@ from tiny_ppo import (
 
 from errors import UserError
 from mlx_ppo_trainer import PPOConfig, PPOTrainer
-from models.actor_critic import ActorCritic
-from models.heads import ValueHead
+from models.actor_critic import ActorCritic, ValueHead
 from models.tuning import FullTuning
 from training.optimizers import build_optimizer, optimizer_arrays, restore_optimizer
 

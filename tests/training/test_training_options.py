@@ -126,6 +126,7 @@ def test_schedules_are_what_the_metrics_say():
         "constant": ((), {}),
         "linear": (("--warmup-steps", 3, "--lr-end-factor", 0.1), {"warmup": 3, "end_factor": 0.1}),
         "cosine": ((), {}),
+        "polynomial": (("--lr-power", 3), {"power": 3.0}),
         "cosine_with_restarts": (("--num-cycles", 2), {"cycles": 2}),
     }
     for name, (words, options) in schedules.items():
