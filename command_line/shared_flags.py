@@ -26,7 +26,8 @@ def add_run_arguments(parser: Parser, *, save_every: int = 100) -> None:
     add("--output-dir", help="run folder (default: runs/<script>-<time>)")
     add("--overwrite", type=bool, default=False, help="delete the run that --output-dir holds")
     add("--seed", type=int, default=0, help="seed of everything random")
-    add("--config", help="YAML, JSON or .conf file of options; the command line overrides it")
+    add("--config", "--config-path", help="YAML, JSON or .conf file of options; the command line "
+        "overrides it")  # fmt: skip
     add(
         "--save-every",
         type=int,
