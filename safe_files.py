@@ -177,11 +177,12 @@ def temporary_name(path: Path, what: str = "writing") -> Path:
 TEMPORARY = re.compile(r"\.(.+)\.(tmp|writing|old)-(\d+)(\.[^.]+)?")
 
 
-def sweep(path: Path, *, all_names: bool = False) -> None:
+def sweep(path: Path, *, all_names: bool = False, heads: bool = False) -> None:
     """Clear away what dead processes left of ``path``; ask before this process writes it itself.
 
     A folder that one of them had renamed, and not yet replaced, gets its name back. With
-    ``all_names``: what they left of anything in the folder ``path``.
+    ``all_names``: what they left of anything in the folder ``path``. With ``heads``: also of files
+    beside ``path`` whose names go on behind its own ("out.npz", "out.value_head.safetensors").
     """
     folder = path if all_names else path.parent
     try:
@@ -192,7 +193,8 @@ def sweep(path: Path, *, all_names: bool = False) -> None:
         if fits is None or is_alive(int(fits[3])):
             continue
         place = folder / (fits[1] + (fits[4] or ""))
-        if not all_names and place != path:
+        beside = heads and place.name.startswith(f"{path.stem}.")
+        if not (all_names or place == path or beside):
             continue
         with contextlib.suppress(OSError):
             if fits[2] == "old" and not os.path.lexists(place):

@@ -26,7 +26,7 @@ class OutputLock:
         self._file = None
         if path is None:
             return
-        sweep(path)
+        sweep(path, heads=True)
         self._place = path.with_name(f".{path.name}.lock")
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -221,6 +221,7 @@ def test_pytorch_stays_in_the_baseline():
     allowed = {
         "models/encoder_reward.py",
         "benchmarks/trl_worker.py",
+        "benchmarks/trl_dpo_worker.py",
         "benchmarks/trl_group_worker.py",
     }
     assert outside == allowed
