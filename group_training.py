@@ -33,7 +33,7 @@ def main(words=None) -> int:
 
     loaded = start(args.seed, args.memory_limit, **model_options(args))
     fit_lengths(args, loaded.limits, response=args.max_new_tokens)
-    prompts = load_prompts(args, loaded.tokenizer)
+    prompts = load_prompts(args, loaded.tokenizer, config_of(args).prompts_per_step)
     policy, reference = make_policy(args, loaded)
     for split in prompts.values():
         check_rows(split.rows, loaded.limits, prefix=len(policy.tuning.prefix),

@@ -14,6 +14,7 @@ With answers that were rated in the chat:
 import fast_blas  # noqa: F401
 
 from command_line.adapter_file import make_tuning
+from command_line.model_limits import check_splits, fit_lengths
 from command_line.parser import run_main
 from command_line.preference_flags import (
     WITH_REFERENCE,
@@ -33,10 +34,12 @@ from training.launch import run_training, say_peak_memory, say_written, shape_mu
 def main(words=None) -> int:
     args = parse_arguments(words)
     loaded = start(args.seed, args.memory_limit, **model_options(args))
+    fit_lengths(args, loaded.limits)
     rows = load_rows(args, loaded.tokenizer)
+    task = None if args.preview else make_task(args, loaded)
+    check_splits(rows, loaded.limits, prefix=len(task.tuning.prefix) if task else 0)
     if args.preview:
         return 0
-    task = make_task(args, loaded)
     if args.train:
         train(args, loaded, task, rows)
     if args.test:

@@ -14,7 +14,7 @@ A real one:
 import fast_blas  # noqa: F401
 
 from command_line.adapter_file import make_tuning, refuse_other_pooling
-from command_line.model_limits import check_rows, fit_lengths
+from command_line.model_limits import check_splits, fit_lengths
 from command_line.parser import run_main
 from command_line.sft_flags import load_rows, parse_arguments, training_length, validation
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
@@ -37,12 +37,10 @@ def main(words=None) -> int:
     loaded = start(args.seed, args.memory_limit, **model_options(args))
     fit_lengths(args, loaded.limits)
     rows = load_rows(args, loaded.tokenizer)
-    for split in ("train", "valid", "test"):
-        check_rows(rows[split].rows if split in rows else (), loaded.limits)
-    loaded.limits.check(rows.get("samples", ()), where="--sample-prompts", room=1)
+    task = None if args.preview else make_task(args, loaded)
+    check_splits(rows, loaded.limits, prefix=len(task.tuning.prefix) if task else 0)
     if args.preview:
         return 0
-    task = make_task(args, loaded)
     if args.reward_model:
         task.reward_model.reading = rows["reading"]
     if args.train:

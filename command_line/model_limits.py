@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from errors import UserError
+from models.adapter_description import read_description
 
 
 class Limits(Protocol):
@@ -23,7 +24,7 @@ def fit_lengths(args: Any, limits: Limits, *, response: int = 0) -> None:
     """
     if limits.positions is None:
         return
-    virtual = getattr(args, "num_prompt_tokens", 0) if getattr(args, "prompt_tuning", None) else 0
+    virtual = virtual_tokens(args)
     room = limits.positions - response - virtual
     behind = f", {response} of them for the response" * bool(response)
     behind += f", {virtual} for the soft prompt" * bool(virtual)
@@ -40,6 +41,15 @@ def fit_lengths(args: Any, limits: Limits, *, response: int = 0) -> None:
         print(f"note: --max-length is {room}: the model has {limits.positions} positions{behind}")
 
 
+def virtual_tokens(args: Any) -> int:
+    """How many a soft prompt puts before every text: that of a file, or one that is made."""
+    file = getattr(args, "resume_adapter_file", None) or getattr(args, "resume_file", None)
+    if file is not None:
+        count = read_description(file).get("num_prompt_tokens", 0)
+        return count if isinstance(count, int) else 0
+    return args.num_prompt_tokens if getattr(args, "prompt_tuning", None) else 0
+
+
 def check_rows(rows: Iterable[Any], limits: Limits, *, prefix: int = 0, response: int = 0) -> None:
     """Raise UserError, naming the row, for a token without a row in the model's embedding, and for
     a text that, with `prefix` tokens before it and `response` behind, has too many positions."""
@@ -47,3 +57,12 @@ def check_rows(rows: Iterable[Any], limits: Limits, *, prefix: int = 0, response
         where = getattr(row, "where", "") or "a row"
         for ids in getattr(row, "responses", None) or [row.tokens]:
             limits.check_one(ids, where, prefix + response)
+
+
+def check_splits(rows: dict[str, Any], limits: Limits, *, prefix: int = 0) -> None:
+    """`check_rows` of every split of a supervised script, and of its --sample-prompts."""
+    for split in ("train", "valid", "test"):
+        if split in rows:
+            check_rows(rows[split].rows, limits, prefix=prefix)
+    for ids in rows.get("samples", ()):
+        limits.check_one(ids, "--sample-prompts", prefix + 1)

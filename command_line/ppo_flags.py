@@ -3,6 +3,7 @@
 Shared by ppo_training.py and its PyTorch twin.
 """
 
+import math
 from pathlib import Path
 
 from command_line.adapter_file import check_save_file, refuse_other_head, settle_adapter
@@ -79,6 +80,7 @@ def add_task_arguments(parser: Parser, *, save_file: str) -> None:
     add("--resume-file", help="adapter to start from; the reference is the model without it")
     add("--reference-quantize", type=int, choices=(4, 8),
         help="bits of the reference copy in full fine-tuning (default: as the policy)")  # fmt: skip
+    add("--epochs", type=float, help="passes over the prompts, in place of --num-steps")
     add("--prompt-words", type=int, default=2, help="of a plain text, how many words are a prompt")
     add("--stop", nargs="+", help="texts that end a response")
     add("--eval-every", type=int, default=20, help="steps between evaluations; 0: none")
@@ -86,6 +88,7 @@ def add_task_arguments(parser: Parser, *, save_file: str) -> None:
     add("--eval-samples", type=int, default=4, help="sampled responses per validation prompt")
     add("--samples-per-step", type=int, default=2, help="responses a step into samples.jsonl")
     add("--steps-per-report", type=int, default=5, help="steps between lines of metrics")
+    parser.alternatives.append({"num_steps", "epochs"})
 
 
 def add_shared_arguments(parser: Parser, *, learning_rate_note: str) -> None:
@@ -122,6 +125,11 @@ def check_arguments(args) -> None:
         raise UserError(f"--top-p {args.top_p:g}: give a probability above 0; 1 leaves every token")
     if not all(args.stop or ()):
         raise UserError("--stop: an empty text would end every response at once; leave it out")
+    if args.epochs is not None:
+        if {"num_steps", "epochs"} <= args.explicit:
+            raise UserError("--num-steps and --epochs both say how long to train; give one of them")
+        if not 0 < args.epochs <= 1e6:
+            raise UserError("--epochs: give a number above 0, up to 1e6")
     check_save_file(args.save_file)
     same = args.reward_model and args.save_file
     if same and Path(args.save_file).resolve() == Path(args.reward_model).resolve():
@@ -152,8 +160,12 @@ def settle_tuning(args) -> None:
 # ------------------------------------------------------------------------------ data
 
 
-def load_prompts(args, tokenizer) -> dict:
-    """Prompts to train on and, where there are any, to validate on."""
+def load_prompts(args, tokenizer, per_step: int | None = None) -> dict:
+    """Prompts to train on and, where there are any, to validate on.
+
+    With --epochs it sets ``args.num_steps`` to the steps of `per_step` prompts (default: a batch)
+    that so many passes take; the last step goes into the next pass where they do not come out even.
+    """
     settle_date(args, tokenizer)
     found, loaded = {}, load_data(splits=("train", "valid"), **data_sources(args))
     for records in loaded.values():
@@ -165,6 +177,12 @@ def load_prompts(args, tokenizer) -> dict:
             records, tokenizer, prompt_words=args.prompt_words, **tokenising(args)
         )
         print(data_report(f"{split} prompts", records, found[split]))
+    if args.epochs is not None:
+        count, each = len(found["train"]), per_step or args.batch_size
+        args.num_steps = max(1, math.ceil(round(args.epochs * count / each, 9)))
+        print(
+            f"--epochs {args.epochs:g}: {args.num_steps} steps of {each} prompts, of {count} in all"
+        )
     return found
 
 

@@ -30,8 +30,8 @@ AT_LEAST_1 = (
 BETAS = {"rloo": 0.05, "online_dpo": 0.1}
 
 
-def _option(default, help_text: str):
-    return field(default=default, metadata={"help": help_text})
+def _option(default, help_text: str, *aliases: str):
+    return field(default=default, metadata={"help": help_text, "aliases": aliases})
 
 
 @dataclass
@@ -41,7 +41,9 @@ class GroupConfig:
     Raises UserError for values that cannot work together.
     """
 
-    num_steps: int = _option(60, "steps: responses to a batch of prompts, then their updates")
+    num_steps: int = _option(
+        60, "steps: responses to a batch of prompts, then their updates", "--steps"
+    )
     batch_size: int = _option(64, "responses per step, a multiple of --num-generations")
     num_generations: int | None = _option(None, "responses per prompt (default: 8; online DPO 2)")
     mini_batch_size: int | None = _option(None, "responses per gradient; none: the batch")

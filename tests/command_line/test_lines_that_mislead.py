@@ -1,10 +1,12 @@
 """Lines on the terminal and in files that said something else than what is so."""
 
+import importlib
 import json
 import re
 import shlex
 
 import pytest
+from script_table import SHORT, training_scripts
 from tiny import tiny_model_folder
 
 import fuse
@@ -161,6 +163,20 @@ def test_steps_are_another_name_of_iters_and_num_steps(words):
     assert args.iters == 7 and args.steps_per_report == 10
     args = ppo_arguments(["--ground-truth-reward", *words])
     assert args.num_steps == 7 and args.steps_per_report == 5
+
+
+@pytest.mark.parametrize("words", [["--steps", "7"], ["--steps=7"]])
+@pytest.mark.parametrize("name", training_scripts())
+def test_steps_are_the_length_of_a_run_in_every_training_script(capsys, name, words):
+    script = importlib.import_module(name.removesuffix(".py"))
+    line = next(short.line for short in SHORT.values() if short.script == name)
+    args, usual = (script.parse_arguments([*line, *more]) for more in (words, []))
+    (length,) = {"iters", "num_steps"} & {*vars(args)}
+    assert (getattr(args, length), getattr(usual, length)) == (7, 2)
+    assert args.steps_per_report == usual.steps_per_report
+    with pytest.raises(SystemExit):  # what could be several is asked about
+        script.parse_arguments([*line, "--step", "7"])
+    assert "--steps, " in capsys.readouterr().err
 
 
 def test_accuracy_stands_beside_the_pairs_that_it_is_over(capsys):

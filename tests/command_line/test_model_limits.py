@@ -10,6 +10,7 @@ from tiny_tokenizers import tiny_tokenizer
 
 import group_training
 import ppo_training
+import preference_training
 import score
 import sft
 import talk_to_model
@@ -48,6 +49,7 @@ def places(tmp_path_factory):
         "long": {"text": LONG}, "long_prompt": {"prompt": LONG, "completion": "the answer"},
         "short": {"prompt": "what is", "completion": "the answer"},
         "long_pairs": {"prompt": LONG, "chosen": "the answer", "rejected": "the question"},
+        "long_answers": {"prompt": "what is", "chosen": LONG, "rejected": LONG[9:] + LONG},
     }  # fmt: skip
     for name, row in rows.items():
         (folder / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 4)
@@ -77,10 +79,12 @@ PPO = f"{ROLLOUT} --mini_batch_size 2"
     "script, words",
     [(sft, f"{SFT} --train-file chat.jsonl"),
      (sft, f"{SFT} --reward-model --train-file chat_pairs.jsonl"),
+     (preference_training, f"{SFT} --train-file chat_pairs.jsonl"),
+     (preference_training, f"{SFT} --algorithm kto --train-file chat_pairs.jsonl"),
      (ppo_training, f"{PPO} --train-file chat.jsonl --max-new-tokens 4"),
      (group_training, f"{ROLLOUT} --num_generations 2 --train-file chat.jsonl --max-new-tokens 4"),
      (talk_to_model, "hello")],
-    ids=["sft", "reward_model", "ppo", "group", "chat"],
+    ids=["sft", "reward_model", "preference", "kto", "ppo", "group", "chat"],
 )  # fmt: skip
 def test_a_token_without_a_row_is_refused_before_training(script, words, model, places):
     said = run(script, places, f"{words} --model {model}", status=2)
@@ -102,10 +106,30 @@ def test_a_default_length_is_lowered_and_said(places, tmp_path):
         run(talk_to_model, places, "hello --model gpt2 --temp 0")
 
 
+@pytest.mark.parametrize("algorithm", ["dpo", "kto", "simpo"])
+def test_preferences_are_cut_to_the_positions_that_there_are(places, tmp_path, algorithm):
+    words = (f"{SFT} --model gpt2_48 --algorithm {algorithm} --train-file long_answers.jsonl "
+             f"--overwrite --output-dir {tmp_path}/run")  # fmt: skip
+    out = run(preference_training, places, f"{words} --prompt-tuning --num-prompt-tokens 5 "
+              f"--save-file {tmp_path}/prompt.npz")  # fmt: skip
+    assert "--max-length is 43: the model has 48 positions, 5 for the soft prompt" in out
+    # Of an adapter that training goes on with as well.
+    out = run(preference_training, places, f"{words} --resume-adapter-file {tmp_path}/prompt.npz "
+              f"--save-file {tmp_path}/again.npz")  # fmt: skip
+    assert "--max-length is 43" in out
+
+
 @pytest.mark.parametrize(
     "script, words, wrong",
     [(sft, f"{SFT} --train-file long.jsonl --max-length 2048", "--max-length 2048"),
      (sft, f"{SFT} --train-file long.jsonl --max-length 33", "give at most 32"),
+     (preference_training, f"{SFT} --train-file long_pairs.jsonl --max-length 33",
+      "give at most 32"),
+     (preference_training, f"{SFT} --train-file long_pairs.jsonl --prompt-tuning --max-length 30",
+      "10 for the soft prompt"),
+     (preference_training, f"{SFT} --train-file chat_pairs.jsonl --algorithm orpo --sample-prompts "
+      f"{LONG.replace(' ', '_')} --steps-per-eval 1 --validation-file chat_pairs.jsonl",
+      "--sample-prompts"),
      (ppo_training, f"{PPO} --train-file short.jsonl --max-new-tokens 40", "40"),
      (ppo_training, f"{PPO} --train-file short.jsonl --max-new-tokens 30 --max-length 20",
       "a response of up to 30"),
