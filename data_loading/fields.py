@@ -1,6 +1,7 @@
 """Fields of a row, checked: the prompt out of all that belong to it, responses, numbers, labels."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ CONVERSATION_FIELDS = ("messages", "conversation", "conversations")
 ADDED_FIELDS = ("context", "input")  # follow the prompt; the prompt itself where there is no other
 SYSTEM_FIELDS = ("system_prompt", "system")
 TEMPLATE_FIELDS = ("tools", "documents", "chat_template_kwargs")  # for the chat template
+QUOTED_WORDS = 5  # a context of so many words is not in a prompt by chance
 REWARDS = ("reward", "meta_eval_score")
 
 
@@ -79,29 +81,28 @@ def read_prompt(fields: dict[str, Any]) -> Prompt:
 def with_surroundings(prompt: Prompt, fields: dict[str, Any]) -> Prompt:
     """A prompt and what else of it stands in the row: context and input, history, system.
 
-    Context and input follow the first user turn; where its text holds them already, they do not
-    stand there twice. Earlier turns and the system prompt make messages of a text.
+    Context and input follow the first user turn; where a turn before the answer holds them already,
+    they do not stand there twice. Earlier turns and the system prompt make messages of a text.
     """
     used = [*prompt.fields]
     text = prompt.text
     for name in ADDED_FIELDS:
         if name not in used and (added := added_text(fields, name)):
             used.append(name)
-            text = _with_added(text, added) if text else added
+            text = _with_text(text, added, name) if text else added
     history = _history(fields)
     if history:
         used.append("history")
     if isinstance(history, str):
-        text = f"{history}\n\n{text}" if isinstance(text, str) and text else text or history
+        text = _with_text(text, history, "history") if text else history
         history = []
     system = system_of(fields)
     if system:
         used += [name for name in SYSTEM_FIELDS if given(fields, name)]
     if text and (history or system):
         turns = text if isinstance(text, list) else [{"role": "user", "content": text}]
-        if history and turns[: len(history)] != history:
-            own = turns[0]["role"] == "system"  # stays in front
-            turns = [*turns[:own], *history, *turns[own:]]
+        if history:
+            turns = _with_history(turns, history)
         text = with_system(turns, system, used[0])
     return Prompt(text, used)
 
@@ -117,15 +118,42 @@ def added_text(fields: dict[str, Any], name: str) -> str:
     return value if given(fields, name) else ""
 
 
-def _with_added(text: Text, added: str) -> Text:
+def _with_text(text: Text, added: str, name: str) -> Text:
+    """A prompt with a text of another field: behind what it asks, or before that for a history."""
     if isinstance(text, str):
-        return text if added.strip() in text else f"{text}\n\n{added}"
+        if _stands_in(added, text):
+            return text
+        return f"{added}\n\n{text}" if name == "history" else f"{text}\n\n{added}"
     turns = [*text]
-    first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
-    if first is None or any(added.strip() in turn["content"] for turn in turns):
+    if any(_stands_in(added, turn["content"]) for turn in turns if turn["role"] != "assistant"):
         return turns
-    turns[first] = {**turns[first], "content": f"{turns[first]['content']}\n\n{added}"}
+    first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
+    if first is None:
+        raise BadRow(f"{name} belongs to a user turn, and the row has none")
+    turns[first] = {**turns[first], "content": _with_text(turns[first]["content"], added, name)}
     return turns
+
+
+def _stands_in(added: str, text: str) -> bool:
+    """Whether a text holds another: as lines of its own, with or without a label before them.
+
+    A few words that a question only mentions ("noun or verb?", verb) are not its input.
+    """
+    words = re.escape(added.strip())
+    if len(added.split()) >= QUOTED_WORDS:
+        return re.search(rf"(?<!\w){words}(?!\w)", text) is not None
+    return re.search(rf"(?:\A|\n|:)[ \t]*{words}[ \t]*(?:\n|\Z)", text) is not None
+
+
+def _with_history(turns: list[Message], history: list[Message]) -> list[Message]:
+    """Earlier turns before the row's own, unless those begin with them; one system message."""
+    said, own = ([turn for turn in part if turn["role"] == "system"] for part in (history, turns))
+    if said and own and said != own:
+        raise BadRow("history begins with another system message than the prompt has")
+    earlier, later = ([t for t in part if t["role"] != "system"] for part in (history, turns))
+    if later[: len(earlier)] == earlier:
+        earlier = []
+    return [*(own or said), *earlier, *later]
 
 
 def _history(fields: dict[str, Any]) -> list[Message] | str:

@@ -55,10 +55,12 @@ def list_of(value: Any, name: str) -> list[Any]:
 def read_messages(value: Any, name: str, system: str = "") -> list[Message]:
     """Messages of OpenAI's shape (role, content) or ShareGPT's (from, value).
 
-    An empty system message is left out; `system`, from a field of its own, is put in front.
+    A system message with neither text nor other keys (tools) is left out; `system`, from a field
+    of its own, is put in front.
     """
     messages = [read_message(item, f"{name}[{i}]") for i, item in enumerate(list_of(value, name))]
-    messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
+    messages = [m for m in messages if m["role"] != "system" or m["content"].strip()
+                or m.keys() - {"role", "content", *TRAIN_KEYS}]  # fmt: skip
     if not any(m["role"] != "system" for m in messages):
         raise BadRow(f"{name} holds no user or assistant message")
     if any(m["role"] == "system" for m in messages[1:]):

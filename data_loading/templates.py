@@ -124,9 +124,15 @@ class Template:
 
     def _plain(self, record: Record, prompt: str, answer: Text) -> Rendered:
         """A prompt and an answer that no chat template writes."""
+        turns = answer if isinstance(answer, list) else []
+        if len(turns) > 1:
+            raise BadRow("an answer of several turns takes no prompt template; use token formats")
         text = prompt + plain_text(answer)
-        notes = [] if self.prompt_template is not None else _unread(record.extras, [])
-        return Rendered(text, [(len(prompt), len(text))], notes=notes)
+        extras = record.extras if self.prompt_template is None else {}  # the report names them
+        made = Rendered(text, [(len(prompt), len(text))], notes=_unread(extras, turns))
+        if turns and not is_trained(turns[0]):
+            made.untrained = made.answers
+        return made
 
     def prompt(self, record: Record) -> Rendered:
         """What the model is given before it answers.

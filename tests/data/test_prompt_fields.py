@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny_tokenizers import tiny_tokenizer
+from tiny_tokenizers import TEMPLATES, tiny_tokenizer
 
 from data_utils import (
     data_report,
@@ -104,6 +104,79 @@ def test_every_part_of_a_prompt_reaches_it_everywhere(tmp_path, row, parts):
     assert set(rows.unused) <= {"answer"}
 
 
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"instruction": "Translate into French.", "input": "in", "output": "dans"},
+         "Translate into French.\n\nin"),
+        ({"instruction": "Noun or verb?", "input": "verb", "output": "noun"},
+         "Noun or verb?\n\nverb"),
+        ({"prompt": [{"role": "user", "content": "Is 12 odd?"}], "input": "1", **PAIR},
+         "Is 12 odd?\n\n1"),
+        ({"question": "Spell it: verb", "context": "verb", "answer": "x"}, "Spell it: verb"),
+        ({"question": "Spell it\nverb\nnow", "context": "verb", "answer": "x"},
+         "Spell it\nverb\nnow"),
+        ({"question": f"In {TABLE}; how many?", "context": TABLE, "answer": "x"},
+         f"In {TABLE}; how many?"),
+    ],
+)  # fmt: skip
+def test_words_that_a_prompt_only_mentions_are_still_its_input(tmp_path, row, prompt):
+    for text in texts(records_of(tmp_path, row)):
+        assert f"<|im_start|>user\n{prompt}<|im_end|>" in text
+
+
+def test_a_context_that_only_the_answer_repeats_reaches_the_prompt(tmp_path):
+    row = {"messages": [HI, {"role": "assistant", "content": "Paris"}], "context": "Paris"}
+    for text in texts(records_of(tmp_path, row)):
+        assert "user\nhi\n\nParis<|im_end|>" in text
+
+
+@pytest.mark.parametrize("rest", [{"messages": [HI, HELLO]}, {"prompt": [HI], **PAIR}])
+def test_a_history_that_is_a_text_stands_before_messages_too(tmp_path, rest):
+    for text in texts(records_of(tmp_path, {"history": "You: who\nMe: me", **rest})):
+        assert "user\nYou: who\nMe: me\n\nhi<|im_end|>" in text
+
+
+def test_a_history_that_stands_behind_the_system_message_is_there_once(tmp_path):
+    system = {"role": "system", "content": "be brief"}
+    row = {"messages": [system, HI, HELLO, HI, HELLO], "history": [["hi", "hello"]]}
+    for text in texts(records_of(tmp_path, row)):
+        assert text.count("user\nhi<|im_end|>") == 2 and text.count("system\n") == 1
+    row = {"prompt": [system, HI], "history": [system, HI, HELLO], "answer": "x"}
+    [text] = texts(records_of(tmp_path, row))
+    assert text.count("be brief") == 1
+
+
+def test_an_empty_system_message_with_tools_reaches_the_template(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        TEMPLATES,
+        "tools of a turn",
+        "{% for m in messages %}{{ m.role }} {{ m.tools | default('') }} {{ m.content }}\n"
+        "{% endfor %}",
+    )
+    tools = tiny_tokenizer(template="tools of a turn")
+    system = {"role": "system", "content": "", "tools": [{"name": "weather"}]}
+    records = records_of(tmp_path, {"messages": [system, HI, HELLO]})
+    assert "weather" in tools.decode(tokenise_sft(records, tools)[0].tokens)
+    assert "weather" in tools.decode(tokenise_prompts(records, tools)[0].tokens)
+
+
+def test_answers_as_messages_behind_a_prompt_template(tmp_path):
+    quiet = {"prompt": "a", "completion": [{**HELLO, "weight": 0}]}
+    records = records_of(tmp_path, quiet)
+    row = tokenise_sft(records, CHATML, prompt_template="Q: {prompt}\n")[0]
+    trained = [token for token, on in zip(row.tokens, row.mask, strict=True) if on]
+    assert CHATML.decode(trained) == "Q: a\n"  # without --mask-prompt that is trained
+    with pytest.raises(UserError, match="no assistant turn to train"):
+        tokenise_sft(records, CHATML, prompt_template="Q: {prompt}\n", mask_prompt=True)
+    several = {"prompt": "a", "completion": [HELLO, HI, HELLO]}
+    with pytest.raises(UserError, match="rows.jsonl:1: an answer of several turns takes no prompt"):
+        tokenise_sft(records_of(tmp_path, several), CHATML, prompt_template="Q: {prompt}\n")
+    thought = {"prompt": "a", "completion": [{**HELLO, "reasoning_content": "hm"}]}
+    done = tokenise_sft(records_of(tmp_path, thought), CHATML, prompt_template="Q: {prompt}\n")
+    assert done.notes[0][2] == "reasoning_content"
+
+
 def test_a_prompt_that_dialogues_hold_already_stands_there_once(tmp_path):
     row = {"prompt": "hi", "messages": DIALOGUES["chosen"], **DIALOGUES}
     records = records_of(tmp_path, row)
@@ -168,6 +241,9 @@ def test_a_row_without_a_prompt_is_refused(tmp_path, row):
         ({"messages": [{"role": "system", "content": "x"}, HI, HELLO], "system": "y"}, "another"),
         ({"prompt": "a", "system": "x", "system_prompt": "y", "completion": "b"}, "different"),
         ({"messages": [HI, HELLO], **PAIR}, "must end with a user turn"),
+        ({"messages": [HELLO], "context": "a"}, "context belongs to a user turn"),
+        ({"prompt": [{"role": "system", "content": "x"}, HI], "completion": "b",
+          "history": [{"role": "system", "content": "y"}, HI, HELLO]}, "another system message"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_part_of_a_prompt_is_refused(tmp_path, row, says):
