@@ -57,6 +57,7 @@ from rl.ppo_statistics import sampling_warnings
 from rl.rollout_checks import check_rollout
 from rl.rollouts import Rollout
 from rl.shaping import length_penalties
+from training.optimizers import build_optimizer
 from training.reference_blend import ReferenceBlend
 from training.rollout_stages import (
     EVALUATION,
@@ -108,7 +109,7 @@ class GroupTrainer:
         self.tokenizer = tokenizer
         self.eos_ids = set(eos_ids if eos_ids is not None else tokenizer.eos_token_ids)
         self.vocabulary = vocabulary_size(model.model)
-        self.optimizer = optimizer or optim.Adam(config.learning_rate, bias_correction=True)
+        self.optimizer = optimizer or build_optimizer("adam", config.learning_rate)
         self.optimizer.init(model.trainable_parameters())
         self.grad_checkpoint = grad_checkpoint
         self.steps_done = self.updates_done = self.equal_steps = self.num_tokens = 0

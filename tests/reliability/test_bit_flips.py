@@ -14,12 +14,12 @@ from script_table import words
 
 import sft
 from command_line import resumed_options
-from command_line.resumed_options import check_checkpoint_options
 from errors import UserError
-from run_folder import checkpoint_folder, run_config
+from run_folder import checkpoint_folder, resuming, run_config
 from run_folder import rows as rows_module
 from run_folder.checkpoint_folder import list_checkpoints, read_best
 from run_folder.manifest import problem, read_manifest
+from run_folder.resuming import check_checkpoint_options
 from run_folder.rows import RowFile
 from run_folder.run import Run
 from safe_files import plain
@@ -92,7 +92,7 @@ ROWS: dict[Path, dict] = {}  # what the newest checkpoint says of a file of rows
 def flip(run: Path, monkeypatch, pick: random.Random | None) -> Counter:
     """(file, outcome) of every flip, or of 40 a file that `pick` chooses."""
     told: list[str] = []
-    for module in (checkpoint_folder, resumed_options, rows_module):
+    for module in (checkpoint_folder, resumed_options, resuming, rows_module):
         monkeypatch.setattr(module, "tell", told.append)
     folder, counts, silent = run / "run", Counter(), []
     state = load_checkpoint(list_checkpoints(folder / "checkpoints")[-1]).state

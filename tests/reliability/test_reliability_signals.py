@@ -172,7 +172,8 @@ def test_a_second_signal_stops_at_once_and_loses_no_checkpoint(server, tmp_path)
     running.signal(signal.SIGINT)
     running.wait_for("once more stops at once")
     running.signal(signal.SIGINT)
-    assert running.wait().code == -signal.SIGINT
+    # By the system, or by the thread that answers signals, whichever is first.
+    assert running.wait().code in (-signal.SIGINT, 128 + signal.SIGINT)
     assert latest_checkpoint(tmp_path / "run" / "checkpoints") is None
 
 

@@ -463,5 +463,6 @@ def test_a_second_signal_stops_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     assert "stopping" in process.stderr.readline() + process.stderr.readline()
     process.send_signal(signal.SIGINT)
-    assert process.wait(5) == -signal.SIGINT
+    # By the system, or by the thread that answers signals, whichever is first.
+    assert process.wait(5) in (-signal.SIGINT, 128 + signal.SIGINT)
     process.communicate()
