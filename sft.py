@@ -76,6 +76,7 @@ def train(args, loaded, task, rows) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_sft_trainer import SupervisedTrainer
     from models.adapter_files import describe
+    from publishing.trained import write_fused
     from training.optimizers import build_optimizer
     from training.samples import write_samples
     from training.supervised_loop import Loop, Schedule
@@ -125,7 +126,12 @@ def train(args, loaded, task, rows) -> None:
 
     kind = "reward_model" if args.reward_model else "sft"
     run_training(
-        args, kind, make_loop, said, lambda run, loop: finish(args, loaded, run, loop, rows)
+        args,
+        kind,
+        make_loop,
+        said,
+        lambda run, loop: finish(args, loaded, run, loop, rows),
+        write_fused=write_fused,
     )
 
 

@@ -20,6 +20,7 @@ FLAGS_FOR = {
     "model": "base_model base_model_name base_model_path model_name model_name_or_path",
     "dtype": "mixed_precision torch_dtype",
     "reward-model": "reward_model_name reward_model_path rm_name rm_path",
+    "fused-dir": "checkpoint_dir",
     "output-dir": "output_path save_dir save_path",
     "train-file data": "train_data train_path training_file",
     "validation-file": "valid_file val_file eval_file validation_path",
@@ -65,7 +66,7 @@ OURS = {
     for theirs in (*names.split(), *ours.replace("-", "_").split())
 }
 NO_COUNTERPART = frozenset(
-    "accelerate accelerate_mode bias checkpoint_dir dataloader_num_workers ddp deepspeed device "
+    "accelerate accelerate_mode bias dataloader_num_workers ddp deepspeed device "
     "device_map failure_config flash_attention fsdp gpt_base_model group inference_mode local_rank "
     "max_failures num_gpus num_proc num_training_workers num_workers pin_memory "
     "preprocessing_num_workers resources_per_worker save_strategy shuffle task_type "
