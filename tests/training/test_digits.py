@@ -271,7 +271,7 @@ def test_splits_share_no_row_and_no_prompt(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         ("", "neither was given"),
-        ("--increasing --decreasing", "both was given"),
+        ("--increasing --decreasing", "both were given"),
         ("--increasing --no-increasing", "neither was given"),
         ("--increasing --noise 1.1", "not a fraction"),
         ("--increasing --noise -0.1", "not a fraction"),
