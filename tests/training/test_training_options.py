@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import math
-import sys
 
 import mlx.core as mx
 import numpy as np
