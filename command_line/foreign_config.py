@@ -230,7 +230,9 @@ def literal(node: ast.expr | str, where: str) -> Any:
         return ast.literal_eval(node)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         text = node if isinstance(node, str) else ast.unparse(node)
-        raise UserError(f"{where}: {text.strip()[:60]!r} is not a Python literal") from None
+        raise UserError(
+            f"{where}: {text.strip()[:60]!r} is not a Python literal; a text goes in quotes"
+        ) from None
 
 
 HEADER = re.compile(r"\[\s*(\w+)\s*\]|(\w+)\s*:\s*$")
@@ -269,7 +271,9 @@ def entry_value(text: str, where: str) -> Any:
     try:
         tree = ast.parse(f"({text}\n)", mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise UserError(f"{where}: {text.strip()[:60]!r} is not a Python literal") from None
+        raise UserError(
+            f"{where}: {text.strip()[:60]!r} is not a Python literal; a text goes in quotes"
+        ) from None
     if isinstance(tree, ast.Tuple) and len(tree.elts) == 1 and not text.startswith("("):
         tree = tree.elts[0]
     return literal(tree, where)

@@ -138,8 +138,8 @@ class Parser(argparse.ArgumentParser):
                 if not equals and self._is_value(following):
                     value, equals, position = following, "=", position + 1
                 word = self._boolean_word(name, action, value if equals else "true")
-            else:
-                word = name + equals + value
+            else:  # the first of its names: what is looked for before argparse has run
+                word = action.option_strings[0] + equals + value
             out.append(word)
         return out, given
 

@@ -10,6 +10,8 @@ from tqdm import tqdm
 from run_folder.output import own_text, printable
 
 NUMBER_WIDTH = 9
+# A short bar, so that the values behind it fit into 80 columns.
+BAR = "{desc}{n_fmt}/{total_fmt} |{bar:10}| {remaining} left{postfix}"
 
 
 class Progress:
@@ -40,6 +42,7 @@ class Progress:
                 desc=name or None,
                 file=own_text(self.stream),
                 dynamic_ncols=True,
+                bar_format=BAR,
             )
             if self.live
             else None
@@ -50,9 +53,9 @@ class Progress:
         if self.bar is not None:
             self.bar.update(steps)
 
-    def report(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show the named values after ``step`` steps."""
-        if self.bar is not None:
+    def report(self, step: int, values: Mapping[str, Any], *, keep: bool = False) -> None:
+        """Show the named values after ``step`` steps; ``keep`` them on a line in a terminal too."""
+        if self.bar is not None and not keep:
             shown = "  ".join(f"{k} {short(v)}" for k, v in values.items())
             self.bar.set_postfix_str(printable(shown))
             return

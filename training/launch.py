@@ -88,7 +88,8 @@ def run_training(
 def say_peak_memory() -> None:
     from training.memory import peak_memory
 
-    print(f"peak memory {peak_memory():.2f} GB")
+    peak = peak_memory()
+    print(f"peak memory {peak:.2f} GB" if peak >= 0.1 else f"peak memory {peak * 1000:.1f} MB")
 
 
 def say_written(run: Run, written: Iterable[Any], *commands: str) -> None:
