@@ -135,9 +135,8 @@ def main(words=None) -> None:
     check_free(path.absolute(), args.force, suffix=single)
 
     # ------ what goes in, and what it computes before anything is fused
-    from models.comparing import check_sequences
     from models.parts import load_parts
-    from models.soft_prompt import find_embedding
+    from publishing.checks import Check
 
     parts = load_parts(
         args.model,
@@ -152,17 +151,14 @@ def main(words=None) -> None:
         raise UserError(f"--save-path {path}: is the base model itself; give another folder")
     for note in parts.notes:
         print(f"note: {note}")
-    vocabulary = find_embedding(parts.base.model)[2].weight.shape[0]
-    sequences = check_sequences(parts.base.tokenizer, vocabulary)
-    expected = parts.outputs(sequences)
+    check = Check.of(parts)
 
     # ------ what comes out, compared and given its name
-    from publishing.checks import Check
     from publishing.export import export
 
     with tempfile.TemporaryDirectory(prefix="fuse-") as scratch:
         place = Path(scratch, f"model{single or ''}") if args.dry_run else path
-        written = export(parts, place, args.format, Check(sequences, expected), card_choices(args),
+        written = export(parts, place, args.format, check, card_choices(args),
                          force=args.force, dequantize=args.dequantize)  # fmt: skip
         done = "would write" if args.dry_run else "wrote"
         print("\n".join([*written.messages, f"{done} {args.save_path}"]))

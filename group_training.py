@@ -74,6 +74,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_group_trainer import GroupTrainer
     from models.adapter_files import describe
+    from publishing.trained import write_fused
     from training.group_loop import GroupLoop
     from training.groups import Group, adapter_group
     from training.optimizers import build_optimizer
@@ -127,7 +128,12 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
             "that add up to 0; the reward is what should move"
         )
     run_training(
-        args, "group", make_loop, lambda _: said, lambda run, loop: finish(args, loaded, run, loop)
+        args,
+        "group",
+        make_loop,
+        lambda _: said,
+        lambda run, loop: finish(args, loaded, run, loop),
+        write_fused=write_fused,
     )
 
 
@@ -159,7 +165,7 @@ def finish(args, loaded, run, loop) -> None:
     run.finish({"steps": loop.step, "evaluation": evaluations})
     talk = command("talk_to_model.py", model=args.model, resume_file=args.save_file)
     fuse = command("fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/")
-    say_written(run, written, *([] if tuning.kind == "prompt" else [fuse]), talk)
+    say_written(run, written, *([] if tuning.kind == "prompt" or args.fused_dir else [fuse]), talk)
 
 
 if __name__ == "__main__":

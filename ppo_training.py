@@ -72,6 +72,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_ppo_trainer import PPOTrainer
     from models.adapter_files import describe
+    from publishing.trained import write_fused
     from training.groups import Group, adapter_group
     from training.optimizers import build_optimizer
     from training.rollout_loop import RolloutLoop, RolloutSchedule
@@ -120,7 +121,12 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         f"{sum(a.size for a in tuning.arrays().values()):,} weights trained; rewards: {rewards}"
     )
     run_training(
-        args, "ppo", make_loop, lambda _: said, lambda run, loop: finish(args, loaded, run, loop)
+        args,
+        "ppo",
+        make_loop,
+        lambda _: said,
+        lambda run, loop: finish(args, loaded, run, loop),
+        write_fused=write_fused,
     )
 
 
@@ -151,7 +157,9 @@ def finish(args, loaded, run, loop) -> None:
     run.finish({"steps": loop.step, "kl": kl, "evaluation": evaluations})
     talk = command("talk_to_model.py", model=args.model, resume_file=args.save_file)
     fuse = command("fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/")
-    say_written(run, written, *([] if policy.tuning.kind == "prompt" else [fuse]), talk)
+    say_written(
+        run, written, *([] if policy.tuning.kind == "prompt" or args.fused_dir else [fuse]), talk
+    )
 
 
 if __name__ == "__main__":

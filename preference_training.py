@@ -115,6 +115,7 @@ def train(args, loaded, task, rows) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_sft_trainer import SupervisedTrainer
     from models.adapter_files import describe
+    from publishing.trained import write_fused
     from training.optimizers import build_optimizer
     from training.preference_warnings import PreferenceWatch
     from training.reference_cache import NAME
@@ -170,6 +171,7 @@ def train(args, loaded, task, rows) -> None:
         lambda run, loop: finish(args, loaded, run, loop, rows),
         name=args.algorithm,
         outputs=(NAME,),
+        write_fused=write_fused,
     )
 
 
@@ -202,7 +204,7 @@ def finish(args, loaded, run, loop, rows) -> None:
     run.finish({"steps": loop.step, "best_valid_loss": loop.best, **loop.totals, **valid})
     fuse = command("fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/")
     talk = command("talk_to_model.py", model=args.model, resume_file=args.save_file)
-    say_written(run, written, fuse, talk)
+    say_written(run, written, *([] if args.fused_dir else [fuse]), talk)
 
 
 def show(what: str, metrics: dict[str, float]) -> None:

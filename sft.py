@@ -22,6 +22,13 @@ from data_utils import BatchIterator, BatchPlan, epoch_batches
 from models.adapter_description import REWARD_HEAD
 from training.launch import run_training, say_peak_memory, say_written, shape_multiple, start
 
+# Flags that say which rows are read, for the next script's prompts.
+ROWS = (
+    "data", "data_base", "train_file", "validation_file", "dataset", "dataset_config", "split",
+    "streaming", "max_rows", "data_weights", "format", "skip_bad_rows",
+    "validation_split_percentage", "prompt_template", "token_format",
+)  # fmt: skip
+
 # ------------------------------------------------------------------------------ main
 
 
@@ -69,6 +76,7 @@ def train(args, loaded, task, rows) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_sft_trainer import SupervisedTrainer
     from models.adapter_files import describe
+    from publishing.trained import write_fused
     from training.optimizers import build_optimizer
     from training.samples import write_samples
     from training.supervised_loop import Loop, Schedule
@@ -118,7 +126,12 @@ def train(args, loaded, task, rows) -> None:
 
     kind = "reward_model" if args.reward_model else "sft"
     run_training(
-        args, kind, make_loop, said, lambda run, loop: finish(args, loaded, run, loop, rows)
+        args,
+        kind,
+        make_loop,
+        said,
+        lambda run, loop: finish(args, loaded, run, loop, rows),
+        write_fused=write_fused,
     )
 
 
@@ -156,12 +169,30 @@ def finish(args, loaded, run, loop, rows) -> None:
     written.append(plot_losses(read_rows(run.folder), run.plots / "loss.png", unit=unit))
     run.finish({"steps": loop.step, "best_valid_loss": loop.best, **loop.totals, **found})
     if args.reward_model:
-        going_on = command("ppo_training.py", model=args.model, reward_model=args.save_file)
+        going_on = command(
+            "ppo_training.py",
+            *flags_of_rows(args),
+            model=args.model,
+            reward_model=args.save_file,
+        )
     else:
         going_on = command(
             "fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/"
         )
     say_written(run, written, going_on)
+
+
+def flags_of_rows(args) -> list[str]:
+    """The flags that say which rows of the user's own were read, for the next script's prompts."""
+    if not args.changed & {"data", "train_file", "dataset"}:
+        return []
+    words = []
+    for name in ROWS:
+        if name in args.changed:
+            value = getattr(args, name)
+            many = value if isinstance(value, list) else [value]
+            words += ["--" + name.replace("_", "-"), *map(str, many)]
+    return words
 
 
 def agreement(task, rows, plots=None) -> dict[str, float]:
@@ -170,7 +201,10 @@ def agreement(task, rows, plots=None) -> dict[str, float]:
 
     model = task.reward_model
     report = evaluate_scores(model.score, rows.rows, plots, gain=model.gain, offset=model.offset)
-    print("held-out rows: " + "  ".join(f"{k} {v:.3f}" for k, v in report.items()))
+    print(
+        "held-out rows: "
+        + "  ".join(f"{k} {v:,.0f}" if k == "pairs" else f"{k} {v:.3f}" for k, v in report.items())
+    )
     return report
 
 

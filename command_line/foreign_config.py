@@ -20,6 +20,7 @@ FLAGS_FOR = {
     "model": "base_model base_model_name base_model_path model_name model_name_or_path",
     "dtype": "mixed_precision torch_dtype",
     "reward-model": "reward_model_name reward_model_path rm_name rm_path",
+    "fused-dir": "checkpoint_dir",
     "output-dir": "output_path save_dir save_path",
     "train-file data": "train_data train_path training_file",
     "validation-file": "valid_file val_file eval_file validation_path",
@@ -65,7 +66,7 @@ OURS = {
     for theirs in (*names.split(), *ours.replace("-", "_").split())
 }
 NO_COUNTERPART = frozenset(
-    "accelerate accelerate_mode bias checkpoint_dir dataloader_num_workers ddp deepspeed device "
+    "accelerate accelerate_mode bias dataloader_num_workers ddp deepspeed device "
     "device_map failure_config flash_attention fsdp gpt_base_model group inference_mode local_rank "
     "max_failures num_gpus num_proc num_training_workers num_workers pin_memory "
     "preprocessing_num_workers resources_per_worker save_strategy shuffle task_type "
@@ -229,7 +230,9 @@ def literal(node: ast.expr | str, where: str) -> Any:
         return ast.literal_eval(node)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         text = node if isinstance(node, str) else ast.unparse(node)
-        raise UserError(f"{where}: {text.strip()[:60]!r} is not a Python literal") from None
+        raise UserError(
+            f"{where}: {text.strip()[:60]!r} is not a Python literal; a text goes in quotes"
+        ) from None
 
 
 HEADER = re.compile(r"\[\s*(\w+)\s*\]|(\w+)\s*:\s*$")
@@ -268,7 +271,9 @@ def entry_value(text: str, where: str) -> Any:
     try:
         tree = ast.parse(f"({text}\n)", mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise UserError(f"{where}: {text.strip()[:60]!r} is not a Python literal") from None
+        raise UserError(
+            f"{where}: {text.strip()[:60]!r} is not a Python literal; a text goes in quotes"
+        ) from None
     if isinstance(tree, ast.Tuple) and len(tree.elts) == 1 and not text.startswith("("):
         tree = tree.elts[0]
     return literal(tree, where)

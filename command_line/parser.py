@@ -17,7 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from command_line.config_files import read_config
-from command_line.resumed_options import check_script, read_run_options, redacted_options
+from command_line.resumed_options import (
+    check_script,
+    read_run_options,
+    redacted_options,
+    refuse_lost_paths,
+)
 from command_line.setting import Setting
 from command_line.values import (
     LONGEST_SHOWN,
@@ -133,8 +138,8 @@ class Parser(argparse.ArgumentParser):
                 if not equals and self._is_value(following):
                     value, equals, position = following, "=", position + 1
                 word = self._boolean_word(name, action, value if equals else "true")
-            else:
-                word = name + equals + value
+            else:  # the first of its names: what is looked for before argparse has run
+                word = action.option_strings[0] + equals + value
             out.append(word)
         return out, given
 
@@ -225,6 +230,7 @@ class Parser(argparse.ArgumentParser):
         for name in sorted(redacted_options(folder) & set(vars(args)) - args.explicit):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag}: it held a secret, which no file keeps; give it once more")
+        refuse_lost_paths(folder, {n: v for n, v in old.items() if n not in args.explicit})
         check_resume_options(
             old, vars(args), harmless=self.harmless, force=getattr(args, "force_resume", False)
         )

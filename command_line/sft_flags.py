@@ -60,11 +60,11 @@ LEARNING_RATES = {"lora": 2e-4, "dora": 2e-4, "full": 2e-5, "prompt": 1e-2}
 
 OF_TRAINING = (
     "iters epochs gradient_accumulation_steps steps_per_report steps_per_eval val_batches "
-    "early_stopping_patience save_best sample_prompts save_file train_file validation_file "
-    "validation_split_percentage lora_dropout grad_checkpoint optimizer learning_rate "
-    "lr_schedule num_cycles lr_power warmup_steps lr_end_factor weight_decay max_grad_norm "
-    "adam_beta1 adam_beta2 adam_eps momentum output_dir overwrite save_every keep_checkpoints "
-    "log_with max_bad_steps"
+    "early_stopping_patience save_best sample_prompts save_file fused_dir train_file "
+    "validation_file validation_split_percentage lora_dropout grad_checkpoint optimizer "
+    "learning_rate lr_schedule num_cycles lr_power warmup_steps lr_end_factor weight_decay "
+    "max_grad_norm adam_beta1 adam_beta2 adam_eps momentum output_dir overwrite save_every "
+    "keep_checkpoints log_with max_bad_steps"
 )
 
 # A test alone makes no adapter: it has that of a file, or none.

@@ -8,6 +8,7 @@ import argparse
 import math
 from typing import Any
 
+from command_line.fused_dir import check_fused_dir
 from command_line.parser import Parser
 from command_line.rules import Needs, flag_of, needs, refuse_idle
 from errors import UserError
@@ -24,9 +25,11 @@ def add_run_arguments(parser: Parser, *, save_every: int = 100) -> None:
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--output-dir", help="run folder (default: runs/<script>-<time>)")
+    add("--fused-dir", help="model folder to write as well: the base with what was trained on it")
     add("--overwrite", type=bool, default=False, help="delete the run that --output-dir holds")
     add("--seed", type=int, default=0, help="seed of everything random")
-    add("--config", help="YAML, JSON or .conf file of options; the command line overrides it")
+    add("--config", "--config-path", help="YAML, JSON or .conf file of options; the command line "
+        "overrides it")  # fmt: skip
     add(
         "--save-every",
         type=int,
@@ -63,6 +66,7 @@ def add_run_arguments(parser: Parser, *, save_every: int = 100) -> None:
             raise UserError("--overwrite needs --output-dir: the default folder is always new")
         if args.force_resume and args.resume is None:
             raise UserError("--force-resume needs --resume RUN_FOLDER")
+        check_fused_dir(args)
 
     parser.checks.append(check)
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import math
+from pathlib import Path
 
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
@@ -67,5 +68,15 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        shown = action.option_strings and action.default not in (None, "", argparse.SUPPRESS)
-        return text + (" (default: %(default)s)" if shown and "%(default)" not in text else "")
+        default = action.default
+        if not action.option_strings or default in (None, "", [], argparse.SUPPRESS):
+            return text
+        if isinstance(default, Path) and default.is_absolute():  # on this machine alone
+            return text
+        said = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        said = said.replace("%", "%%")
+        return text if "(default" in text else f"{text} (default: {said})".strip()
+
+
+class LongHelpFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The same with the lines of the description as they are."""

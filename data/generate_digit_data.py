@@ -30,6 +30,7 @@ from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
 from command_line.parser import Parser, run_main  # noqa: E402
+from command_line.values import LongHelpFormatter  # noqa: E402
 from errors import UserError  # noqa: E402
 from rewards.digits import PROMPT_NUMBERS, digits_score  # noqa: E402
 from safe_files import write_atomically, writing  # noqa: E402
@@ -182,23 +183,23 @@ def make_rows(task: Task, kind: str, split: str, count: int, seed: int) -> list[
 
 
 def make_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=LongHelpFormatter)
     add = parser.add_argument
     add("--increasing", type=bool, default=False, help="each number is greater than the last")
     add("--decreasing", type=bool, default=False, help="each number is smaller than the last")
-    add("--multiple-of", type=int, default=1, help="of what every number is a multiple (1)")
-    add("--num-samples", type=int, default=100, help="rows to train on (100)")
+    add("--multiple-of", type=int, default=1, help="of what every number is a multiple")
+    add("--num-samples", type=int, default=100, help="rows to train on")
     add("--num-valid", type=int, help="rows to validate on (a fifth of --num-samples, at least 10)")
     add("--num-test", type=int, help="rows to test on (the same)")
     add("--min-length", type=int, default=5, help="numbers in the shortest row, and the floor of "
-        "the score (5)")  # fmt: skip
-    add("--max-length", type=int, default=15, help="numbers in the longest row (15)")
+        "the score")  # fmt: skip
+    add("--max-length", type=int, default=15, help="numbers in the longest row")
     add("--max-number", type=int, default=99, help="the highest number; the embedded model was "
-        "trained on 0 to 99 (99)")  # fmt: skip
+        "trained on 0 to 99")  # fmt: skip
     add("--noise", type=float, default=0.2, help="text rows: fraction of the positions that get a "
-        "random number (0.2)")  # fmt: skip
-    add("--kind", nargs="+", choices=list(KINDS), default=["text"], help="what to write (text)")
-    add("--seed", type=int, default=0, help="the same seed gives the same files (0)")
+        "random number")  # fmt: skip
+    add("--kind", nargs="+", choices=list(KINDS), default=["text"], help="what to write")
+    add("--seed", type=int, default=0, help="the same seed gives the same files")
     add("--output-dir", type=Path, default=HERE, help="where to write (the folder of this script)")
     parser.checks += [check_rule, check_sizes]
     return parser
@@ -206,8 +207,8 @@ def make_parser() -> Parser:
 
 def check_rule(args: argparse.Namespace) -> None:
     if args.increasing == args.decreasing:
-        number = "both" if args.increasing else "neither"
-        raise UserError(f"give --increasing or --decreasing, one of them; {number} was given")
+        given = "both were given" if args.increasing else "neither was given"
+        raise UserError(f"give --increasing or --decreasing, one of them; {given}")
     if args.multiple_of < 1:
         raise UserError(f"--multiple-of: {args.multiple_of} is below 1")
     if not 0 <= args.noise <= 1:

@@ -35,6 +35,7 @@ from tqdm import tqdm  # noqa: E402
 
 from errors import UserError  # noqa: E402
 from command_line.parser import Parser, run_main  # noqa: E402
+from command_line.values import LongHelpFormatter  # noqa: E402
 from safe_files import write_atomically, write_json, writing  # noqa: E402
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -221,16 +222,21 @@ def save(folder: Path, model: nn.Module, tokenizer: Tokenizer, config: dict) -> 
 
 
 def make_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=LongHelpFormatter)
     add = parser.add_argument
-    add("--output-dir", type=Path, default=HERE / "digits_model", help="(data/digits_model)")
-    add("--rows", type=int, default=40_000, help="different rows to train on (40000)")
-    add("--steps", type=int, default=2_500, help="optimizer steps (2500)")
-    add("--batch-size", type=int, default=64, help="rows in a step (64)")
-    add("--learning-rate", type=float, default=3e-3, help="highest learning rate of AdamW (0.003)")
-    add("--warmup", type=int, default=100, help="steps of warm-up (100)")
-    add("--weight-decay", type=float, default=0.01, help="(0.01)")
-    add("--seed", type=int, default=0, help="of the rows, their order and the first weights (0)")
+    add(
+        "--output-dir",
+        type=Path,
+        default=HERE / "digits_model",
+        help="where to write (default: data/digits_model)",
+    )
+    add("--rows", type=int, default=40_000, help="different rows to train on")
+    add("--steps", type=int, default=2_500, help="optimizer steps")
+    add("--batch-size", type=int, default=64, help="rows in a step")
+    add("--learning-rate", type=float, default=3e-3, help="highest learning rate of AdamW")
+    add("--warmup", type=int, default=100, help="steps of warm-up")
+    add("--weight-decay", type=float, default=0.01, help="of AdamW")
+    add("--seed", type=int, default=0, help="of the rows, their order and the first weights")
     parser.checks.append(check_sizes)
     return parser
 

@@ -145,8 +145,9 @@ def report_overlap(args: argparse.Namespace, model: Model, rows: list[dict]) -> 
     longest.sort(key=lambda run: -len(run.split()))
     many = sum(len(run.split()) >= LONG_OVERLAP for run in longest)
     print(f"{args.samples} sampled answers: {many} with {LONG_OVERLAP} words or more in a row as "
-          f"in a training row; the longest has {len(longest[0].split())}:")  # fmt: skip
-    print(f"  {longest[0]!r}")
+          f"in a training row; the longest has {len(longest[0].split())}")  # fmt: skip
+    if longest[0]:
+        print(f"  {longest[0]!r}")
 
 
 def main(words: list[str] | None = None) -> None:

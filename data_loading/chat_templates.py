@@ -220,7 +220,9 @@ def marked_source(source: str) -> str | None:
     template is none that jinja reads.
     """
     try:
-        tokens = [(kind, value) for _, kind, value in _LEXER.lex(source)]
+        # {%- has lost the blanks before it: one keeps it from a brace of the text, and is stripped.
+        tokens = [(kind, " " + value if value in ("{%-", "{{-", "{#-") else value)
+                  for _, kind, value in _LEXER.lex(source)]  # fmt: skip
     except jinja2.TemplateError:
         return None
     made: list[str] = []

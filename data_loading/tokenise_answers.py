@@ -138,7 +138,8 @@ def refuse_equal(record: Record) -> None:
     best = record.responses[0]
     for response, rank in zip(record.responses, record.ranks, strict=True):
         if rank > 0 and response == best:
-            raise BadRow("chosen and rejected are the same, so nothing is preferred")
+            raise BadRow("chosen and rejected are the same, so nothing is preferred; "
+                         "--skip-bad-rows leaves such rows out")  # fmt: skip
 
 
 def answers(encoder: Encoder, record: Record) -> tuple[list[list[int]], list[list[int]], bool]:

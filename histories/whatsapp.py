@@ -73,7 +73,8 @@ def read_whatsapp(path: Path, *, me: str | None = None, order: str | None = None
     names = Counter(m.sender for m in history.messages)
     if me is None or me not in names:
         there = ", ".join(name for name, _ in names.most_common(10))
-        raise UserError(f"{path}: --me NAME is needed, one of: {there}")
+        wrong = "--me NAME is needed" if me is None else f"no message is from {me}"
+        raise UserError(f"{path}: {wrong}; it is one of: {there}")
     if len(names) > 2:
         history.groups.add(path.stem)
     history.messages = [

@@ -91,6 +91,8 @@ def _soft_prompt(model: nn.Module, arrays: dict[str, mx.array], path: Path) -> S
 
 def _lora(model: nn.Module, config: dict, arrays: dict[str, mx.array], path: Path) -> Adapter:
     layers = _by_layer(arrays, path)
+    for layer, found in layers.items():
+        _check_arrays(config, layer, found, path)
     scales = {layer: _scale(config, layer, found) for layer, found in layers.items()}
     rank = max(found["lora_a"].shape[-1] for found in layers.values())
     scale = scales[next(iter(layers))]
@@ -135,14 +137,28 @@ def _by_layer(arrays: dict[str, mx.array], path: Path) -> dict[str, dict[str, mx
     return layers
 
 
-def _scale(config: dict, layer: str, found: dict[str, mx.array]) -> float:
-    """alpha / r of one layer; patterns match the end of its path, as in peft's get_pattern_key."""
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+def _check_arrays(config: dict, layer: str, found: dict[str, mx.array], path: Path) -> None:
+    """Raise UserError where the arrays of a layer are not what the settings say of them."""
+    rank, wanted = found["lora_a"].shape[-1], _of_layer(config, "r", "rank_pattern", layer)
+    if rank != wanted:
+        raise UserError(f"{path}: {layer} has rank {rank}, and {CONFIG} says {wanted}, so by which "
+                        "factor it counts is not known")  # fmt: skip
+    if config.get("use_dora") and "m" not in found:
+        raise UserError(f"{path}: {layer} has no lora_magnitude_vector, and {CONFIG} says use_dora")
+
+
+def _of_layer(config: dict, name: str, patterns: str, layer: str) -> int | float:
+    """A setting of one layer; patterns match the end of its path, as in peft's get_pattern_key."""
+    for pattern, value in (config.get(patterns) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", layer):
-            alpha = value
-            break
+            return value
+    return config[name]
+
+
+def _scale(config: dict, layer: str, found: dict[str, mx.array]) -> float:
+    """alpha / r of one layer."""
     rank = found["lora_a"].shape[-1]
+    alpha = _of_layer(config, "lora_alpha", "alpha_pattern", layer)
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 

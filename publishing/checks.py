@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 
 from errors import UserError
-from models.comparing import Difference
+from models.comparing import Difference, check_sequences
+from models.parts import Parts
+from models.soft_prompt import find_embedding
 
 # In float32 a fused model is its unfused one up to the order of sums; more is a fault.
 TOLERANCE = 1e-3
@@ -26,6 +29,13 @@ class Check:
 
     sequences: list[list[int]]
     expected: list
+
+    @classmethod
+    def of(cls, parts: Parts) -> Self:
+        """What `parts` compute before they are fused."""
+        vocabulary = find_embedding(parts.base.model)[2].weight.shape[0]
+        sequences = check_sequences(parts.base.tokenizer, vocabulary)
+        return cls(sequences, parts.outputs(sequences))
 
 
 def refuse_broken(difference: Difference, what: str, expected: Sequence, exact: bool) -> None:

@@ -15,6 +15,7 @@ from errors import UserError
 REFUSED = {
     "quantize": "PyTorch has no counterpart that gives the same numbers",
     "reference_quantize": "PyTorch has no counterpart that gives the same numbers",
+    "fused_dir": "--save-file FOLDER holds the merged model here",
     "compile": "the baseline runs PyTorch as it is",
 }
 

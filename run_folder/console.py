@@ -10,6 +10,8 @@ from tqdm import tqdm
 from run_folder.output import own_text, printable
 
 NUMBER_WIDTH = 9
+# A short bar, so that the values behind it fit into 80 columns.
+BAR = "{desc} {n_fmt}/{total_fmt} |{bar:10}| {remaining} left{postfix}"
 
 
 class Progress:
@@ -40,6 +42,7 @@ class Progress:
                 desc=name or None,
                 file=own_text(self.stream),
                 dynamic_ncols=True,
+                bar_format=BAR,
             )
             if self.live
             else None
@@ -50,24 +53,28 @@ class Progress:
         if self.bar is not None:
             self.bar.update(steps)
 
-    def report(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show the named values after ``step`` steps."""
+    def report(self, step: int, values: Mapping[str, Any], *, keep: bool = False) -> None:
+        """Show the named values after ``step`` steps; ``keep`` them on a line in a terminal too."""
+        width = len(str(self.total))
+        head = f"{self.name} {step:>{width}}/{self.total}".strip()
         if self.bar is not None:
-            shown = "  ".join(f"{k} {short(v)}" for k, v in values.items())
-            self.bar.set_postfix_str(printable(shown))
+            shown = printable("  ".join(f"{k} {short(v)}" for k, v in values.items()))
+            if keep:
+                self.line(f"{head}  {shown}")
+            else:
+                self.bar.set_postfix_str(shown)
             return
         pace = (step - self.first) / max(time.monotonic() - self.started, 1e-9)
-        width = len(str(self.total))
         cells = [f"{k} {short(v):<{NUMBER_WIDTH}}" for k, v in values.items()]
-        head = f"{self.name} {step:>{width}}/{self.total}".strip()
         self.line("  ".join([head, *cells, f"{pace:.2f} steps/s"]))
 
     def line(self, text: str) -> None:
         """Print a line of its own without disturbing the bar."""
         if self.bar is not None:
-            self.bar.write(text, file=self.stream)
-        else:
-            print(text, file=self.stream, flush=True)
+            self.bar.clear()  # tqdm.write clears only bars on the very same stream
+        print(text, file=self.stream, flush=True)
+        if self.bar is not None:
+            self.bar.refresh()
 
     def close(self) -> None:
         """Leave the bar where it stands; a second call does nothing."""

@@ -46,14 +46,16 @@ def run_training(
     name: str | None = None,
     outputs: Sequence[str] = (),
     place: Callable[[Run], str | Path] | None = None,
+    write_fused: Callable[[Namespace, Path], list[str]] | None = None,
 ) -> None:
     """A run of `kind` (run_folder/run_config.py) from its folder to what it leaves behind.
 
     `make_loop(run)` gives a loop with `run(stop, name)` and `resume`; `said(loop)` is called, and
     printed, when it is about to begin; `finish(run, loop)` saves to --save-file, or where
     `place(run)` says, once the loop is through. Of `args`, the flags of `add_run_arguments` are
-    read. `outputs`: names of what the script itself writes into the folder. Exits with 130 or 143
-    after a stop.
+    read. `outputs`: names of what the script itself writes into the folder. `write_fused(args,
+    run folder)` makes --fused-dir of what was saved and gives commands to go on with. Exits with
+    130 or 143 after a stop.
     """
     resuming = args.resume is not None
     run = Run(
@@ -75,15 +77,19 @@ def run_training(
         loop.run(stop, name or kind)
         if not stop.requested:
             path = args.save_file if place is None else place(run)
-            with suppress(StepGivenUp), stop.giving_up(), saving(path):
-                finish(run, loop)
+            with suppress(StepGivenUp), stop.giving_up():
+                with saving(path):
+                    finish(run, loop)
+                if write_fused is not None and args.fused_dir is not None:
+                    print(next_lines(write_fused(args, run.folder)))
     stop.exit_if_requested(MADE_BY[kind], run.folder)
 
 
 def say_peak_memory() -> None:
     from training.memory import peak_memory
 
-    print(f"peak memory {peak_memory():.2f} GB")
+    peak = peak_memory()
+    print(f"peak memory {peak:.2f} GB" if peak >= 0.1 else f"peak memory {peak * 1000:.1f} MB")
 
 
 def say_written(run: Run, written: Iterable[Any], *commands: str) -> None:

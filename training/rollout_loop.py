@@ -248,7 +248,8 @@ class RolloutLoop(Resumable):
             self.run_folder.log_samples(self.step, [{"evaluation": kind, **sample}])
         self.run_folder.log(self.step, {k: v for k, v in row.items() if k != "step"})
         shown = {"greedy": row["eval/greedy/score"], "sampled": row["eval/sampled/score"]}
-        progress.report(self.step, {f"held-out {name}": value for name, value in shown.items()})
+        named = {f"held-out {name}": value for name, value in shown.items()}
+        progress.report(self.step, named, keep=True)
         self.evaluations.append(row)
         return Metric(SCORE, row[SCORE], higher_is_better=True)
 

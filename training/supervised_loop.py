@@ -193,7 +193,8 @@ class Loop(Resumable):
         metrics = self.trainer.evaluate(self.validation())
         self.run_folder.log(self.step, {f"valid/{key}": v for key, v in metrics.items()})
         shown = {key: metrics[key] for key in (*SHOWN, "perplexity", "accuracy") if key in metrics}
-        progress.report(self.step, {f"valid {key}": value for key, value in shown.items()})
+        named = {f"valid {key}": value for key, value in shown.items()}
+        progress.report(self.step, named, keep=True)
         gained = math.isfinite(metrics["loss"])
         gained = gained and (self.best is None or metrics["loss"] < self.best)
         self.validated = self.step

@@ -223,3 +223,21 @@ def test_exceptions_are_needed():
     """No exception is left for a template that TRL no longer ships."""
     assert {name for name, _ in (*EXCEPTIONS, *REFUSED)} | NO_CALLS <= {*NAMES}
     assert len(NAMES) >= 35
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "gemma4" in name or "_gemma" in name])
+def test_gemma_4_answers_two_calls_and_goes_on(tmp_path, name):
+    calls = [CALL, {**CALL, "id": "c2", "function": {**CALL["function"], "name": "wind"}}]
+    results = [RESULT, {**RESULT, "name": "wind", "content": "30 kn", "tool_call_id": "c2"}]
+    turns = [ask("Weather?"), answer("", tool_calls=calls), *results, answer("12 degrees")]
+    row = {
+        "messages": [*turns, ask("Really?"), answer("so it is")],
+        "tools": ROWS["tools"]["tools"],
+    }
+    tokenizer = tokenizer_for(name)
+    made = tokenise_sft(record_of(row, tmp_path), tokenizer, mask_prompt=True)[0]
+    trained = tokenizer.decode([t for t, on in zip(made.tokens, made.mask, strict=True) if on])
+    for text in ("call:weather", "call:wind", "12 degrees", "so it is"):
+        assert text in trained
+    for text in ("12 C", "30 kn", "Weather?", "Really?"):
+        assert text not in trained

@@ -2,11 +2,17 @@
 
 import json
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from test_training_options import DATA, SMALL, TRAIN, Run, in_tmp, run, same  # noqa: F401
 
 import ppo_training
 import sft
+import talk_to_model
+from models.adapter_description import read_description
+from models.adapter_files import load_adapter
+from models.load import load_model
 
 
 @pytest.mark.parametrize(
@@ -45,7 +51,7 @@ FINETUNE = """# I am python, not json
         # for old tokenizers
         "gpt_base_model": True,
         "output_dir": "conf_run",
-        "checkpoint_dir": "/tmp/elsewhere",
+        "checkpoint_dir": %(fused)r,
         "config": {
             "trust_remote_code": False,
             "use_auth_token": None,
@@ -81,10 +87,11 @@ FINETUNE = """# I am python, not json
 PPO = """{
     "General": {
         "model_name": %(model)r,
-        "model_pretrain": None,
+        "model_pretrain": %(trained)r,
         "rm_name": %(reward)r,
         "rm_pretrain": None,
         "output_dir": "ppo_run",
+        "checkpoint_dir": %(fused)r,
     },
     "Dataset": {
         "train_file": %(train)r,
@@ -95,7 +102,7 @@ PPO = """{
         "optimizer": "AdamW",
         "experience_batch_size": 8,
         "batch_size": 4,
-        "training_iteration": 2,
+        %(length)s,
         "learning_rate": 1e-3,
         "lr_scheduler": "cosine",
         "kl_coeff": 0.2,
@@ -114,11 +121,13 @@ def options_of(folder) -> dict:
 
 
 def test_a_conf_file_of_the_other_workflow_trains(tmp_path):
-    values = {"model": str(DATA / "digits_model"), "train": str(TRAIN)}
+    values = {"model": str(DATA / "digits_model"), "train": str(TRAIN), "fused": "tuned/model"}
     (tmp_path / "finetune.conf").write_text(FINETUNE % values)
     out = run(sft, "--train", "--config", "finetune.conf")
     assert "lora_r -> --lora-rank 3" in out and "lr_scheduler -> --lr-schedule linear" in out
-    assert "checkpoint_dir is not used here" in out and "resources_per_worker is not used" in out
+    assert "checkpoint_dir -> --fused-dir tuned/model" in out
+    assert "resources_per_worker is not used" in out
+    assert (tmp_path / "tuned" / "model" / "model.safetensors").is_file()
     options = options_of("conf_run")
     assert (options["optimizer"], options["weight_decay"], options["dtype"]) == (
         "adamw",
@@ -138,7 +147,8 @@ def test_a_conf_file_of_the_other_workflow_runs_ppo(tmp_path):
     run(sft, "--reward-model", "--train", "--data", DATA, "--data-base",
         "reward_function_increasing_mult_2_", "--max-rows", 16, "--iters", 1,
         "--save-file", "rm.npz", "--output-dir", "rm")  # fmt: skip
-    values = {"model": str(DATA / "digits_model"), "train": str(TRAIN), "reward": "rm.npz"}
+    values = {"model": str(DATA / "digits_model"), "train": str(TRAIN), "reward": "rm.npz",
+              "trained": None, "fused": None, "length": '"training_iteration": 2'}  # fmt: skip
     (tmp_path / "ppo.conf").write_text(PPO % values)
     out = run(ppo_training, "--config", "ppo.conf", "--max-new-tokens", 4, "--eval-every", 0)
     assert "experience_batch_size -> --batch-size 8" in out
@@ -162,3 +172,45 @@ def test_entries_of_inner_dictionaries_count_in_lines_too(tmp_path):
     )
     out = run(sft, "--preview", "--config", "c.conf")
     assert "lora_r -> --lora-rank 5" in out and "mixed_precision -> --dtype bfloat16" in out
+
+
+@pytest.mark.parametrize(
+    "length",
+    ['"epochs": 1', *(pytest.param(name, marks=pytest.mark.long)
+                      for name in ('"num_train_epochs": 2', '"epochs": 0.5'))],
+)  # fmt: skip
+def test_ppo_from_a_conf_starts_from_what_was_trained_and_leaves_a_model(tmp_path, length):
+    """One conf file's checkpoint_dir is the next one's model_pretrain, as in that workflow."""
+    rows = TRAIN.read_text(encoding="utf-8").splitlines(keepends=True)[:18]
+    (tmp_path / "few.jsonl").write_text("".join(rows))
+    values = {"model": str(DATA / "digits_model"), "train": "few.jsonl", "fused": "tuned"}
+    (tmp_path / "finetune.conf").write_text(FINETUNE % values)
+    run(sft, "--train", "--config", "finetune.conf")
+    run(sft, "--reward-model", "--train", "--model", "tuned", "--data", DATA, "--data-base",
+        "reward_function_increasing_mult_2_", "--max-rows", 16, "--iters", 1, "--save-file",
+        "rm.npz", "--output-dir", "rm", "--fused-dir", "judge")  # fmt: skip
+    values |= {"trained": "tuned", "reward": "judge", "fused": "ppo_model", "length": length}
+    (tmp_path / "ppo.conf").write_text(PPO % values)
+    out = run(ppo_training, "--config", "ppo.conf", "--max-new-tokens", 4, "--eval-every", 0)
+    passes = float(length.partition(": ")[2])
+    steps = int(passes * 16) // 8  # a tenth of the rows validates
+    assert "model_pretrain -> --model tuned" in out and f": {steps} steps of 8 responses" in out
+    options = options_of("ppo_run")
+    assert (options["model"], options["epochs"], options["num_steps"]) == ("tuned", passes, steps)
+    # The adapter says what it was trained on; the model computes what both together do.
+    assert read_description("ppo_weights.npz")["model"] == "tuned"
+    whole, parts = load_model("ppo_model"), load_model("tuned")
+    load_adapter(parts, "ppo_weights.npz")
+    base = load_model("tuned")
+    ids = mx.array([[3, 4, 5, 6, 7]])
+    logits = [np.array(m.model(ids)) for m in (whole, parts, base)]
+    assert abs(logits[0] - logits[1]).max() < 1e-3 < abs(logits[0] - logits[2]).max()
+    assert run(talk_to_model, "2 4 6", "--model", "ppo_model", "--max-tokens", 4, "--temp", 0)
+
+
+def test_a_conf_file_with_two_lengths_is_refused(tmp_path):
+    values = {"model": "m", "train": "t", "reward": "r", "trained": None, "fused": None}
+    values["length"] = '"epochs": 1, "training_iteration": 2'
+    (tmp_path / "ppo.conf").write_text(PPO % values)
+    said = run(ppo_training, "--config", "ppo.conf", status=2)
+    assert "--num-steps and --epochs both say how long" in said

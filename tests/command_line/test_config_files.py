@@ -35,6 +35,14 @@ def test_a_json_file_gives_defaults(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "words", ["--config_path {}", "--config-path={}", "--config_path nothing.json --config {}"]
+)
+def test_a_file_of_options_has_a_second_name(tmp_path, words):
+    file = write(tmp_path / "c.json", '{"iters": 600}')
+    assert parse(*words.format(file).split()).iters == 600
+
+
+@pytest.mark.parametrize(
     ("name", "text", "parts"),
     [
         ("c.yaml", "seed: 1\nitres: 5\n", ["c.yaml:2", "'itres'", "--iters"]),

@@ -69,7 +69,8 @@ def test_the_next_lines_of_sft_can_be_pasted(tmp_path, capsys, name):
     sft.main([*words[:-1], "run2", "--reward-model", "--train-file", "pairs.jsonl", "--save-file",
               f"r{name}.npz"])  # fmt: skip
     (line,) = commands(capsys.readouterr().out)
-    assert line[1:] == ["ppo_training.py", "--model", str(base), "--reward-model", f"r{name}.npz"]
+    assert line[1:] == ["ppo_training.py", "--model", str(base), "--reward-model", f"r{name}.npz",
+                        "--train-file", "pairs.jsonl"]  # fmt: skip
 
 
 def test_score_says_which_model_to_train(tmp_path, capsys):

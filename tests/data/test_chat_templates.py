@@ -51,6 +51,11 @@ TEMPLATES = {
     "arguments_text": TURNS.replace(SAY, SAY + "{% if m.tool_calls %}{{ 'CALL ' + "
                                     "m.tool_calls[0].function.arguments }}{% endif %}") + NEXT,
 }  # fmt: skip
+# A brace of the text before a tag that strips blanks, as in Gemma 4's declarations of tools.
+TEMPLATES["braces"] = (
+    "{% for t in tools or [] %}{\n  {%- if t %}x{% endif %}{ {{- t.name }}{ {#- no -#} }}\n"
+    "{% endfor %}" + TEMPLATES["return"]
+)
 SPECIAL = "<|user|> <|assistant|> <|system|> <|tool|> <|end|> <|return|> <|endoftext|>".split()
 
 
@@ -101,6 +106,7 @@ MASKED = {
     "two_loops": TWO,
     "parts": TWO,
     "return": TWO.replace("<|end|>\n", "<|end|>").replace("world<|end|>", "world<|return|>"),
+    "braces": TWO.replace("<|end|>\n", "<|end|>").replace("world<|end|>", "world<|return|>"),
     "marks": "<|user|>\nwhat<|end|>\n<|assistant|>\n[the answer]<|end|>\n<|user|>\nhello<|end|>\n"
     "<|assistant|>\n[world]<|end|>\n<|endoftext|>",
 }

@@ -103,8 +103,8 @@ def test_an_order_that_does_not_fit_is_refused(tmp_path):
 
 def test_who_i_am_is_asked_for_by_name(tmp_path):
     path = write(tmp_path / "c.txt", ANDROID)
-    for me in (None, "Bobby"):
-        with pytest.raises(UserError, match="--me NAME is needed, one of: Bob, Ann"):
+    for me, wrong in ((None, "--me NAME is needed"), ("Bobby", "no message is from Bobby")):
+        with pytest.raises(UserError, match=f"{wrong}.*; it is one of: Bob, Ann"):
             read_whatsapp(path, me=me)
 
 

@@ -102,6 +102,20 @@ def test_settings_that_change_nothing_are_taken(tmp_path):
     assert load_adapter(load_model(), tmp_path / "a").kind == "lora"
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"r": 16}, "has rank 4, and adapter_config.json says 16"),
+        ({"rank_pattern": {"q_proj": 2}}, "has rank 4, and adapter_config.json says 2"),
+        ({"use_dora": True}, "has no lora_magnitude_vector"),
+    ],
+)
+def test_arrays_that_are_not_what_the_settings_say_are_refused(tmp_path, settings, says):
+    write_peft(tmp_path / "a", peft_arrays(Q), **settings)
+    with pytest.raises(UserError, match=f"self_attn.q_proj {says}"):
+        load_adapter(load_model(), tmp_path / "a")
+
+
 def test_prompt_tuning_is_looked_at_too(tmp_path):
     rows = {"prompt_embeddings": mx.ones((2, 64))}
     settings = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}

@@ -73,7 +73,8 @@ def test_peft_ranks_and_alphas_of_their_own(tmp_path):
     shapes = {"0.self_attn.q_proj": (2, 64, 64), "1.self_attn.q_proj": (8, 64, 64),
               "1.mlp.down_proj": (4, 176, 64)}  # fmt: skip
     arrays = peft_arrays(shapes)
-    write_peft(tmp_path / "a", arrays, use_rslora=True, lora_alpha=6,
+    write_peft(tmp_path / "a", arrays, use_rslora=True, lora_alpha=6, r=8,
+               rank_pattern={"0.self_attn.q_proj": 2, "down_proj": 4},
                alpha_pattern={"down_proj": 3, "layers.0.self_attn.q_proj": 10})  # fmt: skip
     alphas = {"0.self_attn.q_proj": 10, "1.self_attn.q_proj": 6, "1.mlp.down_proj": 3}
     loaded = load_model(dtype="stored")

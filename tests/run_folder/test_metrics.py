@@ -519,3 +519,14 @@ def test_a_terminal_gets_a_live_bar_with_the_values():
         progress.line("saved")
     text = stream.getvalue()
     assert "\r" in text and "10/10" in text and "score 1.25" in text and "saved" in text
+
+
+def test_a_terminal_keeps_the_lines_that_are_to_be_kept():
+    stream = Terminal()
+    with Progress(10, name="ppo", stream=stream) as progress:
+        progress.report(5, {"held-out": 0.5}, keep=True)
+        progress.report(6, {"score": 0.25})
+    assert re.search(r"\r *\r(\x1b\[A)*ppo  5/10  held-out 0.5\n", stream.getvalue())  # bar cleared
+    bar = stream.getvalue().split("\r")[-1]
+    assert "ppo 0/10 |" in bar and "score 0.25" in bar
+    assert len(bar.split("left")[0]) < 30  # leaves room for values in 80 columns

@@ -128,7 +128,7 @@ def test_rewards_and_conversation_scores_are_regressed_on():
     found = summary()
     assert {"heldout/pearson", "heldout/spearman", "heldout/loss", "heldout/accuracy"} <= set(found)
     assert found["heldout/pearson"] > 0.3 and "held-out rows: pearson" in out
-    assert "\nnext: python ppo_training.py --reward-model rm.npz\n" in out
+    assert "\nnext: python ppo_training.py --reward-model rm.npz " in out
     talks = Path("talks.jsonl")
     lines = (DATA / "samples" / "conversation.jsonl").read_text() * 4
     talks.write_text(lines)
