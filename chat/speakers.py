@@ -6,6 +6,7 @@ from chat.prompting import Prompting
 from chat.speaker import Speaker, is_adapter, switch_off
 from models.adapter_files import load_adapter, read_adapter
 from models.load import DEFAULT_MODEL, LoadedModel, load_model, resolve_path
+from models.parts import refuse_lost_base
 
 
 class Loader:
@@ -27,6 +28,8 @@ class Loader:
         named = description.get("model")
         if model is None and isinstance(named, str) and Path(named).is_dir():
             model = named
+        elif model is None and isinstance(named, str) and adapter is not None:
+            refuse_lost_base(adapter, named)
         loaded, tunings = self._base(model, alone=description.get("fine_tune_type") == "full")
         switch_off(tunings)
         tuning = None

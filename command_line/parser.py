@@ -17,7 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from command_line.config_files import read_config
-from command_line.resumed_options import check_script, read_run_options, redacted_options
+from command_line.resumed_options import (
+    check_script,
+    read_run_options,
+    redacted_options,
+    refuse_lost_paths,
+)
 from command_line.setting import Setting
 from command_line.values import (
     LONGEST_SHOWN,
@@ -225,6 +230,7 @@ class Parser(argparse.ArgumentParser):
         for name in sorted(redacted_options(folder) & set(vars(args)) - args.explicit):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag}: it held a secret, which no file keeps; give it once more")
+        refuse_lost_paths(folder, {n: v for n, v in old.items() if n not in args.explicit})
         check_resume_options(
             old, vars(args), harmless=self.harmless, force=getattr(args, "force_resume", False)
         )

@@ -1,9 +1,13 @@
 """What ``--resume`` needs before any model is loaded: the old run's options. Loads no MLX."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from command_line.rules import flag_of
 from command_line.setting import Setting
 from errors import UserError
+from models.adapter_description import FILE_SUFFIXES
 from run_folder.manifest import any_numbered
 from run_folder.run_config import (
     MADE_BY,
@@ -16,6 +20,10 @@ from run_folder.run_config import (
 )
 from run_folder.secrets import tell
 from run_folder.stopping import resume_command
+
+FILES = ("train_file", "validation_file", "test_file", "reward_function")
+# Options that may be relative paths; a model and a reward model may be hub names as well.
+PATHS = ("model", "reward_model", "resume_file", "resume_adapter_file", *FILES)
 
 
 def check_script(path: str | Path, script: str) -> None:
@@ -39,6 +47,37 @@ def read_run_options(path: str | Path) -> list[Setting]:
         for key, value in options.items()
         if key not in OF_ONE_START and REDACTED not in str(value)
     ]
+
+
+def refuse_lost_paths(path: str | Path, options: Mapping[str, Any]) -> None:
+    """UserError for a relative path among a run's `options` that leads nowhere from here.
+
+    It says which folder it is relative to; a version that did not record that names this one.
+    """
+    here, machine = Path.cwd(), read_run_config(path).get("machine")
+    began = machine.get("folder") if isinstance(machine, dict) else None
+    began = began if isinstance(began, str) else None
+    for name in PATHS:
+        value = options.get(name)
+        for item in value if isinstance(value, list) else [value]:
+            if not isinstance(item, str) or not is_lost(name, item, began):
+                continue
+            where = f"the folder {began}, where the run was" if began else "where the run was"
+            raise UserError(
+                f"{flag_of(name)} {item}: is not in {here}; it is relative to {where} started: "
+                "resume it from there"
+            )
+
+
+def is_lost(name: str, value: str, began: str | None) -> bool:
+    """Whether `value` is a path that is not here and was there, or that can be nothing but one."""
+    value = value.partition(":")[0] if name == "reward_function" else value
+    path = Path(value).expanduser()
+    if not value or path.is_absolute() or path.exists():
+        return False
+    if began and Path(began, path).exists():
+        return True
+    return not began and (name in FILES or path.suffix in FILE_SUFFIXES)
 
 
 def begun_before(path: str | Path, option: str) -> bool:

@@ -30,7 +30,8 @@ def download(name: str, revision: str | None = None, *, with_code: bool = False)
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # huggingface_hub raises many kinds; each means "not to be had"
         raise UserError(f"{name}: no such folder, and not to be had from the hub: "
-                        f"{reason(error)}") from error  # fmt: skip
+                        f"{reason(error)} (as a relative path it is looked for in {Path.cwd()})"
+                        ) from error  # fmt: skip
 
 
 def reason(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +14,16 @@ from models.adapter_description import REWARD_HEAD, VALUE_HEAD
 from models.adapter_files import load_adapter, read_adapter, read_head
 from models.comparing import all_logits
 from models.fusing import blended, dequantize_model, fuse_adapters
-from models.load import LoadedModel, cast, default_dtype, load_model, resolve_path
+from models.hub_files import looks_like_hub_name
+from models.load import (
+    DEFAULT_MODEL,
+    DEFAULT_NAME,
+    LoadedModel,
+    cast,
+    default_dtype,
+    load_model,
+    resolve_path,
+)
 from models.lora import Adapter
 from models.reward_model import RewardModel, load_reward_head, load_reward_model
 from models.soft_prompt import SoftPrompt
@@ -178,4 +188,15 @@ def recorded_base(file: str, description: dict) -> str:
     name = description.get("model")
     if not isinstance(name, str) or not name:
         raise UserError(f"{file}: does not say which model it belongs to; give --model")
+    refuse_lost_base(file, name)
     return name
+
+
+def refuse_lost_base(file: str, name: str) -> None:
+    """UserError where the relative path of a base that an adapter names leads nowhere from here."""
+    meant = Path(name).expanduser()
+    known = name == DEFAULT_NAME or meant.name == DEFAULT_MODEL.name or looks_like_hub_name(name)
+    if not (known or meant.is_absolute() or meant.exists()):
+        raise UserError(f"{file}: was trained on {name}, a path relative to the folder that it was "
+                        f"trained in, and there is none in {Path.cwd()}; give --model, or start "
+                        "where it was trained")  # fmt: skip

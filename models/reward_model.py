@@ -1,6 +1,8 @@
 """Reward models in files: beside an adapter, in a model folder, or in transformers' form."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from errors import UserError
 from models.adapter_description import REWARD_HEAD
@@ -9,6 +11,7 @@ from models.classifiers import is_classifier, load_classifier
 from models.encoder_reward import EncoderReward, is_encoder
 from models.hub_files import download, looks_like_hub_name
 from models.load import LoadedModel, load_model
+from models.reading import MARK, Ending, template_tail, trained_reading
 from models.reward_network import POOLINGS, RewardModel, normalise
 
 __all__ = [
@@ -17,6 +20,7 @@ __all__ = [
     "load_reward_head",
     "load_reward_model",
     "normalise",
+    "retokeniser",
     "save_reward_head",
 ]
 
@@ -80,3 +84,42 @@ def load_reward_model(
     reward_model.freeze()
     reward_model.eval()
     return reward_model
+
+
+def retokeniser(policy: Any, reward: Any) -> Callable[[str, bool], list[int]] | None:
+    """``encode(text, ended)`` of a policy's texts for a reward model with the tokenizer `reward`.
+
+    For callers who have rendered texts alone: a prompt of one turn in the policy's template, with
+    the response behind it, is rendered by the reward model's own; any other text is tokenised as it
+    is. None where both render and tokenise alike. Training is told prompts as they were written
+    (rewards/learned.py), of any number of turns.
+    """
+    same = getattr(policy, "chat_template", None) == getattr(reward, "chat_template", None)
+    if policy is reward or (same and policy.get_vocab() == reward.get_vocab()):
+        return None
+    has_turns = template_tail(policy) is not None
+    before, _, after = _rendered(policy, MARK).partition(MARK) if has_turns else ("", "", "")
+    ending = Ending(reward, trained_reading(reward))
+
+    def encode(text: str, ended: bool) -> list[int]:
+        found = after and text.startswith(before) and after in text
+        if not found:
+            return ending.put(reward.encode(text), ended)
+        prompt, _, response = text.removeprefix(before).partition(after)
+        if template_tail(reward) is None:
+            return ending.put(reward.encode(prompt + response), ended)
+        rendered = _rendered(reward, prompt, response)
+        twice = reward.bos_token is not None and rendered.startswith(reward.bos_token)
+        return ending.put(ending.bare(reward.encode(rendered, add_special_tokens=not twice)), ended)
+
+    return encode
+
+
+def _rendered(tokenizer: Any, prompt: str, response: str | None = None) -> str:
+    """A prompt of one turn, with the response or with what asks for one, in a chat template."""
+    turns = [{"role": "user", "content": prompt}]
+    if response is not None:
+        turns.append({"role": "assistant", "content": response})
+    return tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=response is None
+    )

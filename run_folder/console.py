@@ -11,7 +11,7 @@ from run_folder.output import own_text, printable
 
 NUMBER_WIDTH = 9
 # A short bar, so that the values behind it fit into 80 columns.
-BAR = "{desc}{n_fmt}/{total_fmt} |{bar:10}| {remaining} left{postfix}"
+BAR = "{desc} {n_fmt}/{total_fmt} |{bar:10}| {remaining} left{postfix}"
 
 
 class Progress:
@@ -55,22 +55,26 @@ class Progress:
 
     def report(self, step: int, values: Mapping[str, Any], *, keep: bool = False) -> None:
         """Show the named values after ``step`` steps; ``keep`` them on a line in a terminal too."""
-        if self.bar is not None and not keep:
-            shown = "  ".join(f"{k} {short(v)}" for k, v in values.items())
-            self.bar.set_postfix_str(printable(shown))
+        width = len(str(self.total))
+        head = f"{self.name} {step:>{width}}/{self.total}".strip()
+        if self.bar is not None:
+            shown = printable("  ".join(f"{k} {short(v)}" for k, v in values.items()))
+            if keep:
+                self.line(f"{head}  {shown}")
+            else:
+                self.bar.set_postfix_str(shown)
             return
         pace = (step - self.first) / max(time.monotonic() - self.started, 1e-9)
-        width = len(str(self.total))
         cells = [f"{k} {short(v):<{NUMBER_WIDTH}}" for k, v in values.items()]
-        head = f"{self.name} {step:>{width}}/{self.total}".strip()
         self.line("  ".join([head, *cells, f"{pace:.2f} steps/s"]))
 
     def line(self, text: str) -> None:
         """Print a line of its own without disturbing the bar."""
         if self.bar is not None:
-            self.bar.write(text, file=self.stream)
-        else:
-            print(text, file=self.stream, flush=True)
+            self.bar.clear()  # tqdm.write clears only bars on the very same stream
+        print(text, file=self.stream, flush=True)
+        if self.bar is not None:
+            self.bar.refresh()
 
     def close(self) -> None:
         """Leave the bar where it stands; a second call does nothing."""

@@ -297,6 +297,7 @@ def describe(
                 "processor": platform.processor() or platform.machine(),
                 "cpu_count": os.cpu_count(),
                 "blas": blas,
+                "folder": os.getcwd(),  # which relative paths among the options start from
             },
         }
     )

@@ -5,8 +5,14 @@ import signal
 import sys
 from pathlib import Path
 
+from hypothesis import HealthCheck, settings
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+# No test looks at the clock: a busy machine is no fault.
+settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no clock")
 
 # A background shell (`nohup make test &`) hands Ctrl-C down as ignored, to every child as well.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from conftest import ROOT
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as some
 
 from errors import UserError
@@ -317,8 +317,6 @@ def test_in_a_group_others_have_their_names_before_their_turns():
     assert found.train[0]["messages"][0]["content"] == "Ann: hi\nEve: ho"
 
 
-# No clock: a busy machine is no fault.
-@settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     told=some.lists(
         some.tuples(

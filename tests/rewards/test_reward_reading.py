@@ -12,7 +12,7 @@ from data_loading.formats import to_record
 from data_utils import Records, tokenise_prompts
 from models.load import load_model
 from models.reading import Ending, Reading, imported_reading, template_tail, trained_reading
-from models.reward_model import RewardModel, load_reward_model, save_reward_head
+from models.reward_model import RewardModel, load_reward_model, retokeniser, save_reward_head
 from rewards.learned import learned_reward
 from rewards.reward_rows import tokenise_reward_rows
 
@@ -257,3 +257,21 @@ def test_training_writes_down_how_it_read(tmp_path, monkeypatch, folders):
     ids = made.source.tokenizer.encode(chats.removesuffix("\n"))
     scores = reward.function(["what is 0"], ["the answer 0"], token_ids=[ids], ended=[True])
     assert scores == made.score([tokens])
+
+
+@pytest.mark.parametrize("policy", ["chat", "eos_last", "no_break"])
+@pytest.mark.parametrize("judge", ["square", "plain"])
+def test_texts_that_a_policy_rendered_are_rendered_anew(loaded, policy, judge):
+    theirs, own = loaded[policy].tokenizer, loaded[judge].tokenizer
+    encode, reading = retokeniser(theirs, own), trained_reading(own)
+    prompts = tokenise_prompts(records([{"prompt": r["prompt"]} for r in PAIRS], "prompt"), theirs)
+    done = tokenise_reward_rows(records(PAIRS), own, reading, max_length=100)
+    texts = [
+        prompt.text + (" " if judge == "plain" else "") + row["chosen"]
+        for prompt, row in zip(prompts.rows, PAIRS, strict=True)
+    ]
+    if judge == "square":  # its rows have the same tokens; plain text is joined as it stands
+        assert [encode(text, True) for text in texts] == [r.responses[0] for r in done.rows]
+    assert all(theirs.eos_token not in own.decode(encode(text, False)) for text in texts)
+    assert not any("<|user|>" in own.decode(encode(text, True)) for text in texts)
+    assert retokeniser(own, own) is None

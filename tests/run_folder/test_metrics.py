@@ -526,6 +526,7 @@ def test_a_terminal_keeps_the_lines_that_are_to_be_kept():
     with Progress(10, name="ppo", stream=stream) as progress:
         progress.report(5, {"held-out": 0.5}, keep=True)
         progress.report(6, {"score": 0.25})
-    assert re.search(r"ppo  5/10  held-out 0.5 .*steps/s\n", stream.getvalue())
+    assert re.search(r"\r *\r(\x1b\[A)*ppo  5/10  held-out 0.5\n", stream.getvalue())  # bar cleared
     bar = stream.getvalue().split("\r")[-1]
+    assert "ppo 0/10 |" in bar and "score 0.25" in bar
     assert len(bar.split("left")[0]) < 30  # leaves room for values in 80 columns
