@@ -120,7 +120,8 @@ def test_longer_neighbours_change_nothing():
 def test_rows_that_end_are_not_paid_for(monkeypatch):
     import models.decoding
 
-    counts = []
+    counts, model = [], tiny_model()
+    sampled(model, PROMPTS, max_tokens=1)  # whether it heeds padding is tried once
     real = models.decoding.hidden_states
 
     def counting(model, tokens, cache=None):
@@ -128,7 +129,7 @@ def test_rows_that_end_are_not_paid_for(monkeypatch):
         return real(model, tokens, cache=cache)
 
     monkeypatch.setattr(models.decoding, "hidden_states", counting)
-    made = sampled(tiny_model(), PROMPTS * 8, max_tokens=40, eos_ids=MANY_EOS)
+    made = sampled(model, PROMPTS * 8, max_tokens=40, eos_ids=MANY_EOS)
     lengths = np.array([len(r) for r in made.responses])
     for step, rows in enumerate(counts):
         alive = (lengths > step).sum()

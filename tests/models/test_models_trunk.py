@@ -224,7 +224,7 @@ def test_no_positions_give_no_log_probabilities():
 
 
 def test_an_unknown_extra_is_refused():
-    with pytest.raises(ValueError, match="'top5' is neither entropy nor top1"):
+    with pytest.raises(ValueError, match="'top5' is none of entropy, top1"):
         token_logprobs(tiny_model(), mx.zeros((1, 32)), mx.array([1]), extras=("top5",))
 
 
