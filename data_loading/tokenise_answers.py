@@ -12,7 +12,7 @@ from typing import Any
 
 from data_loading.encoding import Encoder, Refused
 from data_loading.fields import REWARDS
-from data_loading.messages import BadRow
+from data_loading.messages import BadRow, is_trained
 from data_loading.records import Record, Text
 from data_loading.rows import PreferenceRow, Tokenised, UnpairedRow
 from data_loading.templates import Template
@@ -146,12 +146,15 @@ def answers(encoder: Encoder, record: Record) -> tuple[list[list[int]], list[lis
     """(tokens, masks, whether one was cut) of all responses of a record.
 
     All begin where the first of them does: a token that spans the end of the prompt and the start
-    of one response is no token of the prompt for the others either.
+    of one response is no token of the prompt for the others either. One that begins with a turn
+    that the row says not to train begins later.
     """
     done = [answer_tokens(encoder, record, response) for response in record.responses]
     responses, masks = map(list, zip(*(made for made, _ in done), strict=True))
     first = min(mask.index(1) for mask in masks)
-    masks = [[0] * first + [1] * (mask.index(1) - first) + mask[mask.index(1) :] for mask in masks]
+    for response, mask in zip(record.responses, masks, strict=True):
+        if isinstance(response, str) or is_trained(response[0]):
+            mask[first : mask.index(1)] = [1] * (mask.index(1) - first)
     return responses, masks, any(was_cut for _, was_cut in done)
 
 
@@ -166,6 +169,8 @@ def answer_tokens(
     template.note(record, rendered)
     tokens, was_cut = encoder.fit(tokens)
     mask = [0, *mask[1 : len(tokens)]]
+    if not any(mask) and not was_cut:
+        raise Refused("no turn of an answer is to be trained")
     if not any(mask):
         raise Refused(f"the prompt fills the {encoder.max_length} tokens of --max-length")
     return (tokens, mask), was_cut

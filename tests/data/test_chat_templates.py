@@ -11,6 +11,7 @@ from data_loading.chat_templates import marked_source
 from data_utils import (
     data_report,
     read_records,
+    tokenise_pairs,
     tokenise_preferences,
     tokenise_prompts,
     tokenise_scalar,
@@ -223,6 +224,21 @@ def test_turns_marked_not_to_train_are_masked(tmp_path, mark, mask_prompt):
     masked = tok.decode([t for t, bit in zip(row.tokens, row.mask, strict=True) if not bit])
     trained = tok.decode([t for t, bit in zip(row.tokens, row.mask, strict=True) if bit])
     assert "the answer" in masked and "the answer" not in trained and "world" in trained
+
+
+def test_turns_marked_not_to_train_are_masked_in_pairs(tmp_path):
+    tok = tokenizer("plain")
+    quiet = answer("never", weight=0)
+    chosen = [quiet, ask("hello"), answer("world")]
+    row = {"prompt": [ask()], "chosen": chosen, "rejected": [answer("no")]}
+    made = tokenise_pairs(records_of(tmp_path, row), tok)[0]
+    for tokens, mask, said in zip(made.responses, made.masks, ("world", "no"), strict=True):
+        trained = tok.decode([t for t, on in zip(tokens, mask, strict=True) if on])
+        assert trained == f"{said}<|end|>\n<|endoftext|>"
+    for side in ("chosen", "rejected"):
+        silent = {**row, "chosen": [answer("yes")], side: [quiet]}
+        with pytest.raises(UserError, match="the first: no turn of an answer is to be trained"):
+            tokenise_pairs(records_of(tmp_path, silent), tok)
 
 
 def test_training_marks_have_to_be_yes_or_no(tmp_path):
