@@ -220,7 +220,8 @@ def _written_around(tokenizer) -> tuple[bool, bool]:
     before, after = whole[:place], whole[place + len(plain) :]
     known = before in ([], [tokenizer.bos_token_id]) and after in ([], [tokenizer.eos_token_id])
     if not known:
-        raise UserError("GGUF: this tokenizer writes more around a text than one BOS and one EOS")
+        raise UserError("GGUF: this tokenizer writes more around a text than one BOS and one EOS, "
+                        "such as a fused soft prompt, and the file has no place for it")  # fmt: skip
     return bool(before), bool(after)
 
 

@@ -125,7 +125,7 @@ def test_reward_models_fuse_with_head_pooling_and_normalisation(tmp_path, kind, 
     expected = reward_model.score(texts)
     if kind == "lora":
         out = fuse(tmp_path, "--adapter-file", "reward.npz", "--save-path", "reward")
-        assert "ppo_training.py --model MODEL --reward_model reward" in out
+        assert "ppo_training.py --model MODEL --reward-model reward" in out
     else:
         export_in_process(tmp_path / "reward", [tmp_path / "reward.npz"])
     fused = load_reward_model(tmp_path / "reward")
