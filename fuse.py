@@ -87,8 +87,9 @@ def check_arguments(args):
     elif args.format in UNFUSED:
         check_adapter_alone(args, count)
     elif not count and args.format == "model" and not changes_weights(args):
-        raise UserError("nothing to do: give --adapter-file, --quantize, --dequantize, --dtype or "
-                        "a --format")  # fmt: skip
+        raise UserError(
+            "nothing to do: give --adapter-file, --quantize, --dequantize, --dtype or a --format"
+        )
 
 
 def changes_weights(args):
@@ -103,8 +104,9 @@ def check_upload_alone(args):
     if args.adapter_file or args.format != "model" or changes_weights(args):
         raise UserError("--save-path: give the folder to write before it is uploaded")
     if args.model is None:
-        raise UserError("--upload-repo: give --model FOLDER to upload, or --adapter-file and "
-                        "--save-path")  # fmt: skip
+        raise UserError(
+            "--upload-repo: give --model FOLDER to upload, or --adapter-file and --save-path"
+        )
 
 
 def check_adapter_alone(args, count):
@@ -158,8 +160,15 @@ def main(words=None) -> None:
 
     with tempfile.TemporaryDirectory(prefix="fuse-") as scratch:
         place = Path(scratch, f"model{single or ''}") if args.dry_run else path
-        written = export(parts, place, args.format, check, card_choices(args),
-                         force=args.force, dequantize=args.dequantize)  # fmt: skip
+        written = export(
+            parts,
+            place,
+            args.format,
+            check,
+            card_choices(args),
+            force=args.force,
+            dequantize=args.dequantize,
+        )
         done = "would write" if args.dry_run else "wrote"
         print("\n".join([*written.messages, f"{done} {args.save_path}"]))
         if args.dry_run:

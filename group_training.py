@@ -36,8 +36,12 @@ def main(words=None) -> int:
     prompts = load_prompts(args, loaded.tokenizer, config_of(args).prompts_per_step)
     policy, reference = make_policy(args, loaded)
     for split in prompts.values():
-        check_rows(split.rows, loaded.limits, prefix=len(policy.tuning.prefix),
-                   response=args.max_new_tokens)  # fmt: skip
+        check_rows(
+            split.rows,
+            loaded.limits,
+            prefix=len(policy.tuning.prefix),
+            response=args.max_new_tokens,
+        )
     learned = make_learned_reward(args, loaded, policy.tuning)
     rewards = make_rewards(args, learned, unscored=True)
     rewards.check_columns([*columns_of(prompts["train"].rows), "group_ids"])

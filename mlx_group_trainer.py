@@ -99,8 +99,10 @@ class GroupTrainer:
     ):
         kind = model.tuning.kind
         if config.beta and ref_model is None and kind == "full":
-            raise UserError("full fine-tuning with a KL needs a reference model: a frozen copy of "
-                            "the policy; --beta 0 needs none")  # fmt: skip
+            raise UserError(
+                "full fine-tuning with a KL needs a reference model: a frozen copy of "
+                "the policy; --beta 0 needs none"
+            )
         if eos_ids is None and tokenizer is None:
             raise UserError("GroupTrainer needs a tokenizer, or eos_ids")
         if ref_model is not None:
@@ -247,9 +249,13 @@ class GroupTrainer:
         config = self.config
         scores = np.nan_to_num(rewards, nan=0.0, posinf=np.inf, neginf=-np.inf).sum(axis=1)
         check_rollout(
-            rollout.queries, rollout.responses, scores, response_masks, config.batch_size,
+            rollout.queries,
+            rollout.responses,
+            scores,
+            response_masks,
+            config.batch_size,
             self.vocabulary,
-        )  # fmt: skip
+        )
         check_groups(rollout.queries, config.num_generations)
         if response_masks is not None:
             rollout.masks = [np.asarray(mask, dtype=bool) for mask in response_masks]
@@ -295,10 +301,14 @@ class GroupTrainer:
         fixed = contextlib.nullcontext(self.reference)
         with fixed if self.blend is None else self.blend.in_place() as reference:
             score_reference(
-                rollout, self.model.model, self.model.tuning, reference,
-                size=self.config.mini_batch_size, temperature=self.config.temperature,
+                rollout,
+                self.model.model,
+                self.model.tuning,
+                reference,
+                size=self.config.mini_batch_size,
+                temperature=self.config.temperature,
                 pad_to_multiple=self.pad_to_multiple,
-            )  # fmt: skip
+            )
 
     # ------------------------------------------------------------------ 5. advantages
 
@@ -533,5 +543,7 @@ def check_groups(queries: Sequence[list[int]], group_size: int) -> None:
     """UserError, naming the row, where the rows of a group answer different prompts."""
     for row, query in enumerate(queries):
         if query != queries[row // group_size * group_size]:
-            raise UserError(f"row {row}: its prompt is not that of its group; the "
-                            f"{group_size} responses to a prompt adjoin")  # fmt: skip
+            raise UserError(
+                f"row {row}: its prompt is not that of its group; the "
+                f"{group_size} responses to a prompt adjoin"
+            )

@@ -148,9 +148,13 @@ class PPOTrainer:
         parts = (part,) if part else ()  # the first one has the stream of the step itself
         if max_tokens is None:
             max_tokens = response_limits(
-                config.min_response_length, config.max_new_tokens, len(queries),
-                config.seed, self.steps_done, *parts,
-            )  # fmt: skip
+                config.min_response_length,
+                config.max_new_tokens,
+                len(queries),
+                config.seed,
+                self.steps_done,
+                *parts,
+            )
         sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
         value_head = self.model.value_head
         return self._sample(

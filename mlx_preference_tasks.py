@@ -248,9 +248,14 @@ class UnpairedTask(PreferenceTask):
     """
 
     def __init__(
-        self, model: nn.Module, tuning: Tuning, *, loss_type: str = "kto",
-        loss_options: dict[str, float] | None = None, **options: Any,
-    ):  # fmt: skip
+        self,
+        model: nn.Module,
+        tuning: Tuning,
+        *,
+        loss_type: str = "kto",
+        loss_options: dict[str, float] | None = None,
+        **options: Any,
+    ):
         super().__init__(model, tuning, **options)
         self.loss_type, self.loss_options = loss_type, loss_options or {}
 
@@ -285,9 +290,13 @@ class UnpairedTask(PreferenceTask):
         layout, label, ref_logps, baseline, tokens = arrays
         logprobs, *scored = self._score(layout, EXTRAS, gradient=self.trained.training)
         loss, metrics = kto_loss(
-            logprobs.sum(axis=1), ref_logps, label, baseline,
-            loss_type=self.loss_type, **self.loss_options,
-        )  # fmt: skip
+            logprobs.sum(axis=1),
+            ref_logps,
+            label,
+            baseline,
+            loss_type=self.loss_type,
+            **self.loss_options,
+        )
         found = metrics | token_metrics(scored, layout[3], label, 1 - label)
         weight = mx.array(float(label.size))
         total = loss * weight

@@ -256,8 +256,9 @@ def check_inside(file: Path, folder: Path) -> None:
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
     if not any(real.is_relative_to(place) for place in allowed):
-        raise UserError(f"{file}: is a link that leads out of its folder, to {real}; "
-                        "put the file itself there")  # fmt: skip
+        raise UserError(
+            f"{file}: is a link that leads out of its folder, to {real}; put the file itself there"
+        )
 
 
 # ------------------------------------------------------------------------------ errors

@@ -122,8 +122,10 @@ def write(args, pairs) -> None:
         best = best_of(pairs)
         rows = best_rows(best)
         before, after = (sum(p.score for p in some) / len(some) for some in (pairs, best))
-        print(f"best of {len(pairs) / len(best):.3g} responses to each of {len(best)} prompts: "
-              f"mean score {before:.4g} -> {after:.4g}")  # fmt: skip
+        print(
+            f"best of {len(pairs) / len(best):.3g} responses to each of {len(best)} prompts: "
+            f"mean score {before:.4g} -> {after:.4g}"
+        )
     refuse_overwriting(args)
     lines = [json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows]
     write_atomically(args.output, "".join(lines))

@@ -24,10 +24,22 @@ from training.launch import run_training, say_peak_memory, say_written, shape_mu
 
 # Flags that say which rows are read, for the next script's prompts.
 ROWS = (
-    "data", "data_base", "train_file", "validation_file", "dataset", "dataset_config", "split",
-    "streaming", "max_rows", "data_weights", "format", "skip_bad_rows",
-    "validation_split_percentage", "prompt_template", "token_format",
-)  # fmt: skip
+    "data",
+    "data_base",
+    "train_file",
+    "validation_file",
+    "dataset",
+    "dataset_config",
+    "split",
+    "streaming",
+    "max_rows",
+    "data_weights",
+    "format",
+    "skip_bad_rows",
+    "validation_split_percentage",
+    "prompt_template",
+    "token_format",
+)
 
 # ------------------------------------------------------------------------------ main
 

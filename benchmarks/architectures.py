@@ -65,11 +65,14 @@ def main(words: list[str]) -> None:
         kind, _, settings = case.partition("-")
         read, fused, size = measure(case)
         opened = "not in transformers" if fused is None else f"{fused:.0e}"
-        rows[case] = (f"| `{kind}` | {settings.replace('_', ' ')} | {read:.0e} | {opened} | "
-                      f"{size:.1f} |")  # fmt: skip
+        rows[case] = (
+            f"| `{kind}` | {settings.replace('_', ' ')} | {read:.0e} | {opened} | {size:.1f} |"
+        )
         print(rows[case], flush=True)
-    head = ["| `model_type` | settings | read here | fused, in transformers | largest logit |",
-            "|---|---|---|---|---|"]  # fmt: skip
+    head = [
+        "| `model_type` | settings | read here | fused, in transformers | largest logit |",
+        "|---|---|---|---|---|",
+    ]
     table = "\n".join([START, "", *head, *filter(None, rows.values()), "", END])
     PAGE.write_text(before + table + after, encoding="utf-8")
 

@@ -107,9 +107,14 @@ def accuracy(place: Path, adapter: Path | None, rows: list[dict], samples: int) 
     found = {}
     for name, temperature, count in (("greedy", 0.0, 1), ("sampled", 1.0, samples)):
         made = generate(
-            loaded.model, prompts, max_tokens=4, eos_ids=set(loaded.tokenizer.eos_token_ids),
-            sampling=Sampling(temperature), key=mx.random.key(1), samples=count,
-        )  # fmt: skip
+            loaded.model,
+            prompts,
+            max_tokens=4,
+            eos_ids=set(loaded.tokenizer.eos_token_ids),
+            sampling=Sampling(temperature),
+            key=mx.random.key(1),
+            samples=count,
+        )
         texts = [loaded.tokenizer.decode(r, skip_special_tokens=True) for r in made.responses]
         known = [row["answer"] for row in rows for _ in range(count)]
         right = [text.strip() == answer for text, answer in zip(texts, known, strict=True)]

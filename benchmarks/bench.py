@@ -89,8 +89,10 @@ def main() -> int:
     )
     (ROOT / "docs" / "benchmarks.md").write_text(document(rows, about), encoding="utf-8")
     replace_between(ROOT / "README.md", "bench", f"{table(HEADER, rows)}\n\n{about} {NOT_MEASURED}")
-    print(f"\n{table(HEADER, rows)}\n\nwrote docs/benchmarks.md, benchmarks/results/bench.json and "
-          "the table in README.md")  # fmt: skip
+    print(
+        f"\n{table(HEADER, rows)}\n\nwrote docs/benchmarks.md, benchmarks/results/bench.json and "
+        "the table in README.md"
+    )
     for name in failed:
         print(f"error: benchmarks/{name}.py failed or missed a target; its figures may be old")
     return 2 if failed else 0

@@ -147,19 +147,37 @@ def steps_to_goal(found: list[dict]) -> str:
 
 
 def table(results: dict) -> str:
-    head = ["reward", "backend", "score before", "score after", "worst seed", f"steps to {GOAL}",
-            "KL, nats", "seconds", "CPU seconds", "peak memory, GB"]  # fmt: skip
+    head = [
+        "reward",
+        "backend",
+        "score before",
+        "score after",
+        "worst seed",
+        f"steps to {GOAL}",
+        "KL, nats",
+        "seconds",
+        "CPU seconds",
+        "peak memory, GB",
+    ]
     rows = [head, ["---", "---"] + ["---:"] * (len(head) - 2)]
     for reward, (title, _) in REWARDS.items():
         for backend, shown in BACKENDS.items():
             found = list(results[reward][backend].values())
             column = {name: [f[name] for f in found] for name in found[0]}
-            rows.append([
-                title, shown, spread(column["start"], 3), spread(column["score"], 3),
-                f"{min(column['score']):.3f}", steps_to_goal(found), spread(column["kl"], 1),
-                spread(column["seconds"], 0), spread(column["cpu_seconds"], 0),
-                spread(column["peak_memory"], 2),
-            ])  # fmt: skip
+            rows.append(
+                [
+                    title,
+                    shown,
+                    spread(column["start"], 3),
+                    spread(column["score"], 3),
+                    f"{min(column['score']):.3f}",
+                    steps_to_goal(found),
+                    spread(column["kl"], 1),
+                    spread(column["seconds"], 0),
+                    spread(column["cpu_seconds"], 0),
+                    spread(column["peak_memory"], 2),
+                ]
+            )
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 

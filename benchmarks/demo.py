@@ -73,8 +73,10 @@ def report(seconds: dict[str, float], total: float) -> None:
     rows = [("after", "true score", "numbers", "KL, nats", "seconds")]
     before = true_score(ppo["evaluation"]["first"][0])
     rows.append(("SFT on noisy rows", *show(before, 0.0, seconds["SFT"])))
-    for name, done, key in (("PPO, ground truth", ppo, "ppo"),
-                            ("PPO, learned reward", by_model, "ppo_learned")):  # fmt: skip
+    for name, done, key in (
+        ("PPO, ground truth", ppo, "ppo"),
+        ("PPO, learned reward", by_model, "ppo_learned"),
+    ):
         after = true_score(done["evaluation"]["last"][0])
         rows.append((name, *show(after, done["kl"], seconds[key])))
     print("\nTrue score of sampled texts, on prompts that were never trained on (best: 1):\n")

@@ -51,8 +51,15 @@ def main() -> None:
 def start(command: str) -> pexpect.spawn:
     environment = {**os.environ, "NO_COLOR": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    child = pexpect.spawn("/bin/sh", ["-c", command], cwd=ROOT, env=environment, timeout=600,
-                          encoding="utf-8", dimensions=WIDE)  # fmt: skip
+    child = pexpect.spawn(
+        "/bin/sh",
+        ["-c", command],
+        cwd=ROOT,
+        env=environment,
+        timeout=600,
+        encoding="utf-8",
+        dimensions=WIDE,
+    )
     child.delaybeforesend = None
     return child
 
@@ -96,8 +103,12 @@ def course(file: Path) -> str:
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if "objective/kl" in row]
     parts = []
-    for name in ("env/ground_truth_mean", "env/reward_model_mean", "env/numbers_mean",
-                 "objective/kl"):  # fmt: skip
+    for name in (
+        "env/ground_truth_mean",
+        "env/reward_model_mean",
+        "env/numbers_mean",
+        "objective/kl",
+    ):
         values = [row[name] for row in rows]
         parts.append(f"{name} {values[0]:.2f} -> {sum(values[-5:]) / 5:.2f}")
     return ", ".join(parts)

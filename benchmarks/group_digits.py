@@ -77,8 +77,15 @@ def figures(folder: Path, name: str, seconds: float) -> dict:
 
 def table(results: dict) -> str:
     seeds = list(results)
-    head = ["method", *(f"seed {seed}" for seed in seeds), "worst", "numbers", "responses to 0.95",
-            "seconds to 0.95", "seconds a step"]  # fmt: skip
+    head = [
+        "method",
+        *(f"seed {seed}" for seed in seeds),
+        "worst",
+        "numbers",
+        "responses to 0.95",
+        "seconds to 0.95",
+        "seconds a step",
+    ]
     rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for name, (title, _, _) in METHODS.items():
         found = [results[seed][name] for seed in seeds]
@@ -86,14 +93,16 @@ def table(results: dict) -> str:
         samples = [row["samples_to_goal"] for row in found]
         seconds = [row["seconds_to_goal"] for row in found]
         reached = None not in samples
-        rows.append([
-            title,
-            *(f"{score:.3f}" for score in (*scores, min(scores))),
-            f"{sum(row['numbers'] for row in found) / len(found):.1f}",
-            f"{min(samples)} to {max(samples)}" if reached else "not on every seed",
-            f"{min(seconds):.1f} to {max(seconds):.1f}" if reached else "",
-            f"{sum(row['seconds'] for row in found) / len(found) / STEPS:.2f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                title,
+                *(f"{score:.3f}" for score in (*scores, min(scores))),
+                f"{sum(row['numbers'] for row in found) / len(found):.1f}",
+                f"{min(samples)} to {max(samples)}" if reached else "not on every seed",
+                f"{min(seconds):.1f} to {max(seconds):.1f}" if reached else "",
+                f"{sum(row['seconds'] for row in found) / len(found) / STEPS:.2f}",
+            ]
+        )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 

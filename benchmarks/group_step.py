@@ -43,14 +43,25 @@ def measure(folder: Path, name: str, repeats: int) -> dict:
 
 
 def report(rows: list[dict]) -> str:
-    header = ["shape", "ours, CPU s", "TRL, CPU s", "TRL / ours, CPU", "TRL / ours, clock",
-              "prefill unshared / shared, CPU"]  # fmt: skip
+    header = [
+        "shape",
+        "ours, CPU s",
+        "TRL, CPU s",
+        "TRL / ours, CPU",
+        "TRL / ours, clock",
+        "prefill unshared / shared, CPU",
+    ]
     lines = [
-        [row["shape"], shown(row["ours"]["cpu"]), shown(row["trl"]["cpu"]),
-         shown(row["times_as_fast"]["cpu"], 2), shown(row["times_as_fast"]["wall"], 2),
-         shown(row["prefill"], 2)]
+        [
+            row["shape"],
+            shown(row["ours"]["cpu"]),
+            shown(row["trl"]["cpu"]),
+            shown(row["times_as_fast"]["cpu"], 2),
+            shown(row["times_as_fast"]["wall"], 2),
+            shown(row["prefill"], 2),
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     return table(header, lines)
 
 

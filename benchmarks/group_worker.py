@@ -22,9 +22,11 @@ def main() -> None:
     model = load_model(sys.argv[1]).model
     tuning = add_lora(model, LoraConfig(rank=8, scale=4.0, keys=["q_proj", "v_proj"]))
     config = GroupConfig(
-        batch_size=PROMPTS * SAMPLES, num_generations=SAMPLES, max_new_tokens=TOKENS,
+        batch_size=PROMPTS * SAMPLES,
+        num_generations=SAMPLES,
+        max_new_tokens=TOKENS,
         learning_rate=1e-4,
-    )  # fmt: skip
+    )
     trainer = GroupTrainer(config, Policy(model, tuning), eos_ids={1})
     random = np.random.default_rng(0)
 

@@ -78,8 +78,11 @@ def watch(process: subprocess.Popen, metrics: Path) -> list[Sample]:
 
 
 def show(sample: Sample) -> None:
-    print(f"{sample.step:>6}  {sample.resident_mb:>11.1f}  {sample.open_files:>10}  "
-          f"{sample.seconds:>7.0f}", flush=True)  # fmt: skip
+    print(
+        f"{sample.step:>6}  {sample.resident_mb:>11.1f}  {sample.open_files:>10}  "
+        f"{sample.seconds:>7.0f}",
+        flush=True,
+    )
 
 
 def verdict(samples: list[Sample]) -> bool:
@@ -106,9 +109,19 @@ def main() -> int:
     steps = parser.parse_args().steps
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        command = [sys.executable, str(ROOT / "ppo_training.py"), *LINE.split(), "--num-steps",
-                   str(steps), "--data", str(ROOT / "data"), "--output-dir", str(run),
-                   "--save-file", str(Path(folder) / "weights.npz")]  # fmt: skip
+        command = [
+            sys.executable,
+            str(ROOT / "ppo_training.py"),
+            *LINE.split(),
+            "--num-steps",
+            str(steps),
+            "--data",
+            str(ROOT / "data"),
+            "--output-dir",
+            str(run),
+            "--save-file",
+            str(Path(folder) / "weights.npz"),
+        ]
         print("python ppo_training.py", *command[2:-4])
         print("  step  resident MB  open files  seconds")
         with open(Path(folder) / "log", "w+", encoding="utf-8") as log:

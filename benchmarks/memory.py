@@ -294,13 +294,25 @@ def headline(found: dict) -> list[list[str]]:
         return [what, f"{ours / 1e6:,.0f} MB", f"{other / 1e6:,.0f} MB", f"{ratio:.3f} x the bytes"]
 
     return [
-        row("weights held in PPO with a reward adapter: the base", ppo["weights"],
-            sft["roles"]["base"], share["weights"]),
-        row("peak of PPO with a reward adapter: of LoRA SFT", ppo["peak"], sft["peak"],
-            share["peak"]),
-        row("peak of log-probabilities, V = 128,256: all logits", peaks["ours"], peaks["plain"],
-            share["logprobs"]),
-    ]  # fmt: skip
+        row(
+            "weights held in PPO with a reward adapter: the base",
+            ppo["weights"],
+            sft["roles"]["base"],
+            share["weights"],
+        ),
+        row(
+            "peak of PPO with a reward adapter: of LoRA SFT",
+            ppo["peak"],
+            sft["peak"],
+            share["peak"],
+        ),
+        row(
+            "peak of log-probabilities, V = 128,256: all logits",
+            peaks["ours"],
+            peaks["plain"],
+            share["logprobs"],
+        ),
+    ]
 
 
 def main() -> int:

@@ -20,9 +20,12 @@ def make_trainer(folder: str, batch_size: int, tokens: int, mini_batch_size: int
     model = load_model(folder).model
     tuning = add_lora(model, LoraConfig(rank=8, scale=4.0, keys=["q_proj", "v_proj"]))
     config = PPOConfig(
-        batch_size=batch_size, mini_batch_size=mini_batch_size or batch_size, ppo_epochs=EPOCHS,
-        max_new_tokens=tokens, learning_rate=1e-4,
-    )  # fmt: skip
+        batch_size=batch_size,
+        mini_batch_size=mini_batch_size or batch_size,
+        ppo_epochs=EPOCHS,
+        max_new_tokens=tokens,
+        learning_rate=1e-4,
+    )
     # No token ends a response, so that all have the length asked for.
     return PPOTrainer(config, ActorCritic(model, ValueHead(256), tuning), eos_ids=set())
 

@@ -147,25 +147,44 @@ def measure(folder: Path, repeats: int) -> list[dict]:
 
 
 def report(rows: list[dict]) -> str:
-    header = ["responses x tokens", *(f"{stage}, %" for stage in STAGES), "main thread, %",
-              "whole step, CPU s", "bare passes, CPU s", "whole / bare, CPU"]  # fmt: skip
-    return table(header, [
-        [row["size"],
-         *(f"{100 * row['shares'][part]['median']:.1f}" for part in (*STAGES, "main_thread")),
-         shown(row["whole"]["cpu"]), shown(row["bare"]["cpu"]),
-         shown(row["times_the_bare"]["cpu"], 2)]
-        for row in rows
-    ])  # fmt: skip
+    header = [
+        "responses x tokens",
+        *(f"{stage}, %" for stage in STAGES),
+        "main thread, %",
+        "whole step, CPU s",
+        "bare passes, CPU s",
+        "whole / bare, CPU",
+    ]
+    return table(
+        header,
+        [
+            [
+                row["size"],
+                *(
+                    f"{100 * row['shares'][part]['median']:.1f}"
+                    for part in (*STAGES, "main_thread")
+                ),
+                shown(row["whole"]["cpu"]),
+                shown(row["bare"]["cpu"]),
+                shown(row["times_the_bare"]["cpu"], 2),
+            ]
+            for row in rows
+        ],
+    )
 
 
 def headline(result: dict) -> list[list[str]]:
     """Rows of the table of all benchmarks."""
     return [
-        [f"PPO step, {row['size'].replace('x', ' responses of ')} tokens: the model's bare passes",
-         shown(row["whole"]["cpu"], unit=" s"), shown(row["bare"]["cpu"], unit=" s"),
-         shown(row["times_the_bare"]["cpu"], 2, unit=" x the time")]
+        [
+            f"PPO step, {row['size'].replace('x', ' responses of ')} tokens: "
+            "the model's bare passes",
+            shown(row["whole"]["cpu"], unit=" s"),
+            shown(row["bare"]["cpu"], unit=" s"),
+            shown(row["times_the_bare"]["cpu"], 2, unit=" x the time"),
+        ]
         for row in result["rows"]
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:

@@ -37,23 +37,39 @@ def measure(folder: Path, repeats: int) -> list[dict]:
 
 
 def report(rows: list[dict]) -> str:
-    header = ["responses x tokens, BLAS under MLX", "TRL, CPU s", "ours, CPU s", "TRL / ours, CPU",
-              "TRL / ours, clock"]  # fmt: skip
-    return table(header, [
-        [f"{row['size']}, {row['blas']}", shown(row["trl"]["cpu"]), shown(row["ours"]["cpu"]),
-         shown(row["times_as_fast"]["cpu"], 2), shown(row["times_as_fast"]["wall"], 2)]
-        for row in rows
-    ])  # fmt: skip
+    header = [
+        "responses x tokens, BLAS under MLX",
+        "TRL, CPU s",
+        "ours, CPU s",
+        "TRL / ours, CPU",
+        "TRL / ours, clock",
+    ]
+    return table(
+        header,
+        [
+            [
+                f"{row['size']}, {row['blas']}",
+                shown(row["trl"]["cpu"]),
+                shown(row["ours"]["cpu"]),
+                shown(row["times_as_fast"]["cpu"], 2),
+                shown(row["times_as_fast"]["wall"], 2),
+            ]
+            for row in rows
+        ],
+    )
 
 
 def headline(result: dict) -> list[list[str]]:
     """Rows of the table of all benchmarks."""
     return [
-        [f"PPO step, {row['size'].replace('x', ' responses of ')} tokens: TRL 0.11.4",
-         shown(row["ours"]["cpu"], unit=" s"), shown(row["trl"]["cpu"], unit=" s"),
-         shown(row["times_as_fast"]["cpu"], 2, unit=" x as fast")]
+        [
+            f"PPO step, {row['size'].replace('x', ' responses of ')} tokens: TRL 0.11.4",
+            shown(row["ours"]["cpu"], unit=" s"),
+            shown(row["trl"]["cpu"], unit=" s"),
+            shown(row["times_as_fast"]["cpu"], 2, unit=" x as fast"),
+        ]
         for row in result["rows"]
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:

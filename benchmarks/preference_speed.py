@@ -26,13 +26,17 @@ SHAPES = {
     "hidden 256": ({"vocab_size": 8192}, 24),
     "smollm2": (
         {
-            "vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 30,
-            "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "num_hidden_layers": 30,
+            "intermediate_size": 1536,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
             "tie_word_embeddings": True,
         },
         4,
     ),
-}  # fmt: skip
+}
 
 
 def make_pairs(file: Path, vocabulary: int, count: int) -> Path:
@@ -47,8 +51,13 @@ def make_pairs(file: Path, vocabulary: int, count: int) -> Path:
     for _ in range(count):
         longest, other = sorted(random.integers(SHORTEST, LONGEST + 1, 2))[::-1]
         start = max(2, min(longest // 3, other - 3))
-        rows.append({"prompt": text(start), "chosen": " " + text(longest - start - 1),
-                     "rejected": " " + text(other - start - 1)})  # fmt: skip
+        rows.append(
+            {
+                "prompt": text(start),
+                "chosen": " " + text(longest - start - 1),
+                "rejected": " " + text(other - start - 1),
+            }
+        )
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
 
@@ -66,9 +75,13 @@ def ours(model: str, pairs: str) -> None:
     rows = tokenise_pairs(read_records(pairs), loaded.tokenizer)
     tuning = add_lora(loaded.model, LoraConfig(rank=8, scale=4.0))
     task = make_task(
-        "dpo", loaded.model, tuning, loss_type=["sigmoid"], options={"sigmoid": {}},
+        "dpo",
+        loaded.model,
+        tuning,
+        loss_type=["sigmoid"],
+        options={"sigmoid": {}},
         reference=adapter_off(loaded.model, tuning),
-    )  # fmt: skip
+    )
     trainer = SupervisedTrainer(task, build_optimizer("adam", RATE), max_grad_norm=1.0)
     plan = BatchPlan(rows.lengths, BATCH)
     batches = BatchIterator(rows.rows, plan)
@@ -102,9 +115,12 @@ def measure(shape: str, repeats: int) -> dict:
     if tokens["ours"] != tokens["trl"]:
         raise RuntimeError(f"the two are trained on different tokens: {tokens}")
     return {
-        "shape": shape, "pairs": count, "tokens": tokens["ours"], **summary(samples),
+        "shape": shape,
+        "pairs": count,
+        "tokens": tokens["ours"],
+        **summary(samples),
         "times_as_fast": {key: ratio(samples, "trl", "ours", key) for key in ("cpu", "wall")},
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -117,16 +133,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     rows = [measure(shape, args.repeats) for shape in args.shape]
-    header = ["DPO, 20 to 200 tokens a side", "TRL, tokens per CPU s", "ours, tokens per CPU s",
-              "ours / TRL, CPU", "ours / TRL, clock", "peak of TRL, MB",
-              "peak of ours, MB"]  # fmt: skip
+    header = [
+        "DPO, 20 to 200 tokens a side",
+        "TRL, tokens per CPU s",
+        "ours, tokens per CPU s",
+        "ours / TRL, CPU",
+        "ours / TRL, clock",
+        "peak of TRL, MB",
+        "peak of ours, MB",
+    ]
     made = [
-        [row["shape"],
-         *(f"{row['tokens'] / row[who]['cpu']['median']:,.0f}" for who in ("trl", "ours")),
-         *(shown(row["times_as_fast"][key], 2) for key in ("cpu", "wall")),
-         *(f"{row[who]['peak_rss']['median'] / 1e6:,.0f}" for who in ("trl", "ours"))]
+        [
+            row["shape"],
+            *(f"{row['tokens'] / row[who]['cpu']['median']:,.0f}" for who in ("trl", "ours")),
+            *(shown(row["times_as_fast"][key], 2) for key in ("cpu", "wall")),
+            *(f"{row[who]['peak_rss']['median'] / 1e6:,.0f}" for who in ("trl", "ours")),
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     save("preference_speed", {"machine": machine(), "rows": rows}, table(header, made))
 
 

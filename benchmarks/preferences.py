@@ -34,10 +34,22 @@ PAIRS = "preference_increasing_mult_2_"
 # Of each row: its own flags. Rates are one a family, from a first look at seed 0.
 RATE = "--learning-rate 2e-3"
 DPO = {
-    "sigmoid": "", "hinge": "", "ipo": "", "sigmoid_norm": "--beta 1", "exo_pair": "",
-    "robust": "--label-smoothing 0.1", "nca_pair": "", "bco_pair": "", "sppo_hard": "", "aot": "",
-    "aot_unpaired": "", "apo_zero": "", "apo_down": "", "discopop": "", "sft": "",
-}  # fmt: skip
+    "sigmoid": "",
+    "hinge": "",
+    "ipo": "",
+    "sigmoid_norm": "--beta 1",
+    "exo_pair": "",
+    "robust": "--label-smoothing 0.1",
+    "nca_pair": "",
+    "bco_pair": "",
+    "sppo_hard": "",
+    "aot": "",
+    "aot_unpaired": "",
+    "apo_zero": "",
+    "apo_down": "",
+    "discopop": "",
+    "sft": "",
+}
 VARIANTS = {name: f"--loss-type {name} {more}" for name, more in DPO.items()} | {
     "sigmoid + sft": "--loss-type sigmoid sft --loss-weights 1 0.5",
     "kto": "--algorithm kto",
@@ -243,8 +255,10 @@ def main() -> None:
             for name in args.variants:
                 if str(seed) not in results.setdefault(name, {}):
                     found = results[name][str(seed)] = run(name, seed)
-                    print(f"seed {seed} {name}: {found['score']:.3f}, {found['seconds']:.0f} s",
-                          flush=True)  # fmt: skip
+                    print(
+                        f"seed {seed} {name}: {found['score']:.3f}, {found['seconds']:.0f} s",
+                        flush=True,
+                    )
                     write(results)
     TABLE.write_text(table(results))
     plot(results)

@@ -97,9 +97,14 @@ def measure(folder: Path, repeats: int, cases=tuple(CASES)) -> list[dict]:
             raise RuntimeError(f"{case}: the two are trained differently: {losses}")
         speeds = {key: ratio(samples, "row_by_row", "batched", key) for key in ("cpu", "wall")}
         rows.append(
-            {"case": CASES[case], "rows": ROWS[case], "largest_loss_difference": apart,
-             **summary(samples), "times_as_fast": speeds}
-        )  # fmt: skip
+            {
+                "case": CASES[case],
+                "rows": ROWS[case],
+                "largest_loss_difference": apart,
+                **summary(samples),
+                "times_as_fast": speeds,
+            }
+        )
     return rows
 
 
@@ -110,21 +115,36 @@ def rows_per_second(row: dict, way: str) -> str:
 def headline(result: dict) -> list[list[str]]:
     """Rows of the table of all benchmarks."""
     return [
-        [f"reward model, {row['case']}, batches of {BATCH}: row by row",
-         *(f"{rows_per_second(row, way)} rows/s" for way in ("batched", "row_by_row")),
-         shown(row["times_as_fast"]["cpu"], 2, unit=" x as fast")]
+        [
+            f"reward model, {row['case']}, batches of {BATCH}: row by row",
+            *(f"{rows_per_second(row, way)} rows/s" for way in ("batched", "row_by_row")),
+            shown(row["times_as_fast"]["cpu"], 2, unit=" x as fast"),
+        ]
         for row in result["rows"]
-    ]  # fmt: skip
+    ]
 
 
 def report(rows: list[dict]) -> str:
-    header = ["", "row by row, rows per CPU s", f"batches of {BATCH}, rows per CPU s",
-              "batched / row by row, CPU", "batched / row by row, clock"]  # fmt: skip
-    return table(header, [
-        [row["case"], rows_per_second(row, "row_by_row"), rows_per_second(row, "batched"),
-         shown(row["times_as_fast"]["cpu"], 2), shown(row["times_as_fast"]["wall"], 2)]
-        for row in rows
-    ])  # fmt: skip
+    header = [
+        "",
+        "row by row, rows per CPU s",
+        f"batches of {BATCH}, rows per CPU s",
+        "batched / row by row, CPU",
+        "batched / row by row, clock",
+    ]
+    return table(
+        header,
+        [
+            [
+                row["case"],
+                rows_per_second(row, "row_by_row"),
+                rows_per_second(row, "batched"),
+                shown(row["times_as_fast"]["cpu"], 2),
+                shown(row["times_as_fast"]["wall"], 2),
+            ]
+            for row in rows
+        ],
+    )
 
 
 def missed(rows: list[dict]) -> list[str]:

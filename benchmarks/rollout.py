@@ -48,12 +48,18 @@ def of_mlx_lm(folder: str) -> Callable[[str], dict]:
     tokenizer._eos_token_ids = set()
 
     def run(case: str) -> dict:
-        rows = {} if case == "default" else {"completion_batch_size": ROWS,
-                                             "prefill_batch_size": ROWS}  # fmt: skip
+        rows = (
+            {} if case == "default" else {"completion_batch_size": ROWS, "prefill_batch_size": ROWS}
+        )
         made = batch_generate(
-            model, tokenizer, prompts(case), max_tokens=LIMITS, return_logprobs=True,
-            return_token_ids=True, **rows,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            prompts(case),
+            max_tokens=LIMITS,
+            return_logprobs=True,
+            return_token_ids=True,
+            **rows,
+        )
         return {"tokens": made.token_ids, "logprobs": made.logprobs}
 
     return run
@@ -86,10 +92,15 @@ def measure(folder: Path, repeats: int) -> list[dict]:
             apart = np.concatenate(texts["mlx_lm"][1]) - np.concatenate(texts["ours"][1])
             speeds = {key: ratio(samples, "mlx_lm", "ours", key) for key in ("cpu", "wall")}
             rows.append(
-                {"case": name, "tokens": sum(LIMITS), "same_tokens": same,
-                 "largest_logprob_difference": float(np.abs(apart).max()),
-                 **summary(samples), "times_as_fast": speeds}
-            )  # fmt: skip
+                {
+                    "case": name,
+                    "tokens": sum(LIMITS),
+                    "same_tokens": same,
+                    "largest_logprob_difference": float(np.abs(apart).max()),
+                    **summary(samples),
+                    "times_as_fast": speeds,
+                }
+            )
     return rows
 
 
@@ -108,23 +119,39 @@ def tokens_per_second(row: dict, who: str) -> str:
 def headline(result: dict) -> list[list[str]]:
     """Rows of the table of all benchmarks."""
     return [
-        [f"rollouts, {row['case']}: mlx_lm.batch_generate",
-         *(f"{tokens_per_second(row, who)} tokens/s" for who in ("ours", "mlx_lm")),
-         shown(row["times_as_fast"]["cpu"], 2, unit=" x as fast")]
+        [
+            f"rollouts, {row['case']}: mlx_lm.batch_generate",
+            *(f"{tokens_per_second(row, who)} tokens/s" for who in ("ours", "mlx_lm")),
+            shown(row["times_as_fast"]["cpu"], 2, unit=" x as fast"),
+        ]
         for row in result["rows"]
-    ]  # fmt: skip
+    ]
 
 
 def report(rows: list[dict]) -> str:
-    header = ["64 rows, 16 to 64 tokens", "mlx-lm, tokens per CPU s", "ours, tokens per CPU s",
-              "ours / mlx-lm, CPU", "ours / mlx-lm, clock", "same greedy tokens"]  # fmt: skip
+    header = [
+        "64 rows, 16 to 64 tokens",
+        "mlx-lm, tokens per CPU s",
+        "ours, tokens per CPU s",
+        "ours / mlx-lm, CPU",
+        "ours / mlx-lm, clock",
+        "same greedy tokens",
+    ]
 
-    return table(header, [
-        [row["case"], tokens_per_second(row, "mlx_lm"), tokens_per_second(row, "ours"),
-         shown(row["times_as_fast"]["cpu"], 2), shown(row["times_as_fast"]["wall"], 2),
-         "yes" if row["same_tokens"] else "NO"]
-        for row in rows
-    ])  # fmt: skip
+    return table(
+        header,
+        [
+            [
+                row["case"],
+                tokens_per_second(row, "mlx_lm"),
+                tokens_per_second(row, "ours"),
+                shown(row["times_as_fast"]["cpu"], 2),
+                shown(row["times_as_fast"]["wall"], 2),
+                "yes" if row["same_tokens"] else "NO",
+            ]
+            for row in rows
+        ],
+    )
 
 
 def main() -> None:

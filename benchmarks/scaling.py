@@ -71,10 +71,13 @@ def report(result: dict) -> str:
         return [name, *cells, f"{growth:.2f}"]
 
     header = ["CPU ms per response token (rows x tokens)", *[""] * len(ROWS), "growth"]
-    return table(header, [
-        row("more rows", ROWS, result["growth"]["rows"]),
-        row("longer responses, after 16 prompt tokens", LENGTHS, result["growth"]["tokens"]),
-    ])  # fmt: skip
+    return table(
+        header,
+        [
+            row("more rows", ROWS, result["growth"]["rows"]),
+            row("longer responses, after 16 prompt tokens", LENGTHS, result["growth"]["tokens"]),
+        ],
+    )
 
 
 def headline(result: dict) -> list[list[str]]:

@@ -99,11 +99,19 @@ def mlx_lm_options(model: str, data: str, case: Case, steps: int) -> SimpleNames
     from mlx_lm.lora import CONFIG_DEFAULTS
 
     own = {
-        "model": model, "data": data, "train": True, "batch_size": BATCH, "iters": 10**9,
-        "learning_rate": LEARNING_RATE, "lora_parameters": LORA, "num_layers": -1,
-        "steps_per_report": steps, "save_every": 10**9, "mask_prompt": case.answers,
+        "model": model,
+        "data": data,
+        "train": True,
+        "batch_size": BATCH,
+        "iters": 10**9,
+        "learning_rate": LEARNING_RATE,
+        "lora_parameters": LORA,
+        "num_layers": -1,
+        "steps_per_report": steps,
+        "save_every": 10**9,
+        "mask_prompt": case.answers,
         "adapter_path": str(Path(data) / "adapters"),
-    }  # fmt: skip
+    }
     return SimpleNamespace(**CONFIG_DEFAULTS | own)
 
 
@@ -171,11 +179,14 @@ def measure(case: Case, folder: Path, repeats: int, rows: int = ROWS) -> dict:
         raise RuntimeError(f"the two are trained on different tokens: {counts}")
     peaks = {who: max(sample["peak"] for sample in samples[who]) for who in calls}
     return {
-        "case": case.name, "tokens": counts.pop(),
-        "first_epoch": summary(first), **summary(samples),
+        "case": case.name,
+        "tokens": counts.pop(),
+        "first_epoch": summary(first),
+        **summary(samples),
         "times_as_fast": {key: ratio(samples, "mlx_lm", "ours", key) for key in ("cpu", "wall")},
-        "peaks": peaks, "peak_ratio": peaks["ours"] / peaks["mlx_lm"],
-    }  # fmt: skip
+        "peaks": peaks,
+        "peak_ratio": peaks["ours"] / peaks["mlx_lm"],
+    }
 
 
 def tokens_per_second(row: dict, who: str) -> str:
@@ -187,28 +198,47 @@ def headline(result: dict) -> list[list[str]]:
     most = max(result["rows"], key=lambda row: row["peak_ratio"])
     return [
         *(
-            [f"SFT, {row['case']}: mlx_lm.lora",
-             *(f"{tokens_per_second(row, who)} tokens/s" for who in ("ours", "mlx_lm")),
-             shown(row["times_as_fast"]["cpu"], 2, unit=" x as fast")]
+            [
+                f"SFT, {row['case']}: mlx_lm.lora",
+                *(f"{tokens_per_second(row, who)} tokens/s" for who in ("ours", "mlx_lm")),
+                shown(row["times_as_fast"]["cpu"], 2, unit=" x as fast"),
+            ]
             for row in result["rows"]
         ),
-        [f"peak of SFT, {most['case']}: mlx_lm.lora",
-         *(f"{most['peaks'][who] / 1e6:,.0f} MB" for who in ("ours", "mlx_lm")),
-         f"{most['peak_ratio']:.3f} x the bytes"],
-    ]  # fmt: skip
+        [
+            f"peak of SFT, {most['case']}: mlx_lm.lora",
+            *(f"{most['peaks'][who] / 1e6:,.0f} MB" for who in ("ours", "mlx_lm")),
+            f"{most['peak_ratio']:.3f} x the bytes",
+        ],
+    ]
 
 
 def report(rows: list[dict]) -> str:
-    header = ["20 to 400 tokens a row", "mlx-lm, tokens per CPU s", "ours, tokens per CPU s",
-              "ours / mlx-lm, CPU", "ours / mlx-lm, clock", "peak of mlx-lm, MB",
-              "peak of ours, MB", "ours / mlx-lm, bytes"]  # fmt: skip
-    made = table(header, [
-        [row["case"], tokens_per_second(row, "mlx_lm"), tokens_per_second(row, "ours"),
-         shown(row["times_as_fast"]["cpu"], 2), shown(row["times_as_fast"]["wall"], 2),
-         *(f"{row['peaks'][who] / 1e6:,.0f}" for who in ("mlx_lm", "ours")),
-         f"{row['peak_ratio']:.2f}"]
-        for row in rows
-    ])  # fmt: skip
+    header = [
+        "20 to 400 tokens a row",
+        "mlx-lm, tokens per CPU s",
+        "ours, tokens per CPU s",
+        "ours / mlx-lm, CPU",
+        "ours / mlx-lm, clock",
+        "peak of mlx-lm, MB",
+        "peak of ours, MB",
+        "ours / mlx-lm, bytes",
+    ]
+    made = table(
+        header,
+        [
+            [
+                row["case"],
+                tokens_per_second(row, "mlx_lm"),
+                tokens_per_second(row, "ours"),
+                shown(row["times_as_fast"]["cpu"], 2),
+                shown(row["times_as_fast"]["wall"], 2),
+                *(f"{row['peaks'][who] / 1e6:,.0f}" for who in ("mlx_lm", "ours")),
+                f"{row['peak_ratio']:.2f}",
+            ]
+            for row in rows
+        ],
+    )
     first = {who: rows[0]["first_epoch"][who]["wall"]["median"] for who in ("mlx_lm", "ours")}
     return (
         f"{made}\n\nThe first epoch of {rows[0]['case']}, which does not count, on the clock: "

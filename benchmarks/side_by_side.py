@@ -75,9 +75,13 @@ class Worker:
     """
 
     def __init__(
-        self, python: str | Path, script: str, *arguments: str,
-        ours: bool = True, own_blas: bool = False,
-    ):  # fmt: skip
+        self,
+        python: str | Path,
+        script: str,
+        *arguments: str,
+        ours: bool = True,
+        own_blas: bool = False,
+    ):
         environment = os.environ | dict.fromkeys(ONE_THREAD, "1")
         if ours:
             environment["PYTHONPATH"] = str(ROOT)
@@ -86,9 +90,15 @@ class Worker:
         command = [str(python), str(ROOT / "benchmarks" / script), *map(str, arguments)]
         self._said = tempfile.TemporaryFile("w+", encoding="utf-8")  # a full pipe would block it
         self._process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, text=True, bufsize=1,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said,
-        )  # fmt: skip
+            command,
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            bufsize=1,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+        )
         self._answer()
 
     def _answer(self) -> dict:

@@ -23,16 +23,23 @@ def main(model: str, pairs: str) -> None:
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in Path(pairs).read_text(encoding="utf-8").splitlines()]
     config = DPOConfig(
-        output_dir=str(Path(pairs).parent / "trl"), per_device_train_batch_size=BATCH,
-        learning_rate=RATE, report_to=[], bf16=False, use_cpu=True, gradient_checkpointing=False,
-        max_grad_norm=1.0, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(Path(pairs).parent / "trl"),
+        per_device_train_batch_size=BATCH,
+        learning_rate=RATE,
+        report_to=[],
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        max_grad_norm=1.0,
+        disable_tqdm=True,
+    )
     trainer = DPOTrainer(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), args=config,
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(model),
         peft_config=LoraConfig(r=8, lora_alpha=32, target_modules="all-linear"),
-    )  # fmt: skip
+    )
     trainer.create_optimizer()
     loader = trainer.get_train_dataloader()
     trainable = [p for p in trainer.model.parameters() if p.requires_grad]

@@ -43,20 +43,35 @@ def main() -> None:
     ids = torch.randint(FIRST_WORD, 512, (4000, PROMPT_TOKENS), generator=random).tolist()
     data = Dataset.from_list([{"prompt": " ".join(f"w{i}" for i in row)} for row in ids])
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=PROMPTS * SAMPLES,
-        num_generations=SAMPLES, max_completion_length=TOKENS, gradient_accumulation_steps=1,
-        learning_rate=1e-4, max_steps=1000, report_to="none", save_strategy="no", use_cpu=True,
-        logging_strategy="no", disable_tqdm=True, bf16=False, gradient_checkpointing=False,
-    )  # fmt: skip
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=PROMPTS * SAMPLES,
+        num_generations=SAMPLES,
+        max_completion_length=TOKENS,
+        gradient_accumulation_steps=1,
+        learning_rate=1e-4,
+        max_steps=1000,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        logging_strategy="no",
+        disable_tqdm=True,
+        bf16=False,
+        gradient_checkpointing=False,
+    )
     lora = LoraConfig(
         r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     GRPOTrainer(
-        model, even, config, data, processing_class=tokenizer, peft_config=lora,
+        model,
+        even,
+        config,
+        data,
+        processing_class=tokenizer,
+        peft_config=lora,
         callbacks=[Turns()],
-    ).train()  # fmt: skip
+    ).train()
 
 
 if __name__ == "__main__":

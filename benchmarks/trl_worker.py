@@ -18,14 +18,20 @@ PROMPT_TOKENS, EPOCHS, FIRST_WORD = 16, 4, 3
 
 
 def make_trainer(folder: Path, batch_size: int) -> PPOTrainer:
-    lora = LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], bias="none",
-                      task_type="CAUSAL_LM")  # fmt: skip
+    lora = LoraConfig(
+        r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], bias="none", task_type="CAUSAL_LM"
+    )
     model = AutoModelForCausalLMWithValueHead.from_pretrained(str(folder), peft_config=lora)
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     config = PPOConfig(
-        batch_size=batch_size, mini_batch_size=batch_size, ppo_epochs=EPOCHS, learning_rate=1e-4,
-        max_grad_norm=1.0, log_with=None, seed=0,
-    )  # fmt: skip
+        batch_size=batch_size,
+        mini_batch_size=batch_size,
+        ppo_epochs=EPOCHS,
+        learning_rate=1e-4,
+        max_grad_norm=1.0,
+        log_with=None,
+        seed=0,
+    )
     return PPOTrainer(config, model, None, tokenizer)
 
 
@@ -34,10 +40,16 @@ def make_call(folder: Path, batch_size: int, tokens: int):
     random = torch.Generator().manual_seed(0)
     settings = dict(
         # TRL's documented settings for PPO; -1 as EOS, so that no response ends early.
-        min_length=-1, top_k=0.0, top_p=1.0, do_sample=True, eos_token_id=-1,
-        pad_token_id=trainer.tokenizer.pad_token_id, max_new_tokens=tokens,
-        batch_size=batch_size, return_prompt=False,
-    )  # fmt: skip
+        min_length=-1,
+        top_k=0.0,
+        top_p=1.0,
+        do_sample=True,
+        eos_token_id=-1,
+        pad_token_id=trainer.tokenizer.pad_token_id,
+        max_new_tokens=tokens,
+        batch_size=batch_size,
+        return_prompt=False,
+    )
 
     def call() -> dict:
         shape = (batch_size, PROMPT_TOKENS)

@@ -41,10 +41,15 @@ def show_help(session: Session, _: str) -> None:
     width = max(len(command.usage) for command in COMMANDS.values())
     for command in COMMANDS.values():
         session.screen.note(f"{command.usage:{width}}  {command.help}")
-    kind = "Replies answer the whole conversation." if session.has_turns else (
-        "The model has no chat template: it continues each text by itself.")  # fmt: skip
-    session.screen.note(f"{kind} A \\ at the end of a line goes on in the next. Ctrl-C stops a "
-                        "reply, Ctrl-D leaves.")  # fmt: skip
+    kind = (
+        "Replies answer the whole conversation."
+        if session.has_turns
+        else ("The model has no chat template: it continues each text by itself.")
+    )
+    session.screen.note(
+        f"{kind} A \\ at the end of a line goes on in the next. Ctrl-C stops a "
+        "reply, Ctrl-D leaves."
+    )
 
 
 def reset(session: Session, _: str) -> None:

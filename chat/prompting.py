@@ -25,8 +25,10 @@ class Prompting:
         template = Template(self.tokenizer, self.prompt_template, self.token_format)
         markers = template.token_format != "standard"
         if markers and self.prompt_template is not None:
-            raise UserError("--prompt-template and --token-format both say how a prompt is "
-                            "written; leave one of them out")  # fmt: skip
+            raise UserError(
+                "--prompt-template and --token-format both say how a prompt is "
+                "written; leave one of them out"
+            )
         self.has_turns = self.prompt_template is None and (markers or template.uses_chat_template)
 
     def stop_at_turn_end(self) -> None:
@@ -47,8 +49,9 @@ class Prompting:
         if not last.strip():
             raise UserError("the prompt is empty")
         if self.has_turns:
-            record = Record("conversation", "conversation", {}, messages=messages,
-                            extras=extras or {})  # fmt: skip
+            record = Record(
+                "conversation", "conversation", {}, messages=messages, extras=extras or {}
+            )
         else:
             record = Record("prompt", "prompt", {"prompt": last}, prompt=last)
         rows = tokenise_prompts(

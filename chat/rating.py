@@ -11,8 +11,10 @@ from pathlib import Path
 from errors import UserError
 from safe_files import write_atomically, writing
 
-FIELDS = {"unpaired": {"prompt", "completion", "label"},
-          "preference": {"prompt", "chosen", "rejected"}}  # fmt: skip
+FIELDS = {
+    "unpaired": {"prompt", "completion", "label"},
+    "preference": {"prompt", "chosen", "rejected"},
+}
 
 
 @dataclass
@@ -52,8 +54,9 @@ class Ratings:
         except (ValueError, TypeError):
             names = set()
         if not names >= FIELDS[self.kind]:
-            raise UserError(f"{self.path}: holds no {self.kind} records; name another file with "
-                            "--ratings-file")  # fmt: skip
+            raise UserError(
+                f"{self.path}: holds no {self.kind} records; name another file with --ratings-file"
+            )
 
     def add_label(
         self, prompt: str | list[dict], completion: str, good: bool, extras: dict | None = None
@@ -78,8 +81,11 @@ class Ratings:
 
         Returns the rating's number.
         """
-        row = {"prompt": prompt, "chosen": _answer(prompt, chosen),
-               "rejected": _answer(prompt, rejected)}  # fmt: skip
+        row = {
+            "prompt": prompt,
+            "chosen": _answer(prompt, chosen),
+            "rejected": _answer(prompt, rejected),
+        }
         return self._append(row | (extras or {}), winner)
 
     def _append(self, row: dict, what: str) -> int:

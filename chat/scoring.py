@@ -52,8 +52,10 @@ class Scorer:
         from models.reward_model import load_reward_model
 
         if speaker.tuning is not None and speaker.tuning.kind == "full" and is_adapter(path):
-            raise UserError(f"{path}: an adapter scores with the base's weights, which "
-                            "--resume-file has replaced; fuse the reward model")  # fmt: skip
+            raise UserError(
+                f"{path}: an adapter scores with the base's weights, which "
+                "--resume-file has replaced; fuse the reward model"
+            )
         switch_off(self._tunings)
         return load_reward_model(path, speaker.loaded, **options)
 

@@ -18,8 +18,15 @@ from chat.speaker import Reply, Speaker
 from errors import UserError
 
 ONE_KEYS = {"g": "good", "b": "bad", "s": "skip"}
-TWO_KEYS = {"l": "left", "r": "right", "s": "skip", "1": "left", "2": "right",
-            "\x1b[D": "left", "\x1b[C": "right"}  # fmt: skip
+TWO_KEYS = {
+    "l": "left",
+    "r": "right",
+    "s": "skip",
+    "1": "left",
+    "2": "right",
+    "\x1b[D": "left",
+    "\x1b[C": "right",
+}
 
 
 class Session:
@@ -142,9 +149,12 @@ class Session:
                 self.screen.progress(f"{name}: {next(count)} tokens")
 
             reply = speaker.reply(
-                messages, self.settings, extras=self.conversation.extras, show=show,
+                messages,
+                self.settings,
+                extras=self.conversation.extras,
+                show=show,
                 should_stop=stop,
-            )  # fmt: skip
+            )
             self.screen.progress("")
             replies.append(reply)
             notes.append(describe(reply, self._scores(speaker, reply)))
@@ -162,8 +172,10 @@ class Session:
         limit = speaker.loaded.config.get("max_position_embeddings")
         length = len(reply.prompt_tokens) + len(reply.tokens)
         if isinstance(limit, int) and length > limit:
-            self.screen.note(f"the text has {length} tokens, the model was made for {limit}"
-                             + "; /reset starts over" * self.has_turns)  # fmt: skip
+            self.screen.note(
+                f"the text has {length} tokens, the model was made for {limit}"
+                + "; /reset starts over" * self.has_turns
+            )
 
     # ----------------------------------------------------------------- rating
 
@@ -246,5 +258,7 @@ def distinct_names(speakers: Sequence[Speaker]) -> None:
 def check_system_prompt(session: Session) -> None:
     """Raises UserError where no model could be told a system prompt."""
     if not session.has_turns:
-        raise UserError("a system prompt needs a chat template, which this model's tokenizer does "
-                        "not have; it continues the text it is given")  # fmt: skip
+        raise UserError(
+            "a system prompt needs a chat template, which this model's tokenizer does "
+            "not have; it continues the text it is given"
+        )

@@ -106,9 +106,16 @@ class Speaker:
             first = started
             show(text)
         return Reply(
-            prompt, said, prompt_text, tokens, text, ended, now - first, first - started,
+            prompt,
+            said,
+            prompt_text,
+            tokens,
+            text,
+            ended,
+            now - first,
+            first - started,
             extras or {},
-        )  # fmt: skip
+        )
 
     def _fitting(self, prompt: list[int], settings: Settings) -> Settings:
         """`settings` whose default --max-tokens fits behind `prompt`; UserError where none does."""

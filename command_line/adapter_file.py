@@ -30,8 +30,10 @@ def settle_adapter(
     there = adapter_description(args) if file is None else read_description(file)
     kind = there.get("fine_tune_type", "lora")
     if not isinstance(kind, str) or kind not in rates:
-        raise UserError(f"{file}: its adapter configuration is not usable: fine_tune_type "
-                        f'"{kind}" is none of {", ".join(rates)}')  # fmt: skip
+        raise UserError(
+            f"{file}: its adapter configuration is not usable: fine_tune_type "
+            f'"{kind}" is none of {", ".join(rates)}'
+        )
     if file is not None:
         refuse_other_adapter(args, file, there, ignore=(ignore,))
     if args.learning_rate is None:
@@ -63,8 +65,10 @@ def refuse_other_adapter(
         # Both spellings of the factor are compared as the one that the file records.
         given = {name, "lora_alpha", "rslora"} if name == "lora_scale" else {name}
         if given & args.explicit and name not in ignore:
-            raise UserError(f"{flag_of(name)} {shown_value(want)}: {file} has {shown_value(have)}; "
-                            "leave the flag out, or start anew")  # fmt: skip
+            raise UserError(
+                f"{flag_of(name)} {shown_value(want)}: {file} has {shown_value(have)}; "
+                "leave the flag out, or start anew"
+            )
 
 
 def make_tuning(args: argparse.Namespace, loaded: Any, file: str | None, ignore: Collection = ()):
@@ -119,8 +123,10 @@ def refuse_other_head(args: argparse.Namespace, file: str) -> None:
     """UserError for --value-head-init-std where `file` has a value head beside it."""
     head = head_path(file, VALUE_HEAD)
     if "value_head_init_std" in args.changed and head.exists():
-        raise UserError(f"--value-head-init-std {args.value_head_init_std:g} has no effect: the "
-                        f"value head of {head} is used; leave the flag out")  # fmt: skip
+        raise UserError(
+            f"--value-head-init-std {args.value_head_init_std:g} has no effect: the "
+            f"value head of {head} is used; leave the flag out"
+        )
 
 
 def refuse_other_pooling(args: argparse.Namespace, file: str, have: str) -> None:
@@ -134,8 +140,9 @@ def check_save_file(path: str | None) -> None:
     if path is None:
         return
     if not path.strip():
-        raise UserError("--save-file: the name is empty; give a .npz or .safetensors file, or a "
-                        "folder")  # fmt: skip
+        raise UserError(
+            "--save-file: the name is empty; give a .npz or .safetensors file, or a folder"
+        )
     place = Path(path)
     single = place.suffix in FILE_SUFFIXES
     if place.is_dir() if single else (place.exists() and not place.is_dir()):

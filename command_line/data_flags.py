@@ -54,8 +54,10 @@ def add_data_arguments(parser: Parser, *, max_length: int = 2048, test_rows: boo
         at_least(args, 1, "max_rows", "max_length")
         share = getattr(args, "validation_split_percentage", None)  # score.py has no such flag
         if share is not None and not 0 < share < 100:
-            raise UserError(f"--validation-split-percentage {share:g}: give a number between 0 and "
-                            "100, or leave it out")  # fmt: skip
+            raise UserError(
+                f"--validation-split-percentage {share:g}: give a number between 0 and "
+                "100, or leave it out"
+            )
         if args.template_date is not None:
             read_date(args.template_date)
         if args.prompt_template is not None:  # the two characters \n, as shells hand them over
@@ -74,8 +76,10 @@ def warn_of_digits_model(args: argparse.Namespace, records: Iterable[Record]) ->
         texts = [one for one in said if isinstance(one, str)]
         texts += [str(turn.get("content")) for turn in turns]
         if any(LETTERS.search(text) for text in texts):
-            tell("warning: no --model: it is the embedded digits model that reads these rows, and "
-                 f"all it knows is numbers ({record.where} is none); give --model")  # fmt: skip
+            tell(
+                "warning: no --model: it is the embedded digits model that reads these rows, and "
+                f"all it knows is numbers ({record.where} is none); give --model"
+            )
             return
 
 

@@ -152,10 +152,24 @@ def choose_flag(setting: Setting, keys: set[str], flags: Mapping[str, Action]) -
 
 # Flags that both sides call alike and that not every script has.
 OTHER_NAMES = {
-    "adam-beta1", "adam-beta2", "adam-eps", "adap-kl-ctrl", "gamma", "ground-truth-reward",
-    "horizon", "lora-alpha", "lora-dropout", "lora-layers", "lora-scale", "seed", "temperature",
-    "reward-model", "top-k", "top-p", "weight-decay",
-}  # fmt: skip
+    "adam-beta1",
+    "adam-beta2",
+    "adam-eps",
+    "adap-kl-ctrl",
+    "gamma",
+    "ground-truth-reward",
+    "horizon",
+    "lora-alpha",
+    "lora-dropout",
+    "lora-layers",
+    "lora-scale",
+    "seed",
+    "temperature",
+    "reward-model",
+    "top-k",
+    "top-p",
+    "weight-decay",
+}
 
 
 def translate(name: str, value: Any) -> Any:

@@ -22,8 +22,9 @@ def check_fused_dir(args: argparse.Namespace) -> None:
     for name in ("output_dir", "save_file", "model"):
         other = getattr(args, name)
         if other is not None and Path(other).expanduser().resolve().is_relative_to(path):
-            raise UserError(f"{said}is, or holds, what --{name.replace('_', '-')} names; give "
-                            "another folder")  # fmt: skip
+            raise UserError(
+                f"{said}is, or holds, what --{name.replace('_', '-')} names; give another folder"
+            )
     if args.output_dir is not None:
         from run_folder.run import OWN_NAMES
 

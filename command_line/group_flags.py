@@ -42,8 +42,10 @@ NEEDS = (
     Needs("max_resample", "dynamic_sampling"),
     Needs("dpo_loss", "online_dpo"),
     Needs("ref_model_mixup_alpha ref_model_sync_steps", "sync_ref_model"),
-    Needs("entropy_target entropy_coef_delta entropy_coef_min entropy_coef_max",
-          "use_adaptive_entropy"),
+    Needs(
+        "entropy_target entropy_coef_delta entropy_coef_min entropy_coef_max",
+        "use_adaptive_entropy",
+    ),
     Needs(
         "advantage_estimator scale_rewards multi_objective_aggregation reward_clip_range "
         "normalize_advantages kl_in_reward use_bias_correction_kl epsilon epsilon_high "
@@ -51,37 +53,71 @@ NEEDS = (
         met=lambda args: not args.online_dpo,
         why="with --online-dpo, which compares two responses and has a loss of its own",
     ),
-    Needs(OF_THE_LOSS, met=lambda args: not _without_loss_types(args),
-          why="with --advantage-estimator rloo, which has a loss of its own"),
-    Needs("scale_rewards multi_objective_aggregation kl_in_reward use_bias_correction_kl",
-          met=_estimator("grpo"), why="without --advantage-estimator grpo"),
-    Needs("reward_clip_range normalize_advantages", met=_estimator("rloo"),
-          why="without --advantage-estimator rloo"),
+    Needs(
+        OF_THE_LOSS,
+        met=lambda args: not _without_loss_types(args),
+        why="with --advantage-estimator rloo, which has a loss of its own",
+    ),
+    Needs(
+        "scale_rewards multi_objective_aggregation kl_in_reward use_bias_correction_kl",
+        met=_estimator("grpo"),
+        why="without --advantage-estimator grpo",
+    ),
+    Needs(
+        "reward_clip_range normalize_advantages",
+        met=_estimator("rloo"),
+        why="without --advantage-estimator rloo",
+    ),
     Needs("use_bias_correction_kl kl_in_reward", "beta"),
-    Needs("use_bias_correction_kl", met=lambda args: not args.kl_in_reward,
-          why="with --kl-in-reward, where the loss has no KL"),
-    Needs("scale_rewards",
-          met=lambda args: args.multi_objective_aggregation != "normalize_then_sum",
-          why="with --multi-objective-aggregation normalize_then_sum, which scales by groups and "
-          "by the batch"),
-    Needs("epsilon", met=lambda args: args.loss_type in CLIPPED or _without_loss_types(args),
-          why="with this --loss-type, which clips no ratio"),
-    Needs("epsilon_high",
-          met=lambda args: args.loss_type in (*CLIPPED, "cispo") or _without_loss_types(args),
-          why="with this --loss-type, which bounds no ratio"),
+    Needs(
+        "use_bias_correction_kl",
+        met=lambda args: not args.kl_in_reward,
+        why="with --kl-in-reward, where the loss has no KL",
+    ),
+    Needs(
+        "scale_rewards",
+        met=lambda args: args.multi_objective_aggregation != "normalize_then_sum",
+        why="with --multi-objective-aggregation normalize_then_sum, which scales by groups and "
+        "by the batch",
+    ),
+    Needs(
+        "epsilon",
+        met=lambda args: args.loss_type in CLIPPED or _without_loss_types(args),
+        why="with this --loss-type, which clips no ratio",
+    ),
+    Needs(
+        "epsilon_high",
+        met=lambda args: args.loss_type in (*CLIPPED, "cispo") or _without_loss_types(args),
+        why="with this --loss-type, which bounds no ratio",
+    ),
     Needs("delta", met=_has_loss(*CLIPPED), why="with this --loss-type, which clips no ratio"),
-    Needs("sapo_temperature_pos sapo_temperature_neg", met=_has_loss("sapo"),
-          why="without --loss-type sapo"),
-    Needs("vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg", met=_has_loss("vespo"),
-          why="without --loss-type vespo"),
-    Needs("importance_sampling_level", met=lambda args: args.loss_type != "vespo",
-          why="with --loss-type vespo, whose weight is always one of a response"),
-    Needs("reference_quantize", met=lambda args: config_of(args).beta,
-          why="at --beta 0, where no reference is run"),
-    Needs("reference_quantize", met=lambda args: not args.sync_ref_model,
-          why="with --sync-ref-model, whose blend needs whole weights"),
+    Needs(
+        "sapo_temperature_pos sapo_temperature_neg",
+        met=_has_loss("sapo"),
+        why="without --loss-type sapo",
+    ),
+    Needs(
+        "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg",
+        met=_has_loss("vespo"),
+        why="without --loss-type vespo",
+    ),
+    Needs(
+        "importance_sampling_level",
+        met=lambda args: args.loss_type != "vespo",
+        why="with --loss-type vespo, whose weight is always one of a response",
+    ),
+    Needs(
+        "reference_quantize",
+        met=lambda args: config_of(args).beta,
+        why="at --beta 0, where no reference is run",
+    ),
+    Needs(
+        "reference_quantize",
+        met=lambda args: not args.sync_ref_model,
+        why="with --sync-ref-model, whose blend needs whole weights",
+    ),
     *NEEDS_OF_ROLLOUTS,
-)  # fmt: skip
+)
 
 
 def config_of(args) -> GroupConfig:
@@ -98,9 +134,12 @@ def parse_arguments(words=None):
         parser, GroupConfig, title="group method", exclude=(*SHARED, "ppo_epochs")
     )
     parser.add_argument_group("passes").add_argument(
-        "--ppo-epochs", "--num-iterations", type=int, default=GroupConfig.ppo_epochs,
+        "--ppo-epochs",
+        "--num-iterations",
+        type=int,
+        default=GroupConfig.ppo_epochs,
         help="passes over a batch's responses",
-    )  # fmt: skip
+    )
     add_shared_arguments(
         parser,
         learning_rate_note="default for models below 5 million weights: lora 3e-3, full 3e-4, "

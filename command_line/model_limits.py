@@ -29,13 +29,17 @@ def fit_lengths(args: Any, limits: Limits, *, response: int = 0) -> None:
     behind = f", {response} of them for the response" * bool(response)
     behind += f", {virtual} for the soft prompt" * bool(virtual)
     if room < 1:
-        raise UserError(f"--max-new-tokens {response}: the model has {limits.positions} positions"
-                        f"{behind}; give fewer")  # fmt: skip
+        raise UserError(
+            f"--max-new-tokens {response}: the model has {limits.positions} positions"
+            f"{behind}; give fewer"
+        )
     if args.max_length <= room:
         return
     if "max_length" in args.explicit and args.max_length > limits.positions - virtual:
-        raise UserError(f"--max-length {args.max_length}: the model has {limits.positions} "
-                        f"positions{behind}; give at most {room}")  # fmt: skip
+        raise UserError(
+            f"--max-length {args.max_length}: the model has {limits.positions} "
+            f"positions{behind}; give at most {room}"
+        )
     if "max_length" not in args.explicit:
         args.max_length = room
         print(f"note: --max-length is {room}: the model has {limits.positions} positions{behind}")

@@ -65,8 +65,11 @@ def parse_arguments(words=None):
     add_reward_arguments(parser)
     add_task_arguments(parser, save_file="ppo_weights.npz")
     add_dataclass_arguments(parser, PPOConfig, title="PPO", exclude=SHARED)
-    add_shared_arguments(parser, learning_rate_note="default: lora 3e-3, full 3e-4, prompt 0.1, "
-                         "by flags or --resume-file; found on the digits task")  # fmt: skip
+    add_shared_arguments(
+        parser,
+        learning_rate_note="default: lora 3e-3, full 3e-4, prompt 0.1, "
+        "by flags or --resume-file; found on the digits task",
+    )
     parser.checks += [check_arguments, needs(NEEDS), settle_arguments]
     return parser.parse_args(words)
 
@@ -74,12 +77,20 @@ def parse_arguments(words=None):
 def add_task_arguments(parser: Parser, *, save_file: str) -> None:
     """What is trained from what, and how often that is looked at: of all methods on rollouts."""
     add = parser.add_argument_group("task").add_argument
-    add("--use-peft", type=bool, default=None,
-        help="train an adapter (the default), or with --no-use-peft every weight")  # fmt: skip
+    add(
+        "--use-peft",
+        type=bool,
+        default=None,
+        help="train an adapter (the default), or with --no-use-peft every weight",
+    )
     add("--save-file", default=save_file, help=".npz, .safetensors, or a folder to write")
     add("--resume-file", help="adapter to start from; the reference is the model without it")
-    add("--reference-quantize", type=int, choices=(4, 8),
-        help="bits of the reference copy in full fine-tuning (default: as the policy)")  # fmt: skip
+    add(
+        "--reference-quantize",
+        type=int,
+        choices=(4, 8),
+        help="bits of the reference copy in full fine-tuning (default: as the policy)",
+    )
     add("--epochs", type=float, help="passes over the prompts, in place of --num-steps")
     add("--prompt-words", type=int, default=2, help="of a plain text, how many words are a prompt")
     add("--stop", nargs="+", help="texts that end a response")
@@ -98,9 +109,13 @@ def add_shared_arguments(parser: Parser, *, learning_rate_note: str) -> None:
     add_any_base(parser, "resume_file", "reward_model")
     add_adapter_arguments(parser, lora_scale=4.0)
     add_optimizer_arguments(
-        parser, learning_rate=None, lr_schedule="linear", max_grad_norm=1.0, lr_end_factor=0.1,
+        parser,
+        learning_rate=None,
+        lr_schedule="linear",
+        max_grad_norm=1.0,
+        lr_end_factor=0.1,
         learning_rate_note=learning_rate_note,
-    )  # fmt: skip
+    )
     add_run_arguments(parser)
 
 
@@ -119,8 +134,9 @@ def check_arguments(args) -> None:
     if full and args.resume_file:
         raise UserError("--resume-file takes an adapter; fuse it first for full fine-tuning")
     if args.eval_prompts == 0 or args.eval_prompts < -1:
-        raise UserError("--eval-prompts: give a number above 0, or -1 for all; --eval-every 0 "
-                        "evaluates nothing")  # fmt: skip
+        raise UserError(
+            "--eval-prompts: give a number above 0, or -1 for all; --eval-every 0 evaluates nothing"
+        )
     if args.top_p <= 0:
         raise UserError(f"--top-p {args.top_p:g}: give a probability above 0; 1 leaves every token")
     if not all(args.stop or ()):
@@ -153,8 +169,10 @@ def settle_tuning(args) -> None:
     file = args.resume_file
     kind = settle_adapter(args, file, LEARNING_RATES, ignore="lora_dropout")  # there is none
     if file is not None and kind == "full":
-        raise UserError(f"--resume-file takes an adapter, and {file} holds every weight; fuse it "
-                        "first (fuse.py), and give the model with --model")  # fmt: skip
+        raise UserError(
+            f"--resume-file takes an adapter, and {file} holds every weight; fuse it "
+            "first (fuse.py), and give the model with --model"
+        )
 
 
 # ------------------------------------------------------------------------------ data

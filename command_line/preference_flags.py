@@ -88,10 +88,17 @@ WITH_REFERENCE = ("dpo", "kto")
 OF_A_REFERENCE = ("reference", "reference_quantize", "precompute_ref_log_probs")
 LOSS_TYPES = list(dict.fromkeys(name for losses in READS.values() for name in losses))
 DEFAULTS = {
-    "beta": 0.1, "label_smoothing": 0.0, "f_divergence_type": "reverse_kl",
-    "f_alpha_divergence_coef": 0.5, "discopop_tau": 0.05, "desirable_weight": 1.0,
-    "undesirable_weight": 1.0, "cpo_alpha": 1.0, "simpo_gamma": 0.5, "alpha": 0.25,
-}  # fmt: skip
+    "beta": 0.1,
+    "label_smoothing": 0.0,
+    "f_divergence_type": "reverse_kl",
+    "f_alpha_divergence_coef": 0.5,
+    "discopop_tau": 0.05,
+    "desirable_weight": 1.0,
+    "undesirable_weight": 1.0,
+    "cpo_alpha": 1.0,
+    "simpo_gamma": 0.5,
+    "alpha": 0.25,
+}
 # Where TRL's default would not do: SimPO and AlphaPO by name are those of their papers.
 OWN_DEFAULTS = {
     "simpo": {"beta": 2.0, "cpo_alpha": 0.0},
@@ -117,8 +124,11 @@ def parse_arguments(words=None):
     note = "default: lora 1e-4, full 1e-6, prompt 1e-3, by flags or --resume-adapter-file"
     add_optimizer_arguments(parser, learning_rate=None, max_grad_norm=1.0, learning_rate_note=note)
     add_run_arguments(parser)
-    never = Needs("lora_dropout", met=lambda args: False, why="here: policy and reference are "
-                  "compared, so dropout is off")  # fmt: skip
+    never = Needs(
+        "lora_dropout",
+        met=lambda args: False,
+        why="here: policy and reference are compared, so dropout is off",
+    )
     cached = Needs(
         "precompute_ref_log_probs", met=lambda args: args.train, why="without --train", typed=True
     )
@@ -130,35 +140,61 @@ def add_loss_arguments(parser: Parser) -> None:
     """The algorithm, its losses, and what these read; names are TRL's."""
     add = parser.add_argument_group("loss").add_argument
     add("--algorithm", choices=tuple(READS), default="dpo", help="family of the loss")
-    add("--loss-type", nargs="+", choices=LOSS_TYPES, metavar="LOSS",
+    add(
+        "--loss-type",
+        nargs="+",
+        choices=LOSS_TYPES,
+        metavar="LOSS",
         help="one loss of the algorithm, with dpo also several: "
         + "; ".join(f"{name}: {', '.join(losses)}" for name, losses in READS.items())
-        + " (default: the first)")  # fmt: skip
+        + " (default: the first)",
+    )
     add("--loss-weights", type=float, nargs="+", help="weights of several losses (default: 1 each)")
-    add("--beta", type=float, help="how much moving away from the reference counts (default: 0.1; "
-        "simpo, alphapo 2)")  # fmt: skip
-    add("--label-smoothing", type=float, help="share of pairs that may be swapped (default: 0; "
-        "exo_pair 0.001)")  # fmt: skip
+    add(
+        "--beta",
+        type=float,
+        help="how much moving away from the reference counts (default: 0.1; simpo, alphapo 2)",
+    )
+    add(
+        "--label-smoothing",
+        type=float,
+        help="share of pairs that may be swapped (default: 0; exo_pair 0.001)",
+    )
     add(
         "--ld-alpha", type=float, help="weight of tokens beyond the shorter answer's length, 0 to 1"
     )
     add("--use-weighting", type=bool, default=False, help="weigh pairs as WPO does")
-    add("--f-divergence-type", choices=F_DIVERGENCES, default="reverse_kl",
-        help="divergence from the reference")  # fmt: skip
+    add(
+        "--f-divergence-type",
+        choices=F_DIVERGENCES,
+        default="reverse_kl",
+        help="divergence from the reference",
+    )
     add("--f-alpha-divergence-coef", type=float, default=0.5, help="alpha of alpha_divergence")
     add("--discopop-tau", type=float, default=0.05, help="temperature of discopop")
     add("--desirable-weight", type=float, default=1.0, help="of wanted answers (kto)")
     add("--undesirable-weight", type=float, default=1.0, help="of unwanted answers (kto)")
     add("--desirable-from", type=float, help="rows with a reward from this on are wanted (kto)")
-    add("--cpo-alpha", type=float, help="weight of the NLL of chosen answers (default: 1; simpo, "
-        "alphapo 0)")  # fmt: skip
+    add(
+        "--cpo-alpha",
+        type=float,
+        help="weight of the NLL of chosen answers (default: 1; simpo, alphapo 0)",
+    )
     add("--simpo-gamma", type=float, default=0.5, help="margin that simpo and alphapo ask for")
     add("--alpha", type=float, default=0.25, help="shape of AlphaPO's reward; 0 is SimPO's")
-    add("--reference", choices=("loaded", "base"), default="loaded",
-        help="with --resume-adapter-file: what the policy is compared with")  # fmt: skip
+    add(
+        "--reference",
+        choices=("loaded", "base"),
+        default="loaded",
+        help="with --resume-adapter-file: what the policy is compared with",
+    )
     add("--reference-quantize", type=int, choices=(4, 8), help="bits of full fine-tuning's copy")
-    add("--precompute-ref-log-probs", type=bool, default=False,
-        help="compute those of all rows once, and keep them in the run folder")  # fmt: skip
+    add(
+        "--precompute-ref-log-probs",
+        type=bool,
+        default=False,
+        help="compute those of all rows once, and keep them in the run folder",
+    )
 
 
 def check_losses(args) -> None:
@@ -238,8 +274,10 @@ def check_ranges(args) -> None:
     if "exo_pair" in args.loss_type and not smoothing:
         raise UserError("--label-smoothing: exo_pair needs one above 0; its paper takes 0.001")
     if args.algorithm == "kto" and args.batch_size < 2:
-        raise UserError("--batch-size 1: KTO compares each prompt with the answer of another row; "
-                        "give 2 or more")  # fmt: skip
+        raise UserError(
+            "--batch-size 1: KTO compares each prompt with the answer of another row; "
+            "give 2 or more"
+        )
 
 
 def settle_arguments(args) -> None:
@@ -248,11 +286,15 @@ def settle_arguments(args) -> None:
     if args.reference_quantize and kind != "full":
         raise UserError("--reference-quantize needs --fine-tune-type full: else there is no copy")
     if args.reference_quantize and args.resume_adapter_file and args.reference == "loaded":
-        raise UserError("--reference-quantize: the reference is the loaded weights as they are; "
-                        "give --reference base, or leave it out")  # fmt: skip
+        raise UserError(
+            "--reference-quantize: the reference is the loaded weights as they are; "
+            "give --reference base, or leave it out"
+        )
     if args.test and not args.train and args.resume_adapter_file is None:
-        raise UserError("--test needs --resume-adapter-file, or --train: a model that is its own "
-                        "reference has no margin to measure")  # fmt: skip
+        raise UserError(
+            "--test needs --resume-adapter-file, or --train: a model that is its own "
+            "reference has no margin to measure"
+        )
 
 
 def task_options(args) -> dict[str, Any]:
@@ -318,8 +360,10 @@ def load_rows(args, tokenizer) -> dict[str, Any]:
 def check_kinds(args, kinds: set[str]) -> None:
     """Refuse rows that the algorithm cannot use, with what could."""
     if args.algorithm != "kto" and "unpaired" in kinds:
-        raise UserError(f"--algorithm {args.algorithm} compares chosen with rejected answers, and "
-                        "these rows have a label each: use --algorithm kto")  # fmt: skip
+        raise UserError(
+            f"--algorithm {args.algorithm} compares chosen with rejected answers, and "
+            "these rows have a label each: use --algorithm kto"
+        )
     if "desirable_from" in args.changed and kinds <= {"preference", "unpaired"}:
         raise UserError("--desirable-from has no effect on rows with a label or with pairs")
 
@@ -332,8 +376,10 @@ def check_rows(args, split: str, rows: Tokenised) -> None:
         return
     lists = [row for row in rows.rows if len(row.responses) > 2]
     if lists and {"aot", "aot_unpaired"} & {*args.loss_type}:
-        raise UserError(f"{lists[0].where}: aot sorts the pairs of a batch, which of ranked lists "
-                        "do not count alike; give pairs, or another --loss-type")  # fmt: skip
+        raise UserError(
+            f"{lists[0].where}: aot sorts the pairs of a batch, which of ranked lists "
+            "do not count alike; give pairs, or another --loss-type"
+        )
 
 
 def pair_warnings(args, rows: Tokenised) -> list[str]:
@@ -341,9 +387,11 @@ def pair_warnings(args, rows: Tokenised) -> list[str]:
     lengths = np.array([[sum(row.masks[0]), sum(row.masks[-1])] for row in rows.rows]).mean(axis=0)
     if lengths[0] < LONGER * lengths[1]:
         return []
-    return [f"chosen answers have {lengths[0]:.1f} tokens, rejected ones {lengths[1]:.1f}: length "
-            "may be what is learned; --loss-type sigmoid_norm, --ld-alpha or --algorithm simpo "
-            "weaken that"]  # fmt: skip
+    return [
+        f"chosen answers have {lengths[0]:.1f} tokens, rejected ones {lengths[1]:.1f}: length "
+        "may be what is learned; --loss-type sigmoid_norm, --ld-alpha or --algorithm simpo "
+        "weaken that"
+    ]
 
 
 def kto_warnings(args, rows: Tokenised) -> list[str]:
@@ -360,9 +408,11 @@ def kto_warnings(args, rows: Tokenised) -> list[str]:
     if 1 <= ratio <= 4 / 3:
         return []
     low = args.undesirable_weight * bad / good
-    return [f"{good} wanted and {bad} unwanted rows: with these weights the wanted ones count "
-            f"{ratio:.3g} times as much; --desirable-weight {low:.3g} to {low * 4 / 3:.3g} would "
-            "balance them"]  # fmt: skip
+    return [
+        f"{good} wanted and {bad} unwanted rows: with these weights the wanted ones count "
+        f"{ratio:.3g} times as much; --desirable-weight {low:.3g} to {low * 4 / 3:.3g} would "
+        "balance them"
+    ]
 
 
 def make_plan(args, rows: Tokenised, **options: Any) -> BatchPlan:

@@ -53,17 +53,28 @@ def add_reward_arguments(parser: Parser) -> None:
     """The digits score, a reward model, functions, services; and their weights."""
     add = parser.add_argument_group("reward").add_argument
     add("--ground-truth-reward", type=bool, default=False, help="the digits task's true score")
-    add("--reward-model", help="fused reward model, *ForSequenceClassification model, or adapter "
-        "with a reward head on --model; an encoder (BERT) needs PyTorch")  # fmt: skip
+    add(
+        "--reward-model",
+        help="fused reward model, *ForSequenceClassification model, or adapter "
+        "with a reward head on --model; an encoder (BERT) needs PyTorch",
+    )
     add("--reward-function", nargs="+", help="FILE.py:NAME, a function of your own; runs FILE")
     add("--reward-url", nargs="+", help="services that take prompts and responses as JSON")
     add("--answer-reward", metavar="COLUMN", help="1 where the response has this column's answer")
-    add("--answer-from", choices=get_args(AnswerFrom), default="auto",
+    add(
+        "--answer-from",
+        choices=get_args(AnswerFrom),
+        default="auto",
         help="where in the response: its tag, its \\boxed{}, its last number, all of it; auto: the "
-        "first of these that is there")  # fmt: skip
+        "first of these that is there",
+    )
     add("--answer-tag", default="answer", help="name of the tag around an answer")
-    add("--answer-match", choices=get_args(AnswerMatch), default="value",
-        help="as numbers or else texts; as texts; as mathematics (needs math-verify)")  # fmt: skip
+    add(
+        "--answer-match",
+        choices=get_args(AnswerMatch),
+        default="value",
+        help="as numbers or else texts; as texts; as mathematics (needs math-verify)",
+    )
     add("--format-reward", metavar="REGEX", help="1 where this is found in the response")
     add("--length-reward", type=int, metavar="WORDS", help="1 at so many words, 0 at none or twice")
     add("--json-reward", metavar="SCHEMA", help="1 for JSON that fits this file's JSON Schema")
@@ -88,9 +99,11 @@ def check_rewards(args: argparse.Namespace) -> None:
     count += len(args.reward_function or ()) + len(args.reward_url or ())
     count += sum(getattr(args, name) is not None for name in CHECKED_ANSWERS)
     if not count:
-        raise UserError("no reward: give --ground-truth-reward, --reward-model, --reward-function, "
-                        "--reward-url, --answer-reward, --format-reward, --length-reward or "
-                        "--json-reward")  # fmt: skip
+        raise UserError(
+            "no reward: give --ground-truth-reward, --reward-model, --reward-function, "
+            "--reward-url, --answer-reward, --format-reward, --length-reward or "
+            "--json-reward"
+        )
     if args.reward_weights is not None and len(args.reward_weights) != count:
         raise UserError(f"--reward-weights: {len(args.reward_weights)} for {count} rewards")
     if args.true_score and args.ground_truth_reward:
@@ -132,8 +145,11 @@ def make_rewards(
     `unscored`: rows may be left without a score.
     """
     rewards = []
-    rule = {"increasing": args.increasing or not args.decreasing, "multiple_of": args.multiple_of,
-            "min_length": args.min_length}  # fmt: skip
+    rule = {
+        "increasing": args.increasing or not args.decreasing,
+        "multiple_of": args.multiple_of,
+        "min_length": args.min_length,
+    }
     if args.ground_truth_reward:
         rewards.append(digits_rewards(**rule)[0])
     if learned is not None:

@@ -25,8 +25,12 @@ def parse_arguments(words=None):
     add = parser.add_argument_group("task").add_argument
     add("--input", nargs="+", help="files with prompts and responses, in any record format")
     add("--output", help="JSON lines to write: a row for each response, with its score")
-    add("--best-of", type=bool, default=False,
-        help="write the best response to each prompt alone, as a row for sft.py")  # fmt: skip
+    add(
+        "--best-of",
+        type=bool,
+        default=False,
+        help="write the best response to each prompt alone, as a row for sft.py",
+    )
     add("--force", type=bool, default=False, help="overwrite --output")
     add("--batch-size", type=int, default=64, help="responses that are scored together")
     parser.checks += [check_arguments, needs(NEEDS)]

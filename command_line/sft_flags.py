@@ -83,7 +83,7 @@ LOOP_NEEDS = (
     ),
     Needs(
         OF_TRAINING, met=lambda args: args.train or args.preview, why="without --train", typed=True
-    ),  # fmt: skip
+    ),
     Needs("test_file", "test"),
     Needs(
         "steps_per_eval",
@@ -127,14 +127,20 @@ def parse_arguments(words=None):
     add("--pooling", choices=("mean", "last"), default="mean", help="of hidden states")
     add("--centering", type=float, default=0.0, help="weight of (chosen + rejected)^2 in the loss")
     add("--margins", type=bool, default=True, help="use the margins of preference rows")
-    add("--normalize-samples", type=int, default=0,
-        help="scores get mean 0, deviation 1 on this many samples; 0: as trained")  # fmt: skip
+    add(
+        "--normalize-samples",
+        type=int,
+        default=0,
+        help="scores get mean 0, deviation 1 on this many samples; 0: as trained",
+    )
     add_data_arguments(parser, test_rows=True)
     add_model_arguments(parser)
     add_any_base(parser, "resume_adapter_file")
     add_adapter_arguments(parser, lora_scale=4.0)
-    note = ("default: lora 2e-4, full 2e-5, prompt 1e-2, by flags or --resume-adapter-file; the "
-            "1e-6 of old scripts teaches nothing")  # fmt: skip
+    note = (
+        "default: lora 2e-4, full 2e-5, prompt 1e-2, by flags or --resume-adapter-file; the "
+        "1e-6 of old scripts teaches nothing"
+    )
     add_optimizer_arguments(parser, learning_rate=None, max_grad_norm=1.0, learning_rate_note=note)
     add_run_arguments(parser)
     parser.checks += [check_arguments, needs(NEEDS), settle_arguments]
@@ -175,12 +181,21 @@ def check_loop(args) -> None:
         raise UserError("nothing to do: give --train, --test or both")
     if {"iters", "epochs"} <= args.changed:
         raise UserError("--iters and --epochs both say how long to train; give one of them")
-    at_least(args, 1, "batch_size", "iters", "gradient_accumulation_steps", "steps_per_report",
-             "early_stopping_patience")  # fmt: skip
+    at_least(
+        args,
+        1,
+        "batch_size",
+        "iters",
+        "gradient_accumulation_steps",
+        "steps_per_report",
+        "early_stopping_patience",
+    )
     at_least(args, 0, "steps_per_eval")
     if args.val_batches == 0 or args.val_batches < -1:
-        raise UserError("--val-batches: give a number of batches, or -1 for all rows; "
-                        "--steps-per-eval 0 means no validation")  # fmt: skip
+        raise UserError(
+            "--val-batches: give a number of batches, or -1 for all rows; "
+            "--steps-per-eval 0 means no validation"
+        )
     if args.epochs is not None and not 0 < args.epochs <= 1e6:
         raise UserError("--epochs: give a number above 0, up to 1e6")
     check_validations(args)
@@ -210,8 +225,10 @@ def check_normalisation(args) -> None:
     if not args.normalize_samples:
         return
     if args.fine_tune_type == "full":
-        raise UserError("--normalize-samples: samples come from the base model, of which "
-                        "--fine-tune-type full leaves nothing; leave one of them out")  # fmt: skip
+        raise UserError(
+            "--normalize-samples: samples come from the base model, of which "
+            "--fine-tune-type full leaves nothing; leave one of them out"
+        )
     if not args.train:
         raise UserError("--normalize-samples has no effect without --train")
     at_least(args, 2, "normalize_samples")
@@ -225,8 +242,10 @@ def check_validations(args) -> None:
     if args.save_best and not args.save_every:
         raise UserError("--save-best takes weights from a checkpoint; --save-every 0 keeps none")
     if wanted and args.train and not has_validation(args):
-        raise UserError(f"{flag_of(wanted[0])} needs rows to validate on: give --validation-file "
-                        "or --validation-split-percentage")  # fmt: skip
+        raise UserError(
+            f"{flag_of(wanted[0])} needs rows to validate on: give --validation-file "
+            "or --validation-split-percentage"
+        )
 
 
 # ------------------------------------------------------------------------------ data
@@ -264,8 +283,10 @@ def load_rows(args, tokenizer) -> dict:
         if args.packing:
             rows[split].rows = pack_rows(rows[split].rows, args.max_length)
             fill = sum(rows[split].lengths) / (len(rows[split]) * args.max_length)
-            print(f"  packed into {len(rows[split])} rows of up to {args.max_length} tokens, "
-                  f"{fill:.0%} full")  # fmt: skip
+            print(
+                f"  packed into {len(rows[split])} rows of up to {args.max_length} tokens, "
+                f"{fill:.0%} full"
+            )
         if args.sample_prompts and split == "train":
             rows["samples"] = encode_samples(args, tokenizer, set(records.kinds) == {"text"})
     if args.preview:
@@ -355,6 +376,8 @@ def training_length(args, batches_per_epoch: int) -> tuple[int, int | None]:
     batches = math.ceil(args.epochs * batches_per_epoch) if args.epochs else None
     updates = math.ceil(batches / each) if batches else args.iters
     if updates < args.steps_per_eval and (args.save_best or args.early_stopping_patience):
-        raise UserError(f"--steps-per-eval {args.steps_per_eval}: {updates} updates have no "
-                        "validation after the first, so none could be best")  # fmt: skip
+        raise UserError(
+            f"--steps-per-eval {args.steps_per_eval}: {updates} updates have no "
+            "validation after the first, so none could be best"
+        )
     return updates, batches

@@ -28,8 +28,11 @@ def add_run_arguments(parser: Parser, *, save_every: int = 100) -> None:
     add("--fused-dir", help="model folder to write as well: the base with what was trained on it")
     add("--overwrite", type=bool, default=False, help="delete the run that --output-dir holds")
     add("--seed", type=int, default=0, help="seed of everything random")
-    add("--config", "--config-path", help="YAML, JSON or .conf file of options; the command line "
-        "overrides it")  # fmt: skip
+    add(
+        "--config",
+        "--config-path",
+        help="YAML, JSON or .conf file of options; the command line overrides it",
+    )
     add(
         "--save-every",
         type=int,

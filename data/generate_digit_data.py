@@ -191,13 +191,25 @@ def make_parser() -> Parser:
     add("--num-samples", type=int, default=100, help="rows to train on")
     add("--num-valid", type=int, help="rows to validate on (a fifth of --num-samples, at least 10)")
     add("--num-test", type=int, help="rows to test on (the same)")
-    add("--min-length", type=int, default=5, help="numbers in the shortest row, and the floor of "
-        "the score")  # fmt: skip
+    add(
+        "--min-length",
+        type=int,
+        default=5,
+        help="numbers in the shortest row, and the floor of the score",
+    )
     add("--max-length", type=int, default=15, help="numbers in the longest row")
-    add("--max-number", type=int, default=99, help="the highest number; the embedded model was "
-        "trained on 0 to 99")  # fmt: skip
-    add("--noise", type=float, default=0.2, help="text rows: fraction of the positions that get a "
-        "random number")  # fmt: skip
+    add(
+        "--max-number",
+        type=int,
+        default=99,
+        help="the highest number; the embedded model was trained on 0 to 99",
+    )
+    add(
+        "--noise",
+        type=float,
+        default=0.2,
+        help="text rows: fraction of the positions that get a random number",
+    )
     add("--kind", nargs="+", choices=list(KINDS), default=["text"], help="what to write")
     add("--seed", type=int, default=0, help="the same seed gives the same files")
     add("--output-dir", type=Path, default=HERE, help="where to write (the folder of this script)")

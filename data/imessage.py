@@ -50,18 +50,29 @@ def make_parser() -> Parser:
     add("--me", help="your name as an exported file writes it (not needed with --database)")
     add("--date-order", choices=ORDERS, help="of WhatsApp's dates, where the file leaves it open")
     add("--groups", type=bool, default=False, help='chats of several people too, "Name: " in front')
-    add("--tapbacks", type=bool, default=False,
-        help="others' reactions to your messages as rows for reward models and KTO")  # fmt: skip
-    add("--names", type=bool, default=False,
-        help="mask names, numbers, mail addresses and links")  # fmt: skip
+    add(
+        "--tapbacks",
+        type=bool,
+        default=False,
+        help="others' reactions to your messages as rows for reward models and KTO",
+    )
+    add("--names", type=bool, default=False, help="mask names, numbers, mail addresses and links")
     add("--mask-words", nargs="+", default=[], help="further names to mask, with --names")
     add("--min-messages", type=int, default=20, help="shorter chats are left out")
     add("--gap", type=float, default=3.0, help="hours without a message that end a conversation")
     add("--max-length", type=int, default=4000, help="characters of a row; longer ones go on")
-    add("--context-turns", type=int, default=4,
-        help="turns that a row takes over from the one before, not trained again")  # fmt: skip
-    add("--canaries", type=int, default=0,
-        help="plant so many random codes, 8 at most, for data/memorisation.py")  # fmt: skip
+    add(
+        "--context-turns",
+        type=int,
+        default=4,
+        help="turns that a row takes over from the one before, not trained again",
+    )
+    add(
+        "--canaries",
+        type=int,
+        default=0,
+        help="plant so many random codes, 8 at most, for data/memorisation.py",
+    )
     add("--negatives", help="model whose replies stand against yours as preference pairs")
     add("--max-tokens", type=int, default=100, help="longest reply of --negatives")
     add("--seed", type=int, default=0, help="of --negatives and --canaries")
@@ -78,10 +89,12 @@ def check(args: argparse.Namespace) -> None:
     if not 0 < args.gap < 24 * 365:
         raise UserError("--gap: hours between 0 and a year")
     needs = (
-        ("tapbacks", "--database", args.database), ("date_order", "--whatsapp", args.whatsapp),
-        ("mask_words", "--names", args.names), ("max_tokens", "--negatives", args.negatives),
+        ("tapbacks", "--database", args.database),
+        ("date_order", "--whatsapp", args.whatsapp),
+        ("mask_words", "--names", args.names),
+        ("max_tokens", "--negatives", args.negatives),
         ("seed", "--negatives or --canaries", args.negatives or args.canaries),
-    )  # fmt: skip
+    )
     for flag, other, there in needs:
         if flag in args.changed and not there:
             raise UserError(f"--{flag.replace('_', '-')}: does nothing without {other}")
@@ -238,9 +251,11 @@ def main(words: list[str] | None = None) -> None:
     if args.names:
         history = masked(history, args.mask_words)
     limits = Limits(
-        gap=timedelta(hours=args.gap), max_length=args.max_length,
-        context_turns=args.context_turns, min_messages=args.min_messages,
-    )  # fmt: skip
+        gap=timedelta(hours=args.gap),
+        max_length=args.max_length,
+        context_turns=args.context_turns,
+        min_messages=args.min_messages,
+    )
     rows = make_rows(history, limits)
     report(rows.dropped)
     if not rows.train:

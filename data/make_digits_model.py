@@ -176,8 +176,9 @@ def train(model: nn.Module, rows: mx.array, pad: int, args: argparse.Namespace) 
     """
     peak = args.learning_rate
     fall = optim.cosine_decay(peak, args.steps - args.warmup, peak / 10)
-    schedule = optim.join_schedules([optim.linear_schedule(0.0, peak, args.warmup), fall],
-                                    [args.warmup])  # fmt: skip
+    schedule = optim.join_schedules(
+        [optim.linear_schedule(0.0, peak, args.warmup), fall], [args.warmup]
+    )
     optimizer = optim.AdamW(
         schedule, betas=[0.9, 0.99], weight_decay=args.weight_decay, bias_correction=True
     )

@@ -102,8 +102,10 @@ class Model:
         made = generate(
             self.loaded.model,
             [[*self.prefix, *self.prompt(messages)] for messages in prompts],
-            max_tokens=max_tokens, eos_ids=self.loaded.eos_ids, key=mx.random.key(seed),
-        )  # fmt: skip
+            max_tokens=max_tokens,
+            eos_ids=self.loaded.eos_ids,
+            key=mx.random.key(seed),
+        )
         decode = self.loaded.tokenizer.decode
         return [decode(r, skip_special_tokens=True).strip() for r in made.responses]
 
@@ -117,8 +119,10 @@ def report_canaries(args: argparse.Namespace, model: Model) -> None:
         print("no planted codes: data/imessage.py --canaries 5 plants some before training")
         return
     canaries = json.loads(path.read_text(encoding="utf-8"))
-    print(f"exposure of planted codes in bits, of at most {args.others + 1} codes "
-          "(unseen: 1.4 on average):")  # fmt: skip
+    print(
+        f"exposure of planted codes in bits, of at most {args.others + 1} codes "
+        "(unseen: 1.4 on average):"
+    )
     for canary in canaries:
         messages = [{"role": "user", "content": canary["question"]}]
         rest = others(canary, args.others, args.seed)
@@ -144,8 +148,10 @@ def report_overlap(args: argparse.Namespace, model: Model, rows: list[dict]) -> 
             progress.advance(len(batch))
     longest.sort(key=lambda run: -len(run.split()))
     many = sum(len(run.split()) >= LONG_OVERLAP for run in longest)
-    print(f"{args.samples} sampled answers: {many} with {LONG_OVERLAP} words or more in a row as "
-          f"in a training row; the longest has {len(longest[0].split())}")  # fmt: skip
+    print(
+        f"{args.samples} sampled answers: {many} with {LONG_OVERLAP} words or more in a row as "
+        f"in a training row; the longest has {len(longest[0].split())}"
+    )
     if longest[0]:
         print(f"  {longest[0]!r}")
 

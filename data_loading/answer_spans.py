@@ -202,10 +202,16 @@ def unread_fields(
     if source is None:
         return []
     keys = dict.fromkeys(key for message in messages for key in message if key not in KNOWN_KEYS)
-    notes = [("the chat template does not read a key of a message", key)
-             for key in keys if key not in source]  # fmt: skip
+    notes = [
+        ("the chat template does not read a key of a message", key)
+        for key in keys
+        if key not in source
+    ]
     names = [name for name in extras if name != "chat_template_kwargs"]
     names += extras.get("chat_template_kwargs", {})
-    notes += [("the chat template does not read a field of the row", name)
-              for name in names if name not in source]  # fmt: skip
+    notes += [
+        ("the chat template does not read a field of the row", name)
+        for name in names
+        if name not in source
+    ]
     return notes

@@ -52,8 +52,9 @@ class BatchPlan:
         self.lengths = np.asarray(lengths)
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.pad_to_multiple = pad_to_multiple
-        self.cuts = [at for at in range(batch_size, len(lengths), batch_size)
-                     if len(lengths) - at >= least]  # fmt: skip
+        self.cuts = [
+            at for at in range(batch_size, len(lengths), batch_size) if len(lengths) - at >= least
+        ]
 
     def __len__(self) -> int:
         """Batches of one epoch."""

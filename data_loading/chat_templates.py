@@ -102,8 +102,10 @@ class ChatTemplate:
         for count in range(1, len(messages) + 1):
             upto = self._apply(messages[:count], extras, False)
             if not text.startswith(upto) or len(upto) < ends[-1]:
-                raise BadRow("the chat template writes a turn otherwise once turns follow, and "
-                             "where each begins cannot be told")  # fmt: skip
+                raise BadRow(
+                    "the chat template writes a turn otherwise once turns follow, and "
+                    "where each begins cannot be told"
+                )
             ends.append(len(upto))
         return list(itertools.pairwise(ends))
 
@@ -112,8 +114,9 @@ class ChatTemplate:
     def _suited(self, messages: list[Message], extras: dict[str, Any]) -> list[Message]:
         """The messages in the form that the template shows."""
         if self._takes_parts:
-            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]}
-                        for m in messages]  # fmt: skip
+            messages = [
+                {**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages
+            ]
         if not any(message.get("tool_calls") for message in messages):
             return messages
         bare = any(m.get("tool_calls") and not m["content"] for m in messages)
@@ -221,8 +224,10 @@ def marked_source(source: str) -> str | None:
     """
     try:
         # {%- has lost the blanks before it: one keeps it from a brace of the text, and is stripped.
-        tokens = [(kind, " " + value if value in ("{%-", "{{-", "{#-") else value)
-                  for _, kind, value in _LEXER.lex(source)]  # fmt: skip
+        tokens = [
+            (kind, " " + value if value in ("{%-", "{{-", "{#-") else value)
+            for _, kind, value in _LEXER.lex(source)
+        ]
     except jinja2.TemplateError:
         return None
     made: list[str] = []

@@ -113,8 +113,10 @@ def added_text(fields: dict[str, Any], name: str) -> str:
     if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) for v in value):
         value = "\n\n".join(value)
     if given(fields, name) and not isinstance(value, str):
-        raise BadRow(f"{name} must be a string or a list of strings, found {shorten(value)}; "
-                     "rename the field if it is no part of the prompt")  # fmt: skip
+        raise BadRow(
+            f"{name} must be a string or a list of strings, found {shorten(value)}; "
+            "rename the field if it is no part of the prompt"
+        )
     return value if given(fields, name) else ""
 
 

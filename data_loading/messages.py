@@ -59,8 +59,13 @@ def read_messages(value: Any, name: str, system: str = "") -> list[Message]:
     of its own, is put in front.
     """
     messages = [read_message(item, f"{name}[{i}]") for i, item in enumerate(list_of(value, name))]
-    messages = [m for m in messages if m["role"] != "system" or m["content"].strip()
-                or m.keys() - {"role", "content", *TRAIN_KEYS}]  # fmt: skip
+    messages = [
+        m
+        for m in messages
+        if m["role"] != "system"
+        or m["content"].strip()
+        or m.keys() - {"role", "content", *TRAIN_KEYS}
+    ]
     if not any(m["role"] != "system" for m in messages):
         raise BadRow(f"{name} holds no user or assistant message")
     if any(m["role"] == "system" for m in messages[1:]):

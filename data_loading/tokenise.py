@@ -261,9 +261,10 @@ def each(
             if template is not None:
                 known = template.fields(record)
                 done.unused.update(
-                    name for name in record.fields
+                    name
+                    for name in record.fields
                     if name not in known and name not in used and given(record.fields, name)
-                )  # fmt: skip
+                )
     done.notes = template.notes if template is not None else []
     if not done.rows:
         if not done.refused:

@@ -128,8 +128,10 @@ def with_prompt(record: Record) -> Record:
     start = max(start, 0)
     prompt, rests = record.responses[0][:start], [text[start:] for text in record.responses]
     if not prompt.strip() or not all(rest.strip() for rest in rests):
-        raise BadRow("the row has no prompt, and its responses do not begin with one and go on "
-                     "differently; give it a field prompt")  # fmt: skip
+        raise BadRow(
+            "the row has no prompt, and its responses do not begin with one and go on "
+            "differently; give it a field prompt"
+        )
     return replace(record, prompt=prompt, responses=rests)
 
 
@@ -138,8 +140,10 @@ def refuse_equal(record: Record) -> None:
     best = record.responses[0]
     for response, rank in zip(record.responses, record.ranks, strict=True):
         if rank > 0 and response == best:
-            raise BadRow("chosen and rejected are the same, so nothing is preferred; "
-                         "--skip-bad-rows leaves such rows out")  # fmt: skip
+            raise BadRow(
+                "chosen and rejected are the same, so nothing is preferred; "
+                "--skip-bad-rows leaves such rows out"
+            )
 
 
 def answers(encoder: Encoder, record: Record) -> tuple[list[list[int]], list[list[int]], bool]:

@@ -30,13 +30,21 @@ TIME_GROUPS = 8
 # Whole texts in place of what an export leaves out: Android's stand in <>, iPhones' behind U+200E.
 LEFT_OUT = re.compile(r"^<[^<>]*>$")
 DELETED = {
-    "This message was deleted", "You deleted this message", "Diese Nachricht wurde gelöscht",
-    "Du hast diese Nachricht gelöscht", "Eliminaste este mensaje", "Se eliminó este mensaje",
-    "Ce message a été supprimé", "Vous avez supprimé ce message", "Mensagem apagada",
-    "Você apagou esta mensagem", "Questo messaggio è stato eliminato",
-    "Hai eliminato questo messaggio", "Dit bericht is verwijderd",
+    "This message was deleted",
+    "You deleted this message",
+    "Diese Nachricht wurde gelöscht",
+    "Du hast diese Nachricht gelöscht",
+    "Eliminaste este mensaje",
+    "Se eliminó este mensaje",
+    "Ce message a été supprimé",
+    "Vous avez supprimé ce message",
+    "Mensagem apagada",
+    "Você apagou esta mensagem",
+    "Questo messaggio è stato eliminato",
+    "Hai eliminato questo messaggio",
+    "Dit bericht is verwijderd",
     "U hebt dit bericht verwijderd",
-}  # fmt: skip
+}
 EDITED = re.compile(rf" ?[{MARKS}]?<[^<>]*(edit|bearbeitet|modifi|bewerkt)[^<>]*>$", re.IGNORECASE)
 ATTACHED = re.compile(rf"^[{MARKS}]*\S+\.\w{{2,5}} \([^()]*\)(\n|$)|^[{MARKS}]*<[^<>]*: [^<>]*>$")
 

@@ -48,9 +48,13 @@ class ActorCritic(nn.Module):
         return self._tuning
 
     def __call__(
-        self, packed: Packed, *, temperature: float = 1.0, with_entropy: bool = False,
+        self,
+        packed: Packed,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
         gradient: bool = False,
-    ) -> tuple[mx.array, ...]:  # fmt: skip
+    ) -> tuple[mx.array, ...]:
         """-> logprobs (B, R), values (B, R) and, if asked, entropy (B, R); 0 where nothing is.
 
         `gradient`: that of logprobs and values will be asked for; entropy has none then.

@@ -28,8 +28,9 @@ def fill(file: Path, arrays: dict[str, mx.array], described: dict) -> None:
     """Arrays and descriptions into a new file, on the disk and read back."""
     texts = {name: json.dumps(value) for name, value in described.items()}
     if file.suffix == ".npz":
-        arrays = {k: a.astype(mx.float32) if a.dtype == mx.bfloat16 else a
-                  for k, a in arrays.items()}  # fmt: skip
+        arrays = {
+            k: a.astype(mx.float32) if a.dtype == mx.bfloat16 else a for k, a in arrays.items()
+        }
         arrays |= {k: mx.array(list(v.encode()), dtype=mx.uint8) for k, v in texts.items()}
         save_arrays(file, arrays, {})
     else:
@@ -45,8 +46,11 @@ def read_arrays(path: Path) -> tuple[dict[str, mx.array], dict]:
     try:
         if path.suffix == ".npz":
             arrays = dict(mx.load(str(path)))
-            described = {k: json.loads(bytes(arrays.pop(k).tolist()).decode())
-                         for k in list(arrays) if k == CONFIG_KEY}  # fmt: skip
+            described = {
+                k: json.loads(bytes(arrays.pop(k).tolist()).decode())
+                for k in list(arrays)
+                if k == CONFIG_KEY
+            }
             return arrays, described
         arrays, metadata = mx.load(str(path), return_metadata=True)
         described = {k: json.loads(v) for k, v in metadata.items() if v.startswith("{")}

@@ -81,13 +81,17 @@ def check_base(
         return
     override = "--any-base to use it all the same"
     if named == base.name:
-        raise UserError(f"{path}: was trained on {named} as it was before its weights changed "
-                        f"(fingerprint {recorded}, now {base.fingerprint}); put them back, or give "
-                        f"{override}")  # fmt: skip
+        raise UserError(
+            f"{path}: was trained on {named} as it was before its weights changed "
+            f"(fingerprint {recorded}, now {base.fingerprint}); put them back, or give "
+            f"{override}"
+        )
     whose = named if isinstance(named, str) and named else "MODEL"
-    raise UserError(f"{path}: was trained on {whose} (fingerprint {recorded}), and {base.name} "
-                    f"({base.fingerprint}) is another base; give --model {whose}, or "
-                    f"{override}")  # fmt: skip
+    raise UserError(
+        f"{path}: was trained on {whose} (fingerprint {recorded}), and {base.name} "
+        f"({base.fingerprint}) is another base; give --model {whose}, or "
+        f"{override}"
+    )
 
 
 def check_quantization(
@@ -102,9 +106,12 @@ def check_quantization(
     trained = description[QUANTIZATION]
     if _bits(trained) != _bits(here):
         flag = f"--quantize {_bits(trained)}" if trained else "no --quantize"
-        warnings.warn(f"{path}: was trained on {_in_words(trained)}, and goes on "
-                      f"{_in_words(here)} here, which computes something else; {flag} gives what "
-                      "was trained", stacklevel=3)  # fmt: skip
+        warnings.warn(
+            f"{path}: was trained on {_in_words(trained)}, and goes on "
+            f"{_in_words(here)} here, which computes something else; {flag} gives what "
+            "was trained",
+            stacklevel=3,
+        )
 
 
 def _bits(quantized: Any) -> int | None:

@@ -51,8 +51,10 @@ def beam_search(
         hidden = hidden_states(model, tokens, cache=cache)[:, -1]  # (k, D)
         logprobs = _log_softmax(logits_from_hidden(model, hidden))  # (k, V)
         if processor is not None:
-            rows = [processor([*prompt, *written], logprobs[i : i + 1])
-                    for i, (written, _) in enumerate(running)]  # fmt: skip
+            rows = [
+                processor([*prompt, *written], logprobs[i : i + 1])
+                for i, (written, _) in enumerate(running)
+            ]
             logprobs = mx.concatenate(rows)
         # With n EOS tokens, (1 + n) K candidates leave at least K that go on.
         count = max(2, 1 + len(eos_ids)) * num_beams
@@ -97,8 +99,9 @@ def _best(logprobs: mx.array, scores: list[float], count: int) -> list[tuple[int
     places = mx.argpartition(-totals, kth=count - 1)[:count]
     places, values = np.array(places), np.array(totals[places])
     order = np.argsort(-values, kind="stable")
-    return [(int(places[i]) // vocabulary, int(places[i]) % vocabulary, float(values[i]))
-            for i in order]  # fmt: skip
+    return [
+        (int(places[i]) // vocabulary, int(places[i]) % vocabulary, float(values[i])) for i in order
+    ]
 
 
 def _settled(done: list[Beam], num_beams: int, best_running: float) -> bool:

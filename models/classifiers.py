@@ -64,8 +64,10 @@ def load_classifier(
     check_folder(folder, str(folder), trust_remote_code)
     config = read_config(folder)
     if config["model_type"] not in FAMILIES:
-        raise UserError(f"{folder}: a classifier of type {config['model_type']}; reward models are "
-                        f"read of the types {', '.join(FAMILIES)}")  # fmt: skip
+        raise UserError(
+            f"{folder}: a classifier of type {config['model_type']}; reward models are "
+            f"read of the types {', '.join(FAMILIES)}"
+        )
     head = _read_head(folder)
     loaded = _load_trunk(folder, config, head)
     if dtype != "stored":
@@ -148,11 +150,15 @@ def write_classifier(folder: Path, loaded: LoadedModel, reward_model: RewardMode
 
     config = dict(loaded.config)
     if reward_model.pooling != "last":
-        raise UserError(f"pooling {reward_model.pooling!r} has no counterpart in transformers' "
-                        "classifiers, which read the last token: use --pooling last")  # fmt: skip
+        raise UserError(
+            f"pooling {reward_model.pooling!r} has no counterpart in transformers' "
+            "classifiers, which read the last token: use --pooling last"
+        )
     if config["model_type"] not in FAMILIES or find_trunk(loaded.model)[1] != "model":
-        raise UserError(f"a classifier of type {config['model_type']} cannot be written; only "
-                        f"{', '.join(FAMILIES)}")  # fmt: skip
+        raise UserError(
+            f"a classifier of type {config['model_type']} cannot be written; only "
+            f"{', '.join(FAMILIES)}"
+        )
     if "quantization" in config:
         raise UserError("transformers cannot read MLX's quantised weights: add --dequantize")
     dtype = stored_dtype(loaded)
@@ -194,8 +200,10 @@ def _padding_token(loaded: LoadedModel, reward_model: RewardModel, folder: Path)
     if pad is not None and pad not in loaded.eos_ids:
         return pad
     if bos is None or bos in loaded.eos_ids:
-        raise UserError(f"{loaded.name}: its tokenizer has no token to pad with but EOS, which "
-                        "transformers would not score; add a pad token to it")  # fmt: skip
+        raise UserError(
+            f"{loaded.name}: its tokenizer has no token to pad with but EOS, which "
+            "transformers would not score; add a pad token to it"
+        )
     file = folder / "tokenizer_config.json"
     settings = read_json(file) if file.exists() else {}
     write_json(file, {**settings, "pad_token": tokenizer.bos_token})

@@ -248,8 +248,10 @@ def _padded(model: nn.Module, layer, padding: list[int]):
         return layer
     if type(layer) is kinds.CacheList:
         return kinds.CacheList(*(_padded(model, part, padding) for part in layer.caches))
-    raise UserError(f"this model keeps a {type(layer).__name__}, which cannot be batched with "
-                    "prompts of different lengths")  # fmt: skip
+    raise UserError(
+        f"this model keeps a {type(layer).__name__}, which cannot be batched with "
+        "prompts of different lengths"
+    )
 
 
 def _has_grouped_scores(model: nn.Module) -> bool:
@@ -283,9 +285,12 @@ def _check_padding(model: nn.Module) -> None:
         padded = padded[0, -1].astype(mx.float32)
         error = (mx.linalg.norm(padded - alone) / mx.linalg.norm(alone)).item()
     except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as problem:
-        raise UserError(f"model type {kind}: cannot be batched with prompts of different lengths "
-                        f"({problem})") from problem  # fmt: skip
+        raise UserError(
+            f"model type {kind}: cannot be batched with prompts of different lengths ({problem})"
+        ) from problem
     if not error < READS_PADDING:
-        raise UserError(f"model type {kind}: reads the padding in front of a prompt as text, so "
-                        "prompts of different lengths cannot be batched; give prompts of one "
-                        "length")  # fmt: skip
+        raise UserError(
+            f"model type {kind}: reads the padding in front of a prompt as text, so "
+            "prompts of different lengths cannot be batched; give prompts of one "
+            "length"
+        )

@@ -48,11 +48,15 @@ class EncoderReward:
         self.folder = Path(folder)
         kind = read_config(self.folder)["model_type"]
         if dtype == "stored":  # what fuse.py asks for
-            raise UserError(f"{folder}: an encoder ({kind}) gives rewards and nothing else; it is "
-                            "neither fused nor exported")  # fmt: skip
+            raise UserError(
+                f"{folder}: an encoder ({kind}) gives rewards and nothing else; it is "
+                "neither fused nor exported"
+            )
         if importlib.util.find_spec("torch") is None:
-            raise UserError(f"{folder}: an encoder ({kind}) is run by transformers on PyTorch, "
-                            "which is not installed: pip install torch")  # fmt: skip
+            raise UserError(
+                f"{folder}: an encoder ({kind}) is run by transformers on PyTorch, "
+                "which is not installed: pip install torch"
+            )
         check_folder(self.folder, str(folder), trust_remote_code)
         self.source = self.tokenizer = self  # as of a RewardModel
         self._warned = False
@@ -113,8 +117,11 @@ class EncoderReward:
         if len(row["input_ids"]) <= self.max_tokens:
             return row
         if not self._warned:
-            warnings.warn(f"{self.folder}: reads {self.max_tokens} tokens; longer texts are cut "
-                          f"(the first has {len(row['input_ids'])})", stacklevel=2)  # fmt: skip
+            warnings.warn(
+                f"{self.folder}: reads {self.max_tokens} tokens; longer texts are cut "
+                f"(the first has {len(row['input_ids'])})",
+                stacklevel=2,
+            )
             self._warned = True
         return self._encode(*texts, truncation=True, max_length=self.max_tokens)
 

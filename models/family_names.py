@@ -100,13 +100,17 @@ def _not_read(folder: Path) -> dict[str, mx.array]:
 def about_transformers(loaded: LoadedModel) -> list[str]:
     """What a person has to know who opens the written folder elsewhere."""
     if "quantization" in loaded.config:
-        return ["note: transformers cannot read MLX's quantised weights; --dequantize writes what "
-                "it reads"]  # fmt: skip
+        return [
+            "note: transformers cannot read MLX's quantised weights; --dequantize writes what "
+            "it reads"
+        ]
     if loaded.config["model_type"] == "gpt_oss":
         return ["note: written as transformers has it; mlx-lm alone reads GPT OSS in MXFP4 only"]
     if loaded.config["model_type"] == "gemma3" and not _not_read(loaded.path):
-        return ["note: the base has no weights for images, so transformers makes random ones; "
-                "texts are as they should be"]  # fmt: skip
+        return [
+            "note: the base has no weights for images, so transformers makes random ones; "
+            "texts are as they should be"
+        ]
     return []
 
 
@@ -135,8 +139,10 @@ def check_names(folder: Path, loaded: LoadedModel) -> None:
                 wrong.append(f"{name} is {there[name]}, not {shape}")
     wrong += _wrong_experts(written, config)
     if wrong:
-        raise UserError("the result is not what transformers expects, which would fill it with "
-                        f"random numbers: {'; '.join(wrong[:5])}; nothing was written")  # fmt: skip
+        raise UserError(
+            "the result is not what transformers expects, which would fill it with "
+            f"random numbers: {'; '.join(wrong[:5])}; nothing was written"
+        )
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -183,8 +189,11 @@ def _wrong_experts(written: dict, config: dict) -> list[str]:
         if f"{root}.gate.weight" not in written:  # a layer without experts
             continue
         for expert in range(written[f"{root}.gate.weight"][0]):
-            for name, shape in (("gate_proj", (inner, width)), ("up_proj", (inner, width)),
-                                ("down_proj", (width, inner))):  # fmt: skip
+            for name, shape in (
+                ("gate_proj", (inner, width)),
+                ("up_proj", (inner, width)),
+                ("down_proj", (width, inner)),
+            ):
                 name = f"{root}.experts.{expert}.{own.get(name, name)}.weight"
                 if written.get(name) != shape:
                     wrong.append(f"{name} is {written.get(name, 'missing')}, not {shape}")

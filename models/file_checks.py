@@ -18,10 +18,27 @@ from safe_files import check_inside
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16,
-    "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
-    "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
 
 
 def safetensors_header(file: Path) -> dict[str, dict]:
@@ -124,8 +141,10 @@ def check_depth(config: dict, folder: Path) -> None:
     arrays = sum(len(safetensors_header(file)) for file in folder.glob("model*.safetensors"))
     for count in layers:
         if arrays and isinstance(count, int | float) and count > arrays:
-            raise UserError(f"{folder / 'config.json'}: asks for {count:g} layers, and all weights "
-                            f"together are {arrays} arrays")  # fmt: skip
+            raise UserError(
+                f"{folder / 'config.json'}: asks for {count:g} layers, and all weights "
+                f"together are {arrays} arrays"
+            )
 
 
 def _weight_map(index: Path) -> dict:

@@ -31,17 +31,21 @@ def check_gguf(loaded: LoadedModel) -> None:
     """Raise UserError for a model that has no right GGUF form here, with the reason."""
     config, kind = loaded.config, loaded.config["model_type"]
     if kind not in FAMILIES:
-        raise UserError(f"GGUF: models of type {kind} are not converted, only "
-                        f"{' and '.join(FAMILIES)}; llama.cpp's convert_hf_to_gguf.py reads the "
-                        "fused folder")  # fmt: skip
+        raise UserError(
+            f"GGUF: models of type {kind} are not converted, only "
+            f"{' and '.join(FAMILIES)}; llama.cpp's convert_hf_to_gguf.py reads the "
+            "fused folder"
+        )
     if "quantization" in config:
         raise UserError("GGUF: MLX's quantised weights are not converted; add --dequantize")
     if any(re.fullmatch(r".*\.bias", name) for name, _ in tree_flatten(loaded.model.parameters())):
         raise UserError("GGUF: layers with a bias are not converted")
     width = config["hidden_size"] // config["num_attention_heads"]
     if config.get("head_dim") not in (None, width):
-        raise UserError(f"GGUF: heads {config['head_dim']} wide are not converted, only {width} "
-                        "(hidden_size / num_attention_heads)")  # fmt: skip
+        raise UserError(
+            f"GGUF: heads {config['head_dim']} wide are not converted, only {width} "
+            "(hidden_size / num_attention_heads)"
+        )
     scaling = config.get("rope_scaling") or {}
     rope = scaling.get("rope_type", scaling.get("type", "default"))
     if rope not in ("default", "linear"):
@@ -166,12 +170,21 @@ def tokenizer_metadata(folder: Path, loaded: LoadedModel, size: int) -> dict:
     }
     if '"<|soft_prompt|>"' in json.dumps(described.get("post_processor") or {}):
         raise UserError("GGUF: has no way to put a soft prompt in front of every text")
-    named = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id,
-             "padding": tokenizer.pad_token_id, "unknown": tokenizer.unk_token_id}  # fmt: skip
+    named = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "padding": tokenizer.pad_token_id,
+        "unknown": tokenizer.unk_token_id,
+    }
     others = sorted(loaded.eos_ids - {tokenizer.eos_token_id})
     named["eot"] = others[0] if others else None  # llama.cpp knows one more token to stop at
-    metadata.update({f"tokenizer.ggml.{name}_token_id": _number(token)
-                     for name, token in named.items() if token is not None})  # fmt: skip
+    metadata.update(
+        {
+            f"tokenizer.ggml.{name}_token_id": _number(token)
+            for name, token in named.items()
+            if token is not None
+        }
+    )
     if isinstance(tokenizer.chat_template, str):
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
     if model["type"] == "BPE" and _is_byte_level(described):
@@ -199,8 +212,10 @@ def _tokens(described: dict, size: int) -> tuple[list[str], list[int]]:
     added = {entry["id"]: entry for entry in described.get("added_tokens", ())}
     last = max([*described["model"]["vocab"].values(), *added], default=-1)
     if last >= size:
-        raise UserError(f"GGUF: the tokenizer counts to {last}, and the model has {size} tokens; "
-                        "they have to agree")  # fmt: skip
+        raise UserError(
+            f"GGUF: the tokenizer counts to {last}, and the model has {size} tokens; "
+            "they have to agree"
+        )
     for text, i in described["model"]["vocab"].items():
         is_byte = re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text) is not None
         tokens[i], types[i] = text, BYTE if is_byte else NORMAL
@@ -220,8 +235,10 @@ def _written_around(tokenizer) -> tuple[bool, bool]:
     before, after = whole[:place], whole[place + len(plain) :]
     known = before in ([], [tokenizer.bos_token_id]) and after in ([], [tokenizer.eos_token_id])
     if not known:
-        raise UserError("GGUF: this tokenizer writes more around a text than one BOS and one EOS, "
-                        "such as a fused soft prompt, and the file has no place for it")  # fmt: skip
+        raise UserError(
+            "GGUF: this tokenizer writes more around a text than one BOS and one EOS, "
+            "such as a fused soft prompt, and the file has no place for it"
+        )
     return bool(before), bool(after)
 
 
@@ -254,5 +271,6 @@ def _splitting_rule(described: dict) -> str:
         return "gpt-2"
     if len(parts) == 2 and parts[0].get("pattern", {}).get("Regex") == LLAMA3_SPLIT:
         return "llama-bpe"
-    raise UserError("GGUF: how this tokenizer splits text has no name in llama.cpp that is known "
-                    "here")  # fmt: skip
+    raise UserError(
+        "GGUF: how this tokenizer splits text has no name in llama.cpp that is known here"
+    )

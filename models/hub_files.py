@@ -6,10 +6,19 @@ from errors import UserError
 
 # What a model, a reward model or an adapter is made of; nothing else is downloaded.
 WANTED = (
-    "*.json", "model*.safetensors", "reward_head.safetensors", "adapters.safetensors",
-    "adapter_model.safetensors", "soft_prompt.safetensors", "tokenizer.model", "*.tiktoken",
-    "tiktoken.model", "*.txt", "*.jinja", "README.md",
-)  # fmt: skip
+    "*.json",
+    "model*.safetensors",
+    "reward_head.safetensors",
+    "adapters.safetensors",
+    "adapter_model.safetensors",
+    "soft_prompt.safetensors",
+    "tokenizer.model",
+    "*.tiktoken",
+    "tiktoken.model",
+    "*.txt",
+    "*.jinja",
+    "README.md",
+)
 CODE = "*.py"  # downloaded only where it is trusted
 
 
@@ -29,9 +38,10 @@ def download(name: str, revision: str | None = None, *, with_code: bool = False)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # huggingface_hub raises many kinds; each means "not to be had"
-        raise UserError(f"{name}: no such folder, and not to be had from the hub: "
-                        f"{reason(error)} (as a relative path it is looked for in {Path.cwd()})"
-                        ) from error  # fmt: skip
+        raise UserError(
+            f"{name}: no such folder, and not to be had from the hub: "
+            f"{reason(error)} (as a relative path it is looked for in {Path.cwd()})"
+        ) from error
 
 
 def reason(error: BaseException) -> str:

@@ -55,8 +55,10 @@ def load_peft_adapter(model: nn.Module, path: str | Path) -> Tuning:
     """
     path = Path(path)
     if not (path / WEIGHTS).is_file():
-        raise UserError(f"{path / PICKLED}: pickled weights can run code and are not read; save "
-                        "the adapter with safe_serialization=True")  # fmt: skip
+        raise UserError(
+            f"{path / PICKLED}: pickled weights can run code and are not read; save "
+            "the adapter with safe_serialization=True"
+        )
     for name in (CONFIG, WEIGHTS):
         check_inside(path / name, path)
     config = read_json(path / CONFIG)
@@ -75,11 +77,16 @@ def _check_settings(config: dict, path: Path) -> None:
     kind = config.get("peft_type")
     if kind not in ("LORA", "PROMPT_TUNING"):
         raise UserError(f"{path}: PEFT type {kind}; only LORA and PROMPT_TUNING can be read")
-    refused = [f"{name} {value!r}" for name, value in config.items()
-               if name not in ANY_VALUE and value not in ONE_OF.get(name, OFF)]  # fmt: skip
+    refused = [
+        f"{name} {value!r}"
+        for name, value in config.items()
+        if name not in ANY_VALUE and value not in ONE_OF.get(name, OFF)
+    ]
     if refused:
-        raise UserError(f"{path}: its {', '.join(refused)} has no counterpart here; merge the "
-                        "adapter with PEFT (merge_and_unload) and give the model")  # fmt: skip
+        raise UserError(
+            f"{path}: its {', '.join(refused)} has no counterpart here; merge the "
+            "adapter with PEFT (merge_and_unload) and give the model"
+        )
 
 
 def _soft_prompt(model: nn.Module, arrays: dict[str, mx.array], path: Path) -> SoftPrompt:
@@ -141,8 +148,10 @@ def _check_arrays(config: dict, layer: str, found: dict[str, mx.array], path: Pa
     """Raise UserError where the arrays of a layer are not what the settings say of them."""
     rank, wanted = found["lora_a"].shape[-1], _of_layer(config, "r", "rank_pattern", layer)
     if rank != wanted:
-        raise UserError(f"{path}: {layer} has rank {rank}, and {CONFIG} says {wanted}, so by which "
-                        "factor it counts is not known")  # fmt: skip
+        raise UserError(
+            f"{path}: {layer} has rank {rank}, and {CONFIG} says {wanted}, so by which "
+            "factor it counts is not known"
+        )
     if config.get("use_dora") and "m" not in found:
         raise UserError(f"{path}: {layer} has no lora_magnitude_vector, and {CONFIG} says use_dora")
 
@@ -200,8 +209,10 @@ def _check_layers(adapter: Adapter, base_folder: Path) -> None:
         names |= safetensors_header(file).keys()
     unknown = [layer for layer in adapter.layers if f"{layer}.weight" not in names]
     if unknown:
-        raise UserError(f"{base_folder}: keeps {unknown[0]} under another name or in parts, so an "
-                        "adapter of it has no PEFT form")  # fmt: skip
+        raise UserError(
+            f"{base_folder}: keeps {unknown[0]} under another name or in parts, so an "
+            "adapter of it has no PEFT form"
+        )
 
 
 def _lora_config(adapter: Adapter) -> dict:

@@ -39,8 +39,10 @@ class Limits:
                 )
         if self.positions is not None and len(ids) + room > self.positions:
             response = f" and a response of up to {room}" if room else ""
-            raise UserError(f"{where}: has {len(ids)} tokens{response}, and the model has "
-                            f"{self.positions} positions; give shorter ones")  # fmt: skip
+            raise UserError(
+                f"{where}: has {len(ids)} tokens{response}, and the model has "
+                f"{self.positions} positions; give shorter ones"
+            )
 
     def room(self, count: int, wanted: int) -> int:
         """How many of `wanted` tokens fit behind `count` others; at least one."""
@@ -60,8 +62,12 @@ def find_limits(model: nn.Module) -> Limits:
     if isinstance(embedding, SoftPromptEmbedding):
         virtual, embedding = len(embedding.prompt), embedding.embedding
     owner, name = find_trunk(model)
-    tables = [part[table] for part in (owner[name], owner) for table in POSITION_TABLES
-              if table in part and "weight" in part[table]]  # fmt: skip
+    tables = [
+        part[table]
+        for part in (owner[name], owner)
+        for table in POSITION_TABLES
+        if table in part and "weight" in part[table]
+    ]
     positions = tables[0].weight.shape[0] if tables else None
     if positions is not None and getattr(model, "model_type", None) == "opt":
         positions -= OFFSET

@@ -70,8 +70,10 @@ def load_model(
     path = resolve_path(name, revision, with_code=trust_remote_code)
     check_folder(path, name, trust_remote_code)
     if "SequenceClassification" in str(read_config(path).get("architectures")):
-        raise UserError(f"{name}: is a classifier that gives scores, not a language model; "
-                        "give it as --reward-model")  # fmt: skip
+        raise UserError(
+            f"{name}: is a classifier that gives scores, not a language model; "
+            "give it as --reward-model"
+        )
     dtype = default_dtype() if dtype == "auto" else dtype
     check_memory(path, name, dtype, quantize)
     model, tokenizer, config = _load(path, name, trust_remote_code)
@@ -93,8 +95,10 @@ def resolve_path(name: str, revision: str | None = None, *, with_code: bool = Fa
     if name == DEFAULT_NAME:
         return DEFAULT_MODEL
     if path.exists() or not looks_like_hub_name(name):
-        raise UserError(f"{name}: no model folder there; give a folder with config.json and "
-                        "model.safetensors, or a hub name USER/NAME")  # fmt: skip
+        raise UserError(
+            f"{name}: no model folder there; give a folder with config.json and "
+            "model.safetensors, or a hub name USER/NAME"
+        )
     return download(name, revision, with_code=with_code)
 
 
@@ -137,8 +141,10 @@ def _refuse_code(file: Path) -> None:
         raise UserError(f"{file}: holds no JSON object")
     for key in ("model_file", "auto_map"):
         if key in settings:
-            raise UserError(f"{file}: asks to run code of its own ({key}); "
-                            "give --trust-remote-code if you trust it")  # fmt: skip
+            raise UserError(
+                f"{file}: asks to run code of its own ({key}); "
+                "give --trust-remote-code if you trust it"
+            )
 
 
 def _load(path: Path, name: str, trust_remote_code: bool):
@@ -160,8 +166,10 @@ def _load(path: Path, name: str, trust_remote_code: bool):
     except Exception as error:  # mlx-lm and transformers have dozens of kinds for a broken folder
         raise UserError(f"{name}: cannot be loaded: {_one_line(error)}") from error
     if not tokenizer.eos_token_ids:
-        raise UserError(f"{name}: the tokenizer names no end-of-sequence token; "
-                        'set "eos_token" in tokenizer_config.json')  # fmt: skip
+        raise UserError(
+            f"{name}: the tokenizer names no end-of-sequence token; "
+            'set "eos_token" in tokenizer_config.json'
+        )
     check_tokens(model, tokenizer, name)
     return model, tokenizer, config
 
@@ -181,11 +189,15 @@ def check_tokens(model: nn.Module, tokenizer, name: str) -> None:
     regular = known.keys() - tokenizer.get_added_vocab().keys()
     last = max((known[token] for token in regular), default=0)
     if last >= rows:
-        raise UserError(f"{name}: the tokenizer counts to {last}, and the model has {rows} tokens; "
-                        "they do not belong together")  # fmt: skip
+        raise UserError(
+            f"{name}: the tokenizer counts to {last}, and the model has {rows} tokens; "
+            "they do not belong together"
+        )
     if beyond := [i for i in tokenizer.eos_token_ids if not (isinstance(i, int) and 0 <= i < rows)]:
-        raise UserError(f"{name}: {beyond[0]!r} ends a text and is none of the model's {rows} "
-                        "tokens; put eos_token_id right in config.json")  # fmt: skip
+        raise UserError(
+            f"{name}: {beyond[0]!r} ends a text and is none of the model's {rows} "
+            "tokens; put eos_token_id right in config.json"
+        )
 
 
 def _one_line(error: Exception) -> str:

@@ -28,19 +28,30 @@ def check_memory(folder: Path, name: str, dtype: str, quantize: int | None) -> N
     `dtype`: "stored" or a name in TYPE_BITS. Training needs more than the weights; how much is not
     known here.
     """
-    tensors = [entry for file in folder.glob("model*.safetensors")
-               for entry in safetensors_header(file).values()]  # fmt: skip
+    tensors = [
+        entry
+        for file in folder.glob("model*.safetensors")
+        for entry in safetensors_header(file).values()
+    ]
     memory, needed = machine_memory(), weights_bytes(tensors, dtype, quantize)
     if needed <= memory:
         return
-    ways = {"--dtype bfloat16": ("bfloat16", None), "--quantize 8": (dtype, 8),
-            "--quantize 4": (dtype, 4)}  # fmt: skip
-    fits = [f"{flag} needs {size / 1e9:.3g} GB" for flag, way in ways.items()
-            if (size := weights_bytes(tensors, *way)) <= memory]  # fmt: skip
+    ways = {
+        "--dtype bfloat16": ("bfloat16", None),
+        "--quantize 8": (dtype, 8),
+        "--quantize 4": (dtype, 4),
+    }
+    fits = [
+        f"{flag} needs {size / 1e9:.3g} GB"
+        for flag, way in ways.items()
+        if (size := weights_bytes(tensors, *way)) <= memory
+    ]
     count = sum(math.prod(entry["shape"]) for entry in tensors)
     other = f"take a model of at most {memory / needed * count / 1e9:.2g} billion weights"
-    raise UserError(f"{name}: its weights need {needed / 1e9:.3g} GB, and this machine has "
-                    f"{memory / 1e9:.3g} GB; {'; '.join(fits) or other}")  # fmt: skip
+    raise UserError(
+        f"{name}: its weights need {needed / 1e9:.3g} GB, and this machine has "
+        f"{memory / 1e9:.3g} GB; {'; '.join(fits) or other}"
+    )
 
 
 def weights_bytes(tensors: list[dict], dtype: str, quantize: int | None) -> float:

@@ -29,11 +29,22 @@ from safe_files import (
 
 # What a tokenizer may be made of; weights and config.json are written anew.
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "*.tiktoken",
-    "tiktoken.model", "chat_template.*", "additional_chat_templates/*",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "*.tiktoken",
+    "tiktoken.model",
+    "chat_template.*",
+    "additional_chat_templates/*",
+)
 MODEL_SIGNS = ("config.json", "adapter_config.json", "model.gguf")  # a folder that may be replaced
+RUN_SIGNS = ("metrics.jsonl", "checkpoints")  # a run has a config.json too
 GENERATION_CONFIG = "generation_config.json"
 
 
@@ -70,6 +81,8 @@ def check_free(path: Path, force: bool, *, suffix: str | None = None) -> None:
             raise UserError(f"{path}: is a folder, so --force does not replace it by a file")
     elif not any((path / name).is_file() for name in MODEL_SIGNS):
         raise UserError(f"{path}: is no model or adapter folder, so --force does not replace it")
+    elif any((path / name).exists() for name in RUN_SIGNS):
+        raise UserError(f"{path}: is the folder of a run, so --force does not replace it")
 
 
 @contextmanager

@@ -77,8 +77,13 @@ class Parts:
     def fuse(self, *, dequantize: bool = False) -> FusedPrompt | None:
         """Make the base model the sum of all parts; returns what became of the soft prompt."""
         model, config = self.base.model, self.base.config
-        fuse_adapters(model, self.adapters, self.weights, dequantize=dequantize,
-                      dtype=mx.float32 if self.working == "float32" else None)  # fmt: skip
+        fuse_adapters(
+            model,
+            self.adapters,
+            self.weights,
+            dequantize=dequantize,
+            dtype=mx.float32 if self.working == "float32" else None,
+        )
         if dequantize:
             dequantize_model(model)
             config.pop("quantization", None)
@@ -177,8 +182,10 @@ def _check_together(files, weights, descriptions) -> None:
         if what and weight != 1:
             raise UserError(f"{file}: {what} has no half measures; its weight has to be 1")
         if kind == "full" and len(files) > 1:
-            raise UserError(f"{file}: every weight was trained, so it is no adapter of the same "
-                            "base; fuse it alone and give the result as --model")  # fmt: skip
+            raise UserError(
+                f"{file}: every weight was trained, so it is no adapter of the same "
+                "base; fuse it alone and give the result as --model"
+            )
     if kinds.count("prompt") > 1:
         raise UserError("two soft prompts cannot both come first; give one")
 
@@ -197,6 +204,8 @@ def refuse_lost_base(file: str, name: str) -> None:
     meant = Path(name).expanduser()
     known = name == DEFAULT_NAME or meant.name == DEFAULT_MODEL.name or looks_like_hub_name(name)
     if not (known or meant.is_absolute() or meant.exists()):
-        raise UserError(f"{file}: was trained on {name}, a path relative to the folder that it was "
-                        f"trained in, and there is none in {Path.cwd()}; give --model, or start "
-                        "where it was trained")  # fmt: skip
+        raise UserError(
+            f"{file}: was trained on {name}, a path relative to the folder that it was "
+            f"trained in, and there is none in {Path.cwd()}; give --model, or start "
+            "where it was trained"
+        )

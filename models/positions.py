@@ -64,8 +64,9 @@ class Turned(nn.Module):
     def __init__(self, wavelengths, dims: int, traditional: bool, gain: float, limit: int = 0):
         super().__init__()
         self.dims, self.traditional = dims, traditional
-        self._freqs, self._long = (mx.array(w, dtype=mx.float32) for w in (*wavelengths[:2],
-                                   *wavelengths[-1:])[:2])  # fmt: skip
+        self._freqs, self._long = (
+            mx.array(w, dtype=mx.float32) for w in (*wavelengths[:2], *wavelengths[-1:])[:2]
+        )
         self._scale, self._limit = gain, limit
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
@@ -75,8 +76,15 @@ class Turned(nn.Module):
             freqs = mx.where(last > self._limit, self._long, self._freqs)
         if self._scale != 1.0:
             x = mx.concatenate([x[..., : self.dims] * self._scale, x[..., self.dims :]], axis=-1)
-        return mx.fast.rope(x, self.dims, traditional=self.traditional, base=None, scale=1.0,
-                            offset=offset, freqs=freqs)  # fmt: skip
+        return mx.fast.rope(
+            x,
+            self.dims,
+            traditional=self.traditional,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=freqs,
+        )
 
 
 def _yarn(rule: dict, dims: int, base: float, length: int) -> np.ndarray:

@@ -16,14 +16,32 @@ from models.transformers_config import FULL, SLIDING, layer_types
 # Models of mlx-lm that give their layers windows by themselves.
 HAVE_WINDOWS = ("gemma3_text", "cohere2", "gpt_oss", "olmo3", "llama", "smollm3")
 TANH, EXACT = "gelu by tanh", "gelu"
-ACTIVATIONS = {"gelu_pytorch_tanh": TANH, "gelu_new": TANH, "gelu_fast": TANH, "gelu": EXACT,
-               "gelu_python": EXACT, "silu": "silu", "swish": "silu", "relu2": "relu2"}  # fmt: skip
+ACTIVATIONS = {
+    "gelu_pytorch_tanh": TANH,
+    "gelu_new": TANH,
+    "gelu_fast": TANH,
+    "gelu": EXACT,
+    "gelu_python": EXACT,
+    "silu": "silu",
+    "swish": "silu",
+    "relu2": "relu2",
+}
 # What mlx-lm computes, whatever a configuration says.
-SILU = ("llama mistral qwen2 qwen3 phi3 olmo2 mixtral cohere cohere2 exaone glm4 granite helium "
-        "internlm2 olmo3 olmoe qwen2_moe qwen3_moe smollm3 stablelm minicpm").split()  # fmt: skip
-COMPUTED = {"gemma": EXACT, "starcoder2": EXACT, "gpt_neox": TANH, "phi": TANH, "gpt2": TANH,
-            "gemma2": TANH, "gemma3_text": TANH, "nemotron": "relu2",
-            **dict.fromkeys(SILU, "silu")}  # fmt: skip
+SILU = (
+    "llama mistral qwen2 qwen3 phi3 olmo2 mixtral cohere cohere2 exaone glm4 granite helium "
+    "internlm2 olmo3 olmoe qwen2_moe qwen3_moe smollm3 stablelm minicpm"
+).split()
+COMPUTED = {
+    "gemma": EXACT,
+    "starcoder2": EXACT,
+    "gpt_neox": TANH,
+    "phi": TANH,
+    "gpt2": TANH,
+    "gemma2": TANH,
+    "gemma3_text": TANH,
+    "nemotron": "relu2",
+    **dict.fromkeys(SILU, "silu"),
+}
 
 
 def repair(model: nn.Module, config: dict) -> None:
@@ -102,8 +120,9 @@ def _give_activations(model: nn.Module, config: dict, kind: str | None) -> None:
     if None in (wanted, computed) or wanted == computed:
         return
     if {wanted, computed} != {TANH, EXACT}:
-        raise UserError(f"model type {kind}: its activation {given} is not what mlx-lm computes "
-                        f"({computed})")  # fmt: skip
+        raise UserError(
+            f"model type {kind}: its activation {given} is not what mlx-lm computes ({computed})"
+        )
     _swap(model, "mlp", _tanh_gelu if wanted == TANH else _exact_gelu)
 
 

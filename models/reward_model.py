@@ -34,9 +34,11 @@ def load_reward_head(model: RewardModel, adapter_path: str | Path) -> None:
     """Take over the head beside an adapter, or in a model folder. UserError where none is."""
     found = read_head(adapter_path, REWARD_HEAD)
     if found is None:
-        raise UserError(f"{adapter_path}: has no reward head beside it "
-                        f"({head_path(adapter_path, REWARD_HEAD)}); make one with sft.py "
-                        "--reward-model --train")  # fmt: skip
+        raise UserError(
+            f"{adapter_path}: has no reward head beside it "
+            f"({head_path(adapter_path, REWARD_HEAD)}); make one with sft.py "
+            "--reward-model --train"
+        )
     model.load_head(*found, source=str(head_path(adapter_path, REWARD_HEAD)))
 
 
@@ -60,8 +62,10 @@ def load_reward_model(
     name, path = str(path), Path(path)
     if not path.exists():
         if not looks_like_hub_name(name):
-            raise UserError(f"{name}: no such reward model; give a fused reward model's folder, or "
-                            "the adapter that sft.py --reward-model wrote")  # fmt: skip
+            raise UserError(
+                f"{name}: no such reward model; give a fused reward model's folder, or "
+                "the adapter that sft.py --reward-model wrote"
+            )
         path = download(name, with_code=trust_remote_code)
     if is_encoder(path):
         return EncoderReward(path, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -74,8 +78,10 @@ def load_reward_model(
         raise UserError(f"{path}: is an adapter; it needs its base model as well")
     else:
         if read_adapter(path)[1].get("fine_tune_type") == "full":  # would overwrite the base
-            raise UserError(f"{path}: every weight was trained, so it shares none with its base; "
-                            "fuse it first (fuse.py) and give that folder")  # fmt: skip
+            raise UserError(
+                f"{path}: every weight was trained, so it shares none with its base; "
+                "fuse it first (fuse.py) and give that folder"
+            )
         tuning = load_adapter(base, path, any_base=any_base)
         tuning.deactivate()
         source, reward_model = base, RewardModel(base.model, tuning=tuning)

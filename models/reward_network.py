@@ -157,7 +157,9 @@ def normalise(model: RewardModel, texts: Sequence[Sequence[int]]) -> None:
     model.gain, model.offset = 1.0, 0.0
     scores = np.array(model.score(texts), dtype=np.float64)
     if not scores.std() > 1e-6 * np.abs(scores).max():  # what is less is rounding
-        raise UserError("--normalize-samples: all samples have the same score, so there is no "
-                        "deviation to divide by")  # fmt: skip
+        raise UserError(
+            "--normalize-samples: all samples have the same score, so there is no "
+            "deviation to divide by"
+        )
     model.gain = float(1 / scores.std())
     model.offset = float(-scores.mean() / scores.std())

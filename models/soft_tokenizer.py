@@ -23,8 +23,9 @@ def add_soft_prompt(folder: Path, tokenizer, ids: list[int]) -> None:
     `tokenizer` is the base model's. Raises UserError where it cannot be done.
     """
     if not hasattr(tokenizer, "backend_tokenizer"):
-        raise UserError("the tokenizer has no tokenizer.json form, so a soft prompt cannot be "
-                        "made part of it")  # fmt: skip
+        raise UserError(
+            "the tokenizer has no tokenizer.json form, so a soft prompt cannot be made part of it"
+        )
     backend = with_tokens(tokenizer.backend_tokenizer, ids)
     described = json.loads(backend.to_str())
     described["post_processor"] = with_prefix(described.get("post_processor"), ids)
@@ -43,8 +44,10 @@ def with_tokens(backend, ids: list[int]):
     backend = Tokenizer.from_str(backend.to_str())
     size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     if size > ids[0]:
-        raise UserError(f"the tokenizer has {size} tokens and the embedding only {ids[0]} rows; "
-                        "a soft prompt cannot be fused into it")  # fmt: skip
+        raise UserError(
+            f"the tokenizer has {size} tokens and the embedding only {ids[0]} rows; "
+            "a soft prompt cannot be fused into it"
+        )
     names = [FILLER.format(i) for i in range(size, ids[0])] + token_names(len(ids))
     backend.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
     if [backend.token_to_id(n) for n in names[-len(ids) :]] != ids:

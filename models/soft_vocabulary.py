@@ -67,8 +67,14 @@ def _contexts(model, prompt: SoftPrompt, loaded: LoadedModel, seed: int) -> np.n
     key = mx.random.key(seed)
     written = []
     for temperature in (1.0, 2.0):
-        made = generate(model, [[*prompt.prefix, *start]] * ROWS, max_tokens=LENGTH, eos_ids=set(),
-                        sampling=Sampling(temperature), key=key)  # fmt: skip
+        made = generate(
+            model,
+            [[*prompt.prefix, *start]] * ROWS,
+            max_tokens=LENGTH,
+            eos_ids=set(),
+            sampling=Sampling(temperature),
+            key=key,
+        )
         written += [[*start, *response] for response in made.responses]
     states = []
     for rows in (drawn, written):
@@ -99,8 +105,10 @@ def _add_output_layer(loaded: LoadedModel, weight: mx.array) -> None:
     arguments = getattr(owner, "args", None)
     if not getattr(arguments, "tie_word_embeddings", False):
         kind = loaded.config["model_type"]
-        raise UserError(f"model type {kind}: has no output layer apart from its embedding, and "
-                        "can be given none, so soft prompts cannot be fused")  # fmt: skip
+        raise UserError(
+            f"model type {kind}: has no output layer apart from its embedding, and "
+            "can be given none, so soft prompts cannot be fused"
+        )
     arguments.tie_word_embeddings = False
     loaded.config["tie_word_embeddings"] = False
     layer = nn.Linear(1, 1, bias=False)

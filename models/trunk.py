@@ -35,8 +35,10 @@ def find_trunk(model: nn.Module) -> tuple[nn.Module, str]:
         if isinstance(model.get(name), nn.Module):
             return model, name
     kind = getattr(model, "model_type", type(model).__name__)
-    raise UserError(f"model type {kind}: its hidden states cannot be reached "
-                    f"(no part named {', '.join(TRUNK_NAMES)})")  # fmt: skip
+    raise UserError(
+        f"model type {kind}: its hidden states cannot be reached "
+        f"(no part named {', '.join(TRUNK_NAMES)})"
+    )
 
 
 def hidden_states(model: nn.Module, tokens: mx.array, cache=None) -> mx.array:

@@ -57,8 +57,10 @@ class FullTuning(Tuning):
 
     def __init__(self, model: nn.Module):
         if any(hasattr(module, "bits") for module in model.modules()):
-            raise UserError("a quantised model cannot be fully fine-tuned; use LoRA, or a model "
-                            "that is not quantised")  # fmt: skip
+            raise UserError(
+                "a quantised model cannot be fully fine-tuned; use LoRA, or a model "
+                "that is not quantised"
+            )
         self._model = model
         model.unfreeze()
 
@@ -104,6 +106,8 @@ def check_finite(arrays: dict[str, mx.array], source: str) -> None:
         if not mx.issubdtype(array.dtype, mx.floating):
             continue
         if broken := int((~mx.isfinite(array)).sum()):
-            raise UserError(f"{source}: {broken} of the {array.size} values of {name} are NaN or "
-                            "infinite, so nothing can be computed with it; take an earlier "
-                            "checkpoint")  # fmt: skip
+            raise UserError(
+                f"{source}: {broken} of the {array.size} values of {name} are NaN or "
+                "infinite, so nothing can be computed with it; take an earlier "
+                "checkpoint"
+            )

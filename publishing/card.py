@@ -134,8 +134,10 @@ def summary(facts: Facts) -> str:
     if on_hub(facts.base):
         source = f", made from [{facts.base}](https://huggingface.co/{facts.base})"
     how = f", trained by {method(facts)[0]}" if method(facts)[0] else ""
-    return (f"{what}{source}{how} with mlx-rlhf, reinforcement learning from human "
-            "feedback on Apple's MLX.\n")  # fmt: skip
+    return (
+        f"{what}{source}{how} with mlx-rlhf, reinforcement learning from human "
+        "feedback on Apple's MLX.\n"
+    )
 
 
 def usage(facts: Facts) -> str:
@@ -266,8 +268,10 @@ def describe_adapter(description: dict, weight: float) -> str:
     if not settings:
         return f"Adapter: {name}{factor}"
     keys = ", ".join(settings.get("keys") or ["every linear layer"])
-    return (f"Adapter: {name} of rank {settings.get('rank')}, scale {settings.get('scale')}, "
-            f"on {keys}{factor}")  # fmt: skip
+    return (
+        f"Adapter: {name} of rank {settings.get('rank')}, scale {settings.get('scale')}, "
+        f"on {keys}{factor}"
+    )
 
 
 def results(facts: Facts, plots: list[str]) -> str:

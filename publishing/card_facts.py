@@ -76,8 +76,10 @@ def facts_of_folder(folder: Path, card: CardChoices) -> Facts | None:
     file = folder / "README.md"
     if file.exists() and MARK not in file.read_text(encoding="utf-8", errors="replace"):
         if card.run or card.license:
-            raise UserError(f"{file}: was not written by fuse.py and is left as it is; edit it, or "
-                            "delete it for a new one")  # fmt: skip
+            raise UserError(
+                f"{file}: was not written by fuse.py and is left as it is; edit it, or "
+                "delete it for a new one"
+            )
         return None
     if file.exists() and not (card.run or card.license):
         return None
@@ -105,5 +107,16 @@ def _read_facts(folder: Path, card: CardChoices) -> Facts:
         base = descriptions[0].get("model")
     license_name = card.license or license_in_card(folder / "README.md")
     run = read_run(card.run) if card.run else None
-    return Facts(kind, card.name, base, license_name, descriptions, [1.0] * len(descriptions), run,
-                 quantized, pooling, scoring, constant)  # fmt: skip
+    return Facts(
+        kind,
+        card.name,
+        base,
+        license_name,
+        descriptions,
+        [1.0] * len(descriptions),
+        run,
+        quantized,
+        pooling,
+        scoring,
+        constant,
+    )

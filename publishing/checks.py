@@ -42,5 +42,7 @@ def refuse_broken(difference: Difference, what: str, expected: Sequence, exact: 
     """Raise UserError where a result is not finite or, if `exact`, not what was expected."""
     size = max(1.0, max(float(np.abs(part).max()) for part in expected))
     if not np.isfinite(difference.largest) or (exact and difference.largest > TOLERANCE * size):
-        raise UserError(f"the result does not compute what the unfused model does: {what} differ "
-                        f"by {difference.largest:.1e}; nothing was written")  # fmt: skip
+        raise UserError(
+            f"the result does not compute what the unfused model does: {what} differ "
+            f"by {difference.largest:.1e}; nothing was written"
+        )

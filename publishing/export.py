@@ -70,8 +70,10 @@ def _refuse_early(parts: Parts, form: str, dequantize: bool) -> None:
         from models.classifiers import is_classifier
 
         if is_classifier(parts.base.path):
-            raise UserError(f"{parts.base.path}: a classifier of transformers is read as it is; "
-                            "give it as --reward_model")  # fmt: skip
+            raise UserError(
+                f"{parts.base.path}: a classifier of transformers is read as it is; "
+                "give it as --reward_model"
+            )
     if form == "gguf":
         if parts.reward_model is not None:
             raise UserError("GGUF: has no place for a reward head")
@@ -83,8 +85,10 @@ def _refuse_early(parts: Parts, form: str, dequantize: bool) -> None:
 
 def _about_prompt(prompt: FusedPrompt) -> str:
     chance = np.exp(prompt.highest)
-    text = (f"soft prompt: {len(prompt.ids)} tokens added to the vocabulary; the model writes one "
-            f"with a probability of at most {chance:.0e}")  # fmt: skip
+    text = (
+        f"soft prompt: {len(prompt.ids)} tokens added to the vocabulary; the model writes one "
+        f"with a probability of at most {chance:.0e}"
+    )
     if chance > LIKELY:
         text += "\nnote: that is not never; transformers is told to forbid them, mlx-lm cannot be"
     return text

@@ -49,8 +49,9 @@ def files_to_upload(folder: str | Path) -> list[Path]:
             continue
         check_inside(file, folder)
         if file.is_symlink() and file.is_dir():
-            raise UserError(f"{file}: is a link to a folder, which is not followed; put the folder "
-                            "itself there")  # fmt: skip
+            raise UserError(
+                f"{file}: is a link to a folder, which is not followed; put the folder itself there"
+            )
         if file.is_file():
             found.append(relative)
     if not found:
@@ -63,8 +64,10 @@ def describe_upload(folder: str | Path, upload: Upload, planned: dict[str, int])
     found = {f.as_posix(): (Path(folder) / f).stat().st_size for f in files_to_upload(folder)}
     files, sizes = zip(*sorted((found | planned).items()), strict=True)
     visibility = "private" if upload.private else "public, unless it exists as private"
-    lines = [f"would upload {len(files)} files, {sum(sizes) / 1e6:.2f} MB, to {upload.repo} "
-             f"({visibility}), revision {upload.revision or 'main'}:"]  # fmt: skip
+    lines = [
+        f"would upload {len(files)} files, {sum(sizes) / 1e6:.2f} MB, to {upload.repo} "
+        f"({visibility}), revision {upload.revision or 'main'}:"
+    ]
     lines += [f"  {size:>12,}  {file}" for file, size in zip(files, sizes, strict=True)]
     return "\n".join(lines)
 
@@ -82,8 +85,10 @@ def upload_folder(folder: str | Path, upload: Upload) -> str:
         private = True if upload.private else None
         url = api.create_repo(upload.repo, private=private, exist_ok=True)
         if upload.private and not api.repo_info(upload.repo).private:
-            raise UserError(f"{upload.repo}: exists and is public, so nothing was uploaded; change "
-                            "it on the hub, or leave --private out")  # fmt: skip
+            raise UserError(
+                f"{upload.repo}: exists and is public, so nothing was uploaded; change "
+                "it on the hub, or leave --private out"
+            )
         if upload.revision:
             api.create_branch(upload.repo, branch=upload.revision, exist_ok=True)
         # File by file: upload_folder would take their names for patterns.
@@ -112,5 +117,7 @@ def _failure(folder: str | Path, upload: Upload, why: str) -> str:
     again += " --private" if upload.private else ""
     again += f" --revision {upload.revision}" if upload.revision else ""
     again += f' --commit-message "{upload.message}"' if upload.message else ""
-    return redact(f"upload to {upload.repo} failed: {why}. What was made is whole in {folder}; "
-                  f"to try again: {again}")  # fmt: skip
+    return redact(
+        f"upload to {upload.repo} failed: {why}. What was made is whole in {folder}; "
+        f"to try again: {again}"
+    )

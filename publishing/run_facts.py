@@ -13,10 +13,24 @@ from safe_files import copy_file, refuse_links
 
 # How a run was carried out, not what the model learned from.
 LEFT_OUT = {
-    "output_dir", "overwrite", "config", "resume", "force_resume", "log_with", "keep_checkpoints",
-    "save_every", "memory_limit", "max_bad_steps", "save_file", "fused_dir", "resume_file",
-    "preview", "steps_per_report", "resume_adapter_file", "trust_remote_code",
-}  # fmt: skip
+    "output_dir",
+    "overwrite",
+    "config",
+    "resume",
+    "force_resume",
+    "log_with",
+    "keep_checkpoints",
+    "save_every",
+    "memory_limit",
+    "max_bad_steps",
+    "save_file",
+    "fused_dir",
+    "resume_file",
+    "preview",
+    "steps_per_report",
+    "resume_adapter_file",
+    "trust_remote_code",
+}
 MOST_METRICS, MOST_PLOTS = 24, 4
 
 

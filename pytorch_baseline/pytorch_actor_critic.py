@@ -228,12 +228,16 @@ def generate(
 
 def generation_config(sampling: Sampling, longest: int, eos_ids: set[int]) -> GenerationConfig:
     greedy = sampling.temperature == 0
-    chosen = {} if greedy else {
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p if sampling.top_p > 0 else 1.0,
-        "min_p": sampling.min_p or None,
-    }  # fmt: skip
+    chosen = (
+        {}
+        if greedy
+        else {
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p if sampling.top_p > 0 else 1.0,
+            "min_p": sampling.min_p or None,
+        }
+    )
     return GenerationConfig(
         do_sample=not greedy,
         max_new_tokens=longest,

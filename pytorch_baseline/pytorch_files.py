@@ -45,12 +45,26 @@ from safe_files import (
 )
 
 # Copied as they are; weights and config.json are written anew.
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-                   "merges.txt", "spiece.model", "*.tiktoken", "chat_template.*",
-                   "generation_config.json")  # fmt: skip
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "*.tiktoken",
+    "chat_template.*",
+    "generation_config.json",
+)
 # All that is in a folder that was written here.
-OUTPUTS = (*TOKENIZER_FILES, "config.json", "adapter_config.json", "*.safetensors",
-           "*.safetensors.index.json", ".DS_Store")  # fmt: skip
+OUTPUTS = (
+    *TOKENIZER_FILES,
+    "config.json",
+    "adapter_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    ".DS_Store",
+)
 WRITTEN = "written.json"  # in a run's folder: where it has written its model
 
 
@@ -164,8 +178,10 @@ def check_finite(arrays: dict[str, Tensor], source: str) -> None:
     """UserError for NaN and infinite values, as in models/tuning.py."""
     for name, array in arrays.items():
         if broken := int((~torch.isfinite(array)).sum()):
-            raise UserError(f"{source}: {broken} of the {array.numel()} values of {name} are NaN "
-                            "or infinite, so nothing can be computed with it")  # fmt: skip
+            raise UserError(
+                f"{source}: {broken} of the {array.numel()} values of {name} are NaN "
+                "or infinite, so nothing can be computed with it"
+            )
 
 
 # ---- merged folders ----------------------------------------------------------------------------

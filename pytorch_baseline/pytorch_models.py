@@ -263,20 +263,26 @@ def add_peft(base: nn.Module, description: dict):
     from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
     if description["fine_tune_type"] == "prompt":
-        return get_peft_model(base, PromptTuningConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=description["num_prompt_tokens"],
-            prompt_tuning_init="SAMPLE_VOCAB",
-        ))  # fmt: skip
+        return get_peft_model(
+            base,
+            PromptTuningConfig(
+                task_type="CAUSAL_LM",
+                num_virtual_tokens=description["num_prompt_tokens"],
+                prompt_tuning_init="SAMPLE_VOCAB",
+            ),
+        )
     settings = description["lora_parameters"]
     targets = lora_targets(base, settings.get("keys"), description["num_layers"])
-    return get_peft_model(base, LoraConfig(
-        r=settings["rank"],
-        lora_alpha=settings["scale"] * settings["rank"],  # mlx-lm's scale is alpha / rank
-        lora_dropout=settings.get("dropout", 0.0),
-        use_dora=description["fine_tune_type"] == "dora",
-        target_modules=targets,
-    ))  # fmt: skip
+    return get_peft_model(
+        base,
+        LoraConfig(
+            r=settings["rank"],
+            lora_alpha=settings["scale"] * settings["rank"],  # mlx-lm's scale is alpha / rank
+            lora_dropout=settings.get("dropout", 0.0),
+            use_dora=description["fine_tune_type"] == "dora",
+            target_modules=targets,
+        ),
+    )
 
 
 def lora_targets(base: nn.Module, keys: list[str] | None, num_layers: int) -> list[str]:

@@ -158,20 +158,28 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     )
     with (
         Run(
-            "pytorch_ppo", vars(args), output_dir=args.output_dir, resume=args.resume is not None,
-            overwrite=args.overwrite, log_with=args.log_with, outputs=("model", WRITTEN),
+            "pytorch_ppo",
+            vars(args),
+            output_dir=args.output_dir,
+            resume=args.resume is not None,
+            overwrite=args.overwrite,
+            log_with=args.log_with,
+            outputs=("model", WRITTEN),
         ) as run,
         GracefulStop() as stop,
-    ):  # fmt: skip
+    ):
         loop = PPOLoop(
-            run, trainer, schedule, loaded.device,
+            run,
+            trainer,
+            schedule,
+            loaded.device,
             rewards=rewards,
             tokenizer=loaded.tokenizer,
             prompts=prompts["train"].rows,
             validation=ppo_flags.validation_prompts(args, prompts),
             should_stop=ppo_flags.stop_at(args.stop, loaded.tokenizer),
             base=loaded.fingerprint,
-        )  # fmt: skip
+        )
         if args.resume is not None:
             saved = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
             loop.resume(saved, force=args.force_resume)

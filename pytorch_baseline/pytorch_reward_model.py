@@ -86,8 +86,10 @@ class RewardModel(nn.Module):
             raise UserError(f"{path}: has no reward head beside it; make one with --reward-model")
         arrays, described = found
         if arrays["weight"].shape != self.weight.shape:
-            raise UserError(f"{path}: its reward head is {tuple(arrays['weight'].shape)}, this "
-                            f"model needs {tuple(self.weight.shape)}")  # fmt: skip
+            raise UserError(
+                f"{path}: its reward head is {tuple(arrays['weight'].shape)}, this "
+                f"model needs {tuple(self.weight.shape)}"
+            )
         with torch.no_grad():
             self.weight.copy_(arrays["weight"])
             self.bias.copy_(arrays["bias"])
@@ -115,8 +117,10 @@ def load_reward_model(path: str, base: str | None = None, *, any_base: bool = Fa
     An adapter goes on a copy of its base that is loaded for it; `options` are `load_model`'s.
     """
     if not Path(path).exists():
-        raise UserError(f"{path}: no such reward model; give the folder or the adapter that "
-                        "pytorch_sft.py --reward-model wrote")  # fmt: skip
+        raise UserError(
+            f"{path}: no such reward model; give the folder or the adapter that "
+            "pytorch_sft.py --reward-model wrote"
+        )
     if (Path(path) / "config.json").exists():
         loaded = load_model(path, **options)
         model = Tuned(loaded.model, NOTHING_TRAINED)

@@ -146,18 +146,26 @@ def train(args, loaded, model, rows) -> None:
     name = "pytorch_reward_model" if args.reward_model else "pytorch_sft"
     with (
         Run(
-            name, vars(args), output_dir=args.output_dir, resume=args.resume is not None,
-            overwrite=args.overwrite, log_with=args.log_with, outputs=("model", WRITTEN),
+            name,
+            vars(args),
+            output_dir=args.output_dir,
+            resume=args.resume is not None,
+            overwrite=args.overwrite,
+            log_with=args.log_with,
+            outputs=("model", WRITTEN),
         ) as run,
         GracefulStop() as stop,
-    ):  # fmt: skip
+    ):
         loop = SupervisedLoop(
-            run, trainer, schedule, loaded.device,
+            run,
+            trainer,
+            schedule,
+            loaded.device,
             batches=iterator,
             validation=sft_flags.validation(args, rows.get("valid")),
             after_validation=lambda step: write_samples(args, loaded, trainer, rows, run, step),
             base=loaded.fingerprint,
-        )  # fmt: skip
+        )
         if args.resume is not None:
             saved = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
             loop.resume(saved, force=args.force_resume)

@@ -19,8 +19,13 @@ from errors import UserError
 from safe_files import write_atomically
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9",
-)  # fmt: skip
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+)
 SEED_COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 GREY = "#4D4D4D"
 DOTS_PER_INCH = 150

@@ -51,8 +51,12 @@ def plot_preference_calibration(
     axis.errorbar(middle, share, yerr=error, label=text, **style)
     axis.set_xlim(0.48, 1.02)
     axis.set_ylim(min(0.4, float((share - error).min())) - 0.02, 1.02)
-    label(axis, "predicted probability of its order", "share of pairs ordered correctly",
-          f"{title} ({len(sure)} pairs)")  # fmt: skip
+    label(
+        axis,
+        "predicted probability of its order",
+        "share of pairs ordered correctly",
+        f"{title} ({len(sure)} pairs)",
+    )
     legend(axis, loc="lower right")
     return save(figure, path)
 

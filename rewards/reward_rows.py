@@ -39,8 +39,10 @@ def tokenise_reward_rows(
         else:
             done.rows.append(row)
     if not done.rows:
-        raise UserError(f"{rows[0].where}: no row is left; of {len(done.refused)} refused, the "
-                        f"first: {done.refused[0][1]}")  # fmt: skip
+        raise UserError(
+            f"{rows[0].where}: no row is left; of {len(done.refused)} refused, the "
+            f"first: {done.refused[0][1]}"
+        )
     return done
 
 

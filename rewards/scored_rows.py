@@ -247,8 +247,10 @@ def refuse_promptless(pairs: Sequence[Pair]) -> None:
     """UserError for a row whose response answers nothing."""
     for pair in pairs:
         if not prompt_of(pair.record):
-            raise UserError(f"{pair.whole.where}: --best-of picks among the responses to a prompt, "
-                            "and this row has none")  # fmt: skip
+            raise UserError(
+                f"{pair.whole.where}: --best-of picks among the responses to a prompt, "
+                "and this row has none"
+            )
 
 
 def best_of(pairs: Sequence[Pair]) -> list[Pair]:

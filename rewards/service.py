@@ -110,9 +110,12 @@ class HTTPReward:
                 wait = max(self.backoff * 2**attempt, error.retry_after)
                 log.warning(
                     "reward service %s: %s; again in %g s (attempt %d of %d)",
-                    self.shown_url, self._without_secrets(str(error)), wait,
-                    attempt + 2, self.retries + 1,
-                )  # fmt: skip
+                    self.shown_url,
+                    self._without_secrets(str(error)),
+                    wait,
+                    attempt + 2,
+                    self.retries + 1,
+                )
                 time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 

@@ -81,8 +81,14 @@ class PPOConfig:
     def __post_init__(self):
         if self.mini_batch_size is None:
             self.mini_batch_size = self.batch_size // self.gradient_accumulation_steps or 1
-        for name in ("num_steps", "batch_size", "mini_batch_size", "gradient_accumulation_steps",
-                     "ppo_epochs", "max_new_tokens"):  # fmt: skip
+        for name in (
+            "num_steps",
+            "batch_size",
+            "mini_batch_size",
+            "gradient_accumulation_steps",
+            "ppo_epochs",
+            "max_new_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')}: must be at least 1")
         self._check_signs()

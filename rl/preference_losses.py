@@ -238,10 +238,23 @@ def sft(pairs: Pairs) -> mx.array:
 DPO_LOSSES = {
     f.__name__: f
     for f in (
-        sigmoid, hinge, ipo, sigmoid_norm, exo_pair, robust, nca_pair, bco_pair, sppo_hard, aot,
-        aot_unpaired, apo_zero, apo_down, discopop, sft,
+        sigmoid,
+        hinge,
+        ipo,
+        sigmoid_norm,
+        exo_pair,
+        robust,
+        nca_pair,
+        bco_pair,
+        sppo_hard,
+        aot,
+        aot_unpaired,
+        apo_zero,
+        apo_down,
+        discopop,
+        sft,
     )
-}  # fmt: skip
+}
 
 
 def dpo_loss(

@@ -35,8 +35,10 @@ def check_rollout(
             raise UserError(f"row {row}: the score is {score}")
         if masks is not None:
             if len(masks[row]) != len(response):
-                raise UserError(f"row {row}: the response mask has {len(masks[row])} places, "
-                                f"the response {len(response)} tokens")  # fmt: skip
+                raise UserError(
+                    f"row {row}: the response mask has {len(masks[row])} places, "
+                    f"the response {len(response)} tokens"
+                )
             if not any(masks[row]):
                 raise UserError(f"row {row}: the response mask leaves no token")
 
@@ -45,8 +47,10 @@ def check_token_ids(name: str, rows: Sequence[Sequence[int]], vocabulary: int) -
     """UserError, naming the row, for an id that no token has; MLX would read beyond memory."""
     for row, ids in enumerate(rows):
         if wrong := [i for i in ids if not 0 <= i < vocabulary]:
-            raise UserError(f"row {row}: the {name} has the token id {wrong[0]}; the model's go "
-                            f"from 0 to {vocabulary - 1}")  # fmt: skip
+            raise UserError(
+                f"row {row}: the {name} has the token id {wrong[0]}; the model's go "
+                f"from 0 to {vocabulary - 1}"
+            )
 
 
 def as_numbers(scores: Sequence[float]) -> list[float]:

@@ -73,8 +73,10 @@ def number_old_ones(folder: Path, options: dict[str, Any]) -> None:
     """
     old = [path for path in sorted(folder.glob("*step-*")) if is_old(path) and not problem(path)]
     if old:
-        tell(f"warning: {folder}: its checkpoints are of an older version, which did not keep sums "
-             "of their steps and options; they are taken as they are")  # fmt: skip
+        tell(
+            f"warning: {folder}: its checkpoints are of an older version, which did not keep sums "
+            "of their steps and options; they are taken as they are"
+        )
     for path in old:
         manifest = read_manifest(path)
         write_atomically(path / OPTIONS, as_text(options))

@@ -73,8 +73,10 @@ def check_checkpoint_options(checkpoint: Path, run: Run, force: bool) -> None:
     )
     for name in sorted({*changed} - run.typed):
         flag = "--" + name.replace("_", "-")
-        tell(f"note: {flag} is {new[name]!r} now, and was {old[name]!r} when {checkpoint.name} was "
-             "made")  # fmt: skip
+        tell(
+            f"note: {flag} is {new[name]!r} now, and was {old[name]!r} when {checkpoint.name} was "
+            "made"
+        )
 
 
 def fingerprint(rows: Sequence[Any]) -> str:

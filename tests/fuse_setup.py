@@ -27,8 +27,12 @@ def fuse_process(folder: Path, *words, status: int = 0, env: dict | None = None)
     """fuse.py as a person runs it; standard output, or the error where a failure is expected."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "fuse.py"), *map(str, words)],
-        cwd=folder, capture_output=True, text=True, timeout=120, env=env,
-    )  # fmt: skip
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=env,
+    )
     return said(done.returncode, done.stdout, done.stderr, status)
 
 
@@ -99,8 +103,13 @@ def logits(model, tokenizer, prefix=(), prompts=PROMPTS) -> list[np.ndarray]:
 def greedy(loaded, prefix=(), prompts=PROMPTS, max_tokens: int = 12) -> list[list[int]]:
     """The likeliest continuation of every prompt."""
     rows = [[*prefix, *loaded.tokenizer.encode(text)] for text in prompts]
-    made = generate(loaded.model, rows, max_tokens=max_tokens, eos_ids=loaded.eos_ids,
-                    sampling=Sampling(temperature=0))  # fmt: skip
+    made = generate(
+        loaded.model,
+        rows,
+        max_tokens=max_tokens,
+        eos_ids=loaded.eos_ids,
+        sampling=Sampling(temperature=0),
+    )
     return made.responses
 
 

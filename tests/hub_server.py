@@ -154,11 +154,18 @@ class Handler(BaseHTTPRequestHandler):
         if branch not in repo.branches and branch != self.sha(repo, "main"):
             return self.error(404)
         branch = branch if branch in repo.branches else "main"
-        self.answer({
-            "id": name, "modelId": name, "private": repo.private, "sha": self.sha(repo, branch),
-            "siblings": [{"rfilename": path} for path in repo.branches[branch]],
-            "tags": [], "downloads": 0, "likes": 0,
-        })  # fmt: skip
+        self.answer(
+            {
+                "id": name,
+                "modelId": name,
+                "private": repo.private,
+                "sha": self.sha(repo, branch),
+                "siblings": [{"rfilename": path} for path in repo.branches[branch]],
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+            }
+        )
 
     def sha(self, repo: Repo, branch: str) -> str:
         parts = [f"{p}{hashlib.sha256(d).hexdigest()}" for p, d in repo.branches[branch].items()]
@@ -195,8 +202,14 @@ class Handler(BaseHTTPRequestHandler):
         files = []
         for file in json.loads(body)["files"]:
             large = file["path"].endswith((".safetensors", ".npz", ".gguf", ".png"))
-            files.append({"path": file["path"], "uploadMode": "lfs" if large else "regular",
-                          "shouldIgnore": False, "oid": None})  # fmt: skip
+            files.append(
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if large else "regular",
+                    "shouldIgnore": False,
+                    "oid": None,
+                }
+            )
         assert branch in repo.branches
         self.answer({"files": files})
 
@@ -248,10 +261,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def tree(self, body: bytes, name: str, revision: str) -> None:
         if (repo := self.find(name)) and (files := self.files_at(repo, revision)) is not None:
-            self.answer([
-                {"type": "file", "path": path, "size": len(data),
-                 "oid": hashlib.sha1(data).hexdigest()} for path, data in files.items()
-            ])  # fmt: skip
+            self.answer(
+                [
+                    {
+                        "type": "file",
+                        "path": path,
+                        "size": len(data),
+                        "oid": hashlib.sha1(data).hexdigest(),
+                    }
+                    for path, data in files.items()
+                ]
+            )
 
     def resolve(self, body: bytes, name: str, revision: str, path: str) -> None:
         if (repo := self.find(name)) is None:
@@ -261,6 +281,9 @@ class Handler(BaseHTTPRequestHandler):
         if path not in files:
             return self.answer({"error": "no entry"}, 404, {"X-Error-Code": "EntryNotFound"})
         branch = next(b for b, found in repo.branches.items() if found is files)
-        headers = {"X-Repo-Commit": self.sha(repo, branch), "Accept-Ranges": "bytes",
-                   "ETag": f'"{hashlib.sha256(files[path]).hexdigest()}"'}  # fmt: skip
+        headers = {
+            "X-Repo-Commit": self.sha(repo, branch),
+            "Accept-Ranges": "bytes",
+            "ETag": f'"{hashlib.sha256(files[path]).hexdigest()}"',
+        }
         self.answer(files[path], headers=headers)

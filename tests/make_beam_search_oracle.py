@@ -19,15 +19,32 @@ def cases() -> list[dict]:
     for model in MODELS:
         for beams, length_penalty, penalty in itertools.product((2, 3, 5), penalties, repetition):
             for prompt in prompts[model]:
-                made.append({"model": model, "prompt": prompt, "num_beams": beams,
-                             "length_penalty": length_penalty, "repetition_penalty": penalty,
-                             "max_tokens": 6 + 4 * beams, "eos_ids": [2]})  # fmt: skip
+                made.append(
+                    {
+                        "model": model,
+                        "prompt": prompt,
+                        "num_beams": beams,
+                        "length_penalty": length_penalty,
+                        "repetition_penalty": penalty,
+                        "max_tokens": 6 + 4 * beams,
+                        "eos_ids": [2],
+                    }
+                )
     several = [dict(case, eos_ids=[2, 30, 31, 44, 45, 50, 51]) for case in made[::3]]
     # So many that fewer candidates than (1 + their number) x beams would change what is found.
     eos = [4, 6, 7, 10, 11, 13, 14, 18, 20, 27, 32, 36, 41, 44, 45, 50, 52, 54, 58, 62]
-    most = [{"model": MODELS[0], "prompt": prompts[MODELS[0]][0], "num_beams": beams,
-             "length_penalty": 2.0, "repetition_penalty": 1.0, "max_tokens": 8, "eos_ids": eos}
-            for beams in (2, 3, 4)]  # fmt: skip
+    most = [
+        {
+            "model": MODELS[0],
+            "prompt": prompts[MODELS[0]][0],
+            "num_beams": beams,
+            "length_penalty": 2.0,
+            "repetition_penalty": 1.0,
+            "max_tokens": 8,
+            "eos_ids": eos,
+        }
+        for beams in (2, 3, 4)
+    ]
     return made + several + most
 
 

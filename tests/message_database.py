@@ -44,9 +44,12 @@ def archive(text: str) -> bytes:
     return (
         b"\x04\x0bstreamtyped\x81\xe8\x03\x84\x01\x40\x84\x84\x84\x12NSAttributedString\x00"
         b"\x84\x84\x08NSObject\x00\x85\x92\x84\x84\x84\x08NSString\x01\x94\x84\x01\x2b"
-        + typed_number(len(raw)) + raw + b"\x86\x84\x02iI\x00" + typed_number(len(text))
+        + typed_number(len(raw))
+        + raw
+        + b"\x86\x84\x02iI\x00"
+        + typed_number(len(text))
         + b"\x92\x84\x84\x84\x0cNSDictionary\x00\x94\x84\x01i\x00\x86\x86"
-    )  # fmt: skip
+    )
 
 
 def edits(*versions: str) -> bytes:
@@ -90,9 +93,13 @@ class MessageDatabase:
         self.minute += wait
         seconds = (FIRST - datetime(2001, 1, 1, tzinfo=UTC)).total_seconds() + self.minute * 60
         values = {
-            "guid": f"G{self.connection.total_changes}", "text": text, "handle_id": handle,
-            "date": int(seconds * 1e9), "is_from_me": int(handle == 0), **more,
-        }  # fmt: skip
+            "guid": f"G{self.connection.total_changes}",
+            "text": text,
+            "handle_id": handle,
+            "date": int(seconds * 1e9),
+            "is_from_me": int(handle == 0),
+            **more,
+        }
         number = self.insert("message", **values)
         self.insert("chat_message_join", chat_id=chat, message_id=number)
         return values["guid"]

@@ -90,14 +90,18 @@ SHORT = {
     ),
     "ppo": Short(
         "ppo_training.py",
-        words(f"--ground_truth_reward --num-steps 2 --max-new-tokens 4 --ppo-epochs 1 "
-              f"--eval-every 2 --eval-prompts 2 --eval-samples 1 {FEW}"),
+        words(
+            f"--ground_truth_reward --num-steps 2 --max-new-tokens 4 --ppo-epochs 1 "
+            f"--eval-every 2 --eval-prompts 2 --eval-samples 1 {FEW}"
+        ),
     ),
     "preference": Short("preference_training.py", words(f"{LOOP} {FEW}")),
     "group": Short(
         "group_training.py",
-        words(f"--ground_truth_reward --num-steps 2 --num-generations 2 --max-new-tokens 4 "
-              f"--eval-every 2 --eval-prompts 2 --eval-samples 1 {FEW}"),
+        words(
+            f"--ground_truth_reward --num-steps 2 --num-generations 2 --max-new-tokens 4 "
+            f"--eval-every 2 --eval-prompts 2 --eval-samples 1 {FEW}"
+        ),
     ),
     "fuse": Short(
         "fuse.py", words("--adapter-file out.npz --save-path fused --run run"), "fused", "sft"
@@ -105,7 +109,7 @@ SHORT = {
     "fuse again": Short(
         "fuse.py", words("--adapter-file out.npz --save-path fused --force"), "fused", "fuse"
     ),
-}  # fmt: skip
+}
 
 
 def training_scripts() -> list[str]:

@@ -228,8 +228,11 @@ def test_pytorch_stays_in_the_baseline():
     assert all(f"`{name}`" in PAGE for name in allowed)
     # Optional: nothing of it is imported with the module.
     top = ast.parse((ROOT / "models/encoder_reward.py").read_text(encoding="utf-8")).body
-    names = [n.names[0].name if isinstance(n, ast.Import) else n.module for n in top
-             if isinstance(n, ast.Import | ast.ImportFrom)]  # fmt: skip
+    names = [
+        n.names[0].name if isinstance(n, ast.Import) else n.module
+        for n in top
+        if isinstance(n, ast.Import | ast.ImportFrom)
+    ]
     assert not {name.partition(".")[0] for name in names} & PYTORCH
 
 
@@ -253,8 +256,12 @@ def test_mlx_lm_is_reached_through_models():
     }
     assert outside == {"chat/speaker.py", "data/make_digits_model.py"}
     assert all(f"`{name}`" in PAGE for name in outside)
-    used = {file.as_posix() for file in FILES for module, name in imports(file)
-            if module.startswith("mlx_lm") and name in UNSTABLE}  # fmt: skip
+    used = {
+        file.as_posix()
+        for file in FILES
+        for module, name in imports(file)
+        if module.startswith("mlx_lm") and name in UNSTABLE
+    }
     assert used and all(name.startswith(("models/", "benchmarks/")) for name in used)
 
 

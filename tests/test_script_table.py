@@ -6,8 +6,9 @@ import pytest
 from script_table import RUNS, SHORT, training_scripts
 
 
-@pytest.mark.parametrize("table", [{script for script, _ in RUNS.values()},
-                                   {short.script for short in SHORT.values()}])  # fmt: skip
+@pytest.mark.parametrize(
+    "table", [{script for script, _ in RUNS.values()}, {short.script for short in SHORT.values()}]
+)
 def test_every_training_script_is_in_the_table(table):
     there = training_scripts()
     assert {"sft.py", "ppo_training.py"} <= {*there}

@@ -46,8 +46,10 @@ def report_skipped(loop: Any, skipped: float, what: str, last_bad: str = "") -> 
             f"nothing was trained ({rows})",
         )
     if skipped:
-        tell(f"warning: {what} was NaN or infinite in {skipped:.0f} of {loop.step} steps, which "
-             f"were skipped ({rows})")  # fmt: skip
+        tell(
+            f"warning: {what} was NaN or infinite in {skipped:.0f} of {loop.step} steps, which "
+            f"were skipped ({rows})"
+        )
 
 
 class NotFiniteError(UserError):

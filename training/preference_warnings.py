@@ -39,8 +39,10 @@ class PreferenceWatch:
             return None
         if np.abs(recent - math.log(2)).max() > 1e-3:
             return None
-        return (f"the loss has been log 2 for {STUCK} updates: the policy has not left its "
-                "reference; raise --learning-rate or --beta")  # fmt: skip
+        return (
+            f"the loss has been log 2 for {STUCK} updates: the policy has not left its "
+            "reference; raise --learning-rate or --beta"
+        )
 
     def falling(self) -> str | None:
         """Chosen answers become less likely while margins grow (likelihood displacement)."""
@@ -52,6 +54,8 @@ class PreferenceWatch:
         chosen, margin = change / np.maximum(error, 1e-12)
         if chosen > -SURE or margin < SURE:
             return None
-        return ("the log-probability of chosen answers falls while margins grow: the policy "
-                "unlearns both (likelihood displacement); add sft to --loss-type, or lower "
-                "--learning-rate")  # fmt: skip
+        return (
+            "the log-probability of chosen answers falls while margins grow: the policy "
+            "unlearns both (likelihood displacement); add sft to --loss-type, or lower "
+            "--learning-rate"
+        )

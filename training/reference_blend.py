@@ -24,8 +24,10 @@ class ReferenceBlend:
     def __init__(self, model: nn.Module, tuning: Tuning, reference: nn.Module | None, alpha: float):
         """Raises UserError for a kind of adapter whose weights do not add up."""
         if tuning.kind not in ("lora", "full"):
-            raise UserError(f"--sync-ref-model blends weights, which a {tuning.kind} adapter does "
-                            "not allow; use LoRA or full fine-tuning")  # fmt: skip
+            raise UserError(
+                f"--sync-ref-model blends weights, which a {tuning.kind} adapter does "
+                "not allow; use LoRA or full fine-tuning"
+            )
         self._model, self._tuning, self._copy, self._alpha = model, tuning, reference, alpha
         self._adapter = without_effect(tuning.arrays()) if tuning.kind == "lora" else None
 

@@ -58,9 +58,13 @@ ROWS = {
 
 # The template refuses the row itself.
 REFUSED = {
-    ("cohere", "tools"), ("cohere2", "tools"), ("gemma", "tools"), ("gemma3", "tools"),
-    ("llava_next", "tools"), ("gemma", "system"),
-}  # fmt: skip
+    ("cohere", "tools"),
+    ("cohere2", "tools"),
+    ("gemma", "tools"),
+    ("gemma3", "tools"),
+    ("llava_next", "tools"),
+    ("gemma", "system"),
+}
 NO_CALLS = {"deepseek_r1_distill", "idefics3", "lfm2", "qwen2_5_vl", "smolvlm"}  # drop tool calls
 
 HEADER = "TRL trains a part of the header that the generation prompt ends with: nobody writes it"
@@ -154,9 +158,13 @@ def test_ids_are_the_tokenizers_own_and_the_mask_is_that_of_trl(tmp_path, name, 
     if (name, None) in EXCEPTIONS or (name, shape) in EXCEPTIONS or variant(name) is None:
         return
     theirs = tokenizer.apply_chat_template(
-        found[0], tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
-        chat_template=variant(name), tools=row.get("tools"),
-    )  # fmt: skip
+        found[0],
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        chat_template=variant(name),
+        tools=row.get("tools"),
+    )
     size = min(len(tokens), len(theirs["input_ids"]))
     assert theirs["input_ids"][:size] == tokens[:size]
     assert theirs["assistant_masks"][:size] == mask[:size]

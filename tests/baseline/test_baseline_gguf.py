@@ -23,19 +23,24 @@ TEXTS = (
     "\u00fc, hello  world!\n",
     "<|im_start|>user\nhi<|im_end|>",
 )
-CHAT = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "the world"},
-        {"role": "user", "content": "of  the <|eot_id|>"}]  # fmt: skip
+CHAT = [
+    {"role": "user", "content": "what is it?"},
+    {"role": "assistant", "content": "the world"},
+    {"role": "user", "content": "of  the <|eot_id|>"},
+]
 WHOLE = {"return_tokens": True, "verbose": True}
 # name -> what the tiny model has: template, BOS, settings; "rows": more rows than tokens
 CASES = {
     "digits": None,
     "chatml": {"template": "chatml", "bos": False, "tie_word_embeddings": True},
-    "llama3": {"template": "llama3", "rope_parameters": {"rope_type": "linear", "factor": 4.0,
-                                                         "rope_theta": 5e4}},
+    "llama3": {
+        "template": "llama3",
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4},
+    },
     "mistral": {"template": "mistral", "architecture": "mistral", "sliding_window": 256},
     "rows": {"template": "chatml", "vocab_size": 320},
     "bytes": {"template": "chatml"},
-}  # fmt: skip
+}
 
 
 def make_base(case: str, folder):
@@ -60,9 +65,13 @@ def bytes_tokenizer():
         [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
     )
     core.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
-         decoders.Strip(" ", 1, 0)]
-    )  # fmt: skip
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     alphabet = [f"<0x{i:02X}>" for i in range(256)]
     trainer = trainers.BpeTrainer(
         vocab_size=340, special_tokens=[*SPECIAL, "<unk>", *alphabet], show_progress=False
@@ -78,8 +87,9 @@ def bytes_tokenizer():
     core.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>",
-                                   unk_token="<unk>")  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def server(file):
@@ -94,8 +104,13 @@ def server(file):
 
 def greedy(loaded, ids: list[int], count: int = 8):
     """(tokens, log-probability of the first) that this program writes after `ids`."""
-    made = generate(loaded.model, [ids], max_tokens=count, eos_ids=loaded.eos_ids,
-                    sampling=Sampling(temperature=0))  # fmt: skip
+    made = generate(
+        loaded.model,
+        [ids],
+        max_tokens=count,
+        eos_ids=loaded.eos_ids,
+        sampling=Sampling(temperature=0),
+    )
     return made.responses[0], float(made.logprobs[0][0])
 
 
@@ -141,8 +156,9 @@ def check_chat(cpp, loaded) -> None:
 @pytest.mark.parametrize("stored, kind", [("float32", 0), ("float16", 1), ("bfloat16", 1)], ids=str)
 def test_the_type_of_the_file_is_said(stored, kind, tmp_path):
     tiny_model_folder(tmp_path / "base", hidden_size=64)
-    fuse(tmp_path, "--model", "base", "--dtype", stored, "--format", "gguf", "--save-path",
-         "m.gguf")  # fmt: skip
+    fuse(
+        tmp_path, "--model", "base", "--dtype", stored, "--format", "gguf", "--save-path", "m.gguf"
+    )
     arrays, metadata = mx.load(str(tmp_path / "m.gguf"), return_metadata=True)
     assert metadata["general.file_type"].item() == kind
     assert metadata["tokenizer.ggml.token_type"].dtype == mx.int32

@@ -27,11 +27,18 @@ def test_logits_are_those_of_transformers(kind, tmp_path):
     from transformers import OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
-    config = OPTConfig(**{
-        "vocab_size": 64, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 32,
-        **KINDS[kind],
-    })  # fmt: skip
+    config = OPTConfig(
+        **{
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "ffn_dim": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "word_embed_proj_dim": 32,
+            **KINDS[kind],
+        }
+    )
     theirs = OPTForCausalLM(config).eval()
     for parameter in theirs.parameters():
         parameter.data = torch.randn_like(parameter) * 0.2

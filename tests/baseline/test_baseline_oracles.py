@@ -84,9 +84,13 @@ def test_kl_and_rewards(case, mode):
     close(rewards, case.out(f"rewards_{mode}") * case.counted)
     close(non_score, case.out(f"non_score_{mode}") * case.counted)
     stats = rollout_stats(
-        case["scores"], case["old_logprobs"], case["ref_logprobs"], case.kls(mode), non_score,
+        case["scores"],
+        case["old_logprobs"],
+        case["ref_logprobs"],
+        case.kls(mode),
+        non_score,
         case.mask,
-    )  # fmt: skip
+    )
     close(stats["objective/kl"], case.out(f"mean_kl_{mode}"))
 
 
@@ -121,9 +125,12 @@ def test_losses_and_gradients(case):
     close(torch.autograd.grad(loss, logprobs)[0], case.out("grad_new_logprobs"))
     values, weight = case["new_values"].requires_grad_(), case.options["vf_coef"]
     loss, value_metrics = value_loss(
-        values, case["values"], returns, case.mask,
+        values,
+        case["values"],
+        returns,
+        case.mask,
         cliprange_value=case.options["cliprange_value"],
-    )  # fmt: skip
+    )
     close(weight * loss, case.out("loss_value_scaled"))
     close(weight * torch.autograd.grad(loss, values)[0], case.out("grad_new_values"))
     metrics |= value_metrics
@@ -139,9 +146,12 @@ def test_logprobs_entropy_and_gradient_of_logits(case):
     close(logprobs, case["new_logprobs"])
     close(entropy, case.out("entropy_per_token"))
     loss, _ = policy_loss(
-        logprobs, case["old_logprobs"], case.advantages()[0], case.mask,
+        logprobs,
+        case["old_logprobs"],
+        case.advantages()[0],
+        case.mask,
         cliprange=case.options["cliprange"],
-    )  # fmt: skip
+    )
     close(torch.autograd.grad(loss, logits)[0], case.out("grad_new_logits_policy"))
 
 
@@ -192,13 +202,28 @@ def test_pairwise_loss(name, margin, centering):
 STEPS = np.load(ORACLES / "ppo_step.npz", allow_pickle=False)
 CASES = json.loads(str(STEPS["meta"]))["cases"]
 TRL_DEFAULTS = dict(
-    adap_kl_ctrl=True, init_kl_coef=0.2, target=6.0, horizon=10000.0, gamma=1.0, lam=0.95,
-    cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, max_grad_norm=None, kl_penalty="kl",
+    adap_kl_ctrl=True,
+    init_kl_coef=0.2,
+    target=6.0,
+    horizon=10000.0,
+    gamma=1.0,
+    lam=0.95,
+    cliprange=0.2,
+    cliprange_value=0.2,
+    vf_coef=0.1,
+    max_grad_norm=None,
+    kl_penalty="kl",
     rollout_logprobs=False,
-)  # fmt: skip
+)
 # Arrays that TRL logs for its histograms, where the baseline logs scalars.
-ARRAYS = {"objective/logprobs", "objective/ref_logprobs", "ppo/policy/advantages",
-          "ppo/policy/ratio", "tokens/queries_dist", "tokens/responses_dist"}  # fmt: skip
+ARRAYS = {
+    "objective/logprobs",
+    "objective/ref_logprobs",
+    "ppo/policy/advantages",
+    "ppo/policy/ratio",
+    "tokens/queries_dist",
+    "tokens/responses_dist",
+}
 
 
 def make_trainer(case: str) -> PPOTrainer:
@@ -306,9 +331,14 @@ def check_stages(trainer, root, queries, responses, scores) -> None:
     mask = STEPS[f"{root}/out/masks"].astype(bool)
     counted = rollout.mask > 0
     for ours, theirs in (
-        ("logprobs", "fwd_logprobs"), ("values", "values"), ("kls", "kls"), ("rewards", "rewards"),
-        ("non_score_rewards", "non_score"), ("advantages", "advantages"), ("returns", "returns"),
-    ):  # fmt: skip
+        ("logprobs", "fwd_logprobs"),
+        ("values", "values"),
+        ("kls", "kls"),
+        ("rewards", "rewards"),
+        ("non_score_rewards", "non_score"),
+        ("advantages", "advantages"),
+        ("returns", "returns"),
+    ):
         close(getattr(rollout, ours)[counted], STEPS[f"{root}/out/{theirs}"][mask], ours)
     close(rollout.scores, STEPS[f"{root}/out/scores_used"], "scores")
 

@@ -47,9 +47,18 @@ from training.optimizers import build_optimizer as build_mlx_optimizer
 from training.optimizers import learning_rate_schedule
 
 pytestmark = pytest.mark.torch
-SIZES = dict(vocab_size=469, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
-             num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
-             bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+SIZES = dict(
+    vocab_size=469,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.2,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES, tie_word_embeddings=False),
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
@@ -220,8 +229,9 @@ def test_sft_losses(kind, tmp_path):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
-@pytest.mark.parametrize("kind, data", [("lora", "scalar"), ("lora", "preference"),
-                                        ("prompt", "scalar")])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, data", [("lora", "scalar"), ("lora", "preference"), ("prompt", "scalar")]
+)
 def test_reward_model_losses(kind, data, pooling, tmp_path):
     theirs, (model, tuning) = both_models(DIGITS, KINDS[kind], tmp_path, size=1e-3)
     torch_model = TorchRewardModel(theirs, pooling=pooling)
@@ -255,23 +265,48 @@ def test_reward_model_losses(kind, data, pooling, tmp_path):
 
 VARIANTS = {
     "lora": (LORA, {}),
-    "lora, two minibatches": (LORA, dict(mini_batch_size=8, kl_penalty="full",
-                                         whiten_rewards=True)),
-    "lora, temperature": (LORA, dict(temperature=0.7, adap_kl_ctrl=True, kl_penalty="k3",
-                                     cliprange_high=0.3, dual_clip=1.01, pad_to_multiple=4)),
-    "prompt": (PROMPT, dict(gradient_accumulation_steps=2, mini_batch_size=8,
-                            use_score_scaling=True, missing_eos_penalty=0.5)),
+    "lora, two minibatches": (
+        LORA,
+        dict(mini_batch_size=8, kl_penalty="full", whiten_rewards=True),
+    ),
+    "lora, temperature": (
+        LORA,
+        dict(
+            temperature=0.7,
+            adap_kl_ctrl=True,
+            kl_penalty="k3",
+            cliprange_high=0.3,
+            dual_clip=1.01,
+            pad_to_multiple=4,
+        ),
+    ),
+    "prompt": (
+        PROMPT,
+        dict(
+            gradient_accumulation_steps=2,
+            mini_batch_size=8,
+            use_score_scaling=True,
+            missing_eos_penalty=0.5,
+        ),
+    ),
     "full": (FULL, dict(gamma=0.98, score_clip=0.5, overlong_buffer=4)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ppo_step(variant, tmp_path):
     description, options = VARIANTS[variant]
     config = PPOConfig(
-        **dict(batch_size=16, ppo_epochs=2, init_kl_coef=0.1, learning_rate=1e-3,
-               max_new_tokens=16, rollout_logprobs=False) | options
-    )  # fmt: skip
+        **dict(
+            batch_size=16,
+            ppo_epochs=2,
+            init_kl_coef=0.1,
+            learning_rate=1e-3,
+            max_new_tokens=16,
+            rollout_logprobs=False,
+        )
+        | options
+    )
     theirs, (model, tuning) = both_models(DIGITS, description, tmp_path, size=0.01)
     reference = torch_reference = None
     if tuning.kind == "full":
@@ -337,8 +372,17 @@ def check_stages(ours, trainer, arguments) -> None:
         t.score_reference(rollout)
         t.compute_rewards(rollout)
         t.compute_advantages(rollout)
-    for name in ("scores", "mask", "logprobs", "ref_logprobs", "values", "kls", "rewards",
-                 "advantages", "returns"):  # fmt: skip
+    for name in (
+        "scores",
+        "mask",
+        "logprobs",
+        "ref_logprobs",
+        "values",
+        "kls",
+        "rewards",
+        "advantages",
+        "returns",
+    ):
         found, wanted = (getattr(rollout, name) for rollout in rollouts)
         close(found, wanted, name, relative=1e-4, absolute=1e-5)
 
@@ -352,10 +396,16 @@ def check_statistics(found: dict, wanted: dict) -> None:
 
 def check_weights(ours: ActorCritic, theirs: TorchActorCritic) -> None:
     found = dict(tree_flatten(ours.trainable_parameters()))
-    arrays = {**theirs.model.arrays(), "value_head.weight": theirs.value_head.weight,
-              "value_head.bias": theirs.value_head.bias}  # fmt: skip
-    mine = {**ours.tuning.arrays(), "value_head.weight": ours.value_head.weight,
-            "value_head.bias": ours.value_head.bias}  # fmt: skip
+    arrays = {
+        **theirs.model.arrays(),
+        "value_head.weight": theirs.value_head.weight,
+        "value_head.bias": theirs.value_head.bias,
+    }
+    mine = {
+        **ours.tuning.arrays(),
+        "value_head.weight": ours.value_head.weight,
+        "value_head.bias": ours.value_head.bias,
+    }
     assert len(found) == len(mine) == len(arrays)
     for name, wanted in arrays.items():
         wanted = wanted.T if name.endswith((".lora_a", ".lora_b")) else wanted
@@ -373,8 +423,10 @@ def test_ppo_learns_the_same_thing(tmp_path):
     means = []
     for _ in range(6):
         responses = trainer.generate(queries)
-        texts = [loaded.tokenizer.decode([*q, *r], skip_special_tokens=True)
-                 for q, r in zip(queries, responses, strict=True)]  # fmt: skip
+        texts = [
+            loaded.tokenizer.decode([*q, *r], skip_special_tokens=True)
+            for q, r in zip(queries, responses, strict=True)
+        ]
         scores = [digits_score(text) for text in texts]
         stats = trainer.step(queries, responses, scores)
         means.append(np.mean(scores))

@@ -33,8 +33,17 @@ from run_folder.run_config import MADE_BY
 pytestmark = pytest.mark.torch
 MODEL = str(DIGITS.relative_to(ROOT))
 SMALL = ["--iters", "4", "--batch-size", "8", "--val-batches", "2", "--steps-per-eval", "2"]
-PPO = ["--num-steps", "4", "--batch-size", "8", "--max-new-tokens", "10", "--eval-samples", "1",
-       "--ground-truth-reward"]  # fmt: skip
+PPO = [
+    "--num-steps",
+    "4",
+    "--batch-size",
+    "8",
+    "--max-new-tokens",
+    "10",
+    "--eval-samples",
+    "1",
+    "--ground-truth-reward",
+]
 ROOMS = ("pytorch_baseline", "command_line", "run_folder", "training", "rewards")
 SOURCES = [file for room in ROOMS for file in ROOT.glob(f"{room}/*.py")]
 
@@ -229,8 +238,18 @@ def test_reward_model_and_ppo_against_it(tmp_path):
     theirs = load_reward_model(reward, dtype="float32")
     close(theirs.score(texts), ours.score(texts), relative=1e-4)
     folder = tmp_path / "b"
-    ppo_main(["--output-dir", str(folder), *PPO[:-1], "--reward_model", str(reward),
-              "--true-score", "--save-file", str(tmp_path / "ppo.npz")])  # fmt: skip
+    ppo_main(
+        [
+            "--output-dir",
+            str(folder),
+            *PPO[:-1],
+            "--reward_model",
+            str(reward),
+            "--true-score",
+            "--save-file",
+            str(tmp_path / "ppo.npz"),
+        ]
+    )
     assert (folder / "plots" / "learned_and_true.png").exists()
     base = load_model(DIGITS, dtype="float32")
     tuning = load_adapter(base, tmp_path / "ppo.npz")
@@ -256,8 +275,17 @@ def test_what_is_saved_over_a_reward_model_is_none(tmp_path, words, recwarn):
 
 def test_reward_adapter_on_its_base(tmp_path):
     path, data = tmp_path / "reward.npz", ["--data-base", "preference_increasing_mult_2_"]
-    sft(tmp_path / "a", "--reward-model", "--pooling", "last", "--normalize-samples", "20",
-        "--save-file", str(path), *data)  # fmt: skip
+    sft(
+        tmp_path / "a",
+        "--reward-model",
+        "--pooling",
+        "last",
+        "--normalize-samples",
+        "20",
+        "--save-file",
+        str(path),
+        *data,
+    )
     texts = [[1, 30, 40, 50, 2], [1, 60, 20, 2]]
     ours, _ = load_torch_reward_model(str(path), MODEL)
     theirs = load_reward_model(path, load_model(DIGITS, dtype="float32"))
@@ -342,14 +370,31 @@ def test_a_base_without_safetensors_has_no_fingerprint(tmp_path):
 
 def test_soft_prompt_folder(tmp_path):
     prompt = tmp_path / "prompt"
-    run = sft(tmp_path / "a", "--prompt-tuning", "--num-prompt-tokens", "3", "--save-file",
-              str(prompt), "--sample-prompts", "2 4", "8")  # fmt: skip
+    run = sft(
+        tmp_path / "a",
+        "--prompt-tuning",
+        "--num-prompt-tokens",
+        "3",
+        "--save-file",
+        str(prompt),
+        "--sample-prompts",
+        "2 4",
+        "8",
+    )
     tuning = load_adapter(load_model(DIGITS, dtype="float32"), prompt)
     assert tuning.kind == "prompt" and tuning.num_tokens == 3
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [sample["prompt"] for sample in samples] == ["2 4", "8"] * 3
-    again = ppo(tmp_path / "b", "--prompt_tuning", "--num-prompt-tokens", "3", "--resume-file",
-                str(prompt), "--save-file", str(tmp_path / "ppo.safetensors"))  # fmt: skip
+    again = ppo(
+        tmp_path / "b",
+        "--prompt_tuning",
+        "--num-prompt-tokens",
+        "3",
+        "--resume-file",
+        str(prompt),
+        "--save-file",
+        str(tmp_path / "ppo.safetensors"),
+    )
     assert losses(again)
 
 
@@ -357,8 +402,10 @@ def test_flags_that_contradict_an_adapter_are_refused(tmp_path, capsys):
     """By the code of the MLX side: what a file says at once, layers once the model is there."""
     file = str(tmp_path / "a.npz")
     sft(tmp_path / "a", "--lora-rank", "4", "--save-file", file)
-    for main, line in ((sft_main, ["--train", *SMALL, "--resume-adapter-file", file]),
-                       (ppo_main, [*PPO, "--resume-file", file])):  # fmt: skip
+    for main, line in (
+        (sft_main, ["--train", *SMALL, "--resume-adapter-file", file]),
+        (ppo_main, [*PPO, "--resume-file", file]),
+    ):
         line += ["--output-dir", str(tmp_path / "b")]
         with pytest.raises(SystemExit):
             main([*line, "--lora-rank", "64"])
@@ -420,8 +467,20 @@ def test_sft_repeats_and_resumes_to_the_byte(words, tmp_path):
 
 
 def test_ppo_repeats_and_resumes_to_the_byte(tmp_path):
-    words = ["--save-every", "2", "--keep-checkpoints", "9", "--adap-kl-ctrl", "--target", "0.1",
-             "--horizon", "50", "--use-score-scaling", "--min-response-length", "3"]  # fmt: skip
+    words = [
+        "--save-every",
+        "2",
+        "--keep-checkpoints",
+        "9",
+        "--adap-kl-ctrl",
+        "--target",
+        "0.1",
+        "--horizon",
+        "50",
+        "--use-score-scaling",
+        "--min-response-length",
+        "3",
+    ]
     first, second = ppo(tmp_path / "a", *words), ppo(tmp_path / "b", *words)
     assert weights(first) == weights(second) and losses(first) == losses(second)
     stopped = stopped_after(first, 2)

@@ -167,9 +167,15 @@ def test_a_mixture_of_experts_has_no_other_loss(tokenizer, tmp_path):
 
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, router_aux_loss_coef=0.5,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        router_aux_loss_coef=0.5,
+    )
     model = Tuned(MixtralForCausalLM(config), FULL)
     rows = rows_of("text", tokenizer, tmp_path)
     (batch,) = epoch_batches(rows.rows[:8], BatchPlan(rows.lengths[:8], 8, shuffle=False))
@@ -177,16 +183,23 @@ def test_a_mixture_of_experts_has_no_other_loss(tokenizer, tmp_path):
     tokens, mask = torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.mask[:, 1:]) > 0
     with torch.no_grad():
         logits = model.logits(model.hidden_states(tokens))[:, :-1]
-    close(found, torch.nn.functional.cross_entropy(logits[mask], tokens[:, 1:][mask]), "loss",
-          relative=1e-5)  # fmt: skip
+    close(
+        found,
+        torch.nn.functional.cross_entropy(logits[mask], tokens[:, 1:][mask]),
+        "loss",
+        relative=1e-5,
+    )
 
 
 def test_a_model_without_linear_layers_takes_no_adapter():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2)
-    described = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters":
-                 {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": None}}  # fmt: skip
+    described = {
+        "fine_tune_type": "lora",
+        "num_layers": -1,
+        "lora_parameters": {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": None},
+    }
     with pytest.raises(UserError, match="gpt2: has no linear layers for an adapter"):
         Tuned(GPT2LMHeadModel(config), described)
 

@@ -35,11 +35,21 @@ WEIGHTS = 1e-4  # of an array's largest; Adam's steps are as large where gradien
 
 def options(kind, folder):
     return kind(
-        output_dir=str(folder), per_device_train_batch_size=BATCH, max_steps=STEPS,
-        learning_rate=RATE, lr_scheduler_type="constant", max_grad_norm=1.0, logging_steps=1,
-        report_to=[], use_cpu=True, bf16=False, train_sampling_strategy="sequential",
-        save_strategy="no", disable_tqdm=True, activation_checkpointing=False,
-    )  # fmt: skip
+        output_dir=str(folder),
+        per_device_train_batch_size=BATCH,
+        max_steps=STEPS,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        disable_tqdm=True,
+        activation_checkpointing=False,
+    )
 
 
 def trl_losses(trainer) -> list[float]:

@@ -58,8 +58,16 @@ def make_classifier(root, base, reading=None, bias=0.0):
     (root / "ours").mkdir(parents=True)
     write_model(root / "ours", loaded)
     save_reward_head(root / "ours", model)
-    fuse.main(["--model", str(root / "ours"), "--format", "classifier", "--save-path",
-               str(root / "theirs")])  # fmt: skip
+    fuse.main(
+        [
+            "--model",
+            str(root / "ours"),
+            "--format",
+            "classifier",
+            "--save-path",
+            str(root / "theirs"),
+        ]
+    )
     return root / "theirs", model
 
 
@@ -101,21 +109,52 @@ def test_through_apply_chat_template_scores_are_ours(tmp_path, monkeypatch, temp
     """A reward model as sft.py trains it, exported, scored as users of transformers do."""
     monkeypatch.chdir(tmp_path)
     base = make_base(tmp_path / "base", template)
-    rows = [{"prompt": f"what is {i}", "chosen": f"the answer {i}", "rejected": f"no {i}"}
-            for i in range(6)]  # fmt: skip
+    rows = [
+        {"prompt": f"what is {i}", "chosen": f"the answer {i}", "rejected": f"no {i}"}
+        for i in range(6)
+    ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sft.main(["--model", "base", "--reward-model", "--train", "--iters", "8", "--train-file",
-              "pairs.jsonl", "--save-file", "rm.npz", "--pooling", "last", "--output-dir", "run",
-              "--learning-rate", "3e-3"])  # fmt: skip
-    fuse.main(["--model", "base", "--adapter-file", "rm.npz", "--format", "classifier",
-               "--save-path", "theirs"])  # fmt: skip
+    sft.main(
+        [
+            "--model",
+            "base",
+            "--reward-model",
+            "--train",
+            "--iters",
+            "8",
+            "--train-file",
+            "pairs.jsonl",
+            "--save-file",
+            "rm.npz",
+            "--pooling",
+            "last",
+            "--output-dir",
+            "run",
+            "--learning-rate",
+            "3e-3",
+        ]
+    )
+    fuse.main(
+        [
+            "--model",
+            "base",
+            "--adapter-file",
+            "rm.npz",
+            "--format",
+            "classifier",
+            "--save-path",
+            "theirs",
+        ]
+    )
     ours = load_reward_model("rm.npz", load_model(base))
     tokenizer = AutoTokenizer.from_pretrained("theirs")
     model = AutoModelForSequenceClassification.from_pretrained("theirs")
     for row in rows[:3]:
         for answer in (row["chosen"], row["rejected"]):
-            turns = [{"role": "user", "content": row["prompt"]},
-                     {"role": "assistant", "content": answer}]  # fmt: skip
+            turns = [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": answer},
+            ]
             inputs = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)
             with torch.no_grad():
                 found = model(**inputs).logits[0, 0].item()

@@ -25,8 +25,11 @@ from models.reward_model import RewardModel, load_reward_model
 from talk_to_model import parse_arguments
 
 SCRIPT = str(ROOT / "talk_to_model.py")
-LORA = {"fine_tune_type": "lora", "num_layers": -1,
-        "lora_parameters": {"rank": 4, "scale": 4.0, "dropout": 0.0}}  # fmt: skip
+LORA = {
+    "fine_tune_type": "lora",
+    "num_layers": -1,
+    "lora_parameters": {"rank": 4, "scale": 4.0, "dropout": 0.0},
+}
 PROMPT = {"fine_tune_type": "prompt", "num_prompt_tokens": 3}
 ENTER, CTRL_C, CTRL_D, UP, LEFT = "\r", "\x03", "\x04", "\x1b[A", "\x1b[D"
 
@@ -41,8 +44,9 @@ def files(tmp_path_factory):
     loaded = load_model()
     reward_model = RewardModel(loaded.model, tuning=randomised(attach(loaded.model, LORA)))
     save_adapter(folder / "reward.npz", reward_model.tuning, loaded)
-    save_head(folder / "reward.npz", "reward_head", reward_model.head_arrays(),
-              reward_model.description())  # fmt: skip
+    save_head(
+        folder / "reward.npz", "reward_head", reward_model.head_arrays(), reward_model.description()
+    )
     code = "def words(prompts, responses):\n    return [len(r.split()) for r in responses]\n"
     (folder / "rewards.py").write_text(code, encoding="utf-8")
     return folder
@@ -53,9 +57,12 @@ def randomised(tuning, scale: float = 0.15):
     arrays = tuning.arrays()
     keys = mx.random.split(mx.random.key(5), len(arrays))
     tuning.load_arrays(
-        {n: mx.random.normal(a.shape, scale=scale, key=k)
-         for (n, a), k in zip(arrays.items(), keys, strict=True)}, "test"
-    )  # fmt: skip
+        {
+            n: mx.random.normal(a.shape, scale=scale, key=k)
+            for (n, a), k in zip(arrays.items(), keys, strict=True)
+        },
+        "test",
+    )
     return tuning
 
 
@@ -144,8 +151,15 @@ def test_scores_of_a_reward_model_and_a_function(files):
 
 
 def test_compare_without_a_terminal_names_the_replies(files):
-    out, _ = run("8 20 22", "--resume-file", files / "lora.npz", "--compare", DEFAULT_MODEL,
-                 "--max-tokens", 9)  # fmt: skip
+    out, _ = run(
+        "8 20 22",
+        "--resume-file",
+        files / "lora.npz",
+        "--compare",
+        DEFAULT_MODEL,
+        "--max-tokens",
+        9,
+    )
     base = load_model()
     after = f"[digits_model]\n{greedy(base, '8 20 22', 9)}\n"
     randomised(attach(base.model, LORA))
@@ -169,16 +183,22 @@ def test_compare_without_a_terminal_names_the_replies(files):
     ],
 )
 def test_mistakes_end_in_one_line(words, message):
-    done = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *words],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert done.stderr.count("\n") == 1
 
 
 def test_broken_text_in_a_pipe():
-    done = subprocess.run([sys.executable, SCRIPT, "--max-tokens", "3"], input=b"8 20\n\xff\n",
-                          capture_output=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--max-tokens", "3"], input=b"8 20\n\xff\n", capture_output=True
+    )
     assert done.returncode == 2 and done.stdout.count(b"\n") == 1
     assert b"error: standard input, line 2: not UTF-8" in done.stderr
 
@@ -196,9 +216,14 @@ class Keyboard:
     def __init__(self, folder, *words):
         environment = {**os.environ, "HOME": str(folder), "TERM": "dumb", "NO_COLOR": "1"}
         self.child = pexpect.spawn(
-            sys.executable, [SCRIPT, *map(str, words)], cwd=folder, env=environment,
-            encoding="utf-8", timeout=60, dimensions=(50, 100),
-        )  # fmt: skip
+            sys.executable,
+            [SCRIPT, *map(str, words)],
+            cwd=folder,
+            env=environment,
+            encoding="utf-8",
+            timeout=60,
+            dimensions=(50, 100),
+        )
 
     def type(self, keys: str) -> None:
         self.child.send(keys)
@@ -222,8 +247,9 @@ class Keyboard:
 
 
 def test_a_conversation_with_commands(files, tmp_path):
-    chat = Keyboard(tmp_path, "--model", files / "chatty", "--system-prompt", "be kind",
-                    "--max-tokens", 8)  # fmt: skip
+    chat = Keyboard(
+        tmp_path, "--model", files / "chatty", "--system-prompt", "be kind", "--max-tokens", 8
+    )
     chat.see("conversation; /help lists commands")
     chat.see("> ")
     first, second = chat.line("hello"), chat.line("what is the answer")
@@ -358,8 +384,9 @@ def test_prompts_from_a_pipe_are_rated_at_the_terminal(tmp_path):
     lines = "8 20\\n5 7\\n1 2\\n3 4\\n"
     words = f"printf '{lines}' | {sys.executable} {SCRIPT} --rate --max-tokens 5 > out.txt"
     environment = {**os.environ, "NO_COLOR": "1"}
-    child = pexpect.spawn("/bin/sh", ["-c", words], cwd=tmp_path, env=environment,
-                          encoding="utf-8", timeout=60)  # fmt: skip
+    child = pexpect.spawn(
+        "/bin/sh", ["-c", words], cwd=tmp_path, env=environment, encoding="utf-8", timeout=60
+    )
     for prompt, key in (("8 20", "b"), ("5 7", "g")):
         child.expect_exact(f"> {prompt}")
         child.expect_exact("good (g), bad (b) or skip (s)?")
@@ -395,8 +422,9 @@ def piped(tmp_path, lines: str, *words) -> pexpect.spawn:
     shown = " ".join(map(str, words))
     line = f"printf '{lines}' | {sys.executable} {SCRIPT} --rate {shown} > out.txt"
     environment = {**os.environ, "NO_COLOR": "1", "TERM": "dumb"}
-    return pexpect.spawn("/bin/sh", ["-c", line], cwd=tmp_path, env=environment,
-                         encoding="utf-8", timeout=60)  # fmt: skip
+    return pexpect.spawn(
+        "/bin/sh", ["-c", line], cwd=tmp_path, env=environment, encoding="utf-8", timeout=60
+    )
 
 
 def test_a_key_by_mistake_is_taken_back_where_prompts_come_from_a_file(tmp_path):
@@ -428,11 +456,19 @@ def test_a_key_by_mistake_is_taken_back_where_prompts_come_from_a_file(tmp_path)
 @pytest.mark.parametrize("ignored", [signal.SIG_IGN, signal.SIG_DFL])
 def test_ctrl_c_stops_a_reply_whatever_was_inherited(files, tmp_path, ignored):
     """A background shell hands it down as ignored."""
-    code = f"import os, signal, sys; signal.signal(signal.SIGINT, {int(ignored)}); " \
-           "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"  # fmt: skip
+    code = (
+        f"import os, signal, sys; signal.signal(signal.SIGINT, {int(ignored)}); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
     environment = {**os.environ, "HOME": str(tmp_path), "TERM": "dumb", "NO_COLOR": "1"}
-    child = pexpect.spawn(sys.executable, ["-c", code, SCRIPT, "--max-tokens", "3"], cwd=tmp_path,
-                          env=environment, encoding="utf-8", timeout=60)  # fmt: skip
+    child = pexpect.spawn(
+        sys.executable,
+        ["-c", code, SCRIPT, "--max-tokens", "3"],
+        cwd=tmp_path,
+        env=environment,
+        encoding="utf-8",
+        timeout=60,
+    )
     child.expect_exact("\n> ")
     child.send("half a line" + CTRL_C)
     child.expect_exact("\n> ")
@@ -449,10 +485,21 @@ def test_ratings_train_a_reward_model_that_scores_in_the_chat(tmp_path):
     ratings = Ratings(tmp_path / "pairs.jsonl", "preference")
     for number in range(4):
         ratings.add_preference(f"{number} 20", " 22 24", " 7 5 1", "left")
-    words = ("--reward-model", "--train", "--train-file", "pairs.jsonl", "--iters", "3",
-             "--save-file", "taste.npz", "--output-dir", "run")  # fmt: skip
-    trained = subprocess.run([sys.executable, str(ROOT / "sft.py"), *words], cwd=tmp_path,
-                             capture_output=True, text=True)  # fmt: skip
+    words = (
+        "--reward-model",
+        "--train",
+        "--train-file",
+        "pairs.jsonl",
+        "--iters",
+        "3",
+        "--save-file",
+        "taste.npz",
+        "--output-dir",
+        "run",
+    )
+    trained = subprocess.run(
+        [sys.executable, str(ROOT / "sft.py"), *words], cwd=tmp_path, capture_output=True, text=True
+    )
     assert trained.returncode == 0, trained.stderr
     _, err = run("8 20", "--max-tokens", 5, "--reward-model", "taste.npz", cwd=tmp_path)
     assert re.search(r"reward_model -?\d+\.\d{3}", err)
@@ -460,10 +507,17 @@ def test_ratings_train_a_reward_model_that_scores_in_the_chat(tmp_path):
 
 def test_the_commands_of_the_walkthrough_parse():
     text = (ROOT / "docs/feedback.md").read_text(encoding="utf-8")
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-             for line in block.splitlines() if line.startswith("python ")]  # fmt: skip
-    scripts = {"talk_to_model.py": parse_arguments, "sft.py": sft.parse_arguments,
-               "ppo_training.py": ppo_training.parse_arguments}  # fmt: skip
+    lines = [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+        if line.startswith("python ")
+    ]
+    scripts = {
+        "talk_to_model.py": parse_arguments,
+        "sft.py": sft.parse_arguments,
+        "ppo_training.py": ppo_training.parse_arguments,
+    }
     for line in lines:
         _, script, *words = shlex.split(line.partition(" < ")[0])
         scripts[script](words)

@@ -45,8 +45,12 @@ def digits(description: dict | None = None) -> Speaker:
 def test_a_conversation_is_what_the_chat_template_makes_of_it(template):
     tokenizer = tiny_tokenizer(bos=template == "llama3", template=template, wrapped=True)
     prompting = Prompting(tokenizer)
-    said = [{"role": "system", "content": "be kind"}, *user("hello"),
-            {"role": "assistant", "content": "hi"}, *user("again")]  # fmt: skip
+    said = [
+        {"role": "system", "content": "be kind"},
+        *user("hello"),
+        {"role": "assistant", "content": "hi"},
+        *user("again"),
+    ]
     tokens, text = prompting.tokens(said)
     expected = tokenizer.apply_chat_template(said, add_generation_prompt=True)
     assert prompting.has_turns and tokens == expected
@@ -161,16 +165,18 @@ def test_what_is_shown_is_what_is_kept(tmp_path):
     speaker = Speaker("tiny", loaded, Prompting(loaded.tokenizer))
     for beams in (1, 2):
         shown = []
-        reply = speaker.reply(user("hello"), Settings(max_tokens=20, num_beams=beams),
-                              show=shown.append)  # fmt: skip
+        reply = speaker.reply(
+            user("hello"), Settings(max_tokens=20, num_beams=beams), show=shown.append
+        )
         assert "".join(shown).strip() == reply.text.strip() != ""
         assert len(reply.tokens) == 20 and reply.ended == "length"
 
 
 def test_stopping_keeps_what_was_written():
     speaker, seen = digits(), []
-    reply = speaker.reply(user("8 20"), Settings(max_tokens=9), show=seen.append,
-                          should_stop=lambda: len(seen) >= 3)  # fmt: skip
+    reply = speaker.reply(
+        user("8 20"), Settings(max_tokens=9), show=seen.append, should_stop=lambda: len(seen) >= 3
+    )
     assert len(reply.tokens) == 3 and reply.ended == "interrupted"
     whole = speaker.reply(user("8 20"), Settings(max_tokens=9))
     assert whole.tokens[:3] == reply.tokens and len(whole.tokens) > 3

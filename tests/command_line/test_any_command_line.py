@@ -24,20 +24,67 @@ FLAGS = {script: sorted(parser._flags()) for script, parser in PARSERS.items()}
 ODD_TEXT = st.one_of(
     st.text(max_size=12),  # control characters included, surrogates below
     st.sampled_from(
-        ["", " ", "-", "--", "=", "a\0b", "\udcff", "x" * 5000, "\x1b[31m", "../..", "/dev/null",
-         "/dev/zero", "/proc/self/mem", ".", "none", "True", "no", "*", "[", "日本", "🙂\r\n",
-         "http://u:p@ss@h", "nowhere.npz", "x.json", "a:b", "%s", "%(default)s", "{", "\\n"]
+        [
+            "",
+            " ",
+            "-",
+            "--",
+            "=",
+            "a\0b",
+            "\udcff",
+            "x" * 5000,
+            "\x1b[31m",
+            "../..",
+            "/dev/null",
+            "/dev/zero",
+            "/proc/self/mem",
+            ".",
+            "none",
+            "True",
+            "no",
+            "*",
+            "[",
+            "日本",
+            "🙂\r\n",
+            "http://u:p@ss@h",
+            "nowhere.npz",
+            "x.json",
+            "a:b",
+            "%s",
+            "%(default)s",
+            "{",
+            "\\n",
+        ]
     ),
-)  # fmt: skip
+)
 NUMBERS = st.one_of(
     st.integers(-3, 70).map(str),
     st.integers().map(str),
     st.floats().map(str),
     st.sampled_from(
-        ["1e400", "-1e400", "9" * 5000, "1" + "0" * 400, "1e308", "1e-400", "nan", "-inf", "0x10",
-         "1_000", "٣", "1e3", "600.0", "2147483648", "9223372036854775808", "-0", "+1", "1e", "½"]
+        [
+            "1e400",
+            "-1e400",
+            "9" * 5000,
+            "1" + "0" * 400,
+            "1e308",
+            "1e-400",
+            "nan",
+            "-inf",
+            "0x10",
+            "1_000",
+            "٣",
+            "1e3",
+            "600.0",
+            "2147483648",
+            "9223372036854775808",
+            "-0",
+            "+1",
+            "1e",
+            "½",
+        ]
     ),
-)  # fmt: skip
+)
 
 
 @st.composite
@@ -45,8 +92,17 @@ def flag_words(draw, script: str) -> list[str]:
     """One flag with what may stand behind it."""
     flag = draw(st.sampled_from(FLAGS[script]))
     action = PARSERS[script]._flags()[flag]
-    written = draw(st.sampled_from([flag, flag, flag, flag.replace("-", "_").replace("__", "--", 1),
-                                    flag[: max(3, len(flag) - 2)]]))  # fmt: skip
+    written = draw(
+        st.sampled_from(
+            [
+                flag,
+                flag,
+                flag,
+                flag.replace("-", "_").replace("__", "--", 1),
+                flag[: max(3, len(flag) - 2)],
+            ]
+        )
+    )
     choices = [str(choice) for choice in action.choices or ()]
     values = [NUMBERS, NUMBERS] if action.type in (int, float) else [ODD_TEXT, NUMBERS]
     value = draw(st.one_of(*values, *([st.sampled_from(choices)] * 3 if choices else ())))
@@ -89,18 +145,61 @@ def check_line(script: str, words: list[str]) -> None:
 
 
 VALUES = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(-3, 70), st.integers(), st.floats(), ODD_TEXT,
-              st.dates(), st.datetimes(), st.binary(max_size=5)),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner,
-                                                                 max_size=2),
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-3, 70),
+        st.integers(),
+        st.floats(),
+        ODD_TEXT,
+        st.dates(),
+        st.datetimes(),
+        st.binary(max_size=5),
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
     max_leaves=4,
-)  # fmt: skip
+)
 YAML_PIECES = st.sampled_from(
-    ["2020-13-99", "&a [*a]", "!!binary zzz", "!!int x", "!!float y", "!!set {a}", "!!omap [1]",
-     "!!timestamp z", "!!python/object/apply:os.system [ls]", "{a: b}", "[1, 2", "'", '"\\x', "|",
-     "? [a]", "<<: 3", "*b", "%TAG", "@", "`", "\x01", "\x7f", "9" * 5000, "0o9", "1:99:99", "~",
-     ".inf", ".nan", "0b2", "[" * 2000, "{" * 2000, "- " * 500, "\ufeff", "---", "..."]
-)  # fmt: skip
+    [
+        "2020-13-99",
+        "&a [*a]",
+        "!!binary zzz",
+        "!!int x",
+        "!!float y",
+        "!!set {a}",
+        "!!omap [1]",
+        "!!timestamp z",
+        "!!python/object/apply:os.system [ls]",
+        "{a: b}",
+        "[1, 2",
+        "'",
+        '"\\x',
+        "|",
+        "? [a]",
+        "<<: 3",
+        "*b",
+        "%TAG",
+        "@",
+        "`",
+        "\x01",
+        "\x7f",
+        "9" * 5000,
+        "0o9",
+        "1:99:99",
+        "~",
+        ".inf",
+        ".nan",
+        "0b2",
+        "[" * 2000,
+        "{" * 2000,
+        "- " * 500,
+        "\ufeff",
+        "---",
+        "...",
+    ]
+)
 
 
 @st.composite
@@ -118,8 +217,12 @@ def config_files(draw) -> tuple[str, str, bytes]:
             st.sampled_from([text, text, text, "[" * 50_000, text.replace("}", "9" * 5000)])
         )
     elif kind == "yaml":
-        lines = [f"{key}: {draw(YAML_PIECES)}" if draw(st.integers(0, 3)) == 3
-                 else yaml.safe_dump({key: value}) for key, value in rows]  # fmt: skip
+        lines = [
+            f"{key}: {draw(YAML_PIECES)}"
+            if draw(st.integers(0, 3)) == 3
+            else yaml.safe_dump({key: value})
+            for key, value in rows
+        ]
         text = "\n".join(lines)
     else:
         text = "[Section]\n" + "\n".join(f"{key} = {value!r}" for key, value in rows)

@@ -17,9 +17,13 @@ def run(folder, *words, stdin="", status=0, env=None):
     """Run a script in `folder`; its standard output and error, once the status is right."""
     done = subprocess.run(
         [sys.executable, str(ROOT / words[0]), *map(str, words[1:])],
-        cwd=folder, input=stdin, capture_output=True, text=True, timeout=300,
+        cwd=folder,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "WANDB_MODE": "offline", **(env or {})},
-    )  # fmt: skip
+    )
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
@@ -32,15 +36,58 @@ def rows(path):
 def work(tmp_path_factory):
     """A folder with data, an SFT adapter and a reward adapter, both fused as well."""
     folder = tmp_path_factory.mktemp("work")
-    run(folder, "data/generate_digit_data.py", "--increasing", "--multiple-of", "2",
-        "--num-samples", "150", "--noise", "0.0", "--kind", "text", "reward", "preference",
-        "--output-dir", "data")  # fmt: skip
-    run(folder, "sft.py", "--train", "--iters", "30", "--learning-rate", "3e-3", "--save-file",
-        "lora_weights.npz", "--output-dir", "sft", "--steps-per-eval", "10")  # fmt: skip
-    run(folder, "sft.py", "--reward-model", "--train", "--data-base",
-        "reward_function_increasing_mult_2_", "--batch-size", "16", "--save-file",
-        "reward_lora.npz", "--iters", "20", "--output-dir", "reward",
-        "--learning-rate", "2e-3", "--normalize-samples", "16")  # fmt: skip
+    run(
+        folder,
+        "data/generate_digit_data.py",
+        "--increasing",
+        "--multiple-of",
+        "2",
+        "--num-samples",
+        "150",
+        "--noise",
+        "0.0",
+        "--kind",
+        "text",
+        "reward",
+        "preference",
+        "--output-dir",
+        "data",
+    )
+    run(
+        folder,
+        "sft.py",
+        "--train",
+        "--iters",
+        "30",
+        "--learning-rate",
+        "3e-3",
+        "--save-file",
+        "lora_weights.npz",
+        "--output-dir",
+        "sft",
+        "--steps-per-eval",
+        "10",
+    )
+    run(
+        folder,
+        "sft.py",
+        "--reward-model",
+        "--train",
+        "--data-base",
+        "reward_function_increasing_mult_2_",
+        "--batch-size",
+        "16",
+        "--save-file",
+        "reward_lora.npz",
+        "--iters",
+        "20",
+        "--output-dir",
+        "reward",
+        "--learning-rate",
+        "2e-3",
+        "--normalize-samples",
+        "16",
+    )
     run(folder, "fuse.py", "--adapter-file", "lora_weights.npz", "--save-path", "./sft_fine_tune/")
     run(folder, "fuse.py", "--adapter-file", "reward_lora.npz", "--save-path", "./reward_model/")
     return folder
@@ -48,8 +95,22 @@ def work(tmp_path_factory):
 
 def ppo(folder, name, *words, **options):
     """A PPO run of two small steps in the folder `name`."""
-    small = ("--num_steps", 2, "--batch_size", 4, "--max-new-tokens", 6, "--eval-prompts", 4,
-             "--eval-samples", 1, "--save_file", f"{name}.npz", "--output-dir", name)  # fmt: skip
+    small = (
+        "--num_steps",
+        2,
+        "--batch_size",
+        4,
+        "--max-new-tokens",
+        6,
+        "--eval-prompts",
+        4,
+        "--eval-samples",
+        1,
+        "--save_file",
+        f"{name}.npz",
+        "--output-dir",
+        name,
+    )
     return run(folder, "ppo_training.py", *small, *words, **options)
 
 
@@ -70,9 +131,22 @@ def test_sft_goes_on_from_an_adapter_and_tests_it(work):
     before = float(out.split("test: loss ")[1].split()[0])
     base = run(work, "sft.py", "--test").stdout
     assert before < float(base.split("test: loss ")[1].split()[0])
-    run(work, "sft.py", "--train", "--test", "--resume-adapter-file", "lora_weights.npz", "--iters",
-        "30", "--learning-rate", "1e-3", "--save-file", "more.safetensors",
-        "--output-dir", "more")  # fmt: skip
+    run(
+        work,
+        "sft.py",
+        "--train",
+        "--test",
+        "--resume-adapter-file",
+        "lora_weights.npz",
+        "--iters",
+        "30",
+        "--learning-rate",
+        "1e-3",
+        "--save-file",
+        "more.safetensors",
+        "--output-dir",
+        "more",
+    )
     first = rows(work / "more" / "metrics.jsonl")
     assert first[0]["valid/loss"] == rows(work / "sft" / "metrics.jsonl")[-1]["valid/loss"]
     assert (
@@ -81,35 +155,90 @@ def test_sft_goes_on_from_an_adapter_and_tests_it(work):
     )
 
 
-@pytest.mark.parametrize("flags", [["--prompt-tuning", "--num-prompt-tokens", "4"],
-                                   ["--fine-tune-type", "full"], ["--fine-tune-type", "dora"]],
-                         ids=["prompt", "full", "dora"])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--prompt-tuning", "--num-prompt-tokens", "4"],
+        ["--fine-tune-type", "full"],
+        ["--fine-tune-type", "dora"],
+    ],
+    ids=["prompt", "full", "dora"],
+)
 def test_every_kind_of_tuning_trains_and_is_read_back(work, flags):
     name = flags[-1]
-    run(work, "sft.py", "--train", *flags, "--iters", "8", "--save-file", f"k{name}.npz",
-        "--output-dir", f"k{name}", "--steps-per-eval", "4")  # fmt: skip
+    run(
+        work,
+        "sft.py",
+        "--train",
+        *flags,
+        "--iters",
+        "8",
+        "--save-file",
+        f"k{name}.npz",
+        "--output-dir",
+        f"k{name}",
+        "--steps-per-eval",
+        "4",
+    )
     valid = [
         r["valid/loss"] for r in rows(work / f"k{name}" / "metrics.jsonl") if "valid/loss" in r
     ]
     assert valid[-1] < valid[0]
-    out = run(work, "sft.py", "--test", "--resume-adapter-file", f"k{name}.npz", "--test-file",
-              "data/increasing_mult_2_valid.jsonl").stdout  # fmt: skip
+    out = run(
+        work,
+        "sft.py",
+        "--test",
+        "--resume-adapter-file",
+        f"k{name}.npz",
+        "--test-file",
+        "data/increasing_mult_2_valid.jsonl",
+    ).stdout
     assert float(out.split("test: loss ")[1].split()[0]) == pytest.approx(valid[-1], rel=1e-3)
 
 
 def test_reward_model_from_preferences(work):
-    out = run(work, "sft.py", "--reward-model", "--train", "--test", "--data-base",
-              "preference_increasing_mult_2_", "--batch-size", "16", "--epochs", "4", "--save-file",
-              "preferred.npz", "--learning-rate", "5e-3",
-              "--output-dir", "preferred").stdout  # fmt: skip
+    out = run(
+        work,
+        "sft.py",
+        "--reward-model",
+        "--train",
+        "--test",
+        "--data-base",
+        "preference_increasing_mult_2_",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "4",
+        "--save-file",
+        "preferred.npz",
+        "--learning-rate",
+        "5e-3",
+        "--output-dir",
+        "preferred",
+    ).stdout
     report = out.split("held-out rows: ")[-1].split()
     assert float(report[report.index("accuracy") + 1]) > 0.6  # 0.5 is chance; seen: over 0.7
 
 
 def test_ppo_with_ground_truth_and_wandb(work):
-    ppo(work, "gt", "--model", "./sft_fine_tune/", "--ground_truth_reward", "--log_with=wandb",
-        "--mini_batch_size", 4, "--ppo_epoch", 4, "--adap_kl_ctrl", "True", "--init_kl_coef", 0.2,
-        "--seed", 7)  # fmt: skip
+    ppo(
+        work,
+        "gt",
+        "--model",
+        "./sft_fine_tune/",
+        "--ground_truth_reward",
+        "--log_with=wandb",
+        "--mini_batch_size",
+        4,
+        "--ppo_epoch",
+        4,
+        "--adap_kl_ctrl",
+        "True",
+        "--init_kl_coef",
+        0.2,
+        "--seed",
+        7,
+    )
     steps = [row for row in rows(work / "gt" / "metrics.jsonl") if "ppo/loss/total" in row]
     assert [row["step"] for row in steps] == [1, 2]
     names = """objective/kl objective/kl_coef objective/entropy ppo/mean_scores ppo/std_scores
@@ -129,9 +258,11 @@ def test_ppo_with_ground_truth_and_wandb(work):
         assert (work / file).stat().st_size > 0
 
 
-@pytest.mark.parametrize("reward_model, base", [("./reward_model/", "./sft_fine_tune/"),
-                                                ("reward_lora.npz", None)],
-                         ids=["fused", "adapter on the policy's base"])  # fmt: skip
+@pytest.mark.parametrize(
+    "reward_model, base",
+    [("./reward_model/", "./sft_fine_tune/"), ("reward_lora.npz", None)],
+    ids=["fused", "adapter on the policy's base"],
+)
 def test_ppo_with_a_learned_reward(work, reward_model, base):
     name = "rm" + str(base is None)
     model = () if base is None else ("--model", base)
@@ -151,9 +282,16 @@ def test_a_shared_base_and_a_fused_reward_model_give_the_same_scores(work):
     assert shared == pytest.approx(fused, abs=1e-4)
 
 
-@pytest.mark.parametrize("flags", [["--prompt_tuning"], ["--use_peft", "False"],
-                                   ["--use_peft", "--lora_layers", "1"], ["--quantize", "8"]],
-                         ids=["prompt", "full", "peft", "quantised"])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--prompt_tuning"],
+        ["--use_peft", "False"],
+        ["--use_peft", "--lora_layers", "1"],
+        ["--quantize", "8"],
+    ],
+    ids=["prompt", "full", "peft", "quantised"],
+)
 def test_ppo_trains_every_kind_of_policy(work, flags):
     name = "kind" + flags[-1].strip("-")
     ppo(work, name, "--ground_truth_reward", *flags)
@@ -167,16 +305,32 @@ def test_ppo_rewards_of_ones_own(work):
     (work / "mine.py").write_text(
         "def short(prompts, responses, **columns):\n    return [-len(r) for r in responses]\n"
     )
-    ppo(work, "own", "--ground_truth_reward", "--reward_function", "mine.py:short",
-        "--reward_weights", 2, 0.5)  # fmt: skip
+    ppo(
+        work,
+        "own",
+        "--ground_truth_reward",
+        "--reward_function",
+        "mine.py:short",
+        "--reward_weights",
+        2,
+        0.5,
+    )
     row = rows(work / "own" / "metrics.jsonl")[1]
     expected = 2 * row["env/ground_truth_mean"] + 0.5 * row["env/short_mean"]
     assert row["env/reward_mean"] == pytest.approx(expected)
 
 
 def test_decreasing_multiples_of_three_score_by_that_rule(work):
-    ppo(work, "falling", "--ground_truth_reward", "--decreasing", "--multiple_of", 3,
-        "--min_length", 2)  # fmt: skip
+    ppo(
+        work,
+        "falling",
+        "--ground_truth_reward",
+        "--decreasing",
+        "--multiple_of",
+        3,
+        "--min_length",
+        2,
+    )
     from rewards.digits import digits_score
 
     sample = next(r for r in rows(work / "falling" / "samples.jsonl") if r["step"] == 1)
@@ -197,15 +351,26 @@ def test_ppo_goes_on_from_its_own_adapter(work):
 def test_same_command_twice_gives_the_same_bytes(work):
     for name in ("once", "twice"):
         ppo(work, name, "--ground_truth_reward", "--seed", 3)
-        run(work, "sft.py", "--train", "--iters", 5, "--save-file", f"sft_{name}.npz",
-            "--output-dir", f"sft_{name}")  # fmt: skip
+        run(
+            work,
+            "sft.py",
+            "--train",
+            "--iters",
+            5,
+            "--save-file",
+            f"sft_{name}.npz",
+            "--output-dir",
+            f"sft_{name}",
+        )
     for file in ("{}.npz", "{}.value_head.safetensors", "sft_{}.npz"):
         pair = [(work / file.format(name)).read_bytes() for name in ("once", "twice")]
         assert pair[0] == pair[1], file
 
     def without_times(name):
-        return [{k: v for k, v in row.items() if not k.startswith("time/")}
-                for row in rows(work / name / "metrics.jsonl")]  # fmt: skip
+        return [
+            {k: v for k, v in row.items() if not k.startswith("time/")}
+            for row in rows(work / name / "metrics.jsonl")
+        ]
 
     assert without_times("once") == without_times("twice")
     assert without_times("sft_once") == without_times("sft_twice")
@@ -218,6 +383,15 @@ def test_chat_answers_an_argument_and_a_pipe(work):
     piped = run(work, *words, stdin="8 20 22\n4 6\n").stdout.splitlines()
     assert len(piped) == 2 and piped[0].split() == reply
     # the adapter on its base writes the same greedy text as the fused model
-    unfused = run(work, "talk_to_model.py", "--resume-file", "lora_weights.npz", "--max-tokens", 50,
-                  "--temp", 0.0, "8 20 22").stdout.split()  # fmt: skip
+    unfused = run(
+        work,
+        "talk_to_model.py",
+        "--resume-file",
+        "lora_weights.npz",
+        "--max-tokens",
+        50,
+        "--temp",
+        0.0,
+        "8 20 22",
+    ).stdout.split()
     assert unfused == reply

@@ -144,11 +144,31 @@ def test_a_conf_file_of_the_other_workflow_trains(tmp_path):
 
 
 def test_a_conf_file_of_the_other_workflow_runs_ppo(tmp_path):
-    run(sft, "--reward-model", "--train", "--data", DATA, "--data-base",
-        "reward_function_increasing_mult_2_", "--max-rows", 16, "--iters", 1,
-        "--save-file", "rm.npz", "--output-dir", "rm")  # fmt: skip
-    values = {"model": str(DATA / "digits_model"), "train": str(TRAIN), "reward": "rm.npz",
-              "trained": None, "fused": None, "length": '"training_iteration": 2'}  # fmt: skip
+    run(
+        sft,
+        "--reward-model",
+        "--train",
+        "--data",
+        DATA,
+        "--data-base",
+        "reward_function_increasing_mult_2_",
+        "--max-rows",
+        16,
+        "--iters",
+        1,
+        "--save-file",
+        "rm.npz",
+        "--output-dir",
+        "rm",
+    )
+    values = {
+        "model": str(DATA / "digits_model"),
+        "train": str(TRAIN),
+        "reward": "rm.npz",
+        "trained": None,
+        "fused": None,
+        "length": '"training_iteration": 2',
+    }
     (tmp_path / "ppo.conf").write_text(PPO % values)
     out = run(ppo_training, "--config", "ppo.conf", "--max-new-tokens", 4, "--eval-every", 0)
     assert "experience_batch_size -> --batch-size 8" in out
@@ -176,9 +196,14 @@ def test_entries_of_inner_dictionaries_count_in_lines_too(tmp_path):
 
 @pytest.mark.parametrize(
     "length",
-    ['"epochs": 1', *(pytest.param(name, marks=pytest.mark.long)
-                      for name in ('"num_train_epochs": 2', '"epochs": 0.5'))],
-)  # fmt: skip
+    [
+        '"epochs": 1',
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ('"num_train_epochs": 2', '"epochs": 0.5')
+        ),
+    ],
+)
 def test_ppo_from_a_conf_starts_from_what_was_trained_and_leaves_a_model(tmp_path, length):
     """One conf file's checkpoint_dir is the next one's model_pretrain, as in that workflow."""
     rows = TRAIN.read_text(encoding="utf-8").splitlines(keepends=True)[:18]
@@ -186,9 +211,27 @@ def test_ppo_from_a_conf_starts_from_what_was_trained_and_leaves_a_model(tmp_pat
     values = {"model": str(DATA / "digits_model"), "train": "few.jsonl", "fused": "tuned"}
     (tmp_path / "finetune.conf").write_text(FINETUNE % values)
     run(sft, "--train", "--config", "finetune.conf")
-    run(sft, "--reward-model", "--train", "--model", "tuned", "--data", DATA, "--data-base",
-        "reward_function_increasing_mult_2_", "--max-rows", 16, "--iters", 1, "--save-file",
-        "rm.npz", "--output-dir", "rm", "--fused-dir", "judge")  # fmt: skip
+    run(
+        sft,
+        "--reward-model",
+        "--train",
+        "--model",
+        "tuned",
+        "--data",
+        DATA,
+        "--data-base",
+        "reward_function_increasing_mult_2_",
+        "--max-rows",
+        16,
+        "--iters",
+        1,
+        "--save-file",
+        "rm.npz",
+        "--output-dir",
+        "rm",
+        "--fused-dir",
+        "judge",
+    )
     values |= {"trained": "tuned", "reward": "judge", "fused": "ppo_model", "length": length}
     (tmp_path / "ppo.conf").write_text(PPO % values)
     out = run(ppo_training, "--config", "ppo.conf", "--max-new-tokens", 4, "--eval-every", 0)

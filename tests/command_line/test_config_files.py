@@ -128,14 +128,14 @@ def test_a_sectioned_conf_file_is_mapped_to_our_flags(tmp_path, capsys, text):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ('[Training]\nlearnin_rate = 1', ["w.conf:2", "learnin_rate", "--learning-rate"]),
+        ("[Training]\nlearnin_rate = 1", ["w.conf:2", "learnin_rate", "--learning-rate"]),
         ('[General]\nbase_model = open("x")', ["w.conf:2", "not a Python literal"]),
         ("{'Training': {'seed': 1,\n'iters': __import__('os')}}", ["w.conf:2", "literal"]),
         ("[General]\nbase_model = [1,\n", ["w.conf:2", "not closed"]),
         ("[General]\nnonsense\n", ["w.conf:2"]),
         ("[Training]\nlr = 1e-3\nlearning_rate = 1e-4", ["w.conf:3", "line 2"]),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_conf_file_is_named_with_its_line(tmp_path, capsys, text, parts):
     err = refused(capsys, "--config", write(tmp_path / "w.conf", text))
     for part in parts:

@@ -15,25 +15,43 @@ from command_line.parser import Parser
 # Command lines that a script takes; every flag is tried beside each of them.
 LINES = {
     "sft": [
-        "--train", "--test", "--preview", "--train --reward-model", "--train --prompt-tuning",
-        "--train --fine-tune-type full", "--train --optimizer sgd", "--train --optimizer adafactor",
-        "--train --train-file x", "--train --steps-per-eval 0 --save-every 0",
-        "--train --lr-schedule cosine", "--train --epochs 2",
+        "--train",
+        "--test",
+        "--preview",
+        "--train --reward-model",
+        "--train --prompt-tuning",
+        "--train --fine-tune-type full",
+        "--train --optimizer sgd",
+        "--train --optimizer adafactor",
+        "--train --train-file x",
+        "--train --steps-per-eval 0 --save-every 0",
+        "--train --lr-schedule cosine",
+        "--train --epochs 2",
     ],
     "ppo_training": [
-        "--ground-truth-reward", "--reward-model x", "--reward-url http://h", "--reward-function f",
-        "--ground-truth-reward --prompt-tuning", "--ground-truth-reward --use-peft False",
-        "--ground-truth-reward --fine-tune-type full", "--ground-truth-reward --optimizer lion",
-        "--ground-truth-reward --eval-every 0", "--ground-truth-reward --lr-schedule constant",
-        "--ground-truth-reward --train-file x", "--ground-truth-reward --overlong-buffer 3",
+        "--ground-truth-reward",
+        "--reward-model x",
+        "--reward-url http://h",
+        "--reward-function f",
+        "--ground-truth-reward --prompt-tuning",
+        "--ground-truth-reward --use-peft False",
+        "--ground-truth-reward --fine-tune-type full",
+        "--ground-truth-reward --optimizer lion",
+        "--ground-truth-reward --eval-every 0",
+        "--ground-truth-reward --lr-schedule constant",
+        "--ground-truth-reward --train-file x",
+        "--ground-truth-reward --overlong-buffer 3",
     ],
     "score": [
-        "--input x --ground-truth-reward", "--dataset x --reward-function f", "--input x "
-        "--reward-url http://h",
+        "--input x --ground-truth-reward",
+        "--dataset x --reward-function f",
+        "--input x --reward-url http://h",
     ],
     "fuse": [
-        "--adapter-file a --save-path b", "--model a --upload-repo u/n",
-        "--adapter-file a --save-path b --format peft", "--model a --dequantize --save-path b",
+        "--adapter-file a --save-path b",
+        "--model a --upload-repo u/n",
+        "--adapter-file a --save-path b --format peft",
+        "--model a --dequantize --save-path b",
     ],
     "talk_to_model": ["", "--compare x", "--temp 0.7", "--num-beams 2", "--rate", "hello"],
     "generate_digit_data": ["--increasing", "--decreasing --kind preference"],
@@ -42,7 +60,7 @@ LINES = {
     "preference_training": ["--train", "--train --algorithm kto", "--train --test", "--preview"],
     "group_training": ["--ground-truth-reward"],
     "memorisation": ["--data x"],
-}  # fmt: skip
+}
 SCRIPTS = sorted(
     path.stem
     for path in (*ROOT.glob("*.py"), *ROOT.glob("data/*.py"))

@@ -11,8 +11,20 @@ from command_line.group_flags import parse_arguments as group_arguments
 from command_line.ppo_flags import parse_arguments as ppo_arguments
 
 REWARD = "def length(prompts, responses):\n    return [float(len(r)) for r in responses]\n"
-COMMON = ["--train-file", "ten.jsonl", "--reward-function", "mine.py:length", "--eval-every", 0,
-          "--save-every", 0, "--max-new-tokens", 3, "--lora-rank", 2]  # fmt: skip
+COMMON = [
+    "--train-file",
+    "ten.jsonl",
+    "--reward-function",
+    "mine.py:length",
+    "--eval-every",
+    0,
+    "--save-every",
+    0,
+    "--max-new-tokens",
+    3,
+    "--lora-rank",
+    2,
+]
 GROUP = ["--batch-size", 8, "--num-generations", 2]
 
 
@@ -40,8 +52,9 @@ def sampled(folder) -> list[str]:
     ],
 )
 def test_epochs_are_passes_over_the_prompts(script, words, epochs, steps, each):
-    out = run(script, *COMMON, *words, "--epochs", epochs, "--samples-per-step", 8,
-              "--output-dir", "run")  # fmt: skip
+    out = run(
+        script, *COMMON, *words, "--epochs", epochs, "--samples-per-step", 8, "--output-dir", "run"
+    )
     assert f"--epochs {epochs}: {steps} steps of" in out and f": {steps} steps of" in out
     with open("run/metrics.jsonl", encoding="utf-8") as file:
         assert [json.loads(line)["step"] for line in file][-1] == steps

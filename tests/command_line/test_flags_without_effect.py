@@ -39,28 +39,53 @@ WITHOUT = [
     (ppo_training, PPO, "--horizon 500", "--horizon 1e4", "without --adap-kl-ctrl"),
     (ppo_training, PPO, "--target-kl 3", "--target-kl 1", "without --early-stopping"),
     (ppo_training, PPO, "--overlong-penalty 3", "--overlong-penalty 1", "at --overlong-buffer 0"),
-    (ppo_training, f"{PPO} --overlong-penalty 0", "--overlong-buffer 3", "",
-     "at --overlong-penalty 0"),
+    (
+        ppo_training,
+        f"{PPO} --overlong-penalty 0",
+        "--overlong-buffer 3",
+        "",
+        "at --overlong-penalty 0",
+    ),
     (ppo_training, PPO, "--reward-retries 7", "--reward-retries 3", "without --reward-url"),
     (ppo_training, PPO, "--reward-timeout 7", "--reward-timeout 120", "on the digits score"),
     (ppo_training, PPO, "--lora-dropout 0.5", "--lora-dropout 0", "in PPO"),
-    (ppo_training, f"{PPO} --eval-every 0", "--eval-samples 2", "--eval-samples 4",
-     "at --eval-every 0"),
-    (ppo_training, f"{PPO} --eval-every 0", "--eval-prompts 2", "--eval-prompts 128",
-     "at --eval-every 0"),
+    (
+        ppo_training,
+        f"{PPO} --eval-every 0",
+        "--eval-samples 2",
+        "--eval-samples 4",
+        "at --eval-every 0",
+    ),
+    (
+        ppo_training,
+        f"{PPO} --eval-every 0",
+        "--eval-prompts 2",
+        "--eval-prompts 128",
+        "at --eval-every 0",
+    ),
     (ppo_training, f"{PPO} --train-file {TRAIN}", "--eval-every 1", "--eval-every 20", NO_ROWS),
     (ppo_training, f"{PPO} --train-file {TRAIN}", "--eval-samples 2", "--eval-samples 4", NO_ROWS),
-    (ppo_training, f"{PPO} --data-base nothing_", "--eval-prompts 2", "--eval-prompts 128",
-     NO_ROWS),
+    (
+        ppo_training,
+        f"{PPO} --data-base nothing_",
+        "--eval-prompts 2",
+        "--eval-prompts 128",
+        NO_ROWS,
+    ),
     (sft, SFT, "--centering 1", "--centering 0", "without --reward-model"),
     (sft, SFT, "--no-margins", "--margins", "without --reward-model"),
     (sft, SFT, "--pooling last", "--pooling mean", "without --reward-model"),
     (sft, SFT, "--test-file x", "", "without --test"),
     (sft, f"{SFT} --train-file {TRAIN}", "--steps-per-eval 1", "--steps-per-eval 200", NO_ROWS),
     (sft, f"{SFT} --train-file {TRAIN}", "--val-batches 2", "--val-batches 25", NO_ROWS),
-    (sft, f"{RM} --steps-per-eval 0", "--val-batches 2", "--val-batches 25",
-     "at --steps-per-eval 0"),
-]  # fmt: skip
+    (
+        sft,
+        f"{RM} --steps-per-eval 0",
+        "--val-batches 2",
+        "--val-batches 25",
+        "at --steps-per-eval 0",
+    ),
+]
 
 
 @pytest.mark.parametrize(
@@ -102,9 +127,13 @@ def test_with_the_other_flag_it_is_taken(script, line):
 
 
 OF_TRAINING = (
-    "--learning-rate 1", "--iters 5", "--output-dir x", "--momentum 0.5", "--lora-dropout 0.1",
+    "--learning-rate 1",
+    "--iters 5",
+    "--output-dir x",
+    "--momentum 0.5",
+    "--lora-dropout 0.1",
     "--sample-prompts x",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("flag", OF_TRAINING)
@@ -119,9 +148,14 @@ def test_what_only_training_reads_is_refused_on_the_command_line_of_a_test(capsy
 
 
 OF_AN_ADAPTER = (
-    "--fine-tune-type full", "--fine-tune-type dora", "--lora-layers 2", "--lora-rank 3",
-    "--lora-scale 2", "--lora-alpha 3", "--lora-keys q_proj",
-)  # fmt: skip
+    "--fine-tune-type full",
+    "--fine-tune-type dora",
+    "--lora-layers 2",
+    "--lora-rank 3",
+    "--lora-scale 2",
+    "--lora-alpha 3",
+    "--lora-keys q_proj",
+)
 
 
 @pytest.mark.parametrize("flag", OF_AN_ADAPTER)
@@ -319,15 +353,23 @@ def test_layers_beyond_those_of_the_model_are_no_contradiction(files):
 # ------------------------------------------------------------------------------ rows decide
 
 ROWS = [
-    (f"sft.py {RM} --data DATA --data-base reward_function_increasing_mult_2_ --centering 1",
-     "--centering 1 has no effect on rows with a reward"),
-    (f"sft.py {RM} --data DATA --data-base reward_function_increasing_mult_2_ --no-margins",
-     "--no-margins has no effect on rows with a reward"),
-    (f"sft.py {SFT} --data DATA --token-format turn_markers",
-     "--token-format turn_markers has no effect on rows of plain text"),
-    (f"ppo_training.py {PPO} --train-file DATA/samples/question_answer.jsonl --prompt-words 3",
-     "--prompt-words 3 has no effect on rows that have prompts of their own"),
-]  # fmt: skip
+    (
+        f"sft.py {RM} --data DATA --data-base reward_function_increasing_mult_2_ --centering 1",
+        "--centering 1 has no effect on rows with a reward",
+    ),
+    (
+        f"sft.py {RM} --data DATA --data-base reward_function_increasing_mult_2_ --no-margins",
+        "--no-margins has no effect on rows with a reward",
+    ),
+    (
+        f"sft.py {SFT} --data DATA --token-format turn_markers",
+        "--token-format turn_markers has no effect on rows of plain text",
+    ),
+    (
+        f"ppo_training.py {PPO} --train-file DATA/samples/question_answer.jsonl --prompt-words 3",
+        "--prompt-words 3 has no effect on rows that have prompts of their own",
+    ),
+]
 
 
 @pytest.mark.parametrize("line, said", ROWS, ids=[line for line, _ in ROWS])

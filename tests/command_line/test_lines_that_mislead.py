@@ -40,8 +40,10 @@ def in_tmp(tmp_path, monkeypatch):
         * 5,
     )
     write("numbers.jsonl", [{"text": "8 20 22 30"}, {"text": "4 18 33"}, {"text": "1 2 3"}])
-    write("answers.jsonl", [{"prompt": "what", "response": f"a {i}", "label": i > 2}
-                            for i in range(5)])  # fmt: skip
+    write(
+        "answers.jsonl",
+        [{"prompt": "what", "response": f"a {i}", "label": i > 2} for i in range(5)],
+    )
 
 
 def write(name, rows):
@@ -64,19 +66,54 @@ def test_the_next_lines_of_sft_can_be_pasted(tmp_path, capsys, name):
     words = ["--model", str(base), *TRAIN, "--output-dir", "run"]
     sft.main([*words, "--train-file", "numbers.jsonl", "--save-file", f"{name}.npz"])
     (line,) = commands(capsys.readouterr().out)
-    assert line == ["python", "fuse.py", "--model", str(base), "--adapter-file", f"{name}.npz",
-                    "--save-path", "my_model/"]  # fmt: skip
-    sft.main([*words[:-1], "run2", "--reward-model", "--train-file", "pairs.jsonl", "--save-file",
-              f"r{name}.npz"])  # fmt: skip
+    assert line == [
+        "python",
+        "fuse.py",
+        "--model",
+        str(base),
+        "--adapter-file",
+        f"{name}.npz",
+        "--save-path",
+        "my_model/",
+    ]
+    sft.main(
+        [
+            *words[:-1],
+            "run2",
+            "--reward-model",
+            "--train-file",
+            "pairs.jsonl",
+            "--save-file",
+            f"r{name}.npz",
+        ]
+    )
     (line,) = commands(capsys.readouterr().out)
-    assert line[1:] == ["ppo_training.py", "--model", str(base), "--reward-model", f"r{name}.npz",
-                        "--train-file", "pairs.jsonl"]  # fmt: skip
+    assert line[1:] == [
+        "ppo_training.py",
+        "--model",
+        str(base),
+        "--reward-model",
+        f"r{name}.npz",
+        "--train-file",
+        "pairs.jsonl",
+    ]
 
 
 def test_score_says_which_model_to_train(tmp_path, capsys):
     base = tiny_model_folder(tmp_path / "my base")
-    score.main(["--input", "answers.jsonl", "--model", str(base), "--best-of", "--output",
-                "the best.jsonl", "--length-reward", "10"])  # fmt: skip
+    score.main(
+        [
+            "--input",
+            "answers.jsonl",
+            "--model",
+            str(base),
+            "--best-of",
+            "--output",
+            "the best.jsonl",
+            "--length-reward",
+            "10",
+        ]
+    )
     (line,) = commands(capsys.readouterr().out)
     assert line[line.index("--model") + 1] == str(base)
     assert line[line.index("--train-file") + 1] == "the best.jsonl"
@@ -85,8 +122,9 @@ def test_score_says_which_model_to_train(tmp_path, capsys):
 def test_only_the_digits_model_is_sent_to_the_digits_score(tmp_path, capsys):
     fuse.main(["--dtype", "float32", "--save-path", "digits"])
     assert ["--ground-truth-reward" in line for line in commands(capsys.readouterr().out)] == [
-        False, True,
-    ]  # fmt: skip
+        False,
+        True,
+    ]
     base = tiny_model_folder(tmp_path / "other")
     fuse.main(["--model", str(base), "--dtype", "float32", "--save-path", "fused two"])
     lines = commands(capsys.readouterr().out)
@@ -132,9 +170,24 @@ def test_numbers_and_a_given_model_are_not_warned_of(tmp_path, capsys):
 @pytest.mark.parametrize("batch", [2, 3, 6])
 def test_tokens_of_a_reward_model_are_tokens(tmp_path, batch):
     base = tiny_model_folder(tmp_path / "base")
-    sft.main(["--model", str(base), "--train", "--epochs", "1", "--lora-rank", "2",
-              "--reward-model", "--train-file", "pairs.jsonl", "--output-dir", "run",
-              "--batch-size", str(batch)])  # fmt: skip
+    sft.main(
+        [
+            "--model",
+            str(base),
+            "--train",
+            "--epochs",
+            "1",
+            "--lora-rank",
+            "2",
+            "--reward-model",
+            "--train-file",
+            "pairs.jsonl",
+            "--output-dir",
+            "run",
+            "--batch-size",
+            str(batch),
+        ]
+    )
     rows = [json.loads(line) for line in open("run/metrics.jsonl")]
     from data_utils import read_records
     from models.load import load_model
@@ -151,9 +204,23 @@ def test_tokens_of_a_reward_model_are_tokens(tmp_path, batch):
 @pytest.mark.parametrize(("batch", "accumulation"), [(1, 2), (2, 2), (1, 4)])
 def test_epochs_are_printed_as_asked_for(capsys, batch, accumulation):
     write("five.jsonl", [{"text": f"{i} {i + 2} {i + 4}"} for i in range(5)])
-    sft.main(["--train", "--epochs", "1", "--train-file", "five.jsonl", "--batch-size", str(batch),
-              "--gradient-accumulation-steps", str(accumulation), "--output-dir", "run",
-              "--lora-rank", "2"])  # fmt: skip
+    sft.main(
+        [
+            "--train",
+            "--epochs",
+            "1",
+            "--train-file",
+            "five.jsonl",
+            "--batch-size",
+            str(batch),
+            "--gradient-accumulation-steps",
+            str(accumulation),
+            "--output-dir",
+            "run",
+            "--lora-rank",
+            "2",
+        ]
+    )
     assert "(1.0 epochs)" in capsys.readouterr().out
 
 
@@ -186,8 +253,18 @@ def test_accuracy_stands_beside_the_pairs_that_it_is_over(capsys):
     score.main(["--input", "answers.jsonl", "--length-reward", "10"])
     (line,) = [row for row in capsys.readouterr().out.splitlines() if row.startswith("score ")]
     assert re.search(r"pairs 6\b", line)  # 2 good ones x 3 bad ones
-    sft.main([*TRAIN, "--reward-model", "--train-file", "pairs.jsonl", "--validation-file",
-              "pairs.jsonl", "--output-dir", "run"])  # fmt: skip
+    sft.main(
+        [
+            *TRAIN,
+            "--reward-model",
+            "--train-file",
+            "pairs.jsonl",
+            "--validation-file",
+            "pairs.jsonl",
+            "--output-dir",
+            "run",
+        ]
+    )
     assert re.search(r"accuracy \S+  pairs 6", capsys.readouterr().out)
 
 
@@ -201,7 +278,22 @@ def test_an_empty_data_base_is_shown_as_one(tmp_path, capsys):
 def test_ppo_says_so_too(capsys, tmp_path):
     write("mine.jsonl", [{"prompt": "hello world"}] * 2)
     (tmp_path / "mine.py").write_text("def one(prompts, responses):\n    return [1.0, 2.0]\n")
-    ppo_training.main(["--train-file", "mine.jsonl", "--reward-function", "mine.py:one",
-                       "--batch-size", "2", "--num-steps", "1", "--max-new-tokens", "3",
-                       "--eval-every", "0", "--output-dir", "run"])  # fmt: skip
+    ppo_training.main(
+        [
+            "--train-file",
+            "mine.jsonl",
+            "--reward-function",
+            "mine.py:one",
+            "--batch-size",
+            "2",
+            "--num-steps",
+            "1",
+            "--max-new-tokens",
+            "3",
+            "--eval-every",
+            "0",
+            "--output-dir",
+            "run",
+        ]
+    )
     assert "no --model" in capsys.readouterr().err

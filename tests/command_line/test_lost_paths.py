@@ -20,8 +20,11 @@ def first(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         tiny_model_folder(folder / "base")
-        rows = {"numbers": {"text": "8 20 22"}, "prompts": {"prompt": "what is"},
-                "pairs": {"prompt": "q", "chosen": "the a", "rejected": "no"}}  # fmt: skip
+        rows = {
+            "numbers": {"text": "8 20 22"},
+            "prompts": {"prompt": "what is"},
+            "pairs": {"prompt": "q", "chosen": "the a", "rejected": "no"},
+        }
         for name, row in rows.items():
             with open(f"{name}.jsonl", "w", encoding="utf-8") as file:
                 file.write((json.dumps(row) + "\n") * 4)
@@ -41,11 +44,37 @@ def first(tmp_path_factory):
             "a.npz",
         )
         run(sft, *words, folder / "base", "--train-file", "numbers.jsonl", "--output-dir", "rows")
-        run(sft, *words, "base", "--train-file", "pairs.jsonl", "--output-dir", "judge",
-            "--reward-model", "--save-file", "judge.npz")  # fmt: skip
-        run(ppo_training, "--model", folder / "base", "--train-file", folder / "prompts.jsonl",
-            "--reward-function", "mine.py:one", "--batch-size", 2, "--num-steps", 1,
-            "--max-new-tokens", 3, "--eval-every", 0, "--output-dir", "reward")  # fmt: skip
+        run(
+            sft,
+            *words,
+            "base",
+            "--train-file",
+            "pairs.jsonl",
+            "--output-dir",
+            "judge",
+            "--reward-model",
+            "--save-file",
+            "judge.npz",
+        )
+        run(
+            ppo_training,
+            "--model",
+            folder / "base",
+            "--train-file",
+            folder / "prompts.jsonl",
+            "--reward-function",
+            "mine.py:one",
+            "--batch-size",
+            2,
+            "--num-steps",
+            1,
+            "--max-new-tokens",
+            3,
+            "--eval-every",
+            0,
+            "--output-dir",
+            "reward",
+        )
     return folder
 
 

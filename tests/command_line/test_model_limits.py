@@ -20,8 +20,10 @@ from models.decoding import generate
 from models.limits import Limits, find_limits
 from models.load import load_model
 
-TURNS = ("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
-         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")  # fmt: skip
+TURNS = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 LONG = "what is the answer to the question " * 8
 REWARD = "def length(prompts, responses, **columns):\n    return [len(r) for r in responses]\n"
 
@@ -44,13 +46,17 @@ def places(tmp_path_factory):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "the answer"}]
     rows = {
         "chat": {"messages": turns},
-        "chat_pairs": {"prompt": turns[:1], "chosen": turns[1:],
-                       "rejected": [{"role": "assistant", "content": "the question"}]},
-        "long": {"text": LONG}, "long_prompt": {"prompt": LONG, "completion": "the answer"},
+        "chat_pairs": {
+            "prompt": turns[:1],
+            "chosen": turns[1:],
+            "rejected": [{"role": "assistant", "content": "the question"}],
+        },
+        "long": {"text": LONG},
+        "long_prompt": {"prompt": LONG, "completion": "the answer"},
         "short": {"prompt": "what is", "completion": "the answer"},
         "long_pairs": {"prompt": LONG, "chosen": "the answer", "rejected": "the question"},
         "long_answers": {"prompt": "what is", "chosen": LONG, "rejected": LONG[9:] + LONG},
-    }  # fmt: skip
+    }
     for name, row in rows.items():
         (folder / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 4)
     (folder / "reward.py").write_text(REWARD)
@@ -69,23 +75,30 @@ def run(script, folder, words: str, status: int = 0) -> str:
 
 
 SFT = "--train --iters 1 --batch-size 2 --steps-per-eval 0 --save-every 0 --output-dir runs/x"
-ROLLOUT = ("--reward_function reward.py:length --batch_size 2 --num_steps 1 --eval-every 0 "
-           "--save-every 0 --output-dir runs/x")  # fmt: skip
+ROLLOUT = (
+    "--reward_function reward.py:length --batch_size 2 --num_steps 1 --eval-every 0 "
+    "--save-every 0 --output-dir runs/x"
+)
 PPO = f"{ROLLOUT} --mini_batch_size 2"
 
 
 @pytest.mark.parametrize("model", ["rows", "tied", "heads"])
 @pytest.mark.parametrize(
     "script, words",
-    [(sft, f"{SFT} --train-file chat.jsonl"),
-     (sft, f"{SFT} --reward-model --train-file chat_pairs.jsonl"),
-     (preference_training, f"{SFT} --train-file chat_pairs.jsonl"),
-     (preference_training, f"{SFT} --algorithm kto --train-file chat_pairs.jsonl"),
-     (ppo_training, f"{PPO} --train-file chat.jsonl --max-new-tokens 4"),
-     (group_training, f"{ROLLOUT} --num_generations 2 --train-file chat.jsonl --max-new-tokens 4"),
-     (talk_to_model, "hello")],
+    [
+        (sft, f"{SFT} --train-file chat.jsonl"),
+        (sft, f"{SFT} --reward-model --train-file chat_pairs.jsonl"),
+        (preference_training, f"{SFT} --train-file chat_pairs.jsonl"),
+        (preference_training, f"{SFT} --algorithm kto --train-file chat_pairs.jsonl"),
+        (ppo_training, f"{PPO} --train-file chat.jsonl --max-new-tokens 4"),
+        (
+            group_training,
+            f"{ROLLOUT} --num_generations 2 --train-file chat.jsonl --max-new-tokens 4",
+        ),
+        (talk_to_model, "hello"),
+    ],
     ids=["sft", "reward_model", "preference", "kto", "ppo", "group", "chat"],
-)  # fmt: skip
+)
 def test_a_token_without_a_row_is_refused_before_training(script, words, model, places):
     said = run(script, places, f"{words} --model {model}", status=2)
     assert "has token" in said and "rows for 0 to 295" in said
@@ -93,14 +106,22 @@ def test_a_token_without_a_row_is_refused_before_training(script, words, model, 
 
 
 def test_a_default_length_is_lowered_and_said(places, tmp_path):
-    out = run(sft, places, f"{SFT} --model gpt2 --train-file long.jsonl --overwrite "
-              f"--output-dir {tmp_path}/run --save-file {tmp_path}/a.npz")  # fmt: skip
+    out = run(
+        sft,
+        places,
+        f"{SFT} --model gpt2 --train-file long.jsonl --overwrite "
+        f"--output-dir {tmp_path}/run --save-file {tmp_path}/a.npz",
+    )
     assert "note: --max-length is 32: the model has 32 positions" in out
     kept = json.loads((tmp_path / "run" / "config.json").read_text())
     assert kept["options"]["max_length"] == 32
-    out = run(sft, places, f"{SFT} --model gpt2_48 --train-file long.jsonl --prompt-tuning "
-              f"--num-prompt-tokens 5 --output-dir {tmp_path}/prompt "
-              f"--save-file {tmp_path}/b.npz")  # fmt: skip
+    out = run(
+        sft,
+        places,
+        f"{SFT} --model gpt2_48 --train-file long.jsonl --prompt-tuning "
+        f"--num-prompt-tokens 5 --output-dir {tmp_path}/prompt "
+        f"--save-file {tmp_path}/b.npz",
+    )
     assert "--max-length is 43: the model has 48 positions, 5 for the soft prompt" in out
     with pytest.warns(UserWarning, match="--max-tokens is .* 32 positions"):
         run(talk_to_model, places, "hello --model gpt2 --temp 0")
@@ -108,37 +129,65 @@ def test_a_default_length_is_lowered_and_said(places, tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["dpo", "kto", "simpo"])
 def test_preferences_are_cut_to_the_positions_that_there_are(places, tmp_path, algorithm):
-    words = (f"{SFT} --model gpt2_48 --algorithm {algorithm} --train-file long_answers.jsonl "
-             f"--overwrite --output-dir {tmp_path}/run")  # fmt: skip
-    out = run(preference_training, places, f"{words} --prompt-tuning --num-prompt-tokens 5 "
-              f"--save-file {tmp_path}/prompt.npz")  # fmt: skip
+    words = (
+        f"{SFT} --model gpt2_48 --algorithm {algorithm} --train-file long_answers.jsonl "
+        f"--overwrite --output-dir {tmp_path}/run"
+    )
+    out = run(
+        preference_training,
+        places,
+        f"{words} --prompt-tuning --num-prompt-tokens 5 --save-file {tmp_path}/prompt.npz",
+    )
     assert "--max-length is 43: the model has 48 positions, 5 for the soft prompt" in out
     # Of an adapter that training goes on with as well.
-    out = run(preference_training, places, f"{words} --resume-adapter-file {tmp_path}/prompt.npz "
-              f"--save-file {tmp_path}/again.npz")  # fmt: skip
+    out = run(
+        preference_training,
+        places,
+        f"{words} --resume-adapter-file {tmp_path}/prompt.npz --save-file {tmp_path}/again.npz",
+    )
     assert "--max-length is 43" in out
 
 
 @pytest.mark.parametrize(
     "script, words, wrong",
-    [(sft, f"{SFT} --train-file long.jsonl --max-length 2048", "--max-length 2048"),
-     (sft, f"{SFT} --train-file long.jsonl --max-length 33", "give at most 32"),
-     (preference_training, f"{SFT} --train-file long_pairs.jsonl --max-length 33",
-      "give at most 32"),
-     (preference_training, f"{SFT} --train-file long_pairs.jsonl --prompt-tuning --max-length 30",
-      "10 for the soft prompt"),
-     (preference_training, f"{SFT} --train-file chat_pairs.jsonl --algorithm orpo --sample-prompts "
-      f"{LONG.replace(' ', '_')} --steps-per-eval 1 --validation-file chat_pairs.jsonl",
-      "--sample-prompts"),
-     (ppo_training, f"{PPO} --train-file short.jsonl --max-new-tokens 40", "40"),
-     (ppo_training, f"{PPO} --train-file short.jsonl --max-new-tokens 30 --max-length 20",
-      "a response of up to 30"),
-     (ppo_training, f"{PPO} --train-file short.jsonl --max-new-tokens 4 --max-length 64",
-      "--max-length 64"),
-     (group_training, f"{ROLLOUT} --num_generations 2 --train-file short.jsonl --max-new-tokens 40",
-      "40"),
-     (talk_to_model, "hello --max-tokens 100", "a response of up to 100")],
-)  # fmt: skip
+    [
+        (sft, f"{SFT} --train-file long.jsonl --max-length 2048", "--max-length 2048"),
+        (sft, f"{SFT} --train-file long.jsonl --max-length 33", "give at most 32"),
+        (
+            preference_training,
+            f"{SFT} --train-file long_pairs.jsonl --max-length 33",
+            "give at most 32",
+        ),
+        (
+            preference_training,
+            f"{SFT} --train-file long_pairs.jsonl --prompt-tuning --max-length 30",
+            "10 for the soft prompt",
+        ),
+        (
+            preference_training,
+            f"{SFT} --train-file chat_pairs.jsonl --algorithm orpo --sample-prompts "
+            f"{LONG.replace(' ', '_')} --steps-per-eval 1 --validation-file chat_pairs.jsonl",
+            "--sample-prompts",
+        ),
+        (ppo_training, f"{PPO} --train-file short.jsonl --max-new-tokens 40", "40"),
+        (
+            ppo_training,
+            f"{PPO} --train-file short.jsonl --max-new-tokens 30 --max-length 20",
+            "a response of up to 30",
+        ),
+        (
+            ppo_training,
+            f"{PPO} --train-file short.jsonl --max-new-tokens 4 --max-length 64",
+            "--max-length 64",
+        ),
+        (
+            group_training,
+            f"{ROLLOUT} --num_generations 2 --train-file short.jsonl --max-new-tokens 40",
+            "40",
+        ),
+        (talk_to_model, "hello --max-tokens 100", "a response of up to 100"),
+    ],
+)
 def test_what_does_not_fit_the_positions_is_refused(script, words, wrong, places):
     said = run(script, places, f"{words} --model gpt2", status=2)
     assert wrong in said and "32 positions" in said
@@ -146,10 +195,18 @@ def test_what_does_not_fit_the_positions_is_refused(script, words, wrong, places
 
 
 def test_rewards_read_no_further_either(places, tmp_path):
-    run(sft, places, f"{SFT} --reward-model --model gpt2_48 --train-file chat_pairs.jsonl "
-        f"--output-dir {tmp_path}/r --save-file {tmp_path}/reward.npz")  # fmt: skip
-    said = run(score, places, f"--input long_pairs.jsonl --model gpt2_48 "
-               f"--reward-model {tmp_path}/reward.npz", status=2)  # fmt: skip
+    run(
+        sft,
+        places,
+        f"{SFT} --reward-model --model gpt2_48 --train-file chat_pairs.jsonl "
+        f"--output-dir {tmp_path}/r --save-file {tmp_path}/reward.npz",
+    )
+    said = run(
+        score,
+        places,
+        f"--input long_pairs.jsonl --model gpt2_48 --reward-model {tmp_path}/reward.npz",
+        status=2,
+    )
     assert "a text to score: has" in said and "48 positions" in said
 
 

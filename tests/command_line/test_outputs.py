@@ -15,9 +15,20 @@ HOSTILE = "\x1b[2J\x1b[31m\x1b]0;title\x07\x9b1m\x08\roverwritten"
 SHORT = "--output-dir run --save-file out.npz --lora-rank 2 --lora-layers 2".split()
 TRAIN = {
     "sft.py": ["--train", "--iters", "3", "--steps-per-eval", "0", "--steps-per-report", "1"],
-    "ppo_training.py": ["--ground-truth-reward", "--num-steps", "1", "--batch-size", "4",
-                        "--mini-batch-size", "4", "--eval-every", "0", "--max-new-tokens", "4"],
-}  # fmt: skip
+    "ppo_training.py": [
+        "--ground-truth-reward",
+        "--num-steps",
+        "1",
+        "--batch-size",
+        "4",
+        "--mini-batch-size",
+        "4",
+        "--eval-every",
+        "0",
+        "--max-new-tokens",
+        "4",
+    ],
+}
 
 
 def shell(line: str, folder, *words: str, **environment: str) -> subprocess.CompletedProcess:
@@ -43,8 +54,13 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", ["2>&1 | head -1", *(pytest.param(w, marks=pytest.mark.long)
-                                 for w in WAYS if w != "2>&1 | head -1")])  # fmt: skip
+@pytest.mark.parametrize(
+    "way",
+    [
+        "2>&1 | head -1",
+        *(pytest.param(w, marks=pytest.mark.long) for w in WAYS if w != "2>&1 | head -1"),
+    ],
+)
 @pytest.mark.parametrize("name", ["sft", pytest.param("ppo", marks=pytest.mark.long)])
 def test_training_goes_on_without_its_output(tmp_path, name, way):
     """`| head` ended it with status 0 and nothing trained."""
@@ -106,11 +122,13 @@ CASES = {
         "overwritten",
     ),
     "a warning": (
-        "score.py", ["--input", "rows.jsonl", "--reward-function", "reward.py:warns"], "warning: ",
+        "score.py",
+        ["--input", "rows.jsonl", "--reward-function", "reward.py:warns"],
+        "warning: ",
     ),
     "an adapter": ("fuse.py", ["--adapter-file", f"a{HOSTILE}.npz", "--save-path", "x"], "[2J"),
     "a prompt": ("talk_to_model.py", ["--model", f"no{HOSTILE}", "hello"], "[2J"),
-}  # fmt: skip
+}
 REWARD = f"""
 import warnings
 HOSTILE = {HOSTILE!r}

@@ -39,8 +39,11 @@ def read_by(loss) -> set[str]:
             found.add(name)
         elif parameter.kind is parameter.VAR_KEYWORD:
             inner = {"divergence": scores, "options": simpo if "alpha" in found else kto}[name]
-            found |= {n for n, p in inspect.signature(inner).parameters.items()
-                      if p.default is not p.empty}  # fmt: skip
+            found |= {
+                n
+                for n, p in inspect.signature(inner).parameters.items()
+                if p.default is not p.empty
+            }
     return found
 
 
@@ -125,11 +128,26 @@ def test_what_has_no_effect_or_makes_no_sense_is_refused(capsys, line, wanted):
 def main(tmp_path, rows: list[dict], line: str = "") -> int:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return preference_training.main([
-        "--train", "--iters", "1", "--batch-size", "2", "--output-dir", str(tmp_path / "run"),
-        "--save-file", str(tmp_path / "out.npz"), "--lora-rank", "2", "--lora-layers", "1",
-        "--train-file", str(file), *words(line),
-    ])  # fmt: skip
+    return preference_training.main(
+        [
+            "--train",
+            "--iters",
+            "1",
+            "--batch-size",
+            "2",
+            "--output-dir",
+            str(tmp_path / "run"),
+            "--save-file",
+            str(tmp_path / "out.npz"),
+            "--lora-rank",
+            "2",
+            "--lora-layers",
+            "1",
+            "--train-file",
+            str(file),
+            *words(line),
+        ]
+    )
 
 
 def user_error(tmp_path, rows, line="") -> str:
@@ -158,11 +176,12 @@ def user_error(tmp_path, rows, line="") -> str:
         ({"prompt": "8", "completion": " 9", "reward": 1}, "--algorithm kto", "--desirable-from"),
         (PAIR, "--algorithm kto --desirable-from 1", "--desirable-from has no effect"),
         (
-            {"prompt": "8 20", "responses": [" 22", " 30", " 7"]}, "--loss-type aot",
+            {"prompt": "8 20", "responses": [" 22", " 30", " 7"]},
+            "--loss-type aot",
             "give pairs, or another --loss-type",
         ),
     ],
-)  # fmt: skip
+)
 def test_a_row_that_does_not_fit_ends_in_one_line_before_training(tmp_path, row, line, wanted):
     others = [PAIR] if "chosen" in row else []
     assert wanted in user_error(tmp_path, [*others, row], line)

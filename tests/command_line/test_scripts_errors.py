@@ -164,8 +164,12 @@ def test_a_folder_of_a_model_is_not_taken_for_a_run(folder, script, flag):
     """It has a config.json too, and a run with --overwrite would replace that."""
     shutil.copytree(ROOT / "data" / "digits_model", folder / "my_model")
     line = f"{script} --data DATA --output-dir my_model {flag}"
-    check(lambda *w: shared_server().run(*w), line, folder,
-          "my_model: holds config.json, and no run|another --output-dir")  # fmt: skip
+    check(
+        lambda *w: shared_server().run(*w),
+        line,
+        folder,
+        "my_model: holds config.json, and no run|another --output-dir",
+    )
     assert not (folder / "my_model" / ".lock").exists()
 
 

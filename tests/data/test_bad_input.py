@@ -403,8 +403,12 @@ def test_five_thousand_files_of_which_half_are_rows(tmp_path):
     """Most of them whole: an error that every file ends in would be found by nothing above."""
     accepted = []
 
-    @settings(max_examples=5000, deadline=ONE_FILE, derandomize=True,
-              suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
+    @settings(
+        max_examples=5000,
+        deadline=ONE_FILE,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
     @given(file=files(accidents=(0,) * 7 + (1,), least=1))
     def run(file):
         accepted.append(check_file(tmp_path, file))

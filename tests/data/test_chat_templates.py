@@ -30,11 +30,15 @@ TEMPLATES = {
     # EOS at the end begins with the same characters as the next turn, as in Phi 3.
     "eos_at_the_end": TURNS + NEXT.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}"),
     # Another end of the last turn than of those before, as in gpt-oss.
-    "return": TURNS.replace("<|end|>\n", "{{ '<|return|>' if loop.last and not "
-                            "add_generation_prompt else '<|end|>' }}") + NEXT,
+    "return": TURNS.replace(
+        "<|end|>\n", "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}"
+    )
+    + NEXT,
     # The next header in the loop itself, as in Zephyr.
-    "in_the_loop": TURNS.replace("{% endfor %}", "{% if loop.last and add_generation_prompt %}"
-                                 "<|assistant|>\n{% endif %}{% endfor %}"),
+    "in_the_loop": TURNS.replace(
+        "{% endfor %}",
+        "{% if loop.last and add_generation_prompt %}<|assistant|>\n{% endif %}{% endfor %}",
+    ),
     # A look through the messages first, whitespace stripped, a loop over a part of them.
     "two_loops": "{%- for m in messages[::-1] -%}\n  {%- set last = m -%}\n{%- endfor -%}\n"
     "{%- set loop_messages = messages -%}\n{%- for m in loop_messages %}\n"
@@ -46,12 +50,21 @@ TEMPLATES = {
     "documents": "{% for d in documents or [] %}DOC {{ d.text }}\n{% endfor %}" + TURNS + NEXT,
     "parts": TURNS.replace(SAY, "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}")
     + NEXT,
-    "marks": TURNS.replace(SAY + "<|end|>", "{% if m['role'] == 'assistant' %}{% generation %}"
-                           + SAY + "{% endgeneration %}{% else %}" + SAY + "{% endif %}<|end|>")
+    "marks": TURNS.replace(
+        SAY + "<|end|>",
+        "{% if m['role'] == 'assistant' %}{% generation %}"
+        + SAY
+        + "{% endgeneration %}{% else %}"
+        + SAY
+        + "{% endif %}<|end|>",
+    )
     + NEXT,
-    "arguments_text": TURNS.replace(SAY, SAY + "{% if m.tool_calls %}{{ 'CALL ' + "
-                                    "m.tool_calls[0].function.arguments }}{% endif %}") + NEXT,
-}  # fmt: skip
+    "arguments_text": TURNS.replace(
+        SAY,
+        SAY + "{% if m.tool_calls %}{{ 'CALL ' + m.tool_calls[0].function.arguments }}{% endif %}",
+    )
+    + NEXT,
+}
 # A brace of the text before a tag that strips blanks, as in Gemma 4's declarations of tools.
 TEMPLATES["braces"] = (
     "{% for t in tools or [] %}{\n  {%- if t %}x{% endif %}{ {{- t.name }}{ {#- no -#} }}\n"
@@ -145,8 +158,12 @@ def test_the_marked_copy_says_the_same(name):
 # What belongs to the template ----------------------------------------------------------------
 
 WEATHER = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
-TALK = [ask("Weather?"), answer(None, tool_calls=[call(city="Rome")]),
-        {"role": "tool", "content": "12", "tool_call_id": "c1"}, answer("12 degrees")]  # fmt: skip
+TALK = [
+    ask("Weather?"),
+    answer(None, tool_calls=[call(city="Rome")]),
+    {"role": "tool", "content": "12", "tool_call_id": "c1"},
+    answer("12 degrees"),
+]
 
 
 @pytest.mark.parametrize("content", [None, "", ..., "Let me see."])
@@ -168,8 +185,10 @@ def test_calls_and_tools_reach_the_template_everywhere(tmp_path, content, writte
     found = [shown(done[0], tok).replace("[", "").replace("]", "")]
     found += [tok.decode(tokenise_scalar(conversation, tok)[0].tokens)]
     found += map(tok.decode, tokenise_preferences(preference, tok)[0].responses)
-    found += [tok.decode(tokenise_prompts(made, tok)[0].tokens)
-              for made in (conversation, preference, prompt)]  # fmt: skip
+    found += [
+        tok.decode(tokenise_prompts(made, tok)[0].tokens)
+        for made in (conversation, preference, prompt)
+    ]
     for text in found:
         assert text.startswith('TOOLS {"type"') or text.startswith("TOOLS ")
         assert '"name": "weather", "parameters": {}' in text
@@ -189,8 +208,12 @@ def test_arguments_are_text_for_a_template_that_joins_them(tmp_path):
 
 
 def test_openais_older_function_call_is_a_tool_call(tmp_path):
-    talk = [ask(), answer(None, function_call={"name": "weather", "arguments": '{"city": "Rome"}'}),
-            {"role": "function", "name": "weather", "content": "12"}, answer("12")]  # fmt: skip
+    talk = [
+        ask(),
+        answer(None, function_call={"name": "weather", "arguments": '{"city": "Rome"}'}),
+        {"role": "function", "name": "weather", "content": "12"},
+        answer("12"),
+    ]
     done = tokenise_sft(records_of(tmp_path, {"messages": talk}), tokenizer("tools"))
     assert "weather" in tokenizer("tools").decode(done[0].tokens)
 
@@ -198,14 +221,23 @@ def test_openais_older_function_call_is_a_tool_call(tmp_path):
 @pytest.mark.parametrize(
     ("name", "row", "text"),
     [
-        ("thoughts", {"messages": [ask(), answer("4", reasoning_content="Two and two.")]},
-         "[<think>Two and two.</think>4<|end|>\n"),
-        ("documents", {"messages": [ask(), answer()], "documents": [{"text": "a page"}]},
-         "DOC a page\n<|user|>"),
-        ("documents", {"prompt": "a", "completion": "b", "documents": '[{"text": "a page"}]'},
-         "DOC a page\n<|user|>"),
+        (
+            "thoughts",
+            {"messages": [ask(), answer("4", reasoning_content="Two and two.")]},
+            "[<think>Two and two.</think>4<|end|>\n",
+        ),
+        (
+            "documents",
+            {"messages": [ask(), answer()], "documents": [{"text": "a page"}]},
+            "DOC a page\n<|user|>",
+        ),
+        (
+            "documents",
+            {"prompt": "a", "completion": "b", "documents": '[{"text": "a page"}]'},
+            "DOC a page\n<|user|>",
+        ),
     ],
-)  # fmt: skip
+)
 def test_thoughts_and_documents_reach_the_template(tmp_path, name, row, text):
     tok = tokenizer(name)
     done = tokenise_sft(records_of(tmp_path, row), tok, mask_prompt=True)
@@ -255,19 +287,36 @@ def test_training_marks_have_to_be_yes_or_no(tmp_path):
 @pytest.mark.parametrize(
     ("name", "row", "says"),
     [
-        ("drops", {"messages": [ask(), answer("<think>\nTwo.\n</think>\n\n4")]},
-         ["drops text of an assistant turn: '<think>\\nTwo.\\n</think>'",
-          "the answer in the row does not follow: '<think>\\n'"]),
+        (
+            "drops",
+            {"messages": [ask(), answer("<think>\nTwo.\n</think>\n\n4")]},
+            [
+                "drops text of an assistant turn: '<think>\\nTwo.\\n</think>'",
+                "the answer in the row does not follow: '<think>\\n'",
+            ],
+        ),
         ("drops", {"prompt": "what", "completion": "4"}, ["does not follow: '<think>\\n'"]),
-        ("plain", {"messages": [ask(), answer("4", reasoning_content="Two.")]},
-         ["drops text of an assistant turn: 'Two.'"]),
-        ("plain", {"messages": TALK[:2], "tools": WEATHER},
-         ["does not read a key of a message: tool_calls",
-          "does not read a field of the row: tools", "drops text of an assistant turn: 'weather'"]),
-        ("plain", {"messages": [ask(), answer(mood="merry")], "documents": [{"text": "x"}]},
-         ["a key of a message: mood", "a field of the row: documents"]),
+        (
+            "plain",
+            {"messages": [ask(), answer("4", reasoning_content="Two.")]},
+            ["drops text of an assistant turn: 'Two.'"],
+        ),
+        (
+            "plain",
+            {"messages": TALK[:2], "tools": WEATHER},
+            [
+                "does not read a key of a message: tool_calls",
+                "does not read a field of the row: tools",
+                "drops text of an assistant turn: 'weather'",
+            ],
+        ),
+        (
+            "plain",
+            {"messages": [ask(), answer(mood="merry")], "documents": [{"text": "x"}]},
+            ["a key of a message: mood", "a field of the row: documents"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_a_template_loses_is_said_with_the_row(tmp_path, name, row, says):
     records = records_of(tmp_path, row)
     done = tokenise_sft(records, tokenizer(name), mask_prompt=True)

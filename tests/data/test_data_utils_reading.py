@@ -344,7 +344,7 @@ def test_a_split_is_what_is_read(saved, monkeypatch, name, split, rows):
         ("rows.jsonl", {"config": "x"}, "a file, which has no configurations"),
         ("rows.jsonl", {"streaming": True}, "--streaming has no effect"),
     ],
-)  # fmt: skip
+)
 def test_an_option_that_would_have_no_effect_is_refused(saved, monkeypatch, name, options, says):
     import datasets
 

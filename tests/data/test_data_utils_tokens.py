@@ -322,8 +322,14 @@ def test_preference_rows_share_the_prompt_of_ppo():
 def test_preference_rows_know_where_the_prompt_ends(template):
     tokenizer = tiny_tokenizer(template=template)
     turns = [*CHAT.messages[1:3], CHAT.messages[1]]
-    several = Record("preference", "f:5", {}, prompt=CHAT.messages[:1], ranks=[0, 1],
-                     responses=[turns, turns[:1]])  # fmt: skip
+    several = Record(
+        "preference",
+        "f:5",
+        {},
+        prompt=CHAT.messages[:1],
+        ranks=[0, 1],
+        responses=[turns, turns[:1]],
+    )
     for record in (BETTER, several):
         row = tokenise_preferences([record], tokenizer)[0]
         prompt = tokenise_prompts([record], tokenizer)[0].tokens

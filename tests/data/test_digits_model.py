@@ -197,8 +197,9 @@ def test_the_script_repeats_itself_and_learns(tmp_path: Path, capsys) -> None:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     model, tokenizer = load(str(tmp_path / "one"))
     rows = maker.make_rows(maker.make_tokenizer(), 256, seed=0)
-    fresh = maker.llama.Model(maker.llama.ModelArgs.from_dict(maker.make_config(
-        maker.make_tokenizer())))  # fmt: skip
+    fresh = maker.llama.Model(
+        maker.llama.ModelArgs.from_dict(maker.make_config(maker.make_tokenizer()))
+    )
     before, after = (maker.loss_function(m, rows, PAD).item() for m in (fresh, model))
     assert after < before - 1
 

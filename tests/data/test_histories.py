@@ -126,8 +126,10 @@ def test_three_who_write_are_a_group(tmp_path):
 
 
 def telegram(*messages, kind="personal_chat", name="Ann"):
-    filled = [{"id": i, "type": "message", "date_unixtime": str(1_700_000_000 + i * 60), **m}
-              for i, m in enumerate(messages)]  # fmt: skip
+    filled = [
+        {"id": i, "type": "message", "date_unixtime": str(1_700_000_000 + i * 60), **m}
+        for i, m in enumerate(messages)
+    ]
     return {"name": name, "type": kind, "id": 5, "messages": filled}
 
 
@@ -147,8 +149,11 @@ def test_a_chat_of_telegram(tmp_path):
     found = read_telegram(path, me="Bob")
     assert told(found) == [("Ann", "see a.org!"), ("me", "yes"), ("me", "look")]
     assert found.dropped == {
-        "an event of the chat": 1, "attachment alone": 1, "forwarded": 1, "written by a bot": 1,
-    }  # fmt: skip
+        "an event of the chat": 1,
+        "attachment alone": 1,
+        "forwarded": 1,
+        "written by a bot": 1,
+    }
     assert told(read_telegram(path, me="user2")) == told(found)
     with pytest.raises(UserError, match="--me NAME is needed: one of Ann, Bob"):
         read_telegram(path)
@@ -157,8 +162,9 @@ def test_a_chat_of_telegram(tmp_path):
 
 
 def test_everything_of_telegram_knows_who_i_am(tmp_path):
-    group = telegram({"from": "Eve", "from_id": "user3", "text": "hi"}, kind="private_group",
-                     name="us")  # fmt: skip
+    group = telegram(
+        {"from": "Eve", "from_id": "user3", "text": "hi"}, kind="private_group", name="us"
+    )
     whole = {"personal_information": {"user_id": 2}, "chats": {"list": [TELEGRAM, group]}}
     path = write(tmp_path / "result.json", json.dumps(whole))
     found = read_telegram(path)
@@ -213,9 +219,11 @@ def test_the_text_of_imessage_exporter(tmp_path):
     write(tmp_path / "+15550100.txt", EXPORTED)
     found = read_export(tmp_path)
     assert told(found) == [
-        ("me", "Hello world\nsecond line"), ("+15550100", "Hi"), ("me", "a reply"),
+        ("me", "Hello world\nsecond line"),
+        ("+15550100", "Hi"),
+        ("me", "a reply"),
         ("+15550100", "first"),
-    ]  # fmt: skip
+    ]
     assert found.dropped == {"attachment alone": 1, "deleted": 1}
     assert found.messages[0].time == datetime(2022, 5, 17, 17, 29, 42)
 
@@ -262,25 +270,36 @@ START = datetime(2024, 1, 1, tzinfo=UTC)
 
 def history(*told, chat="Ann", groups=()):
     """Messages from (minutes, sender, text)."""
-    messages = [Message(chat, sender, START + timedelta(minutes=minute), text, f"{chat}{i}")
-                for i, (minute, sender, text) in enumerate(told)]  # fmt: skip
+    messages = [
+        Message(chat, sender, START + timedelta(minutes=minute), text, f"{chat}{i}")
+        for i, (minute, sender, text) in enumerate(told)
+    ]
     return History(messages, Counter(), set(groups))
 
 
 def test_turns_join_sessions_end_and_the_last_turn_is_mine():
     found = make_rows(
         history(
-            (0, ME, "lost"), (1, "Ann", "a"), (2, "Ann", "b"), (3, ME, "c"), (4, ME, "d"),
-            (5, "Ann", "e"), (400, "Ann", "f"), (401, ME, "g"),
+            (0, ME, "lost"),
+            (1, "Ann", "a"),
+            (2, "Ann", "b"),
+            (3, ME, "c"),
+            (4, ME, "d"),
+            (5, "Ann", "e"),
+            (400, "Ann", "f"),
+            (401, ME, "g"),
         ),
-        Limits(min_messages=2), valid_share=0,
-    )  # fmt: skip
+        Limits(min_messages=2),
+        valid_share=0,
+    )
     assert [[m["content"] for m in row["messages"]] for row in found.train] == [
-        ["a\nb", "c\nd"], ["f", "g"],
-    ]  # fmt: skip
+        ["a\nb", "c\nd"],
+        ["f", "g"],
+    ]
     assert found.dropped == {
-        "mine, without anything before it in its session": 1, "unanswered in its session": 1,
-    }  # fmt: skip
+        "mine, without anything before it in its session": 1,
+        "unanswered in its session": 1,
+    }
 
 
 def test_a_long_session_goes_on_with_context_that_is_not_trained_again():
@@ -302,8 +321,11 @@ def test_an_exchange_that_is_too_long_is_left_out_and_counted():
 
 
 def test_the_newest_sessions_validate_and_none_is_in_both():
-    told = [m for day in range(20) for m in
-            ((day * 1440, "Ann", f"q{day}"), (day * 1440 + 1, ME, f"a{day}"))]  # fmt: skip
+    told = [
+        m
+        for day in range(20)
+        for m in ((day * 1440, "Ann", f"q{day}"), (day * 1440 + 1, ME, f"a{day}"))
+    ]
     found = make_rows(history(*told), Limits(min_messages=2))
     assert [r["messages"][1]["content"] for r in found.valid] == ["a18", "a19"]
     assert len(found.train) == 18
@@ -312,8 +334,9 @@ def test_the_newest_sessions_validate_and_none_is_in_both():
 def test_in_a_group_others_have_their_names_before_their_turns():
     found = make_rows(
         history((0, "Ann", "hi"), (1, "Eve", "ho"), (2, ME, "hey"), groups=["Ann"]),
-        Limits(min_messages=2), valid_share=0,
-    )  # fmt: skip
+        Limits(min_messages=2),
+        valid_share=0,
+    )
     assert found.train[0]["messages"][0]["content"] == "Ann: hi\nEve: ho"
 
 
@@ -346,13 +369,25 @@ def test_every_message_is_in_a_row_once_or_counted(told, max_length, context):
 def test_the_script_on_whatsapp_says_what_was_left_out(tmp_path):
     lines = ANDROID + "".join(
         f"0{2 + i}/01/2024, 0{i}:0{j} - {'Ann' if j % 2 else 'Bob'}: text {i} {j}\n"
-        for i in range(6) for j in range(1, 9)
-    )  # fmt: skip
+        for i in range(6)
+        for j in range(1, 9)
+    )
     chat = write(tmp_path / "Chat with Ann.txt", lines)
     done = subprocess.run(
-        [sys.executable, "data/imessage.py", "--whatsapp", chat, "--me", "Bob", "--output-dir",
-         tmp_path / "out dir"], capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "data/imessage.py",
+            "--whatsapp",
+            chat,
+            "--me",
+            "Bob",
+            "--output-dir",
+            tmp_path / "out dir",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "left out, attachment alone: 2" in done.stdout
     assert "python sft.py --train --data" in done.stdout and "'" in done.stdout
@@ -372,6 +407,8 @@ def test_the_script_on_whatsapp_says_what_was_left_out(tmp_path):
 def test_flags_that_contradict_are_one_line(words, said, tmp_path):
     done = subprocess.run(
         [sys.executable, "data/imessage.py", *words, "--output-dir", tmp_path / "o"],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1

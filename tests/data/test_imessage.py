@@ -87,15 +87,17 @@ def test_what_is_no_message_is_left_out_and_counted(database):
     ann, bob = database.person("ann@example.org"), database.person("+15550100")
     chat, group = database.chat(ann), database.chat(ann, bob, name="group")
     hello = database.message(chat, "hello", handle=ann)
-    database.message(chat, "Loved “hello”", associated_message_type=2000,
-                     associated_message_guid=f"p:0/{hello}")  # fmt: skip
+    database.message(
+        chat, "Loved “hello”", associated_message_type=2000, associated_message_guid=f"p:0/{hello}"
+    )
     database.message(chat, "x", associated_message_type=3000, associated_message_guid=hello)
     database.message(chat, "\ufffc", associated_message_type=1000)
     database.message(chat, None, item_type=2, handle=ann)
     database.message(chat, None, group_action_type=1, handle=ann)
     database.message(chat, "game", balloon_bundle_id="com.apple.messages.MSMessageExtension:x")
-    database.message(chat, "https://example.org",
-                     balloon_bundle_id="com.apple.messages.URLBalloonProvider")  # fmt: skip
+    database.message(
+        chat, "https://example.org", balloon_bundle_id="com.apple.messages.URLBalloonProvider"
+    )
     database.message(chat, "\ufffc")
     database.message(chat, None, message_summary_info=retracted())
     database.message(chat, "gone", date_retracted=5)
@@ -106,13 +108,21 @@ def test_what_is_no_message_is_left_out_and_counted(database):
     database.connection.commit()
     found = read_database(database.path)
     assert texts(found) == [
-        (False, "hello"), (True, "https://example.org"), (True, "first"),
-    ]  # fmt: skip
+        (False, "hello"),
+        (True, "https://example.org"),
+        (True, "first"),
+    ]
     assert found.dropped == {
-        "a tapback": 2, "a sticker or another attachment to a message": 1,
-        "an event of the chat": 2, "of an app": 1, "attachment alone": 1, "unsent": 2,
-        "undecodable": 1, "in a group": 1, "in no chat": 1,
-    }  # fmt: skip
+        "a tapback": 2,
+        "a sticker or another attachment to a message": 1,
+        "an event of the chat": 2,
+        "of an app": 1,
+        "attachment alone": 1,
+        "unsent": 2,
+        "undecodable": 1,
+        "in a group": 1,
+        "in no chat": 1,
+    }
     with_groups = read_database(database.path, groups=True)
     assert [m.text for m in with_groups.messages if m.chat in with_groups.groups] == ["all of you"]
 
@@ -156,8 +166,13 @@ def test_tapbacks_of_the_other_one_rate_my_messages(database):
     mine = [database.message(chat, f"joke {i}") for i in range(4)]
     for message, kinds in zip(mine, ([2000], [2002], [2001, 3001], [2004]), strict=True):
         for kind in kinds:
-            database.message(chat, "x", handle=ann, associated_message_type=kind,
-                             associated_message_guid=f"p:0/{message}")  # fmt: skip
+            database.message(
+                chat,
+                "x",
+                handle=ann,
+                associated_message_type=kind,
+                associated_message_guid=f"p:0/{message}",
+            )
     found = read_database(database.path, tapbacks=True)
     assert {r.key: r.good for r in found.ratings} == {mine[0]: True, mine[1]: False}
     assert found.dropped["a tapback that is neither good nor bad"] == 1
@@ -168,16 +183,22 @@ def conversation(database, count=12):
     chat = database.chat(ann)
     keys = []
     for number in range(count):
-        database.message(chat, None, handle=ann, attributedBody=archive(f"how is day {number}?"),
-                         wait=600 if number % 3 == 0 else 1)  # fmt: skip
+        database.message(
+            chat,
+            None,
+            handle=ann,
+            attributedBody=archive(f"how is day {number}?"),
+            wait=600 if number % 3 == 0 else 1,
+        )
         keys.append(database.message(chat, f"day {number} is fine, call +1 555 010 2030"))
     return chat, ann, keys
 
 
 def test_the_script_writes_rows_for_its_owner_alone(database, tmp_path):
     chat, ann, keys = conversation(database)
-    database.message(chat, "x", handle=ann, associated_message_type=2000,
-                     associated_message_guid=keys[0])  # fmt: skip
+    database.message(
+        chat, "x", handle=ann, associated_message_type=2000, associated_message_guid=keys[0]
+    )
     out = tmp_path / "mine"
     done = run("--database", database.path, "--output-dir", out, "--tapbacks", "--names")
     assert (done.returncode, done.stderr) == (0, ""), done.stderr

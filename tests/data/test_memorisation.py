@@ -62,8 +62,19 @@ def test_a_model_that_learned_the_codes_by_heart_shows_it(tmp_path):
         database.message(chat, f"{number + 4} {number + 6} {number + 8}")
     database.close()
     mine = tmp_path / "mine"
-    run("data/imessage.py", "--database", tmp_path / "chat.db", "--output-dir", mine,
-        "--canaries", 2, "--negatives", "data/digits_model", "--max-tokens", 8)  # fmt: skip
+    run(
+        "data/imessage.py",
+        "--database",
+        tmp_path / "chat.db",
+        "--output-dir",
+        mine,
+        "--canaries",
+        2,
+        "--negatives",
+        "data/digits_model",
+        "--max-tokens",
+        8,
+    )
     canaries = json.loads((mine / "canaries.json").read_text())
     told, pairs = (
         [json.loads(line) for line in (mine / name).read_text().splitlines()]
@@ -79,13 +90,38 @@ def test_a_model_that_learned_the_codes_by_heart_shows_it(tmp_path):
     }
     look = ["data/memorisation.py", "--data", mine, "--samples", 8, "--others", 63]
     before = run(*look)
-    run("sft.py", "--train", "--data", mine, "--data-base", "", "--mask-prompt", "--iters", 150,
-        "--batch-size", 8, "--learning-rate", "1e-2", "--lora-layers", "-1", "--val-batches", 1,
-        "--steps-per-eval", 0, "--save-file", tmp_path / "me.npz",
-        "--output-dir", tmp_path / "run")  # fmt: skip
+    run(
+        "sft.py",
+        "--train",
+        "--data",
+        mine,
+        "--data-base",
+        "",
+        "--mask-prompt",
+        "--iters",
+        150,
+        "--batch-size",
+        8,
+        "--learning-rate",
+        "1e-2",
+        "--lora-layers",
+        "-1",
+        "--val-batches",
+        1,
+        "--steps-per-eval",
+        0,
+        "--save-file",
+        tmp_path / "me.npz",
+        "--output-dir",
+        tmp_path / "run",
+    )
     after = run(*look, "--resume-file", tmp_path / "me.npz")
     for canary in canaries:
-        bits = [float(line.split()[0]) for text in (before, after)
-                for line in text.splitlines() if line.endswith(canary["question"])]  # fmt: skip
+        bits = [
+            float(line.split()[0])
+            for text in (before, after)
+            for line in text.splitlines()
+            if line.endswith(canary["question"])
+        ]
         assert bits[1] == 6 and bits[0] < 6, (before, after)  # the likeliest of 64
     assert "8 sampled answers" in after

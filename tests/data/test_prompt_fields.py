@@ -58,21 +58,27 @@ def texts(records):
 ROWS = [
     ({"question": HEAD, "context": TABLE, "answer": "SELECT"}, [HEAD, TABLE]),
     ({"question": HEAD, "input": TABLE, "response": "SELECT"}, [HEAD, TABLE]),
-    ({"query": HEAD, "context": [TABLE, "a second passage"], "response": "x"},
-     [HEAD, TABLE, "a second passage"]),
+    (
+        {"query": HEAD, "context": [TABLE, "a second passage"], "response": "x"},
+        [HEAD, TABLE, "a second passage"],
+    ),
     ({"input": HEAD, "output": "SELECT"}, [HEAD]),
     ({"prompt": HEAD, "context": TABLE, "completion": "SELECT"}, [HEAD, TABLE]),
     ({"prompt": HEAD, "context": TABLE, "completion": "x", "label": True}, [HEAD, TABLE]),
     ({"prompt": HEAD, "history": EARLIER, "response": "x"}, ["who", "me", "where", "here", HEAD]),
     ({"instruction": HEAD, "history": [HI, HELLO], "output": "x"}, ["hi", "hello", HEAD]),
-    ({"question": HEAD, "history": EARLIER, "answer": "x", "system": "be brief"},
-     ["be brief", "who", "me", HEAD]),
+    (
+        {"question": HEAD, "history": EARLIER, "answer": "x", "system": "be brief"},
+        ["be brief", "who", "me", HEAD],
+    ),
     ({"prompt": HEAD, "context": TABLE, "answer": "42"}, [HEAD, TABLE]),
     ({"instruction": HEAD, "input": TABLE}, [HEAD, TABLE]),
     ({"query": HEAD, "system_prompt": "be brief"}, ["be brief", HEAD]),
     ({"prompt": [HI], "context": TABLE, "answer": "x"}, ["hi", TABLE]),
-    ({"instruction": "Translate.", "input": "good morning", **PAIR},
-     ["Translate.", "good morning"]),
+    (
+        {"instruction": "Translate.", "input": "good morning", **PAIR},
+        ["Translate.", "good morning"],
+    ),
     ({"query": "good morning", **PAIR}, ["good morning"]),
     ({"input": "good morning", **PAIR}, ["good morning"]),
     ({"messages": [HI], **PAIR}, ["hi"]),
@@ -82,12 +88,18 @@ ROWS = [
     ({"query": "now", "context": TABLE, "responses": ["a", "b"]}, ["now", TABLE]),
     ({"system": "Answer in French.", **DIALOGUES}, ["Answer in French.", "hi"]),
     ({"system": "Answer.", "context": TABLE, **DIALOGUES}, ["Answer.", "hi", TABLE]),
-    ({"system": "Answer.", "chosen": "\n\nHuman: hi\n\nAssistant: a",
-      "rejected": "\n\nHuman: hi\n\nAssistant: b"}, ["Answer.", "hi"]),
+    (
+        {
+            "system": "Answer.",
+            "chosen": "\n\nHuman: hi\n\nAssistant: a",
+            "rejected": "\n\nHuman: hi\n\nAssistant: b",
+        },
+        ["Answer.", "hi"],
+    ),
     ({"messages": [HI, HELLO], "system": "be brief"}, ["be brief", "hi"]),
     ({"messages": [HI, HELLO], "context": TABLE, "history": EARLIER}, ["who", "here", "hi", TABLE]),
     ({"messages": [HI], "response": "hello"}, ["hi"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("row", "parts"), ROWS, ids=lambda x: " ".join(x)[:50])
@@ -107,19 +119,29 @@ def test_every_part_of_a_prompt_reaches_it_everywhere(tmp_path, row, parts):
 @pytest.mark.parametrize(
     ("row", "prompt"),
     [
-        ({"instruction": "Translate into French.", "input": "in", "output": "dans"},
-         "Translate into French.\n\nin"),
-        ({"instruction": "Noun or verb?", "input": "verb", "output": "noun"},
-         "Noun or verb?\n\nverb"),
-        ({"prompt": [{"role": "user", "content": "Is 12 odd?"}], "input": "1", **PAIR},
-         "Is 12 odd?\n\n1"),
+        (
+            {"instruction": "Translate into French.", "input": "in", "output": "dans"},
+            "Translate into French.\n\nin",
+        ),
+        (
+            {"instruction": "Noun or verb?", "input": "verb", "output": "noun"},
+            "Noun or verb?\n\nverb",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "Is 12 odd?"}], "input": "1", **PAIR},
+            "Is 12 odd?\n\n1",
+        ),
         ({"question": "Spell it: verb", "context": "verb", "answer": "x"}, "Spell it: verb"),
-        ({"question": "Spell it\nverb\nnow", "context": "verb", "answer": "x"},
-         "Spell it\nverb\nnow"),
-        ({"question": f"In {TABLE}; how many?", "context": TABLE, "answer": "x"},
-         f"In {TABLE}; how many?"),
+        (
+            {"question": "Spell it\nverb\nnow", "context": "verb", "answer": "x"},
+            "Spell it\nverb\nnow",
+        ),
+        (
+            {"question": f"In {TABLE}; how many?", "context": TABLE, "answer": "x"},
+            f"In {TABLE}; how many?",
+        ),
     ],
-)  # fmt: skip
+)
 def test_words_that_a_prompt_only_mentions_are_still_its_input(tmp_path, row, prompt):
     for text in texts(records_of(tmp_path, row)):
         assert f"<|im_start|>user\n{prompt}<|im_end|>" in text
@@ -242,10 +264,16 @@ def test_a_row_without_a_prompt_is_refused(tmp_path, row):
         ({"prompt": "a", "system": "x", "system_prompt": "y", "completion": "b"}, "different"),
         ({"messages": [HI, HELLO], **PAIR}, "must end with a user turn"),
         ({"messages": [HELLO], "context": "a"}, "context belongs to a user turn"),
-        ({"prompt": [{"role": "system", "content": "x"}, HI], "completion": "b",
-          "history": [{"role": "system", "content": "y"}, HI, HELLO]}, "another system message"),
+        (
+            {
+                "prompt": [{"role": "system", "content": "x"}, HI],
+                "completion": "b",
+                "history": [{"role": "system", "content": "y"}, HI, HELLO],
+            },
+            "another system message",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_part_of_a_prompt_is_refused(tmp_path, row, says):
     with pytest.raises(UserError, match=f"rows.jsonl:1: .*{says}"):
         records_of(tmp_path, row)

@@ -46,9 +46,12 @@ def with_tools():
 
 @pytest.mark.parametrize(
     "row",
-    [HH, {"prompt": "hi", "chosen": "hello", "rejected": ["go", "no"]},
-     {"instruction": "hi", "responses": ["go", "hello"], "scores": [0, 1]}],
-)  # fmt: skip
+    [
+        HH,
+        {"prompt": "hi", "chosen": "hello", "rejected": ["go", "no"]},
+        {"instruction": "hi", "responses": ["go", "hello"], "scores": [0, 1]},
+    ],
+)
 def test_chosen_trains_the_best_answers(tmp_path, row):
     tokenizer = tiny_tokenizer(template="chatml", wrapped=True)
     words = ["--train", "--train-file", write(tmp_path, row, row), "--mask-prompt", "--chosen"]
@@ -81,8 +84,14 @@ def test_chosen_is_refused_where_it_would_do_nothing(tmp_path, capsys):
 
 
 def test_scored_rows_say_all_that_they_said(tmp_path):
-    row = {"messages": [ASK, CALLED, RESULT], "tools": TOOLS, "system": "be brief", "id": 7,
-           "chosen": [SAID], "rejected": [{"role": "assistant", "content": "no"}]}  # fmt: skip
+    row = {
+        "messages": [ASK, CALLED, RESULT],
+        "tools": TOOLS,
+        "system": "be brief",
+        "id": 7,
+        "chosen": [SAID],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    }
     records = Records([to_record(row, "preference", "f:1")], name="f")
     options = {"skip_bad_rows": False, "max_length": 500}
     pairs, _ = make_pairs(records, with_tools(), options)

@@ -71,11 +71,20 @@ def test_quantize_that_changes_nothing_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("use_bdlora", {"nblocks": 2}), ("kasa_config", {"rank": 2}), ("bias", "lora_only"),
-     ("alora_invocation_tokens", [3]), ("arrow_config", {"top_k": 2}), ("lora_bias", True),
-     ("invented_next_year", 0.5), ("init_lora_weights", "lora_ga"), ("fan_in_fan_out", True),
-     ("velora_config", {"rank": 1}), ("ensure_weight_tying", True)],
-)  # fmt: skip
+    [
+        ("use_bdlora", {"nblocks": 2}),
+        ("kasa_config", {"rank": 2}),
+        ("bias", "lora_only"),
+        ("alora_invocation_tokens", [3]),
+        ("arrow_config", {"top_k": 2}),
+        ("lora_bias", True),
+        ("invented_next_year", 0.5),
+        ("init_lora_weights", "lora_ga"),
+        ("fan_in_fan_out", True),
+        ("velora_config", {"rank": 1}),
+        ("ensure_weight_tying", True),
+    ],
+)
 def test_settings_that_are_not_understood_are_refused(name, value, tmp_path):
     write_peft(tmp_path / "a", peft_arrays(Q), **{name: value})
     with pytest.raises(UserError, match=name):
@@ -85,19 +94,44 @@ def test_settings_that_are_not_understood_are_refused(name, value, tmp_path):
 def test_settings_that_change_nothing_are_taken(tmp_path):
     """All that peft 0.21.2 writes by default, and what concerns training alone."""
     written = {
-        "task_type": "CAUSAL_LM", "auto_mapping": None, "peft_version": "0.21.2", "revision": None,
-        "base_model_name_or_path": "USER/NAME", "inference_mode": True,
-        "target_modules": ["q_proj"], "exclude_modules": None, "fan_in_fan_out": False,
-        "bias": "none", "use_rslora": False,
-        "modules_to_save": None, "init_lora_weights": True, "layers_to_transform": None,
-        "layers_pattern": None, "rank_pattern": {}, "alpha_pattern": {}, "megatron_config": None,
-        "megatron_core": "megatron.core", "trainable_token_indices": None, "loftq_config": {},
-        "eva_config": None, "corda_config": None, "lora_ga_config": None, "use_dora": False,
-        "velora_config": None, "alora_invocation_tokens": None, "use_qalora": False,
-        "qalora_group_size": 16, "monteclora_config": None, "layer_replication": None,
-        "lora_bias": False, "target_parameters": None, "use_bdlora": None, "arrow_config": None,
-        "kasa_config": None, "ensure_weight_tying": False,
-    }  # fmt: skip
+        "task_type": "CAUSAL_LM",
+        "auto_mapping": None,
+        "peft_version": "0.21.2",
+        "revision": None,
+        "base_model_name_or_path": "USER/NAME",
+        "inference_mode": True,
+        "target_modules": ["q_proj"],
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "use_rslora": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "trainable_token_indices": None,
+        "loftq_config": {},
+        "eva_config": None,
+        "corda_config": None,
+        "lora_ga_config": None,
+        "use_dora": False,
+        "velora_config": None,
+        "alora_invocation_tokens": None,
+        "use_qalora": False,
+        "qalora_group_size": 16,
+        "monteclora_config": None,
+        "layer_replication": None,
+        "lora_bias": False,
+        "target_parameters": None,
+        "use_bdlora": None,
+        "arrow_config": None,
+        "kasa_config": None,
+        "ensure_weight_tying": False,
+    }
     write_peft(tmp_path / "a", peft_arrays(Q), **written)
     assert load_adapter(load_model(), tmp_path / "a").kind == "lora"
 

@@ -26,10 +26,31 @@ KINDS = [
     {"fine_tune_type": "prompt", "num_prompt_tokens": 3},
 ]
 ODD = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 9), st.integers(), st.floats(), st.text(max_size=6),
-    st.sampled_from([[], {}, [1], {"a": 1}, "lora", "\x1b[2J", 10**30, -1, 1e300, "9" * 5000,
-                     float("nan"), ["x"], "../..", "\ud800"]),
-)  # fmt: skip
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 9),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=6),
+    st.sampled_from(
+        [
+            [],
+            {},
+            [1],
+            {"a": 1},
+            "lora",
+            "\x1b[2J",
+            10**30,
+            -1,
+            1e300,
+            "9" * 5000,
+            float("nan"),
+            ["x"],
+            "../..",
+            "\ud800",
+        ]
+    ),
+)
 DTYPES = [mx.float32, mx.float16, mx.bfloat16, mx.int32, mx.uint8, mx.bool_, mx.complex64]
 
 
@@ -47,16 +68,43 @@ def changes(draw) -> dict:
         "settings": draw(
             st.dictionaries(
                 st.sampled_from(
-                    ["fine_tune_type", "num_layers", "num_prompt_tokens", "lora_parameters",
-                     "model", "base_fingerprint", "rank", "scale", "dropout", "keys", "pooling",
-                     "gain", "offset", "format", "\x1b[2J"]
+                    [
+                        "fine_tune_type",
+                        "num_layers",
+                        "num_prompt_tokens",
+                        "lora_parameters",
+                        "model",
+                        "base_fingerprint",
+                        "rank",
+                        "scale",
+                        "dropout",
+                        "keys",
+                        "pooling",
+                        "gain",
+                        "offset",
+                        "format",
+                        "\x1b[2J",
+                    ]
                 ),
                 ODD,
                 max_size=2,
             )
         ),
-        "dropped": draw(st.sampled_from([None, None, "fine_tune_type", "lora_parameters", "rank",
-                                         "num_layers", "pooling", "gain", "offset"])),
+        "dropped": draw(
+            st.sampled_from(
+                [
+                    None,
+                    None,
+                    "fine_tune_type",
+                    "lora_parameters",
+                    "rank",
+                    "num_layers",
+                    "pooling",
+                    "gain",
+                    "offset",
+                ]
+            )
+        ),
         "array": draw(st.sampled_from([None, "drop", "rename", "add", "shape", "type", "nan"])),
         "shape": draw(st.lists(st.integers(0, 4), max_size=4)),
         "type": draw(st.sampled_from(DTYPES)),
@@ -64,7 +112,7 @@ def changes(draw) -> dict:
         "at": draw(st.floats(0, 1)),
         "bytes": draw(st.binary(min_size=1, max_size=4)),
         "head": draw(st.booleans()),
-    }  # fmt: skip
+    }
 
 
 def changed_settings(config: dict, case: dict) -> dict:
@@ -102,10 +150,13 @@ def write(path, arrays: dict, described: dict) -> None:
     """As the project does, without what it would refuse to write."""
     texts = {name: json.dumps(value) for name, value in described.items()}
     if path.suffix == ".npz":
-        plain = {k: np.array(a.astype(mx.float32)) if a.dtype == mx.bfloat16 else np.array(a)
-                 for k, a in arrays.items()}  # fmt: skip
-        np.savez(path, **plain, **{k: np.frombuffer(v.encode(), np.uint8)
-                                   for k, v in texts.items()})  # fmt: skip
+        plain = {
+            k: np.array(a.astype(mx.float32)) if a.dtype == mx.bfloat16 else np.array(a)
+            for k, a in arrays.items()
+        }
+        np.savez(
+            path, **plain, **{k: np.frombuffer(v.encode(), np.uint8) for k, v in texts.items()}
+        )
     else:
         mx.save_safetensors(str(path), arrays, {"format": "mlx", **texts})
 

@@ -111,8 +111,10 @@ def test_a_fused_adapter_of_one_layer_makes_a_new_base(tmp_path):
 def test_little_is_read_of_a_large_model(tmp_path, monkeypatch):
     """Two tensors of 8 GB in a file full of holes; the ends of each count."""
     size = 2**33
-    entries = {name: {"dtype": "U8", "shape": [size], "data_offsets": [i * size, (i + 1) * size]}
-               for i, name in enumerate("ab")}  # fmt: skip
+    entries = {
+        name: {"dtype": "U8", "shape": [size], "data_offsets": [i * size, (i + 1) * size]}
+        for i, name in enumerate("ab")
+    }
     header = json.dumps(entries).encode()
     file = tmp_path / "model.safetensors"
     file.write_bytes(struct.pack("<Q", len(header)) + header)
@@ -156,9 +158,13 @@ def bases(tmp_path_factory) -> Path:
         patch.chdir(folder)  # so that adapters name their base as "one"
         make_adapter(Path("a.npz"), "lora")
         for model, path, kind in (
-            ("one", "a.npz", "lora"), ("one", "dora.safetensors", "dora"), ("one", "lora", "lora"),
-            ("one", "prompt", "prompt"), ("one", "full.npz", "full"), ("two", "own.npz", "lora"),
-        ):  # fmt: skip
+            ("one", "a.npz", "lora"),
+            ("one", "dora.safetensors", "dora"),
+            ("one", "lora", "lora"),
+            ("one", "prompt", "prompt"),
+            ("one", "full.npz", "full"),
+            ("two", "own.npz", "lora"),
+        ):
             make_adapter(Path(path), kind, model)
         loaded, tuning = make_adapter(Path("reward.npz"), "lora", "one")
         save_reward_head("reward.npz", RewardModel(loaded.model, tuning=tuning))
@@ -242,8 +248,17 @@ def test_mlx_lm_reads_the_folder(bases):
 
 
 def test_peft_s_form_has_no_word_that_peft_does_not_know(bases, tmp_path):
-    fuse(tmp_path, "--model", bases / "one", "--adapter-file", bases / "lora", "--format", "peft",
-         "--save-path", "peft")  # fmt: skip
+    fuse(
+        tmp_path,
+        "--model",
+        bases / "one",
+        "--adapter-file",
+        bases / "lora",
+        "--format",
+        "peft",
+        "--save-path",
+        "peft",
+    )
     assert KEY not in json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert load_adapter(load_model(bases / "two"), tmp_path / "peft").active
 

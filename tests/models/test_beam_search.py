@@ -76,8 +76,11 @@ def test_enough_beams_find_the_likeliest_of_all_texts():
 
     first = logprobs(prompt)
     second = [logprobs([*prompt, token]) for token in range(64)]
-    total, best = max((first[a] + second[a][b], [a, b])
-                      for a, b in itertools.product(range(64), range(64)) if 2 != a)  # fmt: skip
+    total, best = max(
+        (first[a] + second[a][b], [a, b])
+        for a, b in itertools.product(range(64), range(64))
+        if 2 != a
+    )
     case = {"model": MODEL, "prompt": prompt, "eos_ids": [2], "length_penalty": 0.0}
     found = search(case, num_beams=21, max_tokens=2)[0]
     assert found.tokens == best or found.tokens == [2]

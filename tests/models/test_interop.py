@@ -70,19 +70,29 @@ def test_peft_out_and_in(tmp_path, kind):
 
 def test_peft_ranks_and_alphas_of_their_own(tmp_path):
     """rank_pattern, alpha_pattern and rsLoRA; the sums are made here."""
-    shapes = {"0.self_attn.q_proj": (2, 64, 64), "1.self_attn.q_proj": (8, 64, 64),
-              "1.mlp.down_proj": (4, 176, 64)}  # fmt: skip
+    shapes = {
+        "0.self_attn.q_proj": (2, 64, 64),
+        "1.self_attn.q_proj": (8, 64, 64),
+        "1.mlp.down_proj": (4, 176, 64),
+    }
     arrays = peft_arrays(shapes)
-    write_peft(tmp_path / "a", arrays, use_rslora=True, lora_alpha=6, r=8,
-               rank_pattern={"0.self_attn.q_proj": 2, "down_proj": 4},
-               alpha_pattern={"down_proj": 3, "layers.0.self_attn.q_proj": 10})  # fmt: skip
+    write_peft(
+        tmp_path / "a",
+        arrays,
+        use_rslora=True,
+        lora_alpha=6,
+        r=8,
+        rank_pattern={"0.self_attn.q_proj": 2, "down_proj": 4},
+        alpha_pattern={"down_proj": 3, "layers.0.self_attn.q_proj": 10},
+    )
     alphas = {"0.self_attn.q_proj": 10, "1.self_attn.q_proj": 6, "1.mlp.down_proj": 3}
     loaded = load_model(dtype="stored")
     before = {k: np.array(v) for k, v in tree_flatten(loaded.model.parameters())}
     adapter = load_peft_adapter(loaded.model, tmp_path / "a")
     for layer, (rank, _, _) in shapes.items():
-        a, b = (np.array(arrays[f"base_model.model.model.layers.{layer}.lora_{x}.weight"])
-                for x in "AB")  # fmt: skip
+        a, b = (
+            np.array(arrays[f"base_model.model.model.layers.{layer}.lora_{x}.weight"]) for x in "AB"
+        )
         expected = alphas[layer] / rank**0.5 * (b @ a)
         wrapped = adapter.layers[f"model.layers.{layer}"]
         found = np.array(wrapped.fuse().weight) - before[f"model.layers.{layer}.weight"]
@@ -94,9 +104,11 @@ def test_peft_ranks_and_alphas_of_their_own(tmp_path):
 def test_peft_adapters_without_a_counterpart_are_refused(tmp_path):
     arrays = peft_arrays({"0.self_attn.q_proj": (4, 64, 64)})
     cases = {
-        "peft_type": "LOHA", "modules_to_save": ["score"], "fan_in_fan_out": True,
+        "peft_type": "LOHA",
+        "modules_to_save": ["score"],
+        "fan_in_fan_out": True,
         "init_lora_weights": "pissa_niter_4",
-    }  # fmt: skip
+    }
     loaded = load_model()
     for number, (name, value) in enumerate(cases.items()):
         write_peft(tmp_path / str(number), arrays, **{name: value})
@@ -109,8 +121,10 @@ def test_peft_adapters_without_a_counterpart_are_refused(tmp_path):
     write_peft(tmp_path / "biased", biased)
     with pytest.raises(UserError, match="no part of a LoRA"):
         load_adapter(loaded, tmp_path / "biased")
-    head = {"base_model.model.lm_head.lora_A.weight": mx.zeros((4, 64)),
-            "base_model.model.lm_head.lora_B.weight": mx.zeros((469, 4))}  # fmt: skip
+    head = {
+        "base_model.model.lm_head.lora_A.weight": mx.zeros((4, 64)),
+        "base_model.model.lm_head.lora_B.weight": mx.zeros((469, 4)),
+    }
     write_peft(tmp_path / "head", {**arrays, **head})
     with pytest.raises(UserError, match="lm_head"):
         load_adapter(loaded, tmp_path / "head")
@@ -159,18 +173,26 @@ def test_peft_computes_the_same(tmp_path, kind):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True},
-                                      {"rank_pattern": {"q_proj": 2}, "alpha_pattern":
-                                       {"q_proj": 5}}, {"layers_to_transform": [0]}],
-                         ids=["lora", "dora", "rslora", "patterns", "one_layer"])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 5}},
+        {"layers_to_transform": [0]},
+    ],
+    ids=["lora", "dora", "rslora", "patterns", "one_layer"],
+)
 def test_what_peft_wrote_computes_the_same_here(tmp_path, settings):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
     ours = load_model(dtype="stored")
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "up_proj"],
-                             task_type="CAUSAL_LM", **settings)  # fmt: skip
+    config = peft.LoraConfig(
+        r=4, lora_alpha=12, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", **settings
+    )
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(ours.path), config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -279,10 +301,19 @@ def test_transformers_classifiers_score_the_same_here(tmp_path, family):
 
     prefix = {"llama": "Llama", "mistral": "Mistral"}.get(family, family.capitalize())
     config = getattr(transformers, f"{prefix}Config")(
-        vocab_size=469, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=12, initializer_range=0.3,
-        num_labels=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=469,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        initializer_range=0.3,
+        num_labels=1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     torch.manual_seed(1)
     model = getattr(transformers, f"{prefix}ForSequenceClassification")(config).eval()
     model.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
@@ -361,8 +392,9 @@ def test_gguf_is_written_and_read_back(tmp_path):
     assert "tokenizer.chat_template" not in metadata  # the model has none
     assert metadata["tokenizer.ggml.merges"][0] == "Ġ 0"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "m.gguf"]
-    err = fuse(tmp_path, "--adapter-file", "a.npz", "--format", "gguf", "--save-path", "m.gguf",
-               status=2)  # fmt: skip
+    err = fuse(
+        tmp_path, "--adapter-file", "a.npz", "--format", "gguf", "--save-path", "m.gguf", status=2
+    )
     assert "exists already" in err
     fuse(tmp_path, "--adapter-file", "a.npz", "--format", "gguf", "--save-path", "folder")
     names = {p.name for p in (tmp_path / "folder").iterdir()}
@@ -410,6 +442,10 @@ def test_transformers_reads_the_gguf_file(tmp_path):
 
 
 def test_descriptions_of_peft_adapters(tmp_path):
-    write_peft(tmp_path / "a", peft_arrays({"0.self_attn.q_proj": (4, 64, 64)}), use_dora=True,
-               base_model_name_or_path="USER/NAME")  # fmt: skip
+    write_peft(
+        tmp_path / "a",
+        peft_arrays({"0.self_attn.q_proj": (4, 64, 64)}),
+        use_dora=True,
+        base_model_name_or_path="USER/NAME",
+    )
     assert read_adapter(tmp_path / "a") == ({}, {"fine_tune_type": "dora", "model": "USER/NAME"})

@@ -30,12 +30,15 @@ def test_bytes_are_those_of_the_loaded_model(folder, quantize, bits):
     assert found == pytest.approx(count * bits / 8, rel=0.03)
 
 
-@pytest.mark.parametrize("share, fits, not_said", [
-    (0.6, ["--dtype bfloat16", "--quantize 8", "--quantize 4"], "billion"),
-    (0.3, ["--quantize 8", "--quantize 4"], "bfloat16"),
-    (0.2, ["--quantize 4"], "--quantize 8"),
-    (0.1, ["at most", "billion weights"], "--quantize"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "share, fits, not_said",
+    [
+        (0.6, ["--dtype bfloat16", "--quantize 8", "--quantize 4"], "billion"),
+        (0.3, ["--quantize 8", "--quantize 4"], "bfloat16"),
+        (0.2, ["--quantize 4"], "--quantize 8"),
+        (0.1, ["at most", "billion weights"], "--quantize"),
+    ],
+)
 def test_what_would_fit_is_said(folder, share, fits, not_said, monkeypatch):
     limit = int(share * needed(folder, "float32"))
     monkeypatch.setattr(memory_needed, "machine_memory", lambda: limit)

@@ -43,10 +43,14 @@ def test_an_adapter_comes_back_as_it_was(tmp_path, place, use_dora):
         "base_quantization": None,
         "fine_tune_type": "dora" if use_dora else "lora",
         "num_layers": 1,
-        "lora_parameters": {"rank": 3, "scale": 2.5, "dropout": 0.1,
-                            "keys": ["mlp.up_proj", "self_attn.q_proj"]},
+        "lora_parameters": {
+            "rank": 3,
+            "scale": 2.5,
+            "dropout": 0.1,
+            "keys": ["mlp.up_proj", "self_attn.q_proj"],
+        },
         "model": "some/base",
-    }  # fmt: skip
+    }
     assert arrays.keys() == adapter.arrays().keys()
     other = tiny_model()
     loaded = load_adapter(bare(other), path)

@@ -69,9 +69,10 @@ def test_only_the_picked_positions_are_paid_for(monkeypatch):
     assert allow_short_last_block(model)
     assert last_mlp_positions(model, monkeypatch, run) == 5
     nearly_all = mx.arange(19)
-    assert last_mlp_positions(
-        model, monkeypatch, lambda: picked_hidden(model, TOKENS, nearly_all)
-    ) == 20  # fmt: skip
+    assert (
+        last_mlp_positions(model, monkeypatch, lambda: picked_hidden(model, TOKENS, nearly_all))
+        == 20
+    )
 
 
 def test_checkpointed_blocks_run_whole_and_keep_their_gradient(monkeypatch):

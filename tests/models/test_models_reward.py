@@ -116,8 +116,11 @@ def test_an_adapter_shares_the_weights_of_the_policys_base(tmp_path, loaded):
     # The policy is still trained, and nothing of the reward model is.
     assert set(flat(loaded.model.trainable_parameters())) == set(policy.arrays())
     own = [*policy.arrays().values(), *model.tuning.arrays().values(), *model.head.values()]
-    trees = [loaded.model.parameters(), model.parameters(),
-             *(layer.parameters() for layer in model.tuning.layers.values())]  # fmt: skip
+    trees = [
+        loaded.model.parameters(),
+        model.parameters(),
+        *(layer.parameters() for layer in model.tuning.layers.values()),
+    ]
     assert weight_bytes(*trees) == size + sum(a.nbytes for a in own)
 
 

@@ -83,9 +83,12 @@ def test_chunks_give_the_values_and_gradients_of_the_plain_way(architecture, ful
     else:
         add_lora(model, LoraConfig(rank=2))
         model.load_weights(
-            [(k, mx.random.normal(v.shape, key=mx.random.key(1)) * 0.1)
-             for k, v in tree_flatten(model.trainable_parameters())], strict=False
-        )  # fmt: skip
+            [
+                (k, mx.random.normal(v.shape, key=mx.random.key(1)) * 0.1)
+                for k, v in tree_flatten(model.trainable_parameters())
+            ],
+            strict=False,
+        )
     targets = mx.array([9, 60, 3, 17, 1, 8, 2, 33, 40, 1])
     weights = mx.random.normal((3, 10), key=mx.random.key(2))  # each output has its own gradient
 
@@ -95,8 +98,9 @@ def test_chunks_give_the_values_and_gradients_of_the_plain_way(architecture, ful
         return sum((w * s).sum() for w, s in zip(weights, score(hidden), strict=True))
 
     def chunked(hidden):
-        return token_logprobs(model, hidden, targets, temperature=0.7, chunk=chunk,
-                              extras=("entropy", "top1"))  # fmt: skip
+        return token_logprobs(
+            model, hidden, targets, temperature=0.7, chunk=chunk, extras=("entropy", "top1")
+        )
 
     parameters = flat(model.trainable_parameters())
     hidden = hidden_states(model, TOKENS).reshape(10, -1)
@@ -134,11 +138,14 @@ def test_chunks_work_on_a_quantised_head():
 
 @pytest.mark.parametrize(
     "architecture, full, chunk, compiled",
-    [pytest.param(*head.values, chunk, False, id=f"{head.id}-{chunk}")
-     for head in HEADS for chunk in (4, 10)]
+    [
+        pytest.param(*head.values, chunk, False, id=f"{head.id}-{chunk}")
+        for head in HEADS
+        for chunk in (4, 10)
+    ]
     # One compiled case: on Linux g++ takes seconds for each shape.
     + [pytest.param("llama", False, 4, True, id="frozen-4-compiled")],
-)  # fmt: skip
+)
 def test_gradients_made_in_the_forward_pass_are_those_of_the_plain_way(
     architecture, full, chunk, compiled
 ):
@@ -161,8 +168,15 @@ def test_gradients_made_in_the_forward_pass_are_those_of_the_plain_way(
         return mx.compile(step, inputs=[model.state])() if compiled else step()
 
     def beside(hidden):
-        return token_logprobs(model, hidden, targets, temperature=0.7, extras=("entropy", "top1"),
-                              chunk=chunk, gradient=True)  # fmt: skip
+        return token_logprobs(
+            model,
+            hidden,
+            targets,
+            temperature=0.7,
+            extras=("entropy", "top1"),
+            chunk=chunk,
+            gradient=True,
+        )
 
     def whole(hidden):
         return plain(model, hidden, targets, 0.7)

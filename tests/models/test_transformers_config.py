@@ -18,8 +18,11 @@ TOKENS = mx.array([list(range(20, 60))])
 LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e4}
 LOCAL = {"rope_type": "default", "rope_theta": 3e3}
 NESTED = {"full_attention": LINEAR, "sliding_attention": LOCAL}
-OLD = {"rope_theta": 5e4, "rope_local_base_freq": 3e3,
-       "rope_scaling": {"rope_type": "linear", "factor": 8.0}}  # fmt: skip
+OLD = {
+    "rope_theta": 5e4,
+    "rope_local_base_freq": 3e3,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}
 TYPES = ["sliding_attention", "full_attention"]
 
 
@@ -38,8 +41,10 @@ def logits(folder, drop=(), **changes):
 @pytest.mark.parametrize("architecture", ["gemma3_text", "olmo3", "gemma3"])
 def test_positions_by_layer_type_are_those_of_the_older_names(architecture, tmp_path):
     folder = tiny_model_folder(tmp_path, architecture=architecture)
-    plain, old = logits(folder), {k: v for k, v in OLD.items() if architecture != "olmo3" or
-                                  k != "rope_local_base_freq"}  # fmt: skip
+    plain, old = (
+        logits(folder),
+        {k: v for k, v in OLD.items() if architecture != "olmo3" or k != "rope_local_base_freq"},
+    )
     new = NESTED
     if architecture == "olmo3":  # whose older files have one base for all layers
         new = {"full_attention": LINEAR, "sliding_attention": {**LOCAL, "rope_theta": 5e4}}
@@ -77,8 +82,9 @@ def test_layers_with_windows_by_name(tmp_path):
 @pytest.mark.parametrize("architecture", ["mistral", "gemma2", "starcoder2"])
 def test_a_window_hides_what_lies_before_it(architecture, tmp_path):
     """Of one layer: the last token's logits depend on the last 8 tokens alone, padded or not."""
-    folder = tiny_model_folder(tmp_path, architecture=architecture, num_hidden_layers=1,
-                               sliding_window=8)  # fmt: skip
+    folder = tiny_model_folder(
+        tmp_path, architecture=architecture, num_hidden_layers=1, sliding_window=8
+    )
     model = load_model(folder, dtype="float32").model
     changed = mx.concatenate([TOKENS[:, :20] + 1, TOKENS[:, 20:]], axis=1)
     both = np.array(model(mx.concatenate([TOKENS, changed])))

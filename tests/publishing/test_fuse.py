@@ -17,6 +17,7 @@ from models.adapter_files import read_adapter, save_adapter, save_head
 from models.comparing import check_sequences
 from models.fusing import Blend, blended, fuse_adapters
 from models.load import load_model
+from models.model_folders import check_free
 from models.parts import load_parts
 from models.reward_model import RewardModel, load_reward_model, save_reward_head
 from publishing import export as export_module
@@ -24,8 +25,12 @@ from publishing.card_facts import CardChoices
 from publishing.checks import Check
 from publishing.export import export
 
-FILES = {"lora": "lora.npz", "lora_file": "lora.safetensors", "dora": "dora_folder",
-         "full": "full.npz"}  # fmt: skip
+FILES = {
+    "lora": "lora.npz",
+    "lora_file": "lora.safetensors",
+    "dora": "dora_folder",
+    "full": "full.npz",
+}
 
 
 def export_in_process(folder: Path, files, weights=None, **options):
@@ -70,8 +75,13 @@ def test_fused_folder_is_whole(tmp_path):
     config = json.loads((tmp_path / "fused" / "config.json").read_text())
     assert config["dtype"] == "float32" and config["architectures"] == ["LlamaForCausalLM"]
     names = {path.name for path in (tmp_path / "fused").iterdir()}
-    assert {"model.safetensors", "tokenizer.json", "tokenizer_config.json",
-            "generation_config.json", "README.md"} <= names  # fmt: skip
+    assert {
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "README.md",
+    } <= names
     assert (tmp_path / "fused" / "tokenizer.json").read_bytes() == (
         load_model().path / "tokenizer.json"
     ).read_bytes()
@@ -108,8 +118,10 @@ def test_low_precision_base_keeps_its_type_unless_asked(tmp_path):
     for dtype in ("stored", "float32"):
         done = export_in_process(tmp_path / dtype, [tmp_path / "lora.npz"], dtype=dtype)
     assert float(done.messages[0].split("unfused: ")[1].split(";")[0]) < 1e-3
-    kinds = {dtype: {str(a.dtype) for a in mx.load(str(tmp_path / dtype / "model.safetensors"))
-                     .values()} for dtype in ("stored", "float32")}  # fmt: skip
+    kinds = {
+        dtype: {str(a.dtype) for a in mx.load(str(tmp_path / dtype / "model.safetensors")).values()}
+        for dtype in ("stored", "float32")
+    }
     assert kinds == {"stored": {"mlx.core.bfloat16"}, "float32": {"mlx.core.float32"}}
     assert json.loads((tmp_path / "stored" / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -150,8 +162,10 @@ def test_a_fully_trained_reward_model_does_not_overwrite_a_shared_base(tmp_path)
 
 def test_weighted_sum_is_exact(tmp_path):
     """Fused weights are W + sum w_i s_i (B_i A_i), computed here in float64."""
-    base = {k: np.array(v, dtype=np.float64)
-            for k, v in tree_flatten(load_model(dtype="stored").model.parameters())}  # fmt: skip
+    base = {
+        k: np.array(v, dtype=np.float64)
+        for k, v in tree_flatten(load_model(dtype="stored").model.parameters())
+    }
     weights, expected = [0.7, -0.4], dict(base)
     options = [{"keys": ["q_proj", "down_proj"], "scale": 3.0}, {"num_layers": 1, "rank": 2}]
     for i, (weight, option) in enumerate(zip(weights, options, strict=True)):
@@ -161,8 +175,17 @@ def test_weighted_sum_is_exact(tmp_path):
             a, b = (np.array(arrays[f"{name}.{x}"], dtype=np.float64) for x in ("lora_a", "lora_b"))
             scale = config["lora_parameters"]["scale"]
             expected[f"{name}.weight"] = expected[f"{name}.weight"] + weight * scale * (a @ b).T
-    out = fuse(tmp_path, "--adapter-file", "0.npz", "1.npz", "--adapter-weights", 0.7, -0.4,
-               "--save-path", "fused")  # fmt: skip
+    out = fuse(
+        tmp_path,
+        "--adapter-file",
+        "0.npz",
+        "1.npz",
+        "--adapter-weights",
+        0.7,
+        -0.4,
+        "--save-path",
+        "fused",
+    )
     fused = mx.load(str(tmp_path / "fused" / "model.safetensors"))
     assert fused.keys() == expected.keys()
     for name, array in fused.items():
@@ -309,11 +332,13 @@ def test_mistakes_are_one_line(tmp_path):
     assert "--save-path" in says("--adapter-file", "lora.npz")
     assert "nothing to do" in says("--save-path", "x")
     assert "no such file" in says("--adapter-file", "absent.npz", "--save-path", "x")
-    assert "give 1 numbers" in says("--adapter-file", "lora.npz", "--adapter-weights", 1, 2,
-                                    "--save-path", "x")  # fmt: skip
+    assert "give 1 numbers" in says(
+        "--adapter-file", "lora.npz", "--adapter-weights", 1, 2, "--save-path", "x"
+    )
     assert "no effect" in says("--adapter-file", "lora.npz", "--save-path", "x", "--private")
-    assert "not a model folder" in says("--model", tmp_path, "--adapter-file", "lora.npz",
-                                        "--save-path", "x")  # fmt: skip
+    assert "not a model folder" in says(
+        "--model", tmp_path, "--adapter-file", "lora.npz", "--save-path", "x"
+    )
     assert not (tmp_path / "x").exists()
     out = fuse(tmp_path, "--adapter-file", "lora.npz", "--save-path", "x")
     assert "value head" in out and not (tmp_path / "x" / "value_head.safetensors").exists()
@@ -342,8 +367,16 @@ def test_adapter_folders_of_mlx_lm_go_out_and_in(tmp_path, kind):
     arrays, config = read_adapter(tmp_path / "b.safetensors")
     assert config["model"] == loaded.name
     assert all(mx.array_equal(arrays[name], a) for name, a in tuning.arrays().items())
-    err = fuse(tmp_path, "--adapter-file", "a.npz", "--format", "adapter", "--save-path",
-               "b.safetensors", status=2)  # fmt: skip
+    err = fuse(
+        tmp_path,
+        "--adapter-file",
+        "a.npz",
+        "--format",
+        "adapter",
+        "--save-path",
+        "b.safetensors",
+        status=2,
+    )
     assert "exists already" in err
 
 
@@ -356,8 +389,9 @@ def test_reads_what_mlx_lm_wrote(tmp_path):
     settings = {"rank": 3, "dropout": 0.0, "scale": 5.0}
     linear_to_lora_layers(model, 1, dict(settings))
     mx.random.seed(0)
-    arrays = {k: 0.1 * mx.random.normal(v.shape) for k, v in
-              tree_flatten(model.trainable_parameters())}  # fmt: skip
+    arrays = {
+        k: 0.1 * mx.random.normal(v.shape) for k, v in tree_flatten(model.trainable_parameters())
+    }
     model.load_weights(list(arrays.items()), strict=False)
     (tmp_path / "theirs").mkdir()
     mx.save_safetensors(str(tmp_path / "theirs" / "adapters.safetensors"), arrays)
@@ -374,3 +408,18 @@ def test_an_adapter_written_from_memory_needs_its_description(tmp_path):
     (tmp_path / "a" / "adapter_config.json").unlink()
     with pytest.raises(UserError, match="adapter_config.json is missing"):
         read_adapter(tmp_path / "a")
+
+
+def test_force_does_not_replace_a_run(tmp_path):
+    """A run's folder has a config.json too, and holds checkpoints that nothing brings back."""
+    for sign in ("metrics.jsonl", "checkpoints"):
+        run = tmp_path / sign
+        run.mkdir()
+        (run / "config.json").write_text("{}")
+        (run / sign).mkdir()
+        with pytest.raises(UserError, match="is the folder of a run, so --force does not"):
+            check_free(run, force=True)
+        assert (run / sign).exists()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    check_free(tmp_path / "model", force=True)

@@ -15,25 +15,38 @@ from models.model_folders import write_model
 
 # architecture -> some names and shapes as transformers 5 writes them (E experts of 4)
 EXPECTED = {
-    "mixtral": {"model.layers.1.block_sparse_moe.experts.3.w1.weight": [64, 32],
-                "model.layers.1.block_sparse_moe.experts.3.w2.weight": [32, 64],
-                "model.layers.1.block_sparse_moe.experts.3.w3.weight": [64, 32]},
-    "olmoe": {"model.layers.0.mlp.experts.0.gate_proj.weight": [64, 32],
-              "model.layers.1.mlp.experts.3.down_proj.weight": [32, 64]},
-    "qwen2_moe": {"model.layers.0.mlp.experts.2.up_proj.weight": [32, 32],
-                  "model.layers.1.mlp.shared_expert.up_proj.weight": [32, 32]},
+    "mixtral": {
+        "model.layers.1.block_sparse_moe.experts.3.w1.weight": [64, 32],
+        "model.layers.1.block_sparse_moe.experts.3.w2.weight": [32, 64],
+        "model.layers.1.block_sparse_moe.experts.3.w3.weight": [64, 32],
+    },
+    "olmoe": {
+        "model.layers.0.mlp.experts.0.gate_proj.weight": [64, 32],
+        "model.layers.1.mlp.experts.3.down_proj.weight": [32, 64],
+    },
+    "qwen2_moe": {
+        "model.layers.0.mlp.experts.2.up_proj.weight": [32, 32],
+        "model.layers.1.mlp.shared_expert.up_proj.weight": [32, 32],
+    },
     "qwen3_moe": {"model.layers.1.mlp.experts.1.down_proj.weight": [32, 32]},
-    "gpt_oss": {"model.layers.1.mlp.experts.gate_up_proj": [4, 32, 128],
-                "model.layers.1.mlp.experts.gate_up_proj_bias": [4, 128],
-                "model.layers.1.mlp.experts.down_proj": [4, 64, 32]},
-    "gpt_neox": {"gpt_neox.layers.1.attention.dense.weight": [32, 32],
-                 "gpt_neox.embed_in.weight": [296, 32], "embed_out.weight": [296, 32]},
+    "gpt_oss": {
+        "model.layers.1.mlp.experts.gate_up_proj": [4, 32, 128],
+        "model.layers.1.mlp.experts.gate_up_proj_bias": [4, 128],
+        "model.layers.1.mlp.experts.down_proj": [4, 64, 32],
+    },
+    "gpt_neox": {
+        "gpt_neox.layers.1.attention.dense.weight": [32, 32],
+        "gpt_neox.embed_in.weight": [296, 32],
+        "embed_out.weight": [296, 32],
+    },
     "gpt2": {"h.1.attn.c_attn.weight": [32, 96], "wte.weight": [296, 32]},
-    "opt": {"model.decoder.layers.1.fc1.weight": [64, 32],
-            "model.decoder.embed_tokens.weight": [296, 32]},
+    "opt": {
+        "model.decoder.layers.1.fc1.weight": [64, 32],
+        "model.decoder.embed_tokens.weight": [296, 32],
+    },
     "mamba": {"backbone.layers.1.mixer.conv1d.weight": [64, 1, 4]},
     "lfm2": {"model.layers.0.conv.conv.weight": [32, 1, 3]},
-}  # fmt: skip
+}
 
 
 def shapes(folder) -> dict[str, list[int]]:

@@ -55,8 +55,14 @@ def test_virtual_tokens_are_never_written(digits):
     fused = load_model(folder / "fused")
     vocabulary = loaded.config["vocab_size"]
     rows = [fused.tokenizer.encode(text) for text in PROMPTS] * 16
-    made = generate(fused.model, rows, max_tokens=40, eos_ids=set(), key=mx.random.key(3),
-                    sampling=Sampling(temperature=3.0))  # fmt: skip
+    made = generate(
+        fused.model,
+        rows,
+        max_tokens=40,
+        eos_ids=set(),
+        key=mx.random.key(3),
+        sampling=Sampling(temperature=3.0),
+    )
     assert max(max(row) for row in made.responses) < vocabulary
     # Log-probabilities are those of the unfused model too: no mass has gone to the new tokens.
     ids = [*prompt.prefix, *loaded.tokenizer.encode("2 4 6")]
@@ -97,8 +103,9 @@ def test_reads_on_as_a_model_of_its_own(digits, tmp_path):
     assert again.tokenizer.encode("2")[:COUNT] == list(prompt.prefix)
     found = [rows[:, :469] for rows in logits(again.model, again.tokenizer)]
     assert largest(expected, found) < 1e-4
-    err = fuse(tmp_path, "--model", folder / "fused", "--format", "gguf", "--save-path", "m.gguf",
-               status=2)  # fmt: skip
+    err = fuse(
+        tmp_path, "--model", folder / "fused", "--format", "gguf", "--save-path", "m.gguf", status=2
+    )
     assert "soft prompt" in err
 
 
@@ -120,8 +127,9 @@ def test_with_lora_and_on_a_quantised_base(tmp_path):
     # LoRA and soft prompt together.
     prompt.deactivate()
     make_adapter(tmp_path / "lora.npz", "lora", tmp_path / "base")
-    out = fuse(tmp_path, "--adapter-file", "lora.npz", "soft.npz", "--save-path", "both",
-               "--dequantize")  # fmt: skip
+    out = fuse(
+        tmp_path, "--adapter-file", "lora.npz", "soft.npz", "--save-path", "both", "--dequantize"
+    )
     assert float(out.split("unfused: ")[1].split(";")[0]) < 1e-4
 
 
@@ -185,11 +193,19 @@ def test_every_kind_of_post_processor():
     size = plain.get_vocab_size()
     ids = [size, size + 1]
     template = json.loads(bos.to_str())["post_processor"]
-    level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False,
-             "use_regex": True}  # fmt: skip
-    cases = [(None, []), (level, []), (template, [1]),
-             ({"type": "Sequence", "processors": [level, template]}, [1]),
-             ({"type": "Sequence", "processors": [level]}, [])]  # fmt: skip
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": False,
+        "use_regex": True,
+    }
+    cases = [
+        (None, []),
+        (level, []),
+        (template, [1]),
+        ({"type": "Sequence", "processors": [level, template]}, [1]),
+        ({"type": "Sequence", "processors": [level]}, []),
+    ]
     for processor, written in cases:
         described = json.loads(with_tokens(plain, ids).to_str())
         described["post_processor"] = with_prefix(processor, ids)
@@ -211,11 +227,20 @@ def test_a_model_that_cannot_be_separated_from_its_embedding(tmp_path):
 
     base = tiny_model_folder(tmp_path / "base")
     config = {
-        "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "hidden_size": 32,
-        "num_hidden_layers": 1, "intermediate_size": 32, "num_attention_heads": 2, "head_dim": 16,
-        "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "vocab_size": 300, "bos_token_id": 1,
-        "eos_token_id": 2, "pad_token_id": 0,
-    }  # fmt: skip
+        "model_type": "gemma2",
+        "architectures": ["Gemma2ForCausalLM"],
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 300,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     model = Model(ModelArgs.from_dict(config))
     mx.save_safetensors(str(base / "model.safetensors"), dict(tree_flatten(model.parameters())))
     (base / "config.json").write_text(json.dumps(config))

@@ -45,16 +45,33 @@ def test_it_is_what_fuse_makes_of_the_adapter(name, tmp_path):
         assert load_model("deep/model").model(mx.array([[3, 4, 5]])).shape[1] == 3
 
 
-TINY = ["--train", "--max-rows", 8, "--iters", 2, "--batch-size", 2, "--steps-per-eval", 0,
-        "--data", DATA]  # fmt: skip
+TINY = [
+    "--train",
+    "--max-rows",
+    8,
+    "--iters",
+    2,
+    "--batch-size",
+    2,
+    "--steps-per-eval",
+    0,
+    "--data",
+    DATA,
+]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["--prompt-tuning", "--fine-tune-type=full", "--quantize=8"])
 def test_it_is_there_for_every_kind_of_training(kind):
     run(sft, *TINY, kind, "--output-dir", "run", "--save-file", "a.npz", "--fused-dir", "model")
-    run(fuse, "--adapter-file", "a.npz", "--save-path", "again",
-        *([kind] if "quantize" in kind else []))  # fmt: skip
+    run(
+        fuse,
+        "--adapter-file",
+        "a.npz",
+        "--save-path",
+        "again",
+        *([kind] if "quantize" in kind else []),
+    )
     ours, theirs = (mx.load(f"{place}/model.safetensors") for place in ("model", "again"))
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(np.array(ours[key]), np.array(theirs[key])) for key in ours)
@@ -117,8 +134,9 @@ def test_what_comes_into_its_place_meanwhile_stays(tmp_path, what, monkeypatch):
             (tmp_path / "model" / "kept").write_text("x")
 
     monkeypatch.setattr(Loop, "run", then)
-    said = run(sft, *TINY, "--output-dir", "run", "--fused-dir", "model", "--save-file", "a.npz",
-               status=2)  # fmt: skip
+    said = run(
+        sft, *TINY, "--output-dir", "run", "--fused-dir", "model", "--save-file", "a.npz", status=2
+    )
     assert "exists already" in said and (tmp_path / "a.npz").is_file()
     assert (tmp_path / "model" / "kept").read_text() == "x"
     with contextlib.suppress(FileNotFoundError):

@@ -39,8 +39,14 @@ def hub(tmp_path, monkeypatch):
 
 def environment(hub, folder) -> dict:
     """The same for a process of its own."""
-    return {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1",
-            "HF_HOME": str(folder / "hf"), "HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1"}  # fmt: skip
+    return {
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(folder / "hf"),
+        "HF_TOKEN": TOKEN,
+        "NO_PROXY": "127.0.0.1",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +63,19 @@ def write_run(folder, adapter, **options):
     (folder / "plots").mkdir(parents=True)
     (folder / "plots" / "loss.png").write_bytes(b"\x89PNG\r\n")
     described = {
-        "script": "sft", "versions": {"mlx": "0.32.4"},
-        "options": {"save_file": str(adapter), "data": "/home/alice/secret-project/data",
-                    "learning_rate": 0.003, "iters": 20, "api_key": "abc", "epochs": None,
-                    "lora_rank": 4, **options},
-    }  # fmt: skip
+        "script": "sft",
+        "versions": {"mlx": "0.32.4"},
+        "options": {
+            "save_file": str(adapter),
+            "data": "/home/alice/secret-project/data",
+            "learning_rate": 0.003,
+            "iters": 20,
+            "api_key": "abc",
+            "epochs": None,
+            "lora_rank": 4,
+            **options,
+        },
+    }
     (folder / "config.json").write_text(json.dumps(described))
     rows = [{"step": 1, "train/loss": 3.0}, {"step": 20, "train/loss": 1.25, "valid/loss": 1.5}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -80,9 +94,18 @@ def test_fuse_upload_and_download_again_as_a_person_does(tmp_path, hub):
     expected = logits(loaded.model, loaded.tokenizer)
     env = environment(hub, tmp_path)
     out = fuse_process(
-        tmp_path, "--adapter-file", "a.npz", "--save-path", "fused", "--upload-repo", NAME,
-        "--private", "--commit-message", "First try", env=env,
-    )  # fmt: skip
+        tmp_path,
+        "--adapter-file",
+        "a.npz",
+        "--save-path",
+        "fused",
+        "--upload-repo",
+        NAME,
+        "--private",
+        "--commit-message",
+        "First try",
+        env=env,
+    )
     assert f"uploaded to {hub.endpoint}/{NAME}" in out and TOKEN not in out
     repo = hub.repos[NAME]
     assert repo.private and repo.messages == [("main", "First try")]
@@ -93,8 +116,17 @@ def test_fuse_upload_and_download_again_as_a_person_does(tmp_path, hub):
     # Another person's machine: by name, through the hub, into a fused model of a fused model.
     make_adapter(tmp_path / "zero.npz", "lora", scale=0.0)
     elsewhere = {**env, "HF_HOME": str(tmp_path / "other")}
-    fuse_process(tmp_path, "--model", NAME, "--adapter-file", "zero.npz", "--any-base",
-                 "--save-path", "again", env=elsewhere)  # fmt: skip
+    fuse_process(
+        tmp_path,
+        "--model",
+        NAME,
+        "--adapter-file",
+        "zero.npz",
+        "--any-base",
+        "--save-path",
+        "again",
+        env=elsewhere,
+    )
     again = load_model(tmp_path / "again")
     assert largest(expected, logits(again.model, again.tokenizer)) < 1e-4
     card = (tmp_path / "again" / "README.md").read_text()
@@ -140,8 +172,17 @@ def test_adapters_and_reward_models_travel_too(tmp_path, hub):
     assert "reward-model" in metadata(card)["tags"] and "load_reward_model" in card
     for form in ("adapter", "peft"):
         make_adapter(tmp_path / "b.npz", "lora")
-        fuse(tmp_path, "--adapter-file", "b.npz", "--format", form, "--save-path", form,
-             "--upload-repo", f"someone/{form}")  # fmt: skip
+        fuse(
+            tmp_path,
+            "--adapter-file",
+            "b.npz",
+            "--format",
+            form,
+            "--save-path",
+            form,
+            "--upload-repo",
+            f"someone/{form}",
+        )
         files = hub.repos[f"someone/{form}"].branches["main"]
         weights = "adapters.safetensors" if form == "adapter" else "adapter_model.safetensors"
         assert {weights, "adapter_config.json", "README.md"} == files.keys()
@@ -196,8 +237,17 @@ def test_passing_faults_are_got_over(made, hub, status):
 def test_a_failure_in_a_process_of_its_own(tmp_path, hub):
     make_adapter(tmp_path / "a.npz", "lora")
     env = {**environment(hub, tmp_path), "HF_TOKEN": "hf_aWrongOneThatIsSecret"}
-    err = fuse_process(tmp_path, "--adapter-file", "a.npz", "--save-path", "fused",
-                       "--upload-repo", NAME, status=2, env=env)  # fmt: skip
+    err = fuse_process(
+        tmp_path,
+        "--adapter-file",
+        "a.npz",
+        "--save-path",
+        "fused",
+        "--upload-repo",
+        NAME,
+        status=2,
+        env=env,
+    )
     assert "(401)" in err and "hf auth login" in err and "hf_aWrong" not in err
     assert (tmp_path / "fused" / "model.safetensors").exists() and not hub.repos
 

@@ -30,8 +30,13 @@ LINE = words(
     "--max-rows 8 --batch-size 2 --iters 3 --save-every 1 --steps-per-eval 1 --val-batches 1 "
     "--save-best --keep-checkpoints 2"
 )
-METADATA = ("config.json", "checkpoints/best.json", "metrics.jsonl", "samples.jsonl",
-            "bad_rows.jsonl")  # fmt: skip
+METADATA = (
+    "config.json",
+    "checkpoints/best.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "bad_rows.jsonl",
+)
 OF_A_CHECKPOINT = ("manifest.json", "options.json", "state.json", "adapter_config.json")
 
 
@@ -134,12 +139,16 @@ def test_every_flipped_bit_is(run, monkeypatch):
     print(f"{total.total()} flipped bits: {dict(total)}")
 
 
-@pytest.mark.parametrize("name, bit", [
-    ("config.json", b'"learning_rate": 0.000'), ("checkpoints/best.json", b"step-0000000"),
-    ("checkpoints/step-00000002/manifest.json", b'"step": '),
-    ("checkpoints/step-00000002/state.json", b'"step": '),
-    ("checkpoints/step-00000002/options.json", b'"seed": '),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, bit",
+    [
+        ("config.json", b'"learning_rate": 0.000'),
+        ("checkpoints/best.json", b"step-0000000"),
+        ("checkpoints/step-00000002/manifest.json", b'"step": '),
+        ("checkpoints/step-00000002/state.json", b'"step": '),
+        ("checkpoints/step-00000002/options.json", b'"seed": '),
+    ],
+)
 def test_one_digit_never_gives_another_result_in_silence(server, run, tmp_path, name, bit):
     """The script itself: it refuses, or says something and ends with the bytes of a whole run."""
     shutil.copytree(run, tmp_path / "whole")

@@ -83,8 +83,13 @@ def safetensors(path, header, data=bytes(64)):
         ({"a": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 1 << 40]}}, "cannot lie at"),
         ({"a": {"dtype": "F32", "shape": [1 << 62, 8], "data_offsets": [0, 64]}}, "cannot lie at"),
         ({"a": {"dtype": "F32", "shape": [-4, -4], "data_offsets": [0, 64]}}, "no list of counts"),
-        ({"a": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]},
-          "b": {"dtype": "F32", "shape": [8], "data_offsets": [32, 64]}}, "cannot lie at"),
+        (
+            {
+                "a": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]},
+                "b": {"dtype": "F32", "shape": [8], "data_offsets": [32, 64]},
+            },
+            "cannot lie at",
+        ),
         ({"a": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}}, "arrays end at 32"),
         ({"a": {"dtype": "PICKLE", "shape": [16], "data_offsets": [0, 64]}}, "unknown type"),
         ({"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 64]}}, "no list of counts"),
@@ -95,7 +100,7 @@ def safetensors(path, header, data=bytes(64)):
         (b"\xff\xfe", "not a sound safetensors"),
     ],
     ids=range(12),
-)  # fmt: skip
+)
 def test_safetensors_headers_that_lie(tmp_path, model_folder, header, why):
     file = safetensors(tmp_path / "bad.safetensors", header)
     assert why in refusal(read_arrays, file)
@@ -157,8 +162,9 @@ def test_folders_that_ask_for_code(tmp_path, model_folder, file):
     (model_folder / file).write_text(json.dumps({**settings, **asks}))
     assert "code of its own" in refusal(load_model, model_folder)
     loaded, tuning = make_adapter(tmp_path / "a.npz", "lora")
-    err = fuse(tmp_path, "--model", model_folder, "--adapter-file", "a.npz", "--save-path", "x",
-               status=2)  # fmt: skip
+    err = fuse(
+        tmp_path, "--model", model_folder, "--adapter-file", "a.npz", "--save-path", "x", status=2
+    )
     assert "--trust-remote-code" in err
     save_reward_head(model_folder, RewardModel(loaded.model))
     assert "code of its own" in refusal(load_reward_model, model_folder)
@@ -174,11 +180,18 @@ def test_pickled_weights_are_not_read(tmp_path, model_folder):
 
 @pytest.mark.parametrize(
     "config",
-    ["[]", "{", '{"fine_tune_type": "lora"}', '{"fine_tune_type": "evil", "lora_parameters": {}}',
-     '{"lora_parameters": {"rank": "x", "scale": 1}}', '{"lora_parameters": 3}',
-     '{"lora_parameters": {"rank": 4, "scale": 1, "keys": ["../../x"]}}', "[" * 100_000],
+    [
+        "[]",
+        "{",
+        '{"fine_tune_type": "lora"}',
+        '{"fine_tune_type": "evil", "lora_parameters": {}}',
+        '{"lora_parameters": {"rank": "x", "scale": 1}}',
+        '{"lora_parameters": 3}',
+        '{"lora_parameters": {"rank": 4, "scale": 1, "keys": ["../../x"]}}',
+        "[" * 100_000,
+    ],
     ids=range(8),
-)  # fmt: skip
+)
 def test_adapter_descriptions_that_make_no_sense(tmp_path, config):
     make_adapter(tmp_path / "adapter", "lora")
     (tmp_path / "adapter" / "adapter_config.json").write_text(config)

@@ -77,8 +77,17 @@ def all_finite(run: Path) -> bool:
 
 def test_a_score_that_is_not_finite_costs_its_step_alone(server, tmp_path, rewards):
     """The KL coefficient and the moments stay sound, and a kill changes nothing."""
-    line = [*PPO, "--reward-function", "rewards.py:sometimes", "--max-bad-steps", "100",
-            "--num-steps", "10", "--lr-schedule", "constant"]  # fmt: skip
+    line = [
+        *PPO,
+        "--reward-function",
+        "rewards.py:sometimes",
+        "--max-bad-steps",
+        "100",
+        "--num-steps",
+        "10",
+        "--lr-schedule",
+        "constant",
+    ]
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
         shutil.copy(rewards, folder)

@@ -106,10 +106,20 @@ SHORT_RUNS = {
     "sft": ("sft.py", ["--train", "--iters", "4", "--steps-per-eval", "0", *SHORT]),
     "ppo": (
         "ppo_training.py",
-        ["--ground_truth_reward", "--num-steps", "3", "--max-new-tokens", "4", "--ppo-epochs", "1",
-         "--eval-every", "0", *SHORT],
+        [
+            "--ground_truth_reward",
+            "--num-steps",
+            "3",
+            "--max-new-tokens",
+            "4",
+            "--ppo-epochs",
+            "1",
+            "--eval-every",
+            "0",
+            *SHORT,
+        ],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SHORT_RUNS)
@@ -192,8 +202,11 @@ def test_iters_replace_the_epochs_of_the_run_that_is_resumed(server, tmp_path):
     """And epochs its iters; the longer run ends as if it had been asked for at once."""
     line = ["--train", "--max-rows", "12", "--steps-per-eval", "0", *SHORT]
     ends = {}
-    for name, first, then in (("iters", "epochs 1", "iters 5"), ("epochs", "iters 2", "epochs 2"),
-                              ("at once", "iters 5", None)):  # fmt: skip
+    for name, first, then in (
+        ("iters", "epochs 1", "iters 5"),
+        ("epochs", "iters 2", "epochs 2"),
+        ("at once", "iters 5", None),
+    ):
         (folder := tmp_path / name).mkdir()
         ended = server.run("sft.py", [*line, *f"--{first}".split()], folder)
         assert ended.code == 0, ended.err

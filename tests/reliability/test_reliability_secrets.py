@@ -84,10 +84,23 @@ def warns(prompts, responses):
 """
 
 
-NAMES = ["HF_TOKEN", "MY_PASSWORD", "PRIVATE_KEY", "GH_PAT", "DB_PASS", "HF_TOKENS", "APITOKEN",
-         "SSHPASSPHRASE"]  # fmt: skip
-QUICK = [("raises", "PRIVATE_KEY"), ("raises", "APITOKEN"), ("shortened", "HF_TOKEN"),
-         ("warns", "DB_PASS"), ("warns", "SSHPASSPHRASE")]  # fmt: skip
+NAMES = [
+    "HF_TOKEN",
+    "MY_PASSWORD",
+    "PRIVATE_KEY",
+    "GH_PAT",
+    "DB_PASS",
+    "HF_TOKENS",
+    "APITOKEN",
+    "SSHPASSPHRASE",
+]
+QUICK = [
+    ("raises", "PRIVATE_KEY"),
+    ("raises", "APITOKEN"),
+    ("shortened", "HF_TOKEN"),
+    ("warns", "DB_PASS"),
+    ("warns", "SSHPASSPHRASE"),
+]
 CASES = [
     (reward, name) if (reward, name) in QUICK else pytest.param(reward, name, marks=LONG)
     for reward in ("raises", "shortened", "warns")
@@ -143,5 +156,6 @@ def test_short_values_are_hidden_where_they_are_the_secret():
     assert found == ["abcd"]
     assert redact("abc abcd abcde", found) == "abc <redacted> abcde"
     assert redact({"api_key": "k", "url": "http://u:p@h"}, found) == {
-        "api_key": "<redacted>", "url": "http://<redacted>@h"
-    }  # fmt: skip
+        "api_key": "<redacted>",
+        "url": "http://<redacted>@h",
+    }

@@ -156,8 +156,9 @@ def test_a_signal_is_said_to_be_heard_while_the_device_computes(server, tmp_path
     running.wait_for("is given up")
     assert "the device is done" not in running.err.read_text()
     assert running.wait().code == 130
-    running = server.start(script, ["--resume", "run"], tmp_path,
-                           prelude=DEVICE.format(products=2000))  # fmt: skip
+    running = server.start(
+        script, ["--resume", "run"], tmp_path, prelude=DEVICE.format(products=2000)
+    )
     running.wait_for(NOW)
     running.signal(signal.SIGTERM)
     running.wait_for("is given up")

@@ -40,9 +40,10 @@ def dead_process() -> int:
 def without_last(write):
     """MLX's writer, which loses an array, as it does where the write of it failed."""
     return lambda file, *words, **arrays: write(
-        file, *[dict(list(w.items())[:-1]) if i == 0 else w for i, w in enumerate(words)],
+        file,
+        *[dict(list(w.items())[:-1]) if i == 0 else w for i, w in enumerate(words)],
         **(arrays if words else dict(list(arrays.items())[:-1])),
-    )  # fmt: skip
+    )
 
 
 def with_a_flipped_bit(write):
@@ -311,8 +312,14 @@ def test_where_names_cannot_be_swapped_a_kill_between_is_mended(tmp_path, monkey
 def test_what_dead_processes_left_is_swept_and_nothing_else(tmp_path):
     dead, alive = dead_process(), os.getppid()
     own = [f".out.writing-{dead}.npz", f".out.writing-{os.getpid()}.npz", f".out.npz.tmp-{dead}"]
-    others = [f".out.writing-{alive}.npz", f".other.writing-{dead}.npz", ".out.npz", "out.npz",
-              f".out.writing-{dead}.npz.txt", f"out.writing-{dead}.npz"]  # fmt: skip
+    others = [
+        f".out.writing-{alive}.npz",
+        f".other.writing-{dead}.npz",
+        ".out.npz",
+        "out.npz",
+        f".out.writing-{dead}.npz.txt",
+        f"out.writing-{dead}.npz",
+    ]
     for name in own + others:
         (tmp_path / name).write_text("x")
     sweep(tmp_path / "out.npz")

@@ -31,12 +31,48 @@ SCHEMA = {
 }
 # What a model may write: nothing, cut off, nested without end, huge, of other alphabets.
 HOSTILE = [
-    "", " ", "\n", "\x00", "\ud800", "NaN", "Infinity", "-", "+", "1/0", "\\frac{1}{0}", "1e999999",
-    "9" * 10_000, "-" * 10_000, "[" * 100_000, "{" * 5_000, '{"a":' * 3_000, "\\boxed{" * 500,
-    "\\boxed{", "}", "<answer>", "</answer><answer>", "<answer>" * 1_000, "١٢", "½", "１２", "²",
-    "1,2,3,", "1." * 1_000, "null", "true", '"', "```json\n", "```json\n{\n```", "a" * 40 + "!",
-    "(1,2]", "\\int_0^1 x dx", "x^{x^{x^{x}}}", "9^{9^{9^{9^9}}}", "\\sqrt[", "\\left(",
-]  # fmt: skip
+    "",
+    " ",
+    "\n",
+    "\x00",
+    "\ud800",
+    "NaN",
+    "Infinity",
+    "-",
+    "+",
+    "1/0",
+    "\\frac{1}{0}",
+    "1e999999",
+    "9" * 10_000,
+    "-" * 10_000,
+    "[" * 100_000,
+    "{" * 5_000,
+    '{"a":' * 3_000,
+    "\\boxed{" * 500,
+    "\\boxed{",
+    "}",
+    "<answer>",
+    "</answer><answer>",
+    "<answer>" * 1_000,
+    "١٢",
+    "½",
+    "１２",
+    "²",
+    "1,2,3,",
+    "1." * 1_000,
+    "null",
+    "true",
+    '"',
+    "```json\n",
+    "```json\n{\n```",
+    "a" * 40 + "!",
+    "(1,2]",
+    "\\int_0^1 x dx",
+    "x^{x^{x^{x}}}",
+    "9^{9^{9^{9^9}}}",
+    "\\sqrt[",
+    "\\left(",
+]
 
 
 def scores(reward, responses, **columns) -> list:
@@ -60,11 +96,21 @@ def schema(tmp_path):
 @pytest.mark.parametrize(
     "text, number",
     [
-        ("The answer is 12.", "12"), ("3 + 4 = 7", "7"), ("12-5", "5"), ("it is -5", "-5"),
-        ("x=(-3)", "-3"), ("(2)-3", "3"), ("1,234.5 apples", "1,234.5"), ("1,2,3", "3"),
-        ("2/3", "2/3"), (".5", ".5"), ("no number", None), ("v2", None), ("\u22124", "\u22124"),
+        ("The answer is 12.", "12"),
+        ("3 + 4 = 7", "7"),
+        ("12-5", "5"),
+        ("it is -5", "-5"),
+        ("x=(-3)", "-3"),
+        ("(2)-3", "3"),
+        ("1,234.5 apples", "1,234.5"),
+        ("1,2,3", "3"),
+        ("2/3", "2/3"),
+        (".5", ".5"),
+        ("no number", None),
+        ("v2", None),
+        ("\u22124", "\u22124"),
     ],
-)  # fmt: skip
+)
 def test_last_number(text, number):
     assert last_number(text) == number
 
@@ -79,10 +125,21 @@ def test_boxed_and_tagged():
 
 @pytest.mark.parametrize(
     "text, value",
-    [("1,000", 1000), ("$5", 5), ("50\\%", 50), ("3.0", 3), ("1e3", 1000), ("-7.", -7),
-     ("\\frac{3}{4}", 0.75), ("\\text{8}", 8), ("6/4", 1.5), ("5 apples", None), ("12 13", None),
-     ("1/0", None)],
-)  # fmt: skip
+    [
+        ("1,000", 1000),
+        ("$5", 5),
+        ("50\\%", 50),
+        ("3.0", 3),
+        ("1e3", 1000),
+        ("-7.", -7),
+        ("\\frac{3}{4}", 0.75),
+        ("\\text{8}", 8),
+        ("6/4", 1.5),
+        ("5 apples", None),
+        ("12 13", None),
+        ("1/0", None),
+    ],
+)
 def test_as_number(text, value):
     assert as_number(text) == value
 

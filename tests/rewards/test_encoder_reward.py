@@ -36,10 +36,15 @@ def tiny_bert(folder, *, labels=1, longest=64):
 
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=longest, num_labels=labels,
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=longest,
+        num_labels=labels,
         initializer_range=0.5,
-    )  # fmt: skip
+    )
     folder.mkdir(exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     BertForSequenceClassification(config).save_pretrained(folder)
@@ -73,7 +78,7 @@ def transformers_scores(folder, pairs):
         ({"architectures": ["BertForMaskedLM"]}, False),
         ({"architectures": None}, False),
     ],
-)  # fmt: skip
+)
 def test_which_folders_are_encoders(tmp_path, config, is_one):
     assert is_encoder(write_config(tmp_path / "m", **config)) is is_one
     assert not is_encoder(tmp_path)
@@ -204,10 +209,25 @@ def test_ppo_is_rewarded_by_it(bert, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     ppo_training.main(
-        ["--reward_model", str(bert), "--data", str(ROOT / "data"), "--num_steps", "2",
-         "--batch_size", "4", "--max-new-tokens", "6", "--eval-every", "0",
-         "--samples-per-step", "4", "--output-dir", "run"]
-    )  # fmt: skip
+        [
+            "--reward_model",
+            str(bert),
+            "--data",
+            str(ROOT / "data"),
+            "--num_steps",
+            "2",
+            "--batch_size",
+            "4",
+            "--max-new-tokens",
+            "6",
+            "--eval-every",
+            "0",
+            "--samples-per-step",
+            "4",
+            "--output-dir",
+            "run",
+        ]
+    )
     first = [row for row in read_rows(tmp_path / "run") if row["step"] == 1][-1]
     lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
     samples = [sample for sample in map(json.loads, lines) if sample["step"] == 1]

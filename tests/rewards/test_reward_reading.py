@@ -90,8 +90,9 @@ class Listening:
 def ask(reward, policy, rows, ends_with=None):
     """Score the chosen answers as PPO does: its prompts, its answers, its own end of turn."""
     prompts = tokenise_prompts(records([{"prompt": r["prompt"]} for r in rows], "prompt"), policy)
-    texts = [r["chosen"] if isinstance(r["chosen"], str) else r["chosen"][-1]["content"]
-             for r in rows]  # fmt: skip
+    texts = [
+        r["chosen"] if isinstance(r["chosen"], str) else r["chosen"][-1]["content"] for r in rows
+    ]
     end = [policy.convert_tokens_to_ids(ends_with)] if ends_with else [policy.eos_token_id]
     ids = [
         [*prompt.tokens, *policy.encode(text, add_special_tokens=False), *end]
@@ -243,9 +244,28 @@ def test_a_reward_model_trained_with_other_flags_reads_by_those(loaded, options)
 def test_training_writes_down_how_it_read(tmp_path, monkeypatch, folders):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-    sft.main(["--model", str(folders["chat"]), "--reward-model", "--train", "--iters", "2",
-              "--train-file", "pairs.jsonl", "--save-file", "rm.npz", "--lora-rank", "2",
-              "--pooling", "last", "--output-dir", "run", "--batch-size", "2"])  # fmt: skip
+    sft.main(
+        [
+            "--model",
+            str(folders["chat"]),
+            "--reward-model",
+            "--train",
+            "--iters",
+            "2",
+            "--train-file",
+            "pairs.jsonl",
+            "--save-file",
+            "rm.npz",
+            "--lora-rank",
+            "2",
+            "--pooling",
+            "last",
+            "--output-dir",
+            "run",
+            "--batch-size",
+            "2",
+        ]
+    )
     base = load_model(folders["chat"])
     made = load_reward_model("rm.npz", base)
     assert made.reading == trained_reading(base.tokenizer)

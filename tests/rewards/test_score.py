@@ -94,13 +94,19 @@ ASKED = {
     ],
     "instruction.jsonl": [
         ["Name the capital of the country.\n\nFrance", "Paris.", True],
-        ['Write a sentence with the word "river".',
-         "The river froze in the first week of January.", True],
+        [
+            'Write a sentence with the word "river".',
+            "The river froze in the first week of January.",
+            True,
+        ],
         ["Which of these is a fruit?\n\ncarrot, pear, leek", "The pear.", True],
     ],
     "question_answer.jsonl": [
-        [[turn("system", "Answer with a name."), turn("user", "Who wrote Faust?")],
-         "Goethe.", True],
+        [
+            [turn("system", "Answer with a name."), turn("user", "Who wrote Faust?")],
+            "Goethe.",
+            True,
+        ],
         ["What do bees make?", "Honey and wax.", True],
     ],
     "conversation.jsonl": [
@@ -115,11 +121,18 @@ ASKED = {
         ["Name a planet with rings.", "The moon.", True],
     ],
     "hh_rlhf.jsonl": [
-        [[turn("user", "My bread does not rise."), turn("assistant", "How old is the yeast?"),
-          turn("user", "Two years.")], answer, True]
+        [
+            [
+                turn("user", "My bread does not rise."),
+                turn("assistant", "How old is the yeast?"),
+                turn("user", "Two years."),
+            ],
+            answer,
+            True,
+        ]
         for answer in ("Then try fresh yeast first.", "Bread is baked at 220 degrees.")
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ASKED)
@@ -138,12 +151,21 @@ def test_a_row_keeps_its_fields_and_ranked_responses_are_rows_of_their_own():
     score("--input", write("in", row), "--reward-function", "mine.py:level", "--output", "s")
     assert read("s") == [{**row, "score": 3, "rewards": {"level": 3}}]
     ranked = {"prompt": "a", "responses": [" x", " yyy", " zz"], "scores": [1, 3, 2], "note": "n"}
-    out = score("--input", write("in", ranked), "--reward-function", "mine.py:short",
-                "--output", "s", "--force")  # fmt: skip
+    out = score(
+        "--input",
+        write("in", ranked),
+        "--reward-function",
+        "mine.py:short",
+        "--output",
+        "s",
+        "--force",
+    )
     rows = read("s")
     assert [(r["response"], r["rank"], r["score"]) for r in rows] == [
-        (" yyy", 0, -4), (" zz", 1, -3), (" x", 2, -2),
-    ]  # fmt: skip
+        (" yyy", 0, -4),
+        (" zz", 1, -3),
+        (" x", 2, -2),
+    ]
     assert rows[0]["note"] == "n" and "scores" not in rows[0]
     assert summary(out, "score")["accuracy"] == 0  # the longest is the best, and scored lowest
 
@@ -163,11 +185,23 @@ def test_a_reward_gets_the_prompt_as_written_and_beside_it_as_a_policy_is_given_
     score("--input", write("in", rows), "--model", folder, *function)
     prompt = "<|im_start|>user\nwhat is<|im_end|>\n<|im_start|>assistant\n"
     assert read("seen.jsonl") == [["what is", "the answer", prompt]]
-    score("--input", write("in", {"question": "what", "response": "is"}), *function,
-          "--prompt-template", "Q: {question}\\nA: ")  # fmt: skip
+    score(
+        "--input",
+        write("in", {"question": "what", "response": "is"}),
+        *function,
+        "--prompt-template",
+        "Q: {question}\\nA: ",
+    )
     assert read("seen.jsonl")[1] == ["what", "is", "Q: what\nA: "]
-    score("--input", SAMPLES / "conversation.jsonl", "--max-rows", 1, "--token-format",
-          "role_markers", *function)  # fmt: skip
+    score(
+        "--input",
+        SAMPLES / "conversation.jsonl",
+        "--max-rows",
+        1,
+        "--token-format",
+        "role_markers",
+        *function,
+    )
     prompt = "User: Is 51 a prime number?\n\nAssistant:"
     asked = [turn("user", "Is 51 a prime number?")]
     assert read("seen.jsonl")[2] == [asked, " No, it is 3 times 17.", prompt]
@@ -241,8 +275,9 @@ def test_a_reward_model_scores_the_tokens_that_it_was_trained_on(reward_files):
     loaded, model = reward_files
     rows = tokenise_preferences(read_records(PREFERENCES), loaded.tokenizer).rows
     expected = model.score([tokens for row in rows for tokens in row.responses])
-    out = score("--input", PREFERENCES, "--reward-model", "rm.npz", "--output", "adapter",
-                "--batch-size", 7)  # fmt: skip
+    out = score(
+        "--input", PREFERENCES, "--reward-model", "rm.npz", "--output", "adapter", "--batch-size", 7
+    )
     assert [r["score"] for r in read("adapter")] == pytest.approx(expected, abs=1e-5)
     pairs = np.array(expected).reshape(-1, 2)
     accuracy = (pairs[:, 0] > pairs[:, 1]).mean()
@@ -251,8 +286,10 @@ def test_a_reward_model_scores_the_tokens_that_it_was_trained_on(reward_files):
 
     fuse.main(["--adapter-file", "rm.npz", "--save-path", "fused"])
     assert load_reward_model("fused").gain == pytest.approx(model.gain)
-    for words in (["--reward-model", "fused"], ["--reward-model", "fused", "--model",
-                                               str(ROOT / "data" / "digits_model")]):  # fmt: skip
+    for words in (
+        ["--reward-model", "fused"],
+        ["--reward-model", "fused", "--model", str(ROOT / "data" / "digits_model")],
+    ):
         score("--input", PREFERENCES, *words, "--output", "fused.jsonl", "--force")
         assert [r["score"] for r in read("fused.jsonl")] == pytest.approx(expected, abs=1e-4)
     error = score("--input", PREFERENCES, "--reward-model", "fused", "--quantize", 4, status=2)
@@ -279,9 +316,21 @@ def test_several_rewards_weighted_and_a_service():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         url = f"http://127.0.0.1:{server.server_port}/score"
-        out = score("--input", PREFERENCES, "--ground-truth-reward", "--reward-function",
-                    "mine.py:short", "--reward-url", url, "--reward-weights", 2, 0.5, 10,
-                    "--output", "s")  # fmt: skip
+        out = score(
+            "--input",
+            PREFERENCES,
+            "--ground-truth-reward",
+            "--reward-function",
+            "mine.py:short",
+            "--reward-url",
+            url,
+            "--reward-weights",
+            2,
+            0.5,
+            10,
+            "--output",
+            "s",
+        )
     finally:
         server.shutdown()
         server.server_close()
@@ -297,20 +346,45 @@ def test_several_rewards_weighted_and_a_service():
 
 
 def test_the_best_of_several_is_picked_and_sft_trains_on_it():
-    rows = [{"prompt": p, "response": r} for p, r in (
-        ("8 20", " 22 7"), ("2 4", " 1 3"), ("8 20", " 22 30 36"), ("2 4", " 6 8 10"),
-        ("8 20", " 22 40 90"),
-    )]  # fmt: skip
-    out = score("--input", write("in", *rows), "--ground-truth-reward", "--best-of",
-                "--output", "best.jsonl")  # fmt: skip
+    rows = [
+        {"prompt": p, "response": r}
+        for p, r in (
+            ("8 20", " 22 7"),
+            ("2 4", " 1 3"),
+            ("8 20", " 22 30 36"),
+            ("2 4", " 6 8 10"),
+            ("8 20", " 22 40 90"),
+        )
+    ]
+    out = score(
+        "--input",
+        write("in", *rows),
+        "--ground-truth-reward",
+        "--best-of",
+        "--output",
+        "best.jsonl",
+    )
     best = read("best.jsonl")
     assert [(r["prompt"], r["completion"]) for r in best] == [
-        ("8 20", " 22 30 36"), ("2 4", " 6 8 10"),  # the first of equals
-    ]  # fmt: skip
+        ("8 20", " 22 30 36"),
+        ("2 4", " 6 8 10"),  # the first of equals
+    ]
     assert [r["score"] for r in best] == [1, 1] and "best of 2.5 responses to each of 2" in out
     assert {record.kind for record in read_records("best.jsonl")} == {"prompt_completion"}
-    sft.main(["--train", "--train-file", "best.jsonl", "--mask-prompt", "--iters", "1",
-              "--batch-size", "2", "--output-dir", "run"])  # fmt: skip
+    sft.main(
+        [
+            "--train",
+            "--train-file",
+            "best.jsonl",
+            "--mask-prompt",
+            "--iters",
+            "1",
+            "--batch-size",
+            "2",
+            "--output-dir",
+            "run",
+        ]
+    )
     (row,) = read("run/metrics.jsonl")
     assert row["train/tokens_total"] == 8  # three numbers and EOS of each
 
@@ -321,10 +395,21 @@ def test_the_best_of_messages_and_of_preference_rows():
     records = list(read_records("b"))
     assert [r.kind for r in records] == ["prompt_completion"] * 4
     assert [r.completion[0]["content"] for r in records] == [
-        "Eggs come from hens.", "42.", "No, it is 3 times 17.", "Yes.",
-    ]  # fmt: skip
-    error = score("--input", SAMPLES / "text.jsonl", "--reward-function", "mine.py:short",
-                  "--best-of", "--output", "c", status=2)  # fmt: skip
+        "Eggs come from hens.",
+        "42.",
+        "No, it is 3 times 17.",
+        "Yes.",
+    ]
+    error = score(
+        "--input",
+        SAMPLES / "text.jsonl",
+        "--reward-function",
+        "mine.py:short",
+        "--best-of",
+        "--output",
+        "c",
+        status=2,
+    )
     assert "text.jsonl:1: --best-of picks among the responses to a prompt" in error
 
 
@@ -344,8 +429,9 @@ def test_a_file_is_overwritten_only_by_force_and_never_half_written(tmp_path):
     assert (tmp_path / "s").read_bytes() != before
     left = {path.name for path in tmp_path.iterdir()} - {"__pycache__"}
     assert left == {"in", "s", "mine.py", "seen.jsonl"}
-    error = score("--input", rows, "--output", "no/such/s", "--reward-function", "mine.py:short",
-                  status=2)  # fmt: skip
+    error = score(
+        "--input", rows, "--output", "no/such/s", "--reward-function", "mine.py:short", status=2
+    )
     assert "no/such/s: cannot write" in error
 
 
@@ -355,8 +441,16 @@ def test_data_sets_and_several_files():
 
     row = {"prompt": "a", "completion": " b", "level": 2.0}
     datasets.Dataset.from_list([row] * 3).save_to_disk("saved")
-    out = score("--input", write("in", {**row, "level": 1.0}), "--dataset", "saved",
-                "--reward-function", "mine.py:level", "--output", "s")  # fmt: skip
+    out = score(
+        "--input",
+        write("in", {**row, "level": 1.0}),
+        "--dataset",
+        "saved",
+        "--reward-function",
+        "mine.py:level",
+        "--output",
+        "s",
+    )
     assert [r["score"] for r in read("s")] == [1, 2, 2, 2]
     assert summary(out, "score")["mean"] == 1.75
 
@@ -375,7 +469,7 @@ def test_data_sets_and_several_files():
         (["--input", "in", "--reward-function", "mine.py:fails"], "raised RuntimeError: no"),
         (["--input", "in", "--ground-truth-reward", "--train-file", "x"], "unknown flag"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line(words, message):
     write("in", {"prompt": "a", "completion": " b"})
     assert message in score(*words, status=2)

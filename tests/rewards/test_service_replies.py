@@ -142,28 +142,71 @@ def test_a_slow_answer_within_the_time_counts():
 
 BYTES = st.binary(max_size=20)
 STATUS = st.sampled_from(
-    [b"HTTP/1.1 200 OK", b"HTTP/1.0 200 OK", b"HTTP/1.1 200 OK", b"HTTP/1.1 204 No", b"HTTP/9 x y",
-     b"HTTP/1.1 100 Continue", b"HTTP/1.1 304 N", b"HTTP/1.1 500 \x1b[2J", b"HTTP/1.1 999 Odd",
-     b"HTTP/1.1 -1 Odd", b"HTTP/1.1 301 Moved", b"ICY 200 OK", b"\x16\x03\x01"]
-)  # fmt: skip
+    [
+        b"HTTP/1.1 200 OK",
+        b"HTTP/1.0 200 OK",
+        b"HTTP/1.1 200 OK",
+        b"HTTP/1.1 204 No",
+        b"HTTP/9 x y",
+        b"HTTP/1.1 100 Continue",
+        b"HTTP/1.1 304 N",
+        b"HTTP/1.1 500 \x1b[2J",
+        b"HTTP/1.1 999 Odd",
+        b"HTTP/1.1 -1 Odd",
+        b"HTTP/1.1 301 Moved",
+        b"ICY 200 OK",
+        b"\x16\x03\x01",
+    ]
+)
 HEADERS = st.lists(
     st.sampled_from(
-        [b"Content-Type: application/json", b"Content-Length: 18", b"Content-Length: 1",
-         b"Content-Length: -5", b"Content-Length: 99999999999999999999", b"Content-Length: x",
-         b"Transfer-Encoding: chunked", b"Content-Encoding: gzip", b"Retry-After: 0",
-         b"Retry-After: \xc2\xb2", b"Location: http://[", b"Set-Cookie: \xff\xfe", b": empty",
-         b" folded", b"no colon", b"X: " + b"y" * 70_000, b"WWW-Authenticate: Basic",
-         b"Content-Type: text/plain; charset=nonsense"]
+        [
+            b"Content-Type: application/json",
+            b"Content-Length: 18",
+            b"Content-Length: 1",
+            b"Content-Length: -5",
+            b"Content-Length: 99999999999999999999",
+            b"Content-Length: x",
+            b"Transfer-Encoding: chunked",
+            b"Content-Encoding: gzip",
+            b"Retry-After: 0",
+            b"Retry-After: \xc2\xb2",
+            b"Location: http://[",
+            b"Set-Cookie: \xff\xfe",
+            b": empty",
+            b" folded",
+            b"no colon",
+            b"X: " + b"y" * 70_000,
+            b"WWW-Authenticate: Basic",
+            b"Content-Type: text/plain; charset=nonsense",
+        ]
     ),
     max_size=3,
-)  # fmt: skip
+)
 BODY = st.sampled_from(
-    [GOOD, GOOD, GOOD, b'{"rewards": [0.5, -1e3]}', b'{"scores": [1]}', b'{"scores": [1e999, 2]}',
-     b'{"scores": [' + b"9" * 5000 + b", 1]}", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe",
-     b'{"scores": "\\u001b[31m"}', b"12\r\n" + GOOD + b"\r\n0\r\n\r\n", b"zz\r\n", b"-1\r\nx",
-     b'{"scores": [1, 2], "rewards": [1, 2]}', b"null", b"", b"<html>" * 1000,
-     b'{"scores": {"0": 1}}', b'{"scores": [null, "x"]}']
-)  # fmt: skip
+    [
+        GOOD,
+        GOOD,
+        GOOD,
+        b'{"rewards": [0.5, -1e3]}',
+        b'{"scores": [1]}',
+        b'{"scores": [1e999, 2]}',
+        b'{"scores": [' + b"9" * 5000 + b", 1]}",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"\xff\xfe",
+        b'{"scores": "\\u001b[31m"}',
+        b"12\r\n" + GOOD + b"\r\n0\r\n\r\n",
+        b"zz\r\n",
+        b"-1\r\nx",
+        b'{"scores": [1, 2], "rewards": [1, 2]}',
+        b"null",
+        b"",
+        b"<html>" * 1000,
+        b'{"scores": {"0": 1}}',
+        b'{"scores": [null, "x"]}',
+    ]
+)
 
 
 @st.composite

@@ -183,9 +183,15 @@ def test_on_policy_the_gradient_is_the_policy_gradient(loss_type, of_tokens):
     batch = changed(batch, old_logprobs=batch.logprobs)
     mask, lengths = np.array(batch.mask), np.array(batch.mask.sum(axis=1, keepdims=True))
     normaliser = {
-        "grpo": N * lengths, "sapo": N * lengths, "bnpo": lengths.sum(), "dapo": lengths.sum(),
-        "cispo": lengths.sum(), "vespo": lengths.sum(), "dr_grpo": N * T, "luspo": N,
-    }[loss_type]  # fmt: skip
+        "grpo": N * lengths,
+        "sapo": N * lengths,
+        "bnpo": lengths.sum(),
+        "dapo": lengths.sum(),
+        "cispo": lengths.sum(),
+        "vespo": lengths.sum(),
+        "dr_grpo": N * T,
+        "luspo": N,
+    }[loss_type]
     _, gradient = loss_and_gradient(batch, loss_type)
     wanted = -np.array(batch.advantages) * mask / normaliser
     np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-7)
@@ -329,9 +335,13 @@ def test_losses_compile():
 
     def loss(*arrays):
         return group_loss(
-            Pass(**dict(zip(names, arrays, strict=True))), loss_type="dapo", beta=0.1,
-            max_completion_length=T, tokens_per_pass=mx.array(9.0), top_entropy_quantile=0.5,
-        )[0]  # fmt: skip
+            Pass(**dict(zip(names, arrays, strict=True))),
+            loss_type="dapo",
+            beta=0.1,
+            max_completion_length=T,
+            tokens_per_pass=mx.array(9.0),
+            top_entropy_quantile=0.5,
+        )[0]
 
     arrays = [getattr(batch, name) for name in names]
     assert mx.compile(loss)(*arrays).item() == pytest.approx(loss(*arrays).item(), rel=1e-5)

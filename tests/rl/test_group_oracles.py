@@ -70,7 +70,11 @@ class Loss:
         items = given["items_times"] * self.mask.sum()
         loss, metrics = group_loss(
             Pass(
-                logprobs, old, self["advantages"][:, None], self.mask, entropies,
+                logprobs,
+                old,
+                self["advantages"][:, None],
+                self.mask,
+                entropies,
                 self["ref_logprobs"],
             ),
             level=given.get("importance_sampling_level", "token"),
@@ -78,7 +82,7 @@ class Loss:
             max_completion_length=self.longest,
             options=rest,
             **{k: v for k, v in given.items() if k in WHOLE},
-        )  # fmt: skip
+        )
         return loss / given["gradient_accumulation_steps"], metrics
 
 
@@ -125,9 +129,12 @@ def test_rloo_loss(variant, case):
 
     def run(logprobs: mx.array):
         rows = Pass(
-            logprobs, read("old_logprobs"), read("advantages")[:, None], read("completion_mask"),
+            logprobs,
+            read("old_logprobs"),
+            read("advantages")[:, None],
+            read("completion_mask"),
             read("entropies"),
-        )  # fmt: skip
+        )
         return rloo_loss(rows, **META["rloo_variants"][variant])
 
     (value, metrics), gradient = mx.value_and_grad(run)(read("logprobs"))

@@ -39,11 +39,16 @@ def some_pairs(count: int = 5, seed: int = 0) -> Pairs:
 
     chosen, rejected = column(-30, -5), column(-30, -5)
     return Pairs(
-        chosen, rejected, mx.array(random.integers(3, 9, count)).astype(mx.float32),
-        mx.array(random.integers(3, 9, count)).astype(mx.float32), mx.ones(count),
-        chosen + column(-3, 3), rejected + column(-3, 3), -chosen,
+        chosen,
+        rejected,
         mx.array(random.integers(3, 9, count)).astype(mx.float32),
-    )  # fmt: skip
+        mx.array(random.integers(3, 9, count)).astype(mx.float32),
+        mx.ones(count),
+        chosen + column(-3, 3),
+        rejected + column(-3, 3),
+        -chosen,
+        mx.array(random.integers(3, 9, count)).astype(mx.float32),
+    )
 
 
 def fresh(pairs: Pairs) -> Pairs:
@@ -53,10 +58,14 @@ def fresh(pairs: Pairs) -> Pairs:
 
 def swapped(pairs: Pairs) -> Pairs:
     return replace(
-        pairs, chosen=pairs.rejected, rejected=pairs.chosen, ref_chosen=pairs.ref_rejected,
-        ref_rejected=pairs.ref_chosen, chosen_tokens=pairs.rejected_tokens,
+        pairs,
+        chosen=pairs.rejected,
+        rejected=pairs.chosen,
+        ref_chosen=pairs.ref_rejected,
+        ref_rejected=pairs.ref_chosen,
+        chosen_tokens=pairs.rejected_tokens,
         rejected_tokens=pairs.chosen_tokens,
-    )  # fmt: skip
+    )
 
 
 def mean_of(metrics: dict, name: str) -> float:

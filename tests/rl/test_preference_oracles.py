@@ -71,9 +71,13 @@ def run_dpo(case: str, given: dict, logprobs: mx.array):
         weights = sequence_weights(logprobs, read(f"{case}/in/log_sum_sq_probs"), mask)
         weighting = weights[better] * weights[worse]
     return dpo_loss(
-        pairs, loss_type=names, loss_weights=given.get("loss_weights"), weighting=weighting,
-        options=options, **shared,
-    )  # fmt: skip
+        pairs,
+        loss_type=names,
+        loss_weights=given.get("loss_weights"),
+        weighting=weighting,
+        options=options,
+        **shared,
+    )
 
 
 @pytest.mark.parametrize("case", ["dpo/c0", "dpo/c1"])
@@ -107,8 +111,11 @@ def test_dpo_from_sums(case):
     options = {"beta": float(beta[4:])}
     if float(smoothing[2:]):
         options["label_smoothing"] = float(smoothing[2:])
-    inputs = [mx.array(SUMS[f"in/{who}_{side}_logps"]) for who in ("policy", "ref")
-              for side in ("chosen", "rejected")]  # fmt: skip
+    inputs = [
+        mx.array(SUMS[f"in/{who}_{side}_logps"])
+        for who in ("policy", "ref")
+        for side in ("chosen", "rejected")
+    ]
     pairs = plain_pairs(*inputs)
     close(DPO_LOSSES[name](pairs, **options), SUMS[f"dpo/{case}/losses"])
     close(options["beta"] * pairs.chosen_ratio, SUMS[f"dpo/{case}/chosen_rewards"])

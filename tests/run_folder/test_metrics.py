@@ -211,9 +211,22 @@ def test_overwrite_does_not_follow_links_out_of_the_folder(folder, tmp_path):
     assert (outside / "precious").exists()
 
 
-LINKS = [".lock", "config.json", "metrics.jsonl", "samples.jsonl", "bad_rows.jsonl", "summary.json",
-         "checkpoints", "plots", "wandb", "checkpoints/step-00000001", "checkpoints/best.json",
-         "checkpoints/step-00000001/state.json", "plots/loss.png", "wandb/run-id"]  # fmt: skip
+LINKS = [
+    ".lock",
+    "config.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "bad_rows.jsonl",
+    "summary.json",
+    "checkpoints",
+    "plots",
+    "wandb",
+    "checkpoints/step-00000001",
+    "checkpoints/best.json",
+    "checkpoints/step-00000001/state.json",
+    "plots/loss.png",
+    "wandb/run-id",
+]
 
 
 @pytest.mark.parametrize("name", LINKS)

@@ -59,12 +59,24 @@ SCRIPTS = {
     "reward model": (sft, [*SFT, "pairs.jsonl", "--reward-model"], "--iters"),
     "ppo": (
         ppo_training,
-        [*SMALL, "--train-file", "rows.jsonl", "--reward-function", "mine.py:length",
-         "--batch-size", "2", "--max-new-tokens", "4", "--eval-every", "0", "--lr-schedule",
-         "constant"],
+        [
+            *SMALL,
+            "--train-file",
+            "rows.jsonl",
+            "--reward-function",
+            "mine.py:length",
+            "--batch-size",
+            "2",
+            "--max-new-tokens",
+            "4",
+            "--eval-every",
+            "0",
+            "--lr-schedule",
+            "constant",
+        ],
         "--num-steps",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -59,9 +59,12 @@ def test_what_is_saved_over_a_reward_model_is_none(server, tmp_path):
     lines = {
         "reward_head": ["sft.py", "--train", "--iters", "1", "--steps-per-eval", "0", *reward],
         "none": ["sft.py", "--train", "--iters", "1", "--steps-per-eval", "0"],
-        "value_head": ["ppo_training.py", *words("--ground_truth_reward --num-steps 1"),
-                       *words("--max-new-tokens 4 --eval-every 0")],
-    }  # fmt: skip
+        "value_head": [
+            "ppo_training.py",
+            *words("--ground_truth_reward --num-steps 1"),
+            *words("--max-new-tokens 4 --eval-every 0"),
+        ],
+    }
     for head in ("reward_head", "none", "value_head", "reward_head", "value_head", "none"):
         script, *line = lines[head]
         ended = server.run(script, [*line, *save], tmp_path)
@@ -86,8 +89,11 @@ def test_a_reward_model_with_its_head(server, tmp_path):
 
 
 def test_ppo_goes_on_from_one_and_it_is_fused(server, tmp_path):
-    line = ["--ground_truth_reward", *words("--num-steps 2 --batch-size 4 --save-every 1"),
-            *words("--max-new-tokens 4 --eval-every 0 --data DATA --output-dir run")]  # fmt: skip
+    line = [
+        "--ground_truth_reward",
+        *words("--num-steps 2 --batch-size 4 --save-every 1"),
+        *words("--max-new-tokens 4 --eval-every 0 --data DATA --output-dir run"),
+    ]
     last = trained(server, tmp_path, "ppo_training.py", line) / "step-00000002"
     more = ["--resume-file", str(last), "--output-dir", "again"]
     ended = server.run("ppo_training.py", [*line[:-2], *more], tmp_path)

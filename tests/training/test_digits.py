@@ -119,9 +119,12 @@ def test_the_command_as_written_makes_the_files_that_are_shipped(tmp_path: Path)
     """Run in data/ with dashes, and in the project folder with underscores."""
     commands = [
         (DATA, ["generate_digit_data.py", *LITERAL.split()], tmp_path / "a"),
-        (DATA.parent, ["data/generate_digit_data.py", *LITERAL.replace("-of", "_of").split()],
-         tmp_path / "b"),
-    ]  # fmt: skip
+        (
+            DATA.parent,
+            ["data/generate_digit_data.py", *LITERAL.replace("-of", "_of").split()],
+            tmp_path / "b",
+        ),
+    ]
     for cwd, command, folder in commands:
         command = [sys.executable, *command, "--output-dir", str(folder)]
         done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
@@ -165,10 +168,12 @@ def test_seed_decides_the_bytes_and_more_rows_go_on(tmp_path: Path) -> None:
         ("--increasing --multiple-of 2", {}),
         ("--decreasing --multiple_of 5", {"increasing": False, "multiple_of": 5}),
         ("--increasing", {"multiple_of": 1}),
-        ("--decreasing --multiple-of 7 --min-length 3 --max-length 12 --max-number 200",
-         {"increasing": False, "multiple_of": 7, "min_length": 3}),
+        (
+            "--decreasing --multiple-of 7 --min-length 3 --max-length 12 --max-number 200",
+            {"increasing": False, "multiple_of": 7, "min_length": 3},
+        ),
     ],
-)  # fmt: skip
+)
 def test_rows_without_noise_score_one(tmp_path: Path, flags: str, rule: dict) -> None:
     for rows in generate(tmp_path, f"{flags} --noise 0 --num-samples 60").values():
         for row in rows:

@@ -122,8 +122,10 @@ def test_rewards_see_whole_groups_and_columns():
 
     def function(prompts, responses, group_ids, level, ended, token_ids):
         seen.update(group_ids=group_ids, level=level, prompts=prompts, token_ids=token_ids)
-        best = {g: max(map(len, (r for r, h in zip(responses, group_ids, strict=True) if h == g)))
-                for g in group_ids}  # fmt: skip
+        best = {
+            g: max(map(len, (r for r, h in zip(responses, group_ids, strict=True) if h == g)))
+            for g in group_ids
+        }
         return [float(len(r) == best[g]) for r, g in zip(responses, group_ids, strict=True)]
 
     loop = make_loop(function, count=2)

@@ -290,9 +290,13 @@ def test_the_entropy_term_raises_entropy():
 
 def test_the_adaptive_coefficient_is_what_the_rule_says():
     trainer = make_trainer(
-        use_adaptive_entropy=True, entropy_target=3.9, entropy_coef_delta=0.01,
-        entropy_coef=0.02, entropy_coef_max=0.03, mini_batch_size=8,
-    )  # fmt: skip
+        use_adaptive_entropy=True,
+        entropy_target=3.9,
+        entropy_coef_delta=0.01,
+        entropy_coef=0.02,
+        entropy_coef_max=0.03,
+        mini_batch_size=8,
+    )
     coefficient = 0.02
     assert trainer.entropy_weight == 0  # nothing is known yet
     for _ in range(4):

@@ -21,10 +21,19 @@ ORACLES = Path(__file__).resolve().parents[1] / "oracles"
 DATA = np.load(ORACLES / "ppo_step.npz", allow_pickle=False)
 CASES = json.loads(str(DATA["meta"]))["cases"]
 TRL_DEFAULTS = dict(
-    adap_kl_ctrl=True, init_kl_coef=0.2, target=6.0, horizon=10000.0, gamma=1.0, lam=0.95,
-    cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, max_grad_norm=None, kl_penalty="kl",
+    adap_kl_ctrl=True,
+    init_kl_coef=0.2,
+    target=6.0,
+    horizon=10000.0,
+    gamma=1.0,
+    lam=0.95,
+    cliprange=0.2,
+    cliprange_value=0.2,
+    vf_coef=0.1,
+    max_grad_norm=None,
+    kl_penalty="kl",
     rollout_logprobs=False,
-)  # fmt: skip
+)
 
 
 def make_trainer(case: str) -> PPOTrainer:
@@ -118,16 +127,27 @@ def check_stages(trainer, root, queries, responses, scores) -> None:
     mask = DATA[f"{root}/out/masks"].astype(bool)
     counted = np.array(rollout.mask, dtype=bool)
     for ours, theirs in (
-        ("logprobs", "fwd_logprobs"), ("values", "values"), ("kls", "kls"), ("rewards", "rewards"),
-        ("non_score_rewards", "non_score"), ("advantages", "advantages"), ("returns", "returns"),
-    ):  # fmt: skip
+        ("logprobs", "fwd_logprobs"),
+        ("values", "values"),
+        ("kls", "kls"),
+        ("rewards", "rewards"),
+        ("non_score_rewards", "non_score"),
+        ("advantages", "advantages"),
+        ("returns", "returns"),
+    ):
         close(np.array(getattr(rollout, ours))[counted], DATA[f"{root}/out/{theirs}"][mask], ours)
     close(rollout.scores, DATA[f"{root}/out/scores_used"], "scores")
 
 
 # Arrays that TRL logs for its histograms, where we log scalars.
-ARRAYS = {"objective/logprobs", "objective/ref_logprobs", "ppo/policy/advantages",
-          "ppo/policy/ratio", "tokens/queries_dist", "tokens/responses_dist"}  # fmt: skip
+ARRAYS = {
+    "objective/logprobs",
+    "objective/ref_logprobs",
+    "ppo/policy/advantages",
+    "ppo/policy/ratio",
+    "tokens/queries_dist",
+    "tokens/responses_dist",
+}
 
 
 def check_stats(stats: dict, root: str) -> None:

@@ -353,8 +353,12 @@ def test_policy_reference_values_and_reward_share_one_base():
         reward_adapter.activate()
         seen["reward"] = flat(reward.parameters())
         reward_adapter.deactivate()
-    own = [*policy.tuning.arrays().values(), *policy.value_head.arrays().values(),
-           *reward_adapter.arrays().values(), *reward.head.values()]  # fmt: skip
+    own = [
+        *policy.tuning.arrays().values(),
+        *policy.value_head.arrays().values(),
+        *reward_adapter.arrays().values(),
+        *reward.head.values(),
+    ]
     assert weight_bytes(*seen.values()) == size + sum(a.nbytes for a in own)
     assert weight_bytes(seen["reference"]) == size
 

@@ -222,12 +222,25 @@ def test_sizes_that_do_not_divide_are_refused():
 
 @pytest.mark.parametrize(
     "name, value",
-    [(name, value) for name in ("cliprange", "cliprange_value", "ratio_threshold", "target",
-                                "horizon", "max_grad_norm") for value in (0, -1.0, np.nan)]
-    + [(name, value) for name in ("init_kl_coef", "value_head_init_std", "vf_coef")
-       for value in (-1e-3, np.nan, np.inf)]
+    [
+        (name, value)
+        for name in (
+            "cliprange",
+            "cliprange_value",
+            "ratio_threshold",
+            "target",
+            "horizon",
+            "max_grad_norm",
+        )
+        for value in (0, -1.0, np.nan)
+    ]
+    + [
+        (name, value)
+        for name in ("init_kl_coef", "value_head_init_std", "vf_coef")
+        for value in (-1e-3, np.nan, np.inf)
+    ]
     + [("top_k", -1), ("pad_to_multiple", -3), ("kl_penalty", "nope"), ("kl_penalty", None)],
-)  # fmt: skip
+)
 def test_a_value_that_makes_no_sense_is_refused_when_the_config_is_made(name, value):
     with pytest.raises(UserError, match=f"^--{name.replace('_', '-')}: "):
         PPOConfig(**{name: value})
@@ -235,8 +248,16 @@ def test_a_value_that_makes_no_sense_is_refused_when_the_config_is_made(name, va
 
 def test_values_of_trl_are_legal():
     """Its defaults, its modes of the KL, and what switches a part off."""
-    PPOConfig(batch_size=128, mini_batch_size=128, learning_rate=1.41e-5, adap_kl_ctrl=True,
-              init_kl_coef=0.2, max_grad_norm=None, target=6, horizon=10000)  # fmt: skip
+    PPOConfig(
+        batch_size=128,
+        mini_batch_size=128,
+        learning_rate=1.41e-5,
+        adap_kl_ctrl=True,
+        init_kl_coef=0.2,
+        max_grad_norm=None,
+        target=6,
+        horizon=10000,
+    )
     for mode in ("kl", "abs", "mse", "full"):
         PPOConfig(kl_penalty=mode)
     PPOConfig(init_kl_coef=0, vf_coef=0, top_k=0.0, value_head_init_std=0, pad_to_multiple=None)
@@ -362,8 +383,14 @@ def run_steps(trainer, steps: range) -> dict:
 
 @pytest.mark.parametrize("kind", ["lora", "prompt", "full"])
 def test_a_resumed_trainer_goes_on_to_the_same_bits(kind):
-    options = dict(adap_kl_ctrl=True, target=0.1, horizon=100.0, use_score_scaling=True,
-                   min_response_length=2, mini_batch_size=2)  # fmt: skip
+    options = dict(
+        adap_kl_ctrl=True,
+        target=0.1,
+        horizon=100.0,
+        use_score_scaling=True,
+        min_response_length=2,
+        mini_batch_size=2,
+    )
 
     def fresh():
         return make_trainer(kind, optimizer=build_optimizer("adamw", 3e-3), **options)

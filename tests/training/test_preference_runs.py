@@ -24,10 +24,18 @@ OTHER_KINDS = ("--prompt-tuning", "--fine-tune-type", "--resume ")  # a resumed 
 def train(folder, line: str = "", save: str = "out.npz") -> dict:
     """The arrays of a finished run in `folder`/run."""
     lora = "" if any(kind in line for kind in OTHER_KINDS) else LORA
-    done = preference_training.main([
-        *words(COMMON + lora), "--data", str(ROOT / "data"), "--output-dir", str(folder / "run"),
-        "--save-file", str(folder / save), *words(line),
-    ])  # fmt: skip
+    done = preference_training.main(
+        [
+            *words(COMMON + lora),
+            "--data",
+            str(ROOT / "data"),
+            "--output-dir",
+            str(folder / "run"),
+            "--save-file",
+            str(folder / save),
+            *words(line),
+        ]
+    )
     assert done == 0
     return {k: np.array(v) for k, v in read_adapter(folder / save)[0].items()}
 
@@ -133,10 +141,14 @@ def watched(rows: list[dict], **options) -> list[str]:
 def updates(count: int, chosen: float, margin: float, loss: float = 0.5, seed: int = 0) -> list:
     noise = np.random.default_rng(seed).normal(0, 0.1, (count, 2))
     return [
-        {"loss": loss, "rewards/chosen": chosen * i + a, "logps/chosen": chosen * i + a,
-         "rewards/margins": margin * i + b}
+        {
+            "loss": loss,
+            "rewards/chosen": chosen * i + a,
+            "logps/chosen": chosen * i + a,
+            "rewards/margins": margin * i + b,
+        }
         for i, (a, b) in enumerate(noise)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("reference", [True, False])

@@ -30,12 +30,18 @@ DATA = np.load(ORACLES / "preference_step.npz", allow_pickle=False)
 META = json.loads(str(DATA["meta"]))
 CASES = {case["name"]: (f"s{i}", case) for i, case in enumerate(META["cases"])}
 # TRL's CPO and ORPO average logits over prompts and padding, whose logits depend on the pad token.
-OTHER_MEANS = {"cpo": ("logits/chosen", "logits/rejected"),
-               "orpo": ("logits/chosen", "logits/rejected")}  # fmt: skip
+OTHER_MEANS = {
+    "cpo": ("logits/chosen", "logits/rejected"),
+    "orpo": ("logits/chosen", "logits/rejected"),
+}
 # Of several passes TRL logs the mean of their means; here every token counts alike.
 OF_TOKENS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
-TRAINER_ONLY = ("per_device_train_batch_size", "learning_rate", "max_grad_norm",
-                "gradient_accumulation_steps")  # fmt: skip
+TRAINER_ONLY = (
+    "per_device_train_batch_size",
+    "learning_rate",
+    "max_grad_norm",
+    "gradient_accumulation_steps",
+)
 
 
 def close(ours, theirs, what: str, relative: float = 1e-5, absolute: float = 0.0) -> None:
@@ -89,10 +95,12 @@ def batch_of(micro: str, kind: str):
     if kind != "kto":
         sides = [rows_of(micro, side) for side in ("chosen", "rejected")]
         masks = [masks_of(micro, rows) for rows in sides]
-        return make_batch([
-            PreferenceRow(responses, [0, 1], masks=[a, b])
-            for *responses, a, b in zip(*sides, *masks, strict=True)
-        ])  # fmt: skip
+        return make_batch(
+            [
+                PreferenceRow(responses, [0, 1], masks=[a, b])
+                for *responses, a, b in zip(*sides, *masks, strict=True)
+            ]
+        )
     rows = rows_of(micro, "sequence")
     masks = masks_of(micro, rows)
     if f"{micro}/in/kl_sequence" in DATA:

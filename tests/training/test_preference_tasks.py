@@ -228,8 +228,9 @@ def test_ranked_lists_count_like_one_pair_each():
     for row in lists:
         own = []
         for i, j in ((0, 1), (0, 2), (1, 2)):
-            two = PreferenceRow([row.responses[i], row.responses[j]], [0, 1],
-                                masks=[row.masks[i], row.masks[j]])  # fmt: skip
+            two = PreferenceRow(
+                [row.responses[i], row.responses[j]], [0, 1], masks=[row.masks[i], row.masks[j]]
+            )
             own.append(evaluate(task, [make_batch([two])])["loss"])
         losses.append(np.mean(own))
     losses += [evaluate(task, [make_batch([row])])["loss"] for row in pairs]

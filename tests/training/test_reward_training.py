@@ -27,8 +27,18 @@ from reports.reward_report import preference_report, ranks, regression_report
 
 DATA = ROOT / "data"
 ORACLE = {k: mx.array(v) for k, v in np.load(ROOT / "tests/oracles/reward_model.npz").items()}
-SMALL = ["--reward-model", "--train", "--data", DATA, "--batch-size", 8, "--steps-per-eval", 0,
-         "--save-every", 0]  # fmt: skip
+SMALL = [
+    "--reward-model",
+    "--train",
+    "--data",
+    DATA,
+    "--batch-size",
+    8,
+    "--steps-per-eval",
+    0,
+    "--save-every",
+    0,
+]
 
 
 @pytest.fixture(autouse=True)
@@ -121,8 +131,16 @@ def test_batches_add_up_to_the_mean_over_rows():
 
 
 def test_rewards_and_conversation_scores_are_regressed_on():
-    out = train("--data-base", "reward_function_increasing_mult_2_", "--iters", 30,
-                "--learning-rate", 5e-3, "--max-rows", 200)  # fmt: skip
+    out = train(
+        "--data-base",
+        "reward_function_increasing_mult_2_",
+        "--iters",
+        30,
+        "--learning-rate",
+        5e-3,
+        "--max-rows",
+        200,
+    )
     losses = [row["train/loss"] for row in rows() if "train/loss" in row]
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
     found = summary()
@@ -132,8 +150,19 @@ def test_rewards_and_conversation_scores_are_regressed_on():
     talks = Path("talks.jsonl")
     lines = (DATA / "samples" / "conversation.jsonl").read_text() * 4
     talks.write_text(lines)
-    train("--train-file", talks, "--validation-file", talks, "--iters", 1, "--seed", 1,
-          "--learning-rate", 1e-9, name="talks")  # fmt: skip
+    train(
+        "--train-file",
+        talks,
+        "--validation-file",
+        talks,
+        "--iters",
+        1,
+        "--seed",
+        1,
+        "--learning-rate",
+        1e-9,
+        name="talks",
+    )
     (row,) = [row for row in rows("talks") if "train/loss" in row]
     # Eight rows, one batch: rewards 5 and 0, four times each, against the scores before the update.
     records = list(read_records(talks))
@@ -144,15 +173,25 @@ def test_rewards_and_conversation_scores_are_regressed_on():
 
 
 def test_pairs_margins_and_centring_change_what_is_learned():
-    base = ("--data-base", "preference_increasing_mult_2_", "--iters", 4, "--max-rows", 16,
-            "--learning-rate", 1e-2)  # fmt: skip
+    base = (
+        "--data-base",
+        "preference_increasing_mult_2_",
+        "--iters",
+        4,
+        "--max-rows",
+        16,
+        "--learning-rate",
+        1e-2,
+    )
     plain = train(*base, name="plain")
     assert "accuracy" in plain
     heads = {}
     for name, words in {
-        "plain": (), "unmargined": ("--no-margins",), "centred": ("--centering", 0.5),
+        "plain": (),
+        "unmargined": ("--no-margins",),
+        "centred": ("--centering", 0.5),
         "last": ("--pooling", "last"),
-    }.items():  # fmt: skip
+    }.items():
         train(*base, *words, name=f"m{name}")
         heads[name] = np.array(mx.load(f"m{name}.reward_head.safetensors")["weight"])
     values = list(heads.values())
@@ -177,8 +216,17 @@ def test_both_responses_of_a_pair_count_in_what_is_said_of_its_length(tmp_path):
 def test_ranked_responses_train():
     line = {"prompt": "8 20", "responses": [" 22 24", " 22 7", " 7 7"]}
     Path("ranked.jsonl").write_text((json.dumps(line) + "\n") * 8)
-    train("--train-file", "ranked.jsonl", "--validation-file", "ranked.jsonl", "--iters", 20,
-          "--learning-rate", 1e-2, name="ranked")  # fmt: skip
+    train(
+        "--train-file",
+        "ranked.jsonl",
+        "--validation-file",
+        "ranked.jsonl",
+        "--iters",
+        20,
+        "--learning-rate",
+        1e-2,
+        name="ranked",
+    )
     assert summary("ranked")["heldout/accuracy"] == 1
     tokenizer = load_model().tokenizer
     texts = [tokenizer.encode("8 20" + t) + [tokenizer.eos_token_id] for t in line["responses"]]
@@ -197,8 +245,16 @@ def test_normalisation_is_on_samples_of_the_base_and_is_stored(monkeypatch):
         seen.extend(texts)
         original(model, texts)
 
-    words = ("--data-base", "reward_function_increasing_mult_2_", "--max-rows", 24, "--iters", 6,
-             "--learning-rate", 1e-2)  # fmt: skip
+    words = (
+        "--data-base",
+        "reward_function_increasing_mult_2_",
+        "--max-rows",
+        24,
+        "--iters",
+        6,
+        "--learning-rate",
+        1e-2,
+    )
     with monkeypatch.context() as patch:
         patch.setattr(training.samples, "normalise", kept)
         train(*words, "--normalize-samples", 20)
@@ -220,8 +276,17 @@ def test_normalisation_is_on_samples_of_the_base_and_is_stored(monkeypatch):
 
 def test_what_was_trained_is_there_even_if_normalising_fails(monkeypatch):
     monkeypatch.setattr("models.reward_model.RewardModel.score", lambda *_, **__: [0.5] * 9)
-    error = train("--data-base", "reward_function_increasing_mult_2_", "--max-rows", 8, "--iters",
-                  1, "--normalize-samples", 9, status=2)  # fmt: skip
+    error = train(
+        "--data-base",
+        "reward_function_increasing_mult_2_",
+        "--max-rows",
+        8,
+        "--iters",
+        1,
+        "--normalize-samples",
+        9,
+        status=2,
+    )
     assert "all samples have the same score" in error
     assert Path("rm.npz").exists() and Path("rm.reward_head.safetensors").exists()
 
@@ -234,7 +299,7 @@ def test_what_was_trained_is_there_even_if_normalising_fails(monkeypatch):
         (["--sample-prompts", "8 20", "--steps-per-eval", 1], "no effect with --reward-model"),
         (["--train-file", DATA / "samples" / "prompt_completion.jsonl"], "no reward"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line(words, message):
     error = train(*words, status=2)
     assert message in error and "Traceback" not in error
@@ -248,8 +313,9 @@ def test_an_adapter_keeps_its_pooling_and_full_weights_have_no_base():
     train(*base, "--resume-adapter-file", "rm.npz", name="c")
     assert load_reward_model("c.npz", load_model()).pooling == "last"
     train(*base, "--fine-tune-type", "full", name="full")
-    error = train(*base, "--resume-adapter-file", "full.npz", "--normalize-samples", 8, name="d",
-                  status=2)  # fmt: skip
+    error = train(
+        *base, "--resume-adapter-file", "full.npz", "--normalize-samples", 8, name="d", status=2
+    )
     assert "full.npz holds every weight" in error
 
 

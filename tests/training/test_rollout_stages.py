@@ -93,8 +93,9 @@ def test_rollouts_are_joined_and_taken_apart():
 
 
 def test_streams_belong_to_seed_step_and_purpose():
-    orders = {tuple(minibatch_order(8, *place)) for place in
-              ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))}  # fmt: skip
+    orders = {
+        tuple(minibatch_order(8, *place)) for place in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
+    }
     assert len(orders) == 4 and all(sorted(order) == list(range(8)) for order in orders)
     trainer = make_trainer(seed=3)
     assert list(trainer.minibatch_order(2)) == list(minibatch_order(8, 3, 0, 2))

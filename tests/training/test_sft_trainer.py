@@ -177,8 +177,9 @@ def test_preferences_are_ranked_with_margins(use_margin, centering):
         margin = row.margin if use_margin else 0.0
         pairs = [
             np.log1p(np.exp(-(r[i] - r[j] - margin))) + centering * (r[i] + r[j]) ** 2
-            for i in range(len(r)) for j in range(i + 1, len(r))
-        ]  # fmt: skip
+            for i in range(len(r))
+            for j in range(i + 1, len(r))
+        ]
         losses.append(np.mean(pairs))
     found = SupervisedTrainer(task, optim.SGD(0.1)).step([make_batch(rows)])
     assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-4)

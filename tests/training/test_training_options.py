@@ -22,8 +22,21 @@ from training.optimizers import learning_rate_schedule
 DATA = ROOT / "data"
 TRAIN, VALID = (DATA / f"increasing_mult_2_{split}.jsonl" for split in ("train", "valid"))
 ROWS = 12  # of the training file; with batches of 4, three batches an epoch
-SMALL = ["--train", "--data", DATA, "--max-rows", ROWS, "--batch-size", 4, "--learning-rate", 1e-3,
-         "--steps-per-eval", 0, "--save-every", 0]  # fmt: skip
+SMALL = [
+    "--train",
+    "--data",
+    DATA,
+    "--max-rows",
+    ROWS,
+    "--batch-size",
+    4,
+    "--learning-rate",
+    1e-3,
+    "--steps-per-eval",
+    0,
+    "--save-every",
+    0,
+]
 
 
 @pytest.fixture(autouse=True)
@@ -114,8 +127,9 @@ def test_accumulated_batches_are_one_large_batch():
 
 
 def test_every_optimizer_goes_its_own_way():
-    runs = [Run("--optimizer", name)
-            for name in ("adam", "adamw", "adafactor", "lion", "sgd", "muon")]  # fmt: skip
+    runs = [
+        Run("--optimizer", name) for name in ("adam", "adamw", "adafactor", "lion", "sgd", "muon")
+    ]
     for i, one in enumerate(runs):
         assert not any(same(one, other) for other in runs[:i])
 
@@ -138,8 +152,14 @@ def test_schedules_are_what_the_metrics_say():
 
 def test_weight_decay_clipping_and_the_other_numbers_of_optimizers():
     plain = Run("--optimizer", "adamw")
-    for words in (["--weight-decay", 10], ["--adam-beta1", 0.5], ["--adam-beta2", 0.5],
-                  ["--adam-eps", 1e-2], ["--max-grad-norm", 1e-7], ["--seed", 1]):  # fmt: skip
+    for words in (
+        ["--weight-decay", 10],
+        ["--adam-beta1", 0.5],
+        ["--adam-beta2", 0.5],
+        ["--adam-eps", 1e-2],
+        ["--max-grad-norm", 1e-7],
+        ["--seed", 1],
+    ):
         assert not same(plain, Run("--optimizer", "adamw", *words)), words
     assert not same(Run("--optimizer", "sgd"), Run("--optimizer", "sgd", "--momentum", 0.9))
     start = Run("--optimizer", "sgd", "--learning-rate", 0, iters=1)
@@ -247,8 +267,9 @@ def losses(monkeypatch):
 
 
 def test_the_best_checkpoint_is_kept_and_can_be_what_is_saved(losses):
-    run = Run("--steps-per-eval", 1, "--save-every", 1, "--keep-checkpoints", 1, "--save-best",
-              iters=5)  # fmt: skip
+    run = Run(
+        "--steps-per-eval", 1, "--save-every", 1, "--keep-checkpoints", 1, "--save-best", iters=5
+    )
     kept = [path.name for path in list_checkpoints(f"{run.folder}/checkpoints")]
     assert kept == ["step-00000002", "step-00000005"]
     best = best_checkpoint(f"{run.folder}/checkpoints")
@@ -293,9 +314,21 @@ def test_sample_prompts_have_the_form_of_training_prompts(monkeypatch):
 
     monkeypatch.setattr("training.samples.generate", caught)
     questions = DATA / "samples" / "question_answer.jsonl"
-    run(sft, "--train", "--train-file", questions, "--validation-file", questions, "--iters", 1,
-        "--prompt-template", "Question: {question}\\n\\nAnswer: ", "--sample-prompts", "Why?",
-        status=130)  # fmt: skip
+    run(
+        sft,
+        "--train",
+        "--train-file",
+        questions,
+        "--validation-file",
+        questions,
+        "--iters",
+        1,
+        "--prompt-template",
+        "Question: {question}\\n\\nAnswer: ",
+        "--sample-prompts",
+        "Why?",
+        status=130,
+    )
     tokenizer = load_model().tokenizer
     assert tokenizer.decode(asked[0], skip_special_tokens=True) == "Question: Why?\n\nAnswer: "
 
@@ -356,12 +389,14 @@ def test_a_data_set_is_read(tmp_path):
         (["--sample-prompts", "x"], "--sample-prompts needs validations"),
         (["--save-best", "--steps-per-eval", 1], "--save-every 0 keeps none"),
         (["--save-best", "--steps-per-eval", 9, "--save-every", 1, "--iters", 5], "none could be"),
-        (["--save-best", "--steps-per-eval", 1, "--save-every", 1, "--train-file", TRAIN],
-         "--save-best needs rows to validate on"),
+        (
+            ["--save-best", "--steps-per-eval", 1, "--save-every", 1, "--train-file", TRAIN],
+            "--save-best needs rows to validate on",
+        ),
         (["--lora-keys", "nope"], "--lora-keys nope: no such layer"),
         (["--normalize-samples", 8], "has no effect without --reward-model"),
     ],
-)  # fmt: skip
+)
 def test_what_would_have_no_effect_is_refused(words, message):
     assert message in run(sft, *SMALL, *words, status=2)
 
