@@ -28,7 +28,12 @@ from models.adapter_description import (
     read_json,
     remove_old_heads,
 )
-from models.base_fingerprint import check_base, check_quantization, described_base
+from models.base_fingerprint import (
+    QUANTIZATION,
+    check_base,
+    check_quantization,
+    described_base,
+)
 from run_folder.checkpoint_folder import disk_refused
 from run_folder.run import OWN_NAMES, RUNS
 from safe_files import (
@@ -114,7 +119,8 @@ def stored_arrays(model: Tuned) -> dict[str, Tensor]:
 
 def description(model: Tuned, loaded: LoadedModel) -> dict:
     """What an adapter file says of itself, in the form of mlx-lm's adapter_config.json."""
-    described = {**model.description, **described_base(loaded)}
+    # No base is rounded here.
+    described = {**model.description, **described_base(loaded), QUANTIZATION: None}
     if model.kind == "full":
         described.pop("lora_parameters", None)  # of the flags, which ask for LoRA alone
         described["num_layers"] = loaded.model.config.num_hidden_layers
