@@ -158,7 +158,8 @@ def test_a_resumed_run_replaces_what_it_wrote(tmp_path):
     run = sft(tmp_path / "run", "--save-file", str(model))
     before = tree(model)
     (model / ".DS_Store").touch()  # as a Mac does
-    (tmp_path / f".{model.name}.writing").mkdir()  # of a process that was killed
+    # Of a process that was killed; no process has a number above 4194304.
+    (tmp_path / f".{model.name}.writing-4194305").mkdir()
     sft_main(["--resume", str(run), "--iters", "6", "--save-file", str(model)])
     after = tree(model)
     assert before.keys() == after.keys() and before != after
