@@ -103,7 +103,7 @@ def test_a_run_goes_back_to_an_older_checkpoint_and_ends_the_same(server, tmp_pa
     assert ended.code == 0, ended.err
     folder = tmp_path / "run" / "checkpoints"
     line = ["--resume", "run/checkpoints/step-00000002"]
-    killed = server.run(script, line, tmp_path, kill_at=random.Random(3).randint(50, 70))
+    killed = server.run(script, line, tmp_path, kill_at=random.Random(3).randint(95, 110))
     assert killed.code == -signal.SIGKILL
     assert max(path.name for path in folder.glob("step-*")) < "step-00000006"
     ended = server.run(script, ["--resume", "run"], tmp_path)

@@ -152,11 +152,11 @@ def test_a_run_whose_steps_were_all_skipped_saves_nothing(server, tmp_path, rewa
 
 
 ALL_BAD = """
-import mlx.core as mx, mlx_sft_trainer
-clip = mlx_sft_trainer.clip_gradients
+import mlx.core as mx, training.update
+clip = training.update.clip_gradients
 def clip_gradients(gradients, largest):
-    return clip(mlx_sft_trainer.tree_map(lambda g: g * mx.nan, gradients), largest)
-mlx_sft_trainer.clip_gradients = clip_gradients
+    return clip(training.update.tree_map(lambda g: g * mx.nan, gradients), largest)
+training.update.clip_gradients = clip_gradients
 """
 
 
@@ -208,14 +208,14 @@ def test_nan_is_never_saved(server, tmp_path, infinite_model, cause):
 
 # One gradient of the run is NaN.
 ONE_BAD = """
-import mlx.core as mx, mlx_sft_trainer
-clip, calls = mlx_sft_trainer.clip_gradients, [0]
+import mlx.core as mx, training.update
+clip, calls = training.update.clip_gradients, [0]
 def clip_gradients(gradients, largest):
     calls[0] += 1
     if calls[0] == 4:
-        gradients = mlx_sft_trainer.tree_map(lambda g: g * mx.nan, gradients)
+        gradients = training.update.tree_map(lambda g: g * mx.nan, gradients)
     return clip(gradients, largest)
-mlx_sft_trainer.clip_gradients = clip_gradients
+training.update.clip_gradients = clip_gradients
 """
 
 
