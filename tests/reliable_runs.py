@@ -41,8 +41,8 @@ def slowed(owner, name):
         time.sleep({seconds})
         return inner(*words, **options)
     setattr(owner, name, slow)
-for trainer in (mlx_ppo_trainer.PPOTrainer, mlx_sft_trainer.SupervisedTrainer):
-    slowed(trainer, "step")
+slowed(mlx_ppo_trainer.PPOTrainer, "update")
+slowed(mlx_sft_trainer.SupervisedTrainer, "step")
 slowed(mlx_ppo_trainer.PPOTrainer, "sample_for_evaluation")
 slowed(mlx_sft_trainer.SupervisedTrainer, "evaluate")
 """

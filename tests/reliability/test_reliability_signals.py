@@ -77,7 +77,7 @@ def test_a_signal_gives_up_a_step_that_has_moved_no_weight(server, tmp_path, pla
         saved = load_checkpoint(latest_checkpoint(run / "checkpoints"))
         updates = [r for r in metrics(run) if not any("valid" in k or "eval" in k for k in r)]
         assert saved.step == len(updates)
-        assert rows.stat().st_size == saved.state["run"]["metrics.jsonl"]
+        assert rows.stat().st_size == saved.state["run"]["metrics.jsonl"]["bytes"]
         assert not (run / "summary.json").exists() and not (tmp_path / "out.npz").exists()
         line = ["--resume", "run"]
     ended = server.run(script, line, tmp_path)
@@ -241,14 +241,14 @@ def test_running_out_of_memory_says_which_flags_to_lower(server, tmp_path, name)
 import mlx_ppo_trainer, mlx_sft_trainer
 left = [2]
 def full(inner):
-    def step(*words):
+    def step(*words, **options):
         left[0] -= 1
         if not left[0]:
             raise RuntimeError("[malloc] Unable to allocate 17179869184 bytes.")
-        return inner(*words)
+        return inner(*words, **options)
     return step
-for trainer in (mlx_ppo_trainer.PPOTrainer, mlx_sft_trainer.SupervisedTrainer):
-    trainer.step = full(trainer.step)
+ppo, sft = mlx_ppo_trainer.PPOTrainer, mlx_sft_trainer.SupervisedTrainer
+ppo.update, sft.step = full(ppo.update), full(sft.step)
 """
     ended = server.run(script, [*line, "--save-every", "1"], tmp_path, prelude=prelude)
     assert ended.code == 2
