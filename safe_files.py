@@ -177,6 +177,22 @@ def temporary_name(path: Path, what: str = "writing") -> Path:
 TEMPORARY = re.compile(r"\.(.+)\.(tmp|writing|old)-(\d+)(\.[^.]+)?")
 
 
+MOST_OPTIONS = 16 << 20  # bytes of a file of options; /dev/zero never ends
+
+
+def read_small(path: str | Path, encoding: str = "utf-8") -> str:
+    """The text of a file that a person writes by hand.
+
+    Raises ``OSError`` where it cannot be read or is larger than any such file, and
+    ``UnicodeDecodeError`` where it is no text.
+    """
+    with open(path, "rb") as file:
+        data = file.read(MOST_OPTIONS + 1)
+    if len(data) > MOST_OPTIONS:
+        raise OSError(errno.EFBIG, f"it is larger than {MOST_OPTIONS >> 20} MB", str(path))
+    return data.decode(encoding)
+
+
 def sweep(path: Path, *, all_names: bool = False, heads: bool = False) -> None:
     """Clear away what dead processes left of ``path``; ask before this process writes it itself.
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from command_line.foreign_config import read_conf
 from command_line.setting import Setting, refuse_doubles
 from errors import UserError
+from safe_files import read_small
 
 
 def read_config(path: Path, flags: Mapping[str, Action]) -> list[Setting]:
     """The settings of a YAML, JSON or ``.conf`` file; ``flags``: the script's, by ``--name``."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_small(path, "utf-8-sig")
     except OSError as wrong:
         raise UserError(f"{path}: cannot read the config file: {wrong.strerror}") from None
     except UnicodeDecodeError:

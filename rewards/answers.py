@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 from errors import UserError
 from rewards.reward_set import OutOfTime, Reward, time_limit
+from safe_files import read_small
 
 AnswerFrom = Literal["auto", "tag", "boxed", "number", "text"]
 AnswerMatch = Literal["value", "text", "math"]
@@ -259,7 +260,7 @@ def load_schema(path: str | Path):
 
     where = f"--json-reward {path}"
     try:
-        schema = json.loads(Path(path).read_text(encoding="utf-8"))
+        schema = json.loads(read_small(path))
     except (OSError, ValueError, RecursionError) as problem:
         raise UserError(f"{where}: no JSON can be read: {' '.join(str(problem).split())}") from None
     try:

@@ -6,6 +6,8 @@ from the command line; the rest are forks of one server.
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -177,3 +179,17 @@ def test_every_script_is_tried_above():
     scripts = [path.name for path in ROOT.glob("*.py") if "run_main(main)" in path.read_text()]
     tried = {line.split()[0] for line, _ in AT_ONCE} & {line.split()[0] for line, _ in LATER}
     assert len(scripts) > 4 and set(scripts) <= tried
+
+
+@pytest.mark.parametrize("flag", ["--config", "--json-reward"])
+@pytest.mark.parametrize("file", ["/dev/zero", "/dev/urandom"])
+def test_a_file_without_end_is_one_line(flag, file):
+    done = subprocess.run(
+        [sys.executable, "ppo_training.py", "--ground-truth-reward", flag, file],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "larger than 16 MB" in done.stderr and done.stderr.count("\n") == 1
