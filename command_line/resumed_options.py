@@ -7,7 +7,6 @@ from typing import Any
 from command_line.rules import flag_of
 from command_line.setting import Setting
 from errors import UserError
-from models.adapter_description import FILE_SUFFIXES
 from run_folder.manifest import any_numbered
 from run_folder.run_config import (
     MADE_BY,
@@ -71,6 +70,8 @@ def refuse_lost_paths(path: str | Path, options: Mapping[str, Any]) -> None:
 
 def is_lost(name: str, value: str, began: str | None) -> bool:
     """Whether `value` is a path that is not here and was there, or that can be nothing but one."""
+    from models.adapter_description import FILE_SUFFIXES  # not with the parser: it needs numpy
+
     value = value.partition(":")[0] if name == "reward_function" else value
     path = Path(value).expanduser()
     if not value or path.is_absolute() or path.exists():
