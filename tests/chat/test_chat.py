@@ -15,6 +15,7 @@ from conftest import ROOT
 from tiny import tiny_model_folder
 
 import ppo_training
+import preference_training
 import sft
 from chat.rating import Ratings
 from chat.settings import Settings
@@ -517,6 +518,7 @@ def test_the_commands_of_the_walkthrough_parse():
         "talk_to_model.py": parse_arguments,
         "sft.py": sft.parse_arguments,
         "ppo_training.py": ppo_training.parse_arguments,
+        "preference_training.py": preference_training.parse_arguments,
     }
     for line in lines:
         _, script, *words = shlex.split(line.partition(" < ")[0])

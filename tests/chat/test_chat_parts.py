@@ -258,9 +258,19 @@ def test_ratings_are_added_behind_what_is_there(tmp_path):
 def test_a_rating_is_not_taken_back_from_a_file_that_others_changed(tmp_path):
     ratings = Ratings(tmp_path / "r.jsonl", "unpaired")
     ratings.add_label("8", " 9", False)
+    (tmp_path / "r.jsonl").write_text('{"prompt": "mine", "completion": "x", "label": true}\n')
+    before = (tmp_path / "r.jsonl").read_bytes()
+    assert not ratings.take_back()
+    assert (tmp_path / "r.jsonl").read_bytes() == before
+
+
+def test_a_row_that_others_added_behind_a_rating_stays(tmp_path):
+    ratings = Ratings(tmp_path / "r.jsonl", "unpaired")
+    ratings.add_label("8", " 9", False)
     with open(tmp_path / "r.jsonl", "a", encoding="utf-8") as file:
         file.write("{}\n")
-    assert not ratings.take_back()
+    assert ratings.take_back()
+    assert (tmp_path / "r.jsonl").read_text() == "{}\n"
 
 
 def test_a_rating_in_the_middle_is_taken_back_alone(tmp_path):
