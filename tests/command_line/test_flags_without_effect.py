@@ -48,7 +48,7 @@ WITHOUT = [
     ),
     (ppo_training, PPO, "--reward-retries 7", "--reward-retries 3", "without --reward-url"),
     (ppo_training, PPO, "--reward-timeout 7", "--reward-timeout 120", "on the digits score"),
-    (ppo_training, PPO, "--lora-dropout 0.5", "--lora-dropout 0", "in PPO"),
+    (ppo_training, PPO, "--lora-dropout 0.5", "--lora-dropout 0", "on rollouts"),
     (
         ppo_training,
         f"{PPO} --eval-every 0",
