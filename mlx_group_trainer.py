@@ -33,14 +33,7 @@ from models.packing import Packed
 from models.policy import Policy
 from rl.group_advantages import ESTIMATORS, group_stds, reward_metrics, weighted_sum
 from rl.group_config import GroupConfig
-from rl.group_losses import (
-    Pass,
-    group_loss,
-    mean_of,
-    online_dpo_loss,
-    rloo_loss,
-    surrogate_options,
-)
+from rl.group_losses import Pass, group_loss, mean_of, surrogate_options
 from rl.group_statistics import (
     completion_metrics,
     config_warnings,
@@ -48,6 +41,7 @@ from rl.group_statistics import (
     warnings_for,
 )
 from rl.ppo_statistics import sampling_warnings
+from rl.response_losses import online_dpo_loss, rloo_loss
 from rl.rollouts import Rollout
 from training.reference_blend import ReferenceBlend
 from training.rollout_stages import (

@@ -224,8 +224,7 @@ def chat(session) -> None:
 
 def main(words: list[str] | None = None) -> None:
     args = parse_arguments(words)
-    if notice := fast_blas.notice():
-        print(notice, file=sys.stderr)
+    fast_blas.tell_of_slowness()
     session = make_session(args)
     try:
         if not args.prompt and sys.stdin.isatty():

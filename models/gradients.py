@@ -47,7 +47,6 @@ def checkpointed_blocks(model: nn.Module, enabled: bool = True) -> Iterator[None
 
             return mx.checkpoint(inner)(block.trainable_parameters(), *args, **kwargs)
 
-        run.checkpointed = True
         return run
 
     for kind, call in kinds.items():
@@ -57,8 +56,3 @@ def checkpointed_blocks(model: nn.Module, enabled: bool = True) -> Iterator[None
     finally:
         for kind, call in kinds.items():
             kind.__call__ = call
-
-
-def is_checkpointed(block: nn.Module) -> bool:
-    """Whether a call of `block` is checkpointed at present."""
-    return getattr(type(block).__call__, "checkpointed", False)

@@ -17,7 +17,6 @@ import numpy as np
 from errors import UserError
 from models.decoding import Sampling
 from models.gradients import checkpointed_blocks, loss_and_gradient
-from models.last_block import allow_short_last_block
 from models.trunk import vocabulary_size
 from rl.rollout_checks import check_rollout
 from rl.rollouts import Rollout
@@ -63,8 +62,6 @@ class RolloutTrainer:
     ):
         if eos_ids is None and tokenizer is None:
             raise UserError(f"{type(self).__name__} needs a tokenizer, or eos_ids")
-        if ref_model is not None:
-            allow_short_last_block(ref_model)
         self.config, self.model, self.reference = config, model, ref_model
         self.tokenizer = tokenizer
         self.eos_ids = set(eos_ids if eos_ids is not None else tokenizer.eos_token_ids)
