@@ -136,7 +136,7 @@ def main(words=None) -> None:
 
     # ------ what goes in, and what it computes before anything is fused
     from models.parts import load_parts
-    from publishing.checks import Check
+    from publishing.export import Check
 
     parts = load_parts(
         args.model,

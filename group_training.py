@@ -75,7 +75,7 @@ def make_policy(args, loaded):
 def train(args, loaded, policy, reference, rewards, prompts) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_group_trainer import GroupTrainer
-    from publishing.trained import write_fused
+    from publishing.export import write_fused
     from training.group_loop import GroupLoop
     from training.groups import Group
     from training.optimizers import build_optimizer

@@ -31,6 +31,7 @@ import numpy as np
 from errors import UserError
 from models.packing import Packed
 from models.policy import Policy
+from models.reference import ReferenceBlend
 from rl.group_advantages import ESTIMATORS, group_stds, reward_metrics, weighted_sum
 from rl.group_config import GroupConfig
 from rl.group_losses import Pass, group_loss, mean_of, surrogate_options
@@ -43,7 +44,6 @@ from rl.group_statistics import (
 from rl.ppo_statistics import sampling_warnings
 from rl.response_losses import online_dpo_loss, rloo_loss
 from rl.rollouts import Rollout
-from training.reference_blend import ReferenceBlend
 from training.rollout_stages import (
     SAMPLING,
     fit_columns,

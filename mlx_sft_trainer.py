@@ -17,14 +17,13 @@ from mlx.utils import tree_map
 
 from data_loading.collate import PreferenceBatch, ScalarBatch, TextBatch, UnpairedBatch
 from models.adapter_description import REWARD_HEAD
-from models.gradients import checkpointed_blocks, loss_and_gradient
 from models.packing import pick_targets, round_up
 from models.reward_network import RewardModel
 from models.trunk import find_trunk, picked_hidden, token_logprobs
 from models.tuning import Tuning
 from rl.losses import pairwise_loss, regression_loss
 from training.groups import Group, adapter_group
-from training.update import added, apply_update
+from training.update import added, apply_update, checkpointed_blocks, loss_and_gradient
 
 Batch = TextBatch | ScalarBatch | PreferenceBatch | UnpairedBatch
 # Sums over a batch. "weight" is what each of them is divided by, but for those that are pairs of a

@@ -72,7 +72,7 @@ def make_policy(args, loaded):
 def train(args, loaded, policy, reference, rewards, prompts) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_ppo_trainer import PPOTrainer
-    from publishing.trained import write_fused
+    from publishing.export import write_fused
     from training.groups import Group
     from training.optimizers import build_optimizer
     from training.rollout_loop import RolloutLoop

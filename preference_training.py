@@ -111,7 +111,7 @@ def precompute(args, loaded, task, rows, folder) -> None:
 def train(args, loaded, task, rows) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_sft_trainer import SupervisedTrainer
-    from publishing.trained import write_fused
+    from publishing.export import write_fused
     from training.optimizers import build_optimizer
     from training.preference_warnings import PreferenceWatch
     from training.reference_cache import NAME

@@ -112,7 +112,7 @@ def print_summary(pairs) -> None:
 def write(args, pairs) -> None:
     """All rows with their scores, or the best of each prompt; aside, then renamed."""
     from rewards.scored_rows import best_of, best_rows, scored_rows
-    from run_folder.next_line import command, next_lines
+    from run_folder.console import command, next_lines
     from safe_files import plain, write_atomically
 
     rows = scored_rows(pairs)

@@ -79,7 +79,7 @@ def make_task(args, loaded):
 def train(args, loaded, task, rows) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_sft_trainer import SupervisedTrainer
-    from publishing.trained import write_fused
+    from publishing.export import write_fused
     from training.optimizers import build_optimizer
 
     plan = BatchPlan(
@@ -132,7 +132,7 @@ def finish(args, loaded, run, loop, rows) -> None:
     from models.adapter_files import save_adapter
     from models.reward_model import save_reward_head
     from reports.training_plots import plot_losses
-    from run_folder.next_line import command
+    from run_folder.console import command
     from run_folder.run import read_rows
     from training.samples import normalise_on_samples
 

@@ -97,12 +97,11 @@ def make_session(args):
     """Models, rewards and ratings as the options ask."""
     import mlx.core as mx
 
-    from chat.keyboard import Keys
     from chat.rating import Ratings
     from chat.scoring import Scorer
-    from chat.screen import Screen
     from chat.session import Session, check_system_prompt, distinct_names
-    from chat.speakers import Loader
+    from chat.speaker import Loader
+    from chat.terminal import Keys, Screen
 
     if mx.default_device().type == mx.DeviceType.cpu:
         mx.disable_compile()  # else mlx-lm's samplers run g++, which need not be there
@@ -195,7 +194,7 @@ def piped_lines() -> Iterator[str]:
 def chat(session) -> None:
     """Prompts and commands from the keyboard, until Ctrl-D or /quit."""
     from chat import commands
-    from chat.keyboard import LineEditor
+    from chat.terminal import LineEditor
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may ignore it
     editor = LineEditor(commands.completions)

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from chat.conversation import Conversation
-from chat.keyboard import Keys, StopKey
 from chat.rating import Ratings, cannot_rate
 from chat.scoring import Scorer
-from chat.screen import Screen, describe
 from chat.settings import Settings
 from chat.speaker import Reply, Speaker
+from chat.terminal import Keys, Screen, StopKey, describe
 from errors import UserError
 
 ONE_KEYS = {"g": "good", "b": "bad", "s": "skip"}

@@ -13,10 +13,9 @@ from mlx.utils import tree_flatten
 
 from errors import UserError
 from models.base_fingerprint import base_fingerprint
-from models.file_checks import check_depth, check_model_files
+from models.file_checks import check_depth, check_memory, check_model_files
 from models.hub_files import download, looks_like_hub_name
 from models.limits import Limits, find_limits
-from models.memory_needed import check_memory
 from models.repairs import model_classes, repair
 from models.transformers_config import unnested
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from run_folder.checkpoint_folder import latest_checkpoint, saving
-from run_folder.next_line import command, next_lines
+from run_folder.console import command, next_lines
 from run_folder.run import Run, read_rows
 from run_folder.run_config import MADE_BY, checkpoint_asked_for
 from run_folder.stopping import GracefulStop, StepGivenUp

@@ -16,7 +16,6 @@ import numpy as np
 
 from errors import UserError
 from models.decoding import Sampling
-from models.gradients import checkpointed_blocks, loss_and_gradient
 from models.trunk import vocabulary_size
 from rl.rollout_checks import check_rollout
 from rl.rollouts import Rollout
@@ -34,7 +33,13 @@ from training.rollout_stages import (
     token_lists,
     use_sampled,
 )
-from training.update import all_finite, apply_update, minibatch_update
+from training.update import (
+    all_finite,
+    apply_update,
+    checkpointed_blocks,
+    loss_and_gradient,
+    minibatch_update,
+)
 
 
 class RolloutTrainer:

@@ -1,11 +1,12 @@
-"""One update of the weights: gradients are added up, checked, scaled, clipped and applied here.
+"""One update of the weights: gradients are made, added up, checked, clipped and applied.
 
 What a gradient is divided by is the trainer's: tokens or rows (mlx_sft_trainer.py), or the number
 of minibatches (training/rollout_trainer.py).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,62 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
 from training.optimizers import clip_gradients
+
+# ------------------------------------------------------------------------------ gradients
+
+
+def loss_and_gradient(model: nn.Module, loss: Callable, compiled: bool = False) -> Callable:
+    """``f(*args) -> ((loss, rest), gradient)`` for ``loss(*args) -> (loss, rest)``.
+
+    The gradient is that of the model's trainable arrays. Compiled, the weights and MLX's random
+    state (dropout draws from it) are inputs, so that changes to them count.
+    """
+    step = nn.value_and_grad(model, loss)
+    if not compiled:
+        return step
+    step = mx.compile(step, inputs=[model.state, mx.random.state], outputs=[mx.random.state])
+
+    def run(*args):
+        trained = model.trainable_parameters()
+        result = step(*args)
+        model.update(trained)  # the first call of a shape leaves placeholders in the model
+        return result
+
+    return run
+
+
+@contextmanager
+def checkpointed_blocks(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Within this context, blocks of `model` that run are checkpointed.
+
+    Calls go through the class of a block, so the class is patched while the graph is being built
+    and restored on the way out; another model of that class is never left with it.
+    """
+    if not enabled:
+        yield
+        return
+    kinds = {type(block): type(block).__call__ for block in model.layers}
+
+    def checkpointed(call):
+        def run(block, *args, **kwargs):
+            def inner(parameters, *args, **kwargs):
+                block.update(parameters)
+                return call(block, *args, **kwargs)
+
+            return mx.checkpoint(inner)(block.trainable_parameters(), *args, **kwargs)
+
+        return run
+
+    for kind, call in kinds.items():
+        kind.__call__ = checkpointed(call)
+    try:
+        yield
+    finally:
+        for kind, call in kinds.items():
+            kind.__call__ = call
+
+
+# ------------------------------------------------------------------------------ the update
 
 
 def added(total: Any, part: Any) -> Any:

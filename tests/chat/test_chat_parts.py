@@ -10,14 +10,11 @@ from test_chat import LORA, PROMPT, randomised, write_adapter
 from tiny import tiny_model_folder
 from tiny_tokenizers import tiny_tokenizer
 
-from chat.conversation import Conversation
-from chat.keyboard import StopKey
-from chat.prompting import Prompting
+from chat.conversation import Conversation, Prompting
 from chat.rating import Ratings, cannot_rate
-from chat.screen import ReplyWriter, columns, columns_of, wrap
 from chat.settings import Settings
-from chat.speaker import Speaker, continuation
-from chat.speakers import Loader
+from chat.speaker import Loader, Speaker, continuation
+from chat.terminal import ReplyWriter, StopKey, columns, columns_of, wrap
 from data_utils import read_records
 from errors import UserError
 from models.adapter_files import attach

@@ -9,7 +9,6 @@ from tiny import flat, tiny_model
 
 from errors import UserError
 from models.actor_critic import reference_logprobs
-from models.gradients import checkpointed_blocks
 from models.lora import LoraConfig, add_lora
 from models.packing import pack
 from models.trunk import (
@@ -21,6 +20,7 @@ from models.trunk import (
     token_logprobs,
     vocabulary_size,
 )
+from training.update import checkpointed_blocks
 
 TOKENS = mx.array([[5, 9, 60, 3, 17], [8, 8, 2, 33, 40]])
 
