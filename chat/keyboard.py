@@ -21,8 +21,8 @@ PASTE_SECONDS = 0.02  # what comes sooner behind a line was not typed
 class LineEditor:
     """Reads prompts with GNU readline or libedit, whichever Python was built with.
 
-    A terminal marks a paste ("bracketed paste"), which GNU readline understands. With libedit, lines
-    that are there at once behind the first one are taken for the rest of a paste.
+    A terminal marks a paste ("bracketed paste"), which GNU readline understands. With libedit,
+    lines that are there at once behind the first one are taken for the rest of a paste.
     """
 
     def __init__(self, words: Callable[[str], Sequence[str]]):
