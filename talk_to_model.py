@@ -97,11 +97,12 @@ def make_session(args):
     """Models, rewards and ratings as the options ask."""
     import mlx.core as mx
 
+    from chat.keyboard import Keys
     from chat.rating import Ratings
     from chat.scoring import Scorer
+    from chat.screen import Screen
     from chat.session import Session, check_system_prompt, distinct_names
     from chat.speaker import Loader
-    from chat.terminal import Keys, Screen
 
     if mx.default_device().type == mx.DeviceType.cpu:
         mx.disable_compile()  # else mlx-lm's samplers run g++, which need not be there
@@ -194,7 +195,7 @@ def piped_lines() -> Iterator[str]:
 def chat(session) -> None:
     """Prompts and commands from the keyboard, until Ctrl-D or /quit."""
     from chat import commands
-    from chat.terminal import LineEditor
+    from chat.keyboard import LineEditor, is_command
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may ignore it
     editor = LineEditor(commands.completions)
@@ -204,10 +205,10 @@ def chat(session) -> None:
     while True:
         try:
             line = editor.read()
-            if line.startswith("/") and not line.startswith("//"):
+            if is_command(line) and not line.startswith("//"):
                 commands.run(session, line)
             elif line.strip():
-                session.ask(line[1:] if line.startswith("//") else line, stoppable=True)
+                session.ask(line[1:] if is_command(line) else line, stoppable=True)
         except UserError as wrong:
             complain(str(wrong))
         except KeyboardInterrupt:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from chat.conversation import Conversation
+from chat.keyboard import Keys, StopKey
 from chat.rating import Ratings, cannot_rate
 from chat.scoring import Scorer
+from chat.screen import Screen, describe
 from chat.settings import Settings
 from chat.speaker import Reply, Speaker
-from chat.terminal import Keys, Screen, StopKey, describe
 from errors import UserError
 
 ONE_KEYS = {"g": "good", "b": "bad", "s": "skip"}
@@ -129,7 +130,7 @@ class Session:
     def _replies(self, messages: list[dict], stop) -> list[Reply]:
         if len(self.speakers) == 2:
             return self._two_replies(messages, stop)
-        writer = self.screen.reply_writer()
+        writer = self.screen.reply_writer(continues=not self.has_turns)
         reply = self.speakers[0].reply(
             messages, self.settings, extras=self.conversation.extras, show=writer, should_stop=stop
         )
