@@ -112,7 +112,8 @@ def tokenise_scalar(
         encoder.template.note(record, rendered)
         return ScalarRow(tokens, reward, record.where), was_cut
 
-    return each(records, convert, skip_bad_rows, encoder.template, REWARDS)
+    used = (*REWARDS, "label")
+    return each(records, convert, skip_bad_rows, encoder.template, used)
 
 
 def tokenise_preferences(
