@@ -192,6 +192,17 @@ def test_a_trainer_brings_in_few_files(trainer):
     assert "wandb" not in loaded
 
 
+def test_nothing_is_imported_from_a_test_file():
+    """What tests share stands in tests/helpers."""
+    line = re.compile(r"^ *(?:from|import) (conftest|test_\w+)", re.M)
+    assert line.findall("from test_chat import LORA\n    import conftest\n") == [
+        "test_chat",
+        "conftest",
+    ]
+    for file in (ROOT / "tests").rglob("*.py"):
+        assert not line.findall(file.read_text(encoding="utf-8")), file
+
+
 def test_nothing_imports_a_script():
     scripts = {f.stem for f in FILES if '__name__ == "__main__"' in (ROOT / f).read_text("utf-8")}
     assert {"sft", "ppo_training", "fuse", "pytorch_sft", "generate_digit_data"} <= scripts
