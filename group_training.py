@@ -155,7 +155,7 @@ def finish(args, loaded, run, loop) -> None:
     from run_folder.run import read_rows
 
     tuning = loop.trainer.model.tuning
-    written = save_adapter(args.save_file, tuning, loaded)
+    written = save_adapter(args.save_file, tuning, loaded, run=run.recorded)
     rows = read_rows(run.folder)
     written.append(plot_groups(rows, run.plots / "group.png"))
     if args.reward_model and args.true_score:

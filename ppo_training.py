@@ -148,7 +148,7 @@ def finish(args, loaded, run, loop) -> None:
     from run_folder.run import read_rows
 
     policy = loop.trainer.model
-    written = save_adapter(args.save_file, policy.tuning, loaded, head=VALUE_HEAD)
+    written = save_adapter(args.save_file, policy.tuning, loaded, head=VALUE_HEAD, run=run.recorded)
     written.append(save_head(args.save_file, VALUE_HEAD, policy.value_head.arrays(), {}))
     rows = read_rows(run.folder)
     target = args.target if args.adap_kl_ctrl else None
