@@ -175,7 +175,7 @@ def test_no_file_imports_upward():
     assert upward({Path("training/memory.py"): {high}}), "training knows nothing of flags"
 
 
-TRAINERS = ("mlx_sft_trainer", "mlx_ppo_trainer")
+TRAINERS = ("mlx_sft_trainer", "mlx_ppo_trainer", "mlx_group_trainer")
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
