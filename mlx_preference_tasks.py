@@ -1,8 +1,8 @@
 """Preference training as tasks of mlx_sft_trainer: DPO, CPO and ORPO on pairs, KTO on single rows.
 
 Both sides of all pairs of a batch go through the model together: in one forward pass, on a CPU in
-one for about every PASS_TOKENS tokens, rows of like lengths together. The reference has a pass of
-its own, without a gradient, unless its log-probabilities were computed before.
+passes of rows of like lengths, so that little is padding. The reference has passes of its own,
+without a gradient, unless its log-probabilities were computed before.
 
 Legend: N rows (responses after their prompts), P pairs, R longest response, L padded length.
 """
@@ -18,9 +18,9 @@ import mlx.nn as nn
 import numpy as np
 
 from data_utils import PreferenceBatch, UnpairedBatch
-from mlx_sft_trainer import PASS_TOKENS, Sums, Task, by_length
+from mlx_sft_trainer import Sums, Task
 from models.last_block import allow_short_last_block, picked_hidden
-from models.packing import Layout, lay_out, left_justified
+from models.packing import Layout, lay_out, least_padding, left_justified
 from models.reference import Reference
 from models.trunk import token_logprobs
 from models.tuning import Tuning
@@ -36,6 +36,9 @@ from rl.preference_losses import (
 )
 from training.groups import Group, adapter_group
 
+# On a CPU: the most tokens of a pass, beyond which its arrays outgrow the caches, and the tokens
+# that one more pass is worth.
+PASS_TOKENS, A_PASS = 1024, 64
 EXTRAS = ("entropy", "top1", "mean_logit")
 
 
@@ -76,7 +79,7 @@ class PreferenceTask(Task):
         """(rows, padded length) of each forward pass over rows of these lengths."""
         if not self.pass_tokens:
             return [(np.arange(len(lengths)), width)]
-        groups = by_length(lengths + len(self.tuning.prefix), self.pass_tokens)
+        groups = least_padding(lengths + len(self.tuning.prefix), self.pass_tokens, A_PASS)
         return [(rows, int(lengths[rows].max())) for rows in groups]
 
     def _layout(self, batch, rows: slice, picked: np.ndarray, prefix: Sequence[int]) -> Layout:

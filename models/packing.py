@@ -151,6 +151,27 @@ def lay_out(
     )
 
 
+def least_padding(lengths: np.ndarray, most: int, a_pass: int) -> list[np.ndarray]:
+    """Row numbers in groups of like lengths, so that passes over them cost least.
+
+    A pass costs its rows times the longest of them, and `a_pass` tokens more; it has at most `most`
+    tokens, or one row. Every row is in one group, shortest first.
+    """
+    order = np.argsort(lengths, kind="stable")
+    ordered = np.asarray(lengths)[order].astype(np.int64)
+    best, start = np.zeros(len(order) + 1), [0] * (len(order) + 1)
+    for end, longest in enumerate(ordered, 1):
+        first = max(0, min(end - 1, end - int(most // longest)))  # of the largest group that fits
+        costs = best[first:end] + np.arange(end - first, 0, -1) * longest + a_pass
+        start[end] = first + int(costs.argmin())
+        best[end] = costs.min()
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[start[end] : end])
+        end = start[end]
+    return groups[::-1]
+
+
 def left_justified(values: np.ndarray, picked: np.ndarray, width: int) -> np.ndarray:
     """values (B, L) at the picked places as (B, width) float32, as `Layout` arranges them."""
     picked = picked[:, 1:] > 0
