@@ -167,8 +167,9 @@ def finish(args, loaded, run, loop) -> None:
         )
     evaluations = {"first": loop.evaluations[:1], "last": loop.evaluations[-1:]}
     run.finish({"steps": loop.step, "evaluation": evaluations})
-    talk = command("talk_to_model.py", model=args.model, resume_file=args.save_file)
-    fuse = command("fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/")
+    named = {"model": args.model, "tokenizer": args.tokenizer}
+    talk = command("talk_to_model.py", **named, resume_file=args.save_file)
+    fuse = command("fuse.py", **named, adapter_file=args.save_file, save_path="my_model/")
     say_written(run, written, *([] if tuning.kind == "prompt" or args.fused_dir else [fuse]), talk)
 
 

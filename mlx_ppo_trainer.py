@@ -54,10 +54,12 @@ from training.clock import StageClock
 from training.optimizers import build_optimizer
 from training.rollout_stages import (
     EVALUATION,
+    REFERENCE,
     SAMPLING,
     fit_columns,
     minibatch_order,
     pack_rows,
+    reference_of,
     response_limits,
     sample,
     score_reference,
@@ -176,6 +178,26 @@ class PPOTrainer:
         limit = self.config.max_new_tokens
         purpose = (EVALUATION, part)
         return self._sample(queries, limit, Sampling(temperature), should_stop, purpose)
+
+    def sample_reference(
+        self,
+        queries: Sequence[Sequence[int]],
+        should_stop: Callable[[list[int]], bool] | None = None,
+    ) -> Rollout:
+        """What the reference writes to the queries, sampled as the policy's responses are."""
+        config = self.config
+        with reference_of(self.model.model, self.model.tuning, self.reference) as reference:
+            return sample(
+                reference,
+                (),
+                queries,
+                max_tokens=config.max_new_tokens,
+                sampling=Sampling(config.temperature, config.top_k, config.top_p, config.min_p),
+                eos_ids=self.eos_ids,
+                vocabulary=self.vocabulary,
+                random=stream(config.seed, self.steps_done, REFERENCE),
+                should_stop=should_stop,
+            )
 
     def _sample(
         self, queries, max_tokens, sampling, should_stop, purpose: tuple[int, ...], value_head=None

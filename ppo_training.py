@@ -102,6 +102,8 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         eval_every=args.eval_every,
         eval_samples=args.eval_samples,
         samples_per_step=args.samples_per_step,
+        compare_steps=args.compare_steps,
+        reference_samples=args.reference_samples,
         **schedule_options(args),
     )
 
@@ -159,8 +161,9 @@ def finish(args, loaded, run, loop) -> None:
     kl = sum(kls) / len(kls) if kls else None
     evaluations = {"first": loop.evaluations[:1], "last": loop.evaluations[-1:]}
     run.finish({"steps": loop.step, "kl": kl, "evaluation": evaluations})
-    talk = command("talk_to_model.py", model=args.model, resume_file=args.save_file)
-    fuse = command("fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/")
+    named = {"model": args.model, "tokenizer": args.tokenizer}
+    talk = command("talk_to_model.py", **named, resume_file=args.save_file)
+    fuse = command("fuse.py", **named, adapter_file=args.save_file, save_path="my_model/")
     say_written(
         run, written, *([] if policy.tuning.kind == "prompt" or args.fused_dir else [fuse]), talk
     )

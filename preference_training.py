@@ -202,8 +202,9 @@ def finish(args, loaded, run, loop, rows) -> None:
     written.append(plot_preferences(logged, run.plots / "preferences.png"))
     valid = {f"valid/{name}": value for name, value in found.items()}
     run.finish({"steps": loop.step, "best_valid_loss": loop.best, **loop.totals, **valid})
-    fuse = command("fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/")
-    talk = command("talk_to_model.py", model=args.model, resume_file=args.save_file)
+    named = {"model": args.model, "tokenizer": args.tokenizer}
+    fuse = command("fuse.py", **named, adapter_file=args.save_file, save_path="my_model/")
+    talk = command("talk_to_model.py", **named, resume_file=args.save_file)
     say_written(run, written, *([] if args.fused_dir else [fuse]), talk)
 
 

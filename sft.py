@@ -185,11 +185,16 @@ def finish(args, loaded, run, loop, rows) -> None:
             "ppo_training.py",
             *flags_of_rows(args),
             model=args.model,
+            tokenizer=args.tokenizer,
             reward_model=args.save_file,
         )
     else:
         going_on = command(
-            "fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/"
+            "fuse.py",
+            model=args.model,
+            tokenizer=args.tokenizer,
+            adapter_file=args.save_file,
+            save_path="my_model/",
         )
     say_written(run, written, going_on)
 

@@ -112,6 +112,7 @@ def make_session(args):
     loader = Loader(
         dtype=args.dtype,
         quantize=args.quantize,
+        tokenizer=args.tokenizer,
         trust_remote_code=args.trust_remote_code,
         token_format=args.token_format,
         prompt_template=args.prompt_template,

@@ -84,7 +84,7 @@ class Speaker:
         `extras` are tools and documents for the chat template.
         """
         self.step_forward()
-        prompt, prompt_text = self.prompting.tokens(messages, extras)
+        prompt, prompt_text = self.prompting.recent(messages, extras, settings.max_context)
         said = self.prompting.said(messages)
         prefix = self.tuning.prefix if self.tuning is not None else ()
         settings = self._fitting([*prefix, *prompt], settings)

@@ -47,6 +47,11 @@ NEEDS_OF_ROLLOUTS = (
         why=NO_VALIDATION,
     ),
     Needs("eval_samples eval_prompts", met=has_validation, why=NO_VALIDATION),
+    Needs(
+        "stop missing_eos_penalty",
+        met=lambda args: not args.ignore_eos,
+        why="with --ignore-eos: responses end at their length alone",
+    ),
 )
 NEEDS = (
     Needs("target horizon", "adap_kl_ctrl"),
@@ -65,6 +70,12 @@ def parse_arguments(words=None):
     add_reward_arguments(parser)
     add_task_arguments(parser, save_file="ppo_weights.npz")
     add_dataclass_arguments(parser, PPOConfig, title="PPO", exclude=SHARED)
+    add = parser.add_argument_group("looked at").add_argument
+    text = "steps between comparisons of the mean score with the best so far, whose checkpoint is "
+    text += "kept as the best; 0: that of the best evaluation"
+    add("--compare-steps", type=int, default=0, help=text)
+    text = "responses of the reference to a step's first prompts, scored and logged beside"
+    add("--reference-samples", type=int, default=0, help=text)
     add_shared_arguments(
         parser,
         learning_rate_note="default: lora 3e-3, full 3e-4, prompt 0.1, "
@@ -94,6 +105,12 @@ def add_task_arguments(parser: Parser, *, save_file: str) -> None:
     add("--epochs", type=float, help="passes over the prompts, in place of --num-steps")
     add("--prompt-words", type=int, default=2, help="of a plain text, how many words are a prompt")
     add("--stop", nargs="+", help="texts that end a response")
+    add(
+        "--ignore-eos",
+        type=bool,
+        default=False,
+        help="EOS ends no response: each has the length that was drawn, or --max-new-tokens",
+    )
     add("--eval-every", type=int, default=20, help="steps between evaluations; 0: none")
     add("--eval-prompts", type=int, default=128, help="validation prompts to use; -1: all")
     add("--eval-samples", type=int, default=4, help="sampled responses per validation prompt")
@@ -146,6 +163,7 @@ def check_arguments(args) -> None:
             raise UserError("--num-steps and --epochs both say how long to train; give one of them")
         if not 0 < args.epochs <= 1e6:
             raise UserError("--epochs: give a number above 0, up to 1e6")
+    at_least(args, 0, "compare_steps", "reference_samples")
     check_save_file(args.save_file)
     same = args.reward_model and args.save_file
     if same and Path(args.save_file).resolve() == Path(args.reward_model).resolve():
@@ -206,6 +224,8 @@ def load_prompts(args, tokenizer, per_step: int | None = None) -> dict:
 
 def ends(args, tokenizer) -> set[int]:
     """Token ids that end a response: the tokenizer's EOS, and its chat template's end of turn."""
+    if args.ignore_eos:
+        return set()
     turn_end = Template(tokenizer, args.prompt_template, args.token_format).turn_end_id()
     return set(tokenizer.eos_token_ids) | ({turn_end} if turn_end is not None else set())
 

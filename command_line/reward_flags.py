@@ -55,6 +55,7 @@ def add_reward_arguments(parser: Parser) -> None:
     add("--ground-truth-reward", type=bool, default=False, help="the digits task's true score")
     add(
         "--reward-model",
+        "--reward-model-dir",
         help="fused reward model, *ForSequenceClassification model, or adapter "
         "with a reward head on --model; an encoder (BERT) needs PyTorch",
     )
@@ -134,6 +135,7 @@ def make_learned_reward(args: argparse.Namespace, loaded: Any, tuning: Any) -> R
         template_date=args.template_date,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
+        tokenizer=args.tokenizer,
     )
 
 
