@@ -87,7 +87,6 @@ def parse_arguments(words: list[str] | None = None):
 def check_arguments(args) -> None:
     """Refuse what contradicts itself."""
     args.settings = dataclass_from_arguments(Settings, args)
-    args.settings.check()
 
 
 # ------------------------------------------------------------------------------ set-up

@@ -25,7 +25,7 @@ class Settings:
     min_p: float = option(0.0, "drop tokens less likely than this share of the likeliest")
     repetition_penalty: float = option(1.0, "above 1: makes tokens that occurred less likely")
     repetition_context_size: int = option(20, "how many tokens back the penalty looks")
-    num_beams: int = option(1, "beams of a beam search, which needs --temp 0; 1: none")
+    num_beams: int = option(1, "beams of a beam search, sampled where --temp is above 0; 1: none")
     length_penalty: float = option(1.0, "beam search: above 0 favours long replies, below short")
     seed: int | None = option(None, "makes sampled replies repeatable (default: a new one)")
 
@@ -64,11 +64,6 @@ class Settings:
             return replace(self, **{name: convert(text)})
         except ArgumentTypeError as wrong:
             raise UserError(f"/set {name}: {wrong}") from None
-
-    def check(self) -> None:
-        """Refuse values that contradict each other."""
-        if self.num_beams > 1 and self.temp > 0:
-            raise UserError("--num-beams: beam search does not sample; leave --temp at 0")
 
     def describe(self) -> str:
         """Every setting with its value and meaning, a line each."""

@@ -11,7 +11,7 @@ import mlx.core as mx
 from chat.prompting import Prompting
 from chat.settings import Settings
 from models.beam_search import beam_search
-from models.decoding import make_cache
+from models.decoding import Sampling, make_cache
 from models.limits import find_limits
 from models.load import LoadedModel
 from models.trunk import vocabulary_size
@@ -197,6 +197,7 @@ class Speaker:
             max_tokens=settings.max_tokens,
             eos_ids=self.loaded.eos_ids,
             length_penalty=settings.length_penalty,
+            sampling=Sampling(settings.temp, settings.top_k, settings.top_p, settings.min_p),
             processor=processor,
             should_stop=should_stop,
         )[0]

@@ -4,6 +4,7 @@ Shared by ppo_training.py and its PyTorch twin.
 """
 
 import math
+import shlex
 from pathlib import Path
 
 from command_line.adapter_file import check_save_file, refuse_other_head, settle_adapter
@@ -31,9 +32,11 @@ from command_line.shared_flags import (
 from data_utils import Template, data_report, load_data, tokenise_prompts
 from errors import UserError
 from rl.ppo_config import PPOConfig
+from run_folder.private import marked_above
 
 DESCRIPTION = "PPO on a language model, against a ground-truth reward, a learned one, or your own."
 LEARNING_RATES = {"lora": 3e-3, "dora": 3e-3, "full": 3e-4, "prompt": 1e-1}
+MESSAGES = "my_messages"  # the folder of docs/imessage_bot.md
 SHARED = ("seed", "learning_rate", "max_grad_norm")  # fields of PPOConfig with a flag elsewhere
 HARMLESS = ("eval_every", "eval_prompts", "eval_samples", "samples_per_step")
 NEEDS_OF_ROLLOUTS = (
@@ -81,6 +84,7 @@ def parse_arguments(words=None):
         learning_rate_note="default: lora 3e-3, full 3e-4, prompt 0.1, "
         "by flags or --resume-file; found on the digits task",
     )
+    parser.checks.append(lambda args: at_least(args, 0, "compare_steps", "reference_samples"))
     parser.checks += [check_arguments, needs(NEEDS), settle_arguments]
     return parser.parse_args(words)
 
@@ -102,6 +106,9 @@ def add_task_arguments(parser: Parser, *, save_file: str) -> None:
         choices=(4, 8),
         help="bits of the reference copy in full fine-tuning (default: as the policy)",
     )
+    text = "answer messages: prompts of the folder that data/imessage.py wrote (--data, or "
+    text += "my_messages)"
+    add("--me-chatbot", type=bool, default=False, help=text)
     add("--epochs", type=float, help="passes over the prompts, in place of --num-steps")
     add("--prompt-words", type=int, default=2, help="of a plain text, how many words are a prompt")
     add("--stop", nargs="+", help="texts that end a response")
@@ -117,6 +124,7 @@ def add_task_arguments(parser: Parser, *, save_file: str) -> None:
     add("--samples-per-step", type=int, default=2, help="responses a step into samples.jsonl")
     add("--steps-per-report", type=int, default=5, help="steps between lines of metrics")
     parser.alternatives.append({"num_steps", "epochs"})
+    parser.checks.append(settle_me_chatbot)
 
 
 def add_shared_arguments(parser: Parser, *, learning_rate_note: str) -> None:
@@ -163,13 +171,32 @@ def check_arguments(args) -> None:
             raise UserError("--num-steps and --epochs both say how long to train; give one of them")
         if not 0 < args.epochs <= 1e6:
             raise UserError("--epochs: give a number above 0, up to 1e6")
-    at_least(args, 0, "compare_steps", "reference_samples")
     check_save_file(args.save_file)
     same = args.reward_model and args.save_file
     if same and Path(args.save_file).resolve() == Path(args.reward_model).resolve():
         raise UserError("--save-file: is the reward model of this run; give another name")
     at_least(args, 0, "eval_every", "samples_per_step", "top_k")
     at_least(args, 1, "eval_samples", "steps_per_report", "prompt_words")
+
+
+def settle_me_chatbot(args) -> None:
+    """--me-chatbot: the prompts of one's own messages, where --data-base says no others."""
+    if not args.me_chatbot:
+        return
+    if args.train_file or args.dataset:
+        raise UserError(
+            "--me-chatbot reads the folder --data; leave out --train-file and --dataset"
+        )
+    if "data" not in args.changed and not args.resume:
+        args.data = MESSAGES
+    if "data_base" not in args.changed:
+        args.data_base = "prompts_"
+    folder = Path(args.data)
+    if marked_above(folder) is None or not (folder / f"{args.data_base}train.jsonl").is_file():
+        raise UserError(
+            f"--me-chatbot: {folder} is no folder of messages: "
+            f"python data/imessage.py ... --output-dir {shlex.quote(str(folder))} makes it"
+        )
 
 
 def settle_arguments(args) -> None:

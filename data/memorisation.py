@@ -3,7 +3,7 @@
 
     python data/memorisation.py --data my_messages --model MODEL --resume-file me.npz
 
-For each planted code (data/imessage.py --canaries) the exposure in bits: how much likelier the
+For each planted code (data/imessage.py --canary) the exposure in bits: how much likelier the
 model makes it than codes that it never saw. And of sampled answers the longest run of words that
 stands in the training rows.
 """
@@ -116,7 +116,7 @@ class Model:
 def report_canaries(args: argparse.Namespace, model: Model) -> None:
     path = args.data / "canaries.json"
     if not path.exists():
-        print("no planted codes: data/imessage.py --canaries 5 plants some before training")
+        print("no planted codes: data/imessage.py --canary 5 plants some before training")
         return
     canaries = json.loads(path.read_text(encoding="utf-8"))
     print(
