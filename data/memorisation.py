@@ -19,6 +19,7 @@ import fast_blas  # noqa: E402, F401  before MLX
 import argparse  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
+import math  # noqa: E402
 
 from command_line.parser import Parser, run_main  # noqa: E402
 from errors import UserError  # noqa: E402
@@ -130,7 +131,8 @@ def report_canaries(args: argparse.Namespace, model: Model) -> None:
         for start in range(0, len(rest) + 1, args.batch_size):
             texts = [canary["answer"], *rest][start : start + args.batch_size]
             found += model.logprobs(messages, texts)
-        print(f"  {exposure(found[0], found[1:]):5.1f}  {canary['question']}")
+        chance = f"probability {math.exp(found[0]):.1e}"
+        print(f"  {exposure(found[0], found[1:]):5.1f}  {chance}  {canary['question']}")
 
 
 def report_overlap(args: argparse.Namespace, model: Model, rows: list[dict]) -> None:

@@ -22,6 +22,8 @@ def mark_private(folder: Path) -> None:
         folder.chmod(0o700)
     if not (folder / MARKER).exists():
         write_atomically(folder / MARKER, SAID)
+        with writing(folder):
+            (folder / MARKER).chmod(0o600)
 
 
 def private_folder(options: Mapping[str, Any]) -> Path | None:
