@@ -15,8 +15,7 @@ from pytorch_files import load_adapter
 from pytorch_models import Tuned, load_model, pick_device
 from pytorch_reward_model import NOTHING_TRAINED
 
-from chat.conversation import Conversation
-from chat.prompting import Prompting
+from chat.conversation import Conversation, Prompting
 from chat.settings import Settings
 from command_line.parser import Parser, run_main
 from command_line.shared_flags import add_any_base, add_model_arguments, at_least

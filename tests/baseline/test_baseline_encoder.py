@@ -5,7 +5,7 @@ import random
 
 import pytest
 from baseline_setup import torch
-from test_encoder_reward import WORDS, tiny_bert, transformers_scores
+from tiny_encoders import WORDS, tiny_bert, transformers_scores
 
 pytestmark = pytest.mark.torch
 COMMON = ["--reward-model", "--train", "--iters", "20", "--batch-size", "16", "--save-every", "0"]

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 from baseline_setup import ROOT
-from test_encoder_reward import WORDS
 from tiny import tiny_model_folder
+from tiny_encoders import WORDS
 
 from models.load import load_model
 from run_folder.run import read_rows

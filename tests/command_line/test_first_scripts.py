@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_flags import SCRIPTS, parser_of
-from test_training_options import DATA, SMALL, Run, in_tmp, run  # noqa: F401
+from parsers import SCRIPTS, parser_of
+from short_runs import DATA, SMALL, Run, run
 from tiny import tiny_model_folder
 from tiny_tokenizers import tiny_tokenizer
 
 import ppo_training
 import preference_training
 import sft
-from chat.prompting import Prompting
+from chat.conversation import Prompting
 from command_line.ppo_flags import ends
 from command_line.ppo_flags import parse_arguments as parse_ppo
 from data import generate_digit_data
@@ -24,9 +24,14 @@ from run_folder.checkpoint_folder import read_best
 from talk_to_model import parse_arguments as parse_chat
 
 
-def test_a_short_flag_stands_for_one_thing(monkeypatch):
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_short_flag_stands_for_one_thing():
     meanings: dict[str, set[str]] = {}
-    parsers = [parser_of(script, monkeypatch) for script in SCRIPTS]
+    parsers = [parser_of(script) for script in SCRIPTS]
     parsers.append(generate_digit_data.make_parser())
     for parser in parsers:
         for action in parser._actions:

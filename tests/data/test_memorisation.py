@@ -5,11 +5,11 @@ import math
 
 import pytest
 from message_database import MessageDatabase, archive
-from test_training_options import run
+from short_runs import run
 
 import sft
 from data import imessage, memorisation
-from histories.canaries import Grams, exposure, longest_overlap, make_canaries, others
+from histories.privacy import Grams, exposure, longest_overlap, make_canaries, others
 from models.load import DEFAULT_MODEL
 
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 from message_database import MessageDatabase, archive
-from test_training_options import run
+from short_runs import run
 
 import ppo_training
 import preference_training

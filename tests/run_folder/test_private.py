@@ -5,7 +5,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from test_training_options import in_tmp, run  # noqa: F401
+from short_runs import run
 
 import group_training
 import ppo_training
@@ -36,8 +36,9 @@ class Recorder:
 
 
 @pytest.fixture
-def messages(monkeypatch):
-    """A marked folder of prompts and rows."""
+def messages(tmp_path, monkeypatch):
+    """A marked folder of prompts and rows, in the current folder."""
+    monkeypatch.chdir(tmp_path)
     folder = Path("my_messages")
     folder.mkdir()
     for split in ("train", "valid"):
