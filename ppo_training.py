@@ -89,7 +89,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         grad_checkpoint=args.grad_checkpoint,
     )
     head, stop_test = policy.value_head, stop_at(args.stop, loaded.tokenizer)
-    told = {name: getattr(args, name) for name in ("compare_steps", "reference_samples")}
+    told = {"compare_steps": args.compare_steps, "reference_samples": args.reference_samples}
     make_loop = rollout_loop(
         RolloutLoop,
         args,

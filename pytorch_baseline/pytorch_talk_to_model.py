@@ -21,6 +21,7 @@ from command_line.parser import Parser, run_main
 from command_line.shared_flags import add_any_base, add_model_arguments, at_least
 from data_utils import Template
 from errors import UserError
+from run_folder.output import printable
 
 LEAVE = ("/quit", "/exit", "/bye")
 
@@ -81,7 +82,8 @@ def main(words=None) -> None:
     prompting, said = Prompting(loaded.tokenizer), Conversation()
     turn_end = Template(loaded.tokenizer, None, "standard").turn_end_id()
     ends = loaded.eos_ids | ({turn_end} if turn_end is not None else set())
-    for number, prompt in enumerate(prompts(sys.stdin.isatty())):
+    person = sys.stdin.isatty()
+    for number, prompt in enumerate(prompts(person)):
         tokens, _ = prompting.recent(said.messages(prompt), None, args.max_context)
         made = generate(
             model,
@@ -92,8 +94,8 @@ def main(words=None) -> None:
             seed=args.seed + number,
         )
         reply = loaded.tokenizer.decode(made.responses[0], skip_special_tokens=True).strip()
-        print(reply, flush=True)
-        if sys.stdin.isatty() and prompting.has_turns:
+        print(printable(reply) if person else reply, flush=True)
+        if person and prompting.has_turns:
             said.add(prompt, reply)
 
 
