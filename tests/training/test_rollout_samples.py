@@ -1,4 +1,4 @@
-"""samples.jsonl and reward functions have prompts as they were written, not as a model gets them."""
+"""samples.jsonl and reward functions have prompts as they were written, not as a model has them."""
 
 import json
 
