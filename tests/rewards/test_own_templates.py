@@ -1,14 +1,20 @@
 """A reward model with a template or a tokenizer of its own scores the tokens it was trained on."""
 
 import copy
+import json
 
 import pytest
+from tiny import tiny_model_folder
 from tiny_tokenizers import metaspace_tokenizer, tiny_tokenizer
 
+from command_line.sft_flags import load_rows, parse_arguments
 from data_loading.formats import to_record
 from data_utils import Records
 from errors import UserError
-from models.reading import Reading
+from models.adapter_files import attach, save_adapter
+from models.load import load_model
+from models.reading import Reading, trained_reading
+from models.reward_model import RewardModel, save_reward_head
 from rewards.learned import learned_reward
 from rewards.reward_rows import reading_of_rows, tokenise_reward_rows
 from rewards.reward_set import RewardSet
@@ -42,6 +48,7 @@ ROWS = {
     "history": {"prompt": "what is", "history": [["a", "b"]], "chosen": "the", "rejected": "no"},
     "several": {"prompt": "what", "responses": ["the answer", "hello", "no"]},
 }
+LORA = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 2, "scale": 1.0}}
 POLICIES = {name: tiny_tokenizer(template=name) for name in ("chatml", "llama3", "mistral", None)}
 
 
@@ -101,6 +108,33 @@ def test_reward_functions_get_the_tokens_that_a_policy_writes(template):
         assert pair.ended
         assert tokenizer.decode(pair.tokens[-1:]) == ends.get(template, "</s>")
         assert tokenizer.decode(pair.tokens).count(ends.get(template, "</s>")) <= 2
+    rows = Records([to_record({"text": "what is"}, "text", "x:1")])
+    [pair] = make_pairs(rows, tokenizer, {"max_length": 500, "skip_bad_rows": False})[0]
+    assert tokenizer.decode(pair.tokens[-1:]) == "</s>"  # no template wrote it
+
+
+@pytest.mark.parametrize(
+    "options", [{"prompt_template": "Q: {prompt}\nA:"}, {"token_format": "role_markers"}]
+)
+def test_a_reward_model_that_goes_on_reads_as_it_did(options, tmp_path, capsys):
+    """--test, or more training, without the flags that it was first trained with."""
+    model = str(tiny_model_folder(tmp_path / "model", template="chatml"))
+    loaded = load_model(model)
+    made = RewardModel(loaded.model, tuning=attach(loaded.model, LORA))
+    made.reading = trained_reading(loaded.tokenizer, **options)
+    save_adapter(tmp_path / "a.npz", made.tuning, loaded, head="reward_head")
+    save_reward_head(tmp_path / "a.npz", made)
+    row = {"prompt": "what", "chosen": "the answer", "rejected": "no"}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    words = ["--model", model, "--reward-model", "--test", "--test-file"]
+    words += [str(tmp_path / "rows.jsonl"), "--resume-adapter-file", str(tmp_path / "a.npz")]
+    rows = load_rows(parse_arguments(words), loaded.tokenizer)
+    first = loaded.tokenizer.decode(rows["test"][0].responses[0])
+    assert first.startswith("<s>Q: what" if "prompt_template" in options else "<s>what")
+    assert f"note: --{next(iter(options)).replace('_', '-')} is " in capsys.readouterr().out
+    assert rows["reading"].description() == made.reading.description()
+    chosen = load_rows(parse_arguments([*words, "--token-format", "standard"]), loaded.tokenizer)
+    assert chosen["reading"] == trained_reading(loaded.tokenizer)
 
 
 def test_of_an_answer_of_several_turns_the_last_is_the_response():
