@@ -15,11 +15,14 @@ A real one, rewards that can be checked:
 
 import fast_blas  # noqa: F401
 
+from functools import partial
+
 from command_line.adapter_file import make_tuning
+from command_line.adlf_flags import component_weights, make_composite
 from command_line.group_flags import config_of, default_learning_rate, parse_arguments
 from command_line.model_limits import check_rows, fit_lengths
 from command_line.parser import run_main
-from command_line.ppo_flags import ends, load_prompts, stop_at, validation_prompts
+from command_line.ppo_flags import ends, load_prompts, signal_options, stop_at, validation_prompts
 from command_line.reward_flags import make_learned_reward, make_rewards
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
 from training.launch import run_training, say_peak_memory, say_written, start
@@ -30,6 +33,7 @@ from training.launch import run_training, say_peak_memory, say_written, start
 def main(words=None) -> int:
     args = parse_arguments(words)
     from data_utils import columns_of
+    from training.internal_signals import reference_signals
 
     loaded = start(args.seed, args.memory_limit, **model_options(args))
     fit_lengths(args, loaded.limits, response=args.max_new_tokens)
@@ -44,6 +48,8 @@ def main(words=None) -> int:
         )
     learned = make_learned_reward(args, loaded, policy.tuning)
     rewards = make_rewards(args, learned, unscored=True)
+    options = signal_options(args, loaded, policy.tuning, reference, prompts)
+    rewards = make_composite(args, rewards, partial(reference_signals, **options))
     rewards.check_columns([*columns_of(prompts["train"].rows), "group_ids"])
     train(args, loaded, policy, reference, rewards, prompts)
     say_peak_memory()
@@ -65,7 +71,7 @@ def make_policy(args, loaded):
     if args.learning_rate is None:
         args.learning_rate = default_learning_rate(tuning.kind, size)
     reference = None
-    if tuning.kind == "full" and config_of(args).beta:
+    if tuning.kind == "full" and (config_of(args).beta or component_weights(args)):
         options = model_options(args) | {"quantize": args.reference_quantize}
         reference = load_model(options.pop("model"), **options).model
     return Policy(loaded.model, tuning), reference
@@ -81,6 +87,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     from publishing.trained import write_fused
     from training.group_loop import GroupLoop
     from training.groups import Group, adapter_group
+    from training.internal_signals import calibration_groups
     from training.optimizers import build_optimizer
     from training.rollout_loop import RolloutSchedule
 
@@ -98,6 +105,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     groups = {"adapters": adapter_group(policy.tuning, describe(policy.tuning, loaded))}
     if trainer.blend is not None:  # the blended reference is a part of checkpoints
         groups["reference"] = Group(trainer.blend.arrays, trainer.blend.load_arrays)
+    groups |= calibration_groups(rewards)
     schedule = RolloutSchedule(
         steps=config.num_steps,
         eval_every=args.eval_every,

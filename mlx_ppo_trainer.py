@@ -107,9 +107,9 @@ class PPOTrainer:
         self.optimizer = optimizer or build_optimizer("adam", config.learning_rate)
         self.optimizer.init(model.trainable_parameters())
         self.kl_controller = (
-            AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
-            if config.adap_kl_ctrl
-            else FixedKLController(config.init_kl_coef)
+            FixedKLController(config.init_kl_coef)
+            if config.adapts_to is None
+            else AdaptiveKLController(config.init_kl_coef, config.adapts_to, config.horizon)
         )
         self.running = RunningMoments()
         self.steps_done = 0
@@ -432,13 +432,17 @@ class PPOTrainer:
         """The step's metrics under TRL's names; warns, once each, of what usually goes wrong."""
         stats = step_statistics(rollout, minibatches)
         stats["objective/kl_coef"] = self.kl_controller.value
+        if self.config.use_dynamic_kl:
+            per_token = masked_mean(rollout.kls, rollout.mask).item()
+            stats["objective/kl_per_token"] = per_token
         stats["ppo/learning_rate"] = float(self.optimizer.learning_rate)
         self._warn(**warnings_for(stats, self.config.max_new_tokens))
         return stats
 
     def finish(self, stats: dict) -> None:
         """Move beta and count the step."""
-        self.kl_controller.update(stats["objective/kl"], self.config.batch_size)
+        unit = "kl_per_token" if self.config.use_dynamic_kl else "kl"
+        self.kl_controller.update(stats[f"objective/{unit}"], self.config.batch_size)
         self.steps_done += 1
 
     def _warn(self, **messages: str) -> None:

@@ -13,11 +13,21 @@ A real one:
 
 import fast_blas  # noqa: F401
 
+from functools import partial
+
 from command_line.adapter_file import make_tuning
+from command_line.adlf_flags import make_composite
 from command_line.dataclass_flags import dataclass_from_arguments
 from command_line.model_limits import check_rows, fit_lengths
 from command_line.parser import run_main
-from command_line.ppo_flags import ends, load_prompts, parse_arguments, stop_at, validation_prompts
+from command_line.ppo_flags import (
+    ends,
+    load_prompts,
+    parse_arguments,
+    signal_options,
+    stop_at,
+    validation_prompts,
+)
 from command_line.reward_flags import make_learned_reward, make_rewards
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
 from models.adapter_description import VALUE_HEAD
@@ -29,6 +39,8 @@ from training.launch import run_training, say_peak_memory, say_written, start
 
 def main(words=None) -> int:
     args = parse_arguments(words)
+    from training.internal_signals import reference_signals
+
     loaded = start(args.seed, args.memory_limit, **model_options(args))
     fit_lengths(args, loaded.limits, response=args.max_new_tokens)
     prompts = load_prompts(args, loaded.tokenizer)
@@ -42,6 +54,8 @@ def main(words=None) -> int:
         )
     learned = make_learned_reward(args, loaded, policy.tuning)
     rewards = make_rewards(args, learned, unscored=True)
+    options = signal_options(args, loaded, policy.tuning, reference, prompts)
+    rewards = make_composite(args, rewards, partial(reference_signals, **options))
     train(args, loaded, policy, reference, rewards, prompts)
     say_peak_memory()
     return 0
@@ -78,6 +92,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     from models.adapter_files import describe
     from publishing.trained import write_fused
     from training.groups import Group, adapter_group
+    from training.internal_signals import calibration_groups
     from training.optimizers import build_optimizer
     from training.rollout_loop import RolloutLoop, RolloutSchedule
 
@@ -96,6 +111,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     groups = {
         "adapters": adapter_group(tuning, describe(tuning, loaded)),
         VALUE_HEAD: Group(head.arrays, lambda a: head.load_weights(list(a.items()))),
+        **calibration_groups(rewards),
     }
     schedule = RolloutSchedule(
         steps=config.num_steps,
@@ -149,8 +165,9 @@ def finish(args, loaded, run, loop) -> None:
     written = save_adapter(args.save_file, policy.tuning, loaded, head=VALUE_HEAD)
     written.append(save_head(args.save_file, VALUE_HEAD, policy.value_head.arrays(), {}))
     rows = read_rows(run.folder)
-    target = args.target if args.adap_kl_ctrl else None
-    written.append(plot_ppo(rows, run.plots / "ppo.png", kl_target=target))
+    unit = {"kl": "objective/kl_per_token", "unit": "token"} if args.use_dynamic_kl else {}
+    target = loop.trainer.config.adapts_to
+    written.append(plot_ppo(rows, run.plots / "ppo.png", kl_target=target, **unit))
     if args.reward_model and args.true_score:
         names = {"learned": f"env/{LEARNED}_mean", "true": f"env/{GROUND_TRUTH}_mean"}
         place = run.plots / "learned_and_true.png"

@@ -49,8 +49,15 @@ NEEDS_OF_ROLLOUTS = (
     Needs("eval_samples eval_prompts", met=has_validation, why=NO_VALIDATION),
 )
 NEEDS = (
-    Needs("target horizon", "adap_kl_ctrl"),
-    Needs("adap_kl_ctrl", "init_kl_coef"),  # the coefficient is only ever multiplied
+    Needs("target", "adap_kl_ctrl"),
+    Needs("kl_target", "use_dynamic_kl"),
+    Needs(
+        "horizon",
+        met=lambda args: args.adap_kl_ctrl or args.use_dynamic_kl,
+        why="without --adap-kl-ctrl or --use-dynamic-kl",
+    ),
+    # The coefficient is only ever multiplied.
+    Needs("adap_kl_ctrl use_dynamic_kl", "init_kl_coef"),
     Needs("target_kl", "early_stopping"),
     *NEEDS_OF_ROLLOUTS,
 )
@@ -159,6 +166,8 @@ def settle_arguments(args) -> None:
     settle_tuning(args)
     if args.resume_file is not None:
         refuse_other_head(args, args.resume_file)
+    if args.use_dynamic_kl and "horizon" not in args.explicit:
+        args.horizon = 2.0 * args.batch_size
     dataclass_from_arguments(PPOConfig, args)
 
 
@@ -222,3 +231,18 @@ def stop_at(stops, tokenizer):
     # A token may stand for less than a character, but not for less than a byte.
     reach = max(len(text.encode()) for text in stops) + 8
     return lambda tokens: any(text in tokenizer.decode(tokens[-reach:]) for text in stops)
+
+
+def signal_options(args, loaded, tuning, reference, prompts) -> dict:
+    """What of a run internal rewards are measured with (training/internal_signals.py)."""
+    return {
+        "loaded": loaded,
+        "tuning": tuning,
+        "reference": reference,
+        "prompts": prompts["train"].rows,
+        "eos_ids": ends(args, loaded.tokenizer),
+        "max_new_tokens": args.max_new_tokens,
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "should_stop": stop_at(args.stop, loaded.tokenizer),
+    }

@@ -16,6 +16,7 @@ REFUSED = {
     "quantize": "PyTorch has no counterpart that gives the same numbers",
     "reference_quantize": "PyTorch has no counterpart that gives the same numbers",
     "fused_dir": "--save-file FOLDER holds the merged model here",
+    "adlf_alpha": "internal rewards are measured on MLX alone",
     "compile": "the baseline runs PyTorch as it is",
 }
 

@@ -98,7 +98,7 @@ class GroupLoop(RolloutLoop):
         return stats
 
     def logged(self, stats: dict, made: Experience) -> dict:
-        return stats
+        return stats | self.rewards.metrics(made.parts)
 
     def report(self, progress: Progress, stats: dict, made: Experience) -> None:
         shown = {"reward": stats["reward"]}

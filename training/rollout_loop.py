@@ -170,7 +170,7 @@ class RolloutLoop(Resumable):
 
     def logged(self, stats: dict, made: Experience) -> dict:
         """The step's row of metrics."""
-        return logged_row(stats, made.parts, made.scores)
+        return logged_row(stats, made.parts, made.scores) | self.rewards.metrics(made.parts)
 
     def report(self, progress: Progress, stats: dict, made: Experience) -> None:
         shown = {"score": float(np.nanmean(made.scores))}
@@ -197,6 +197,7 @@ class RolloutLoop(Resumable):
             token_ids=token_ids,
             ended=rollout.ended,
             prompt_text=[row.text for row in rows],
+            response_start=[len(row.tokens) for row in rows],
         )
 
     def write_samples(self, made: Experience, kls: Sequence[float] | None) -> None:

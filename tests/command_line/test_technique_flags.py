@@ -1,0 +1,58 @@
+"""Flags of docs/techniques.md: what says nothing or contradicts itself is one line."""
+
+import re
+
+import pytest
+
+import group_training
+import ppo_training
+import score
+from command_line.parser import run_main
+
+PPO = "--ground_truth_reward "
+SCORE = "--input x.jsonl --ground_truth_reward "
+
+
+def refused(script, line: str, capsys) -> str:
+    with pytest.raises(SystemExit) as end:
+        run_main(lambda: script.parse_arguments(line.split()))
+    assert end.value.code == 2
+    (said,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    return said
+
+
+@pytest.mark.parametrize(
+    "script, start", [(ppo_training, PPO), (group_training, PPO), (score, SCORE)]
+)
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("--adlf-alpha 1.5 --use-fluency-reward", "alpha 1.5: give a number from 0 to 1"),
+        ("--adlf-alpha nan --use-fluency-reward", "alpha"),
+        ("--adlf-alpha 0.3", "a share of nothing"),
+        ("--use-fluency-reward", "no effect at --adlf-alpha 0"),
+        ("--use-multi-objective --score-range 0 1", "no effect at --adlf-alpha 0"),
+        ("--score-range 0 1", "no effect at --adlf-alpha 0"),
+        ("--adlf-alpha 0.3 --use-fluency-reward --score-range 1 1", "the first must be the lower"),
+        ("--adlf-alpha 0.3 --use-multi-objective", "needs --score-range"),
+        (
+            "--adlf-alpha 0.3 --use-multi-objective --score-range 0 1 --fluency-weight 0 "
+            "--faithfulness-weight 0 --quality-weight 0",
+            "all 0",
+        ),
+        (
+            "--adlf-alpha 0.3 --use-multi-objective --score-range 0 1 --fluency-weight -1",
+            "not below 0",
+        ),
+        (
+            "--adlf-alpha 0.3 --use-multi-objective --score-range 0 1 --use-length-penalty",
+            "no effect with --use-multi-objective",
+        ),
+        ("--adlf-alpha 0.3 --use-coherence-reward --length-target 9", "no effect without"),
+        ("--adlf-alpha 0.3 --use-length-penalty --length-target 0", "below 1"),
+        ("--adlf-alpha 0.3 --use-length-penalty --quality-weight 1", "no effect without"),
+        ("--adlf-alpha 0.3 --use-length-penalty --faithfulness-model x", "no effect without"),
+    ],
+)
+def test_composite_rewards(script, start, line, said, capsys):
+    assert re.search(re.escape(said), refused(script, start + line, capsys))
