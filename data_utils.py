@@ -25,6 +25,14 @@ from data_loading.collate import (
     make_batch,  # rows of one kind to padded arrays
     pack_rows,  # several rows into rows of constant length
 )
+from data_loading.curriculum import (
+    Curriculum,  # which rows are open at an update
+    chosen_prompts,  # which prompts a step takes
+    counted_tokens,  # what of a row a model is asked about, to find out how hard it is
+    easy_first,  # a plan of batches with a curriculum
+    hard_by_length,  # difficulties of rows
+    hard_by_score,
+)
 from data_loading.fields import extras_of  # tools, documents of a row, for a chat template
 from data_loading.formats import ALIASES, FORMATS, KNOWN_FORMATS  # names for --format
 from data_loading.reading import read_dataset, read_records  # rows of a file, of a data set
@@ -74,6 +82,7 @@ __all__ = [
     "TOKEN_FORMATS",
     "BatchIterator",
     "BatchPlan",
+    "Curriculum",
     "PreferenceBatch",
     "PreferenceRow",
     "PromptRow",
@@ -88,13 +97,18 @@ __all__ = [
     "UnpairedBatch",
     "UnpairedRow",
     "asks_for_date",
+    "chosen_prompts",
     "columns_of",
+    "counted_tokens",
     "data_report",
+    "easy_first",
     "encode_prompt",
     "epoch_batches",
     "extras_of",
     "first_words",
     "folder_file",
+    "hard_by_length",
+    "hard_by_score",
     "histogram",
     "load_data",
     "make_batch",

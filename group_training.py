@@ -19,6 +19,7 @@ from functools import partial
 
 from command_line.adapter_file import make_tuning
 from command_line.adlf_flags import component_weights, make_composite
+from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.group_flags import config_of, default_learning_rate, parse_arguments
 from command_line.model_limits import check_rows, fit_lengths
 from command_line.parser import run_main
@@ -38,6 +39,7 @@ def main(words=None) -> int:
     loaded = start(args.seed, args.memory_limit, **model_options(args))
     fit_lengths(args, loaded.limits, response=args.max_new_tokens)
     prompts = load_prompts(args, loaded.tokenizer, config_of(args).prompts_per_step)
+    how_hard = difficulty(args, loaded, prompts["train"].rows)
     policy, reference = make_policy(args, loaded)
     for split in prompts.values():
         check_rows(
@@ -51,7 +53,8 @@ def main(words=None) -> int:
     options = signal_options(args, loaded, policy.tuning, reference, prompts)
     rewards = make_composite(args, rewards, partial(reference_signals, **options))
     rewards.check_columns([*columns_of(prompts["train"].rows), "group_ids"])
-    train(args, loaded, policy, reference, rewards, prompts)
+    order = make_curriculum(args, how_hard, args.num_steps)
+    train(args, loaded, policy, reference, rewards, prompts, order)
     say_peak_memory()
     return 0
 
@@ -80,7 +83,7 @@ def make_policy(args, loaded):
 # ------------------------------------------------------------------------------ loop
 
 
-def train(args, loaded, policy, reference, rewards, prompts) -> None:
+def train(args, loaded, policy, reference, rewards, prompts, order) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_group_trainer import GroupTrainer
     from models.adapter_files import describe
@@ -126,6 +129,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
             schedule,
             stop_at(args.stop, loaded.tokenizer),
             loaded.fingerprint,
+            order,
         )
 
     said = (

@@ -106,10 +106,11 @@ class PPOTrainer:
         self.vocabulary = vocabulary_size(model.model)
         self.optimizer = optimizer or build_optimizer("adam", config.learning_rate)
         self.optimizer.init(model.trainable_parameters())
+        target = config.kl_target if config.use_dynamic_kl else config.target
         self.kl_controller = (
-            FixedKLController(config.init_kl_coef)
-            if config.adapts_to is None
-            else AdaptiveKLController(config.init_kl_coef, config.adapts_to, config.horizon)
+            AdaptiveKLController(config.init_kl_coef, target, config.horizon)
+            if config.adap_kl_ctrl or config.use_dynamic_kl
+            else FixedKLController(config.init_kl_coef)
         )
         self.running = RunningMoments()
         self.steps_done = 0

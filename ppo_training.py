@@ -17,6 +17,7 @@ from functools import partial
 
 from command_line.adapter_file import make_tuning
 from command_line.adlf_flags import make_composite
+from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.dataclass_flags import dataclass_from_arguments
 from command_line.model_limits import check_rows, fit_lengths
 from command_line.parser import run_main
@@ -44,6 +45,7 @@ def main(words=None) -> int:
     loaded = start(args.seed, args.memory_limit, **model_options(args))
     fit_lengths(args, loaded.limits, response=args.max_new_tokens)
     prompts = load_prompts(args, loaded.tokenizer)
+    how_hard = difficulty(args, loaded, prompts["train"].rows)
     policy, reference = make_policy(args, loaded)
     for split in prompts.values():
         check_rows(
@@ -56,7 +58,8 @@ def main(words=None) -> int:
     rewards = make_rewards(args, learned, unscored=True)
     options = signal_options(args, loaded, policy.tuning, reference, prompts)
     rewards = make_composite(args, rewards, partial(reference_signals, **options))
-    train(args, loaded, policy, reference, rewards, prompts)
+    order = make_curriculum(args, how_hard, args.num_steps)
+    train(args, loaded, policy, reference, rewards, prompts, order)
     say_peak_memory()
     return 0
 
@@ -86,7 +89,7 @@ def make_policy(args, loaded):
 # ------------------------------------------------------------------------------ loop
 
 
-def train(args, loaded, policy, reference, rewards, prompts) -> None:
+def train(args, loaded, policy, reference, rewards, prompts, order) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_ppo_trainer import PPOTrainer
     from models.adapter_files import describe
@@ -133,6 +136,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
             schedule,
             stop_at(args.stop, loaded.tokenizer),
             loaded.fingerprint,
+            order,
         )
 
     said = (
@@ -165,9 +169,10 @@ def finish(args, loaded, run, loop) -> None:
     written = save_adapter(args.save_file, policy.tuning, loaded, head=VALUE_HEAD)
     written.append(save_head(args.save_file, VALUE_HEAD, policy.value_head.arrays(), {}))
     rows = read_rows(run.folder)
-    unit = {"kl": "objective/kl_per_token", "unit": "token"} if args.use_dynamic_kl else {}
-    target = loop.trainer.config.adapts_to
-    written.append(plot_ppo(rows, run.plots / "ppo.png", kl_target=target, **unit))
+    kl = {"kl_target": args.target if args.adap_kl_ctrl else None}
+    if args.use_dynamic_kl:
+        kl = {"kl_target": args.kl_target, "kl": "objective/kl_per_token", "unit": "token"}
+    written.append(plot_ppo(rows, run.plots / "ppo.png", **kl))
     if args.reward_model and args.true_score:
         names = {"learned": f"env/{LEARNED}_mean", "true": f"env/{GROUND_TRUTH}_mean"}
         place = run.plots / "learned_and_true.png"

@@ -14,6 +14,7 @@ With answers that were rated in the chat:
 import fast_blas  # noqa: F401
 
 from command_line.adapter_file import make_tuning
+from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.model_limits import check_splits, fit_lengths
 from command_line.parser import run_main
 from command_line.preference_flags import (
@@ -25,7 +26,7 @@ from command_line.preference_flags import (
 )
 from command_line.sft_flags import training_length, validation
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
-from data_utils import BatchIterator, epoch_batches, make_batch
+from data_utils import BatchIterator, easy_first, epoch_batches, make_batch
 from training.launch import run_training, say_peak_memory, say_written, shape_multiple, start
 
 # ------------------------------------------------------------------------------ main
@@ -36,6 +37,8 @@ def main(words=None) -> int:
     loaded = start(args.seed, args.memory_limit, **model_options(args))
     fit_lengths(args, loaded.limits)
     rows = load_rows(args, loaded.tokenizer)
+    if args.train:
+        rows["difficulty"] = difficulty(args, loaded, rows["train"].rows)
     task = None if args.preview else make_task(args, loaded)
     check_splits(rows, loaded.limits, prefix=len(task.tuning.prefix) if task else 0)
     if args.preview:
@@ -124,6 +127,8 @@ def train(args, loaded, task, rows) -> None:
 
     plan = make_plan(args, rows["train"], seed=args.seed, pad_to_multiple=shape_multiple())
     steps, batches = training_length(args, len(plan))
+    order = make_curriculum(args, rows["difficulty"], steps)
+    plan = easy_first(plan, order, args.gradient_accumulation_steps)
     trainer = SupervisedTrainer(
         task,
         build_optimizer(**optimizer_options(args), steps=steps),

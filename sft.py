@@ -14,11 +14,12 @@ A real one:
 import fast_blas  # noqa: F401
 
 from command_line.adapter_file import make_tuning, refuse_other_pooling
+from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.model_limits import check_splits, fit_lengths
 from command_line.parser import run_main
 from command_line.sft_flags import load_rows, parse_arguments, training_length, validation
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
-from data_utils import BatchIterator, BatchPlan, epoch_batches
+from data_utils import BatchIterator, BatchPlan, easy_first, epoch_batches
 from models.adapter_description import REWARD_HEAD
 from training.launch import run_training, say_peak_memory, say_written, shape_multiple, start
 
@@ -49,6 +50,8 @@ def main(words=None) -> int:
     loaded = start(args.seed, args.memory_limit, **model_options(args))
     fit_lengths(args, loaded.limits)
     rows = load_rows(args, loaded.tokenizer)
+    if args.train:
+        rows["difficulty"] = difficulty(args, loaded, rows["train"].rows)
     task = None if args.preview else make_task(args, loaded)
     check_splits(rows, loaded.limits, prefix=len(task.tuning.prefix) if task else 0)
     if args.preview:
@@ -97,6 +100,9 @@ def train(args, loaded, task, rows) -> None:
         rows["train"].lengths, args.batch_size, seed=args.seed, pad_to_multiple=shape_multiple()
     )
     steps, batches = training_length(args, len(plan))
+    plan = easy_first(
+        plan, make_curriculum(args, rows["difficulty"], steps), args.gradient_accumulation_steps
+    )
     epochs = (batches or steps * args.gradient_accumulation_steps) / len(plan)
     trainer = SupervisedTrainer(
         task,

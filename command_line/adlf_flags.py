@@ -12,18 +12,13 @@ from errors import UserError
 from rewards.reward_set import RewardSet
 from run_folder.secrets import tell
 
-# Component -> the flag that chooses it.
-CHOSEN_BY = {
-    "length": "use_length_penalty",
-    "coherence": "use_coherence_reward",
-    "fluency": "use_fluency_reward",
-    "faithfulness": "use_faithfulness_reward",
-}
-WEIGHTS = {
-    "fluency": "fluency_weight",
-    "faithfulness": "faithfulness_weight",
-    "external": "quality_weight",
-}
+CHOSEN_BY = (
+    "use_length_penalty",
+    "use_coherence_reward",
+    "use_fluency_reward",
+    "use_faithfulness_reward",
+)
+WEIGHTS = ("fluency_weight", "faithfulness_weight", "quality_weight")
 NEEDS = (
     Needs("length_target", "use_length_penalty"),
     Needs("fluency_weight faithfulness_weight quality_weight", "use_multi_objective"),
@@ -97,7 +92,7 @@ def check_adlf(args: argparse.Namespace) -> None:
     """Refuse a share of nothing, components without a share, and weights that say nothing."""
     if not 0 <= args.adlf_alpha <= 1:
         raise UserError(f"--adlf-alpha {args.adlf_alpha:g}: give a number from 0 to 1")
-    chosen = [name for name in CHOSEN_BY.values() if getattr(args, name)]
+    chosen = [name for name in CHOSEN_BY if getattr(args, name)]
     if args.use_multi_objective and chosen:
         raise UserError(
             f"{flag_of(chosen[0])} has no effect with --use-multi-objective, whose objectives are "
@@ -107,7 +102,7 @@ def check_adlf(args: argparse.Namespace) -> None:
     if args.adlf_alpha and not asked:
         raise UserError(
             f"--adlf-alpha {args.adlf_alpha:g} is a share of nothing: give "
-            f"{', '.join(map(flag_of, CHOSEN_BY.values()))} or --use-multi-objective"
+            f"{', '.join(map(flag_of, CHOSEN_BY))} or --use-multi-objective"
         )
     if asked and not args.adlf_alpha:
         raise UserError(f"{flag_of(asked[0])} has no effect at --adlf-alpha 0")
@@ -125,12 +120,12 @@ def check_weights(args: argparse.Namespace) -> None:
     """Refuse weights of objectives that cannot be."""
     if not args.use_multi_objective:
         return
-    weights = [getattr(args, name) for name in WEIGHTS.values()]
-    for name, weight in zip(WEIGHTS.values(), weights, strict=True):
+    weights = [getattr(args, name) for name in WEIGHTS]
+    for name, weight in zip(WEIGHTS, weights, strict=True):
         if not 0 <= weight < math.inf:
             raise UserError(f"{flag_of(name)} {weight:g}: give a number that is not below 0")
     if not any(weights):
-        raise UserError(f"{', '.join(map(flag_of, WEIGHTS.values()))}: all 0; one must be above 0")
+        raise UserError(f"{', '.join(map(flag_of, WEIGHTS))}: all 0; one must be above 0")
     if args.score_range is None:
         raise UserError("--use-multi-objective needs --score-range, for quality from 0 to 1")
 
@@ -138,8 +133,18 @@ def check_weights(args: argparse.Namespace) -> None:
 def component_weights(args: argparse.Namespace) -> dict[str, float]:
     """The internal components that were asked for, with their weights; {} without any."""
     if args.use_multi_objective:
-        return {name: getattr(args, flag) for name, flag in WEIGHTS.items()}
-    return {name: 1.0 for name, flag in CHOSEN_BY.items() if getattr(args, flag)}
+        return {
+            "fluency": args.fluency_weight,
+            "faithfulness": args.faithfulness_weight,
+            "external": args.quality_weight,
+        }
+    chosen = {
+        "length": args.use_length_penalty,
+        "coherence": args.use_coherence_reward,
+        "fluency": args.use_fluency_reward,
+        "faithfulness": args.use_faithfulness_reward,
+    }
+    return {name: 1.0 for name, wanted in chosen.items() if wanted}
 
 
 def make_composite(

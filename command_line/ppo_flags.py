@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from command_line.adapter_file import check_save_file, refuse_other_head, settle_adapter
+from command_line.curriculum_flags import add_curriculum_arguments
 from command_line.data_flags import (
     NO_VALIDATION,
     add_data_arguments,
@@ -111,6 +112,7 @@ def add_task_arguments(parser: Parser, *, save_file: str) -> None:
 
 def add_shared_arguments(parser: Parser, *, learning_rate_note: str) -> None:
     """Data, model, adapter, optimizer and run, with the defaults of methods on rollouts."""
+    add_curriculum_arguments(parser)
     add_data_arguments(parser, max_length=1024)
     add_model_arguments(parser)
     add_any_base(parser, "resume_file", "reward_model")

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 
 from command_line.adapter_file import check_save_file, settle_adapter
+from command_line.curriculum_flags import add_curriculum_arguments
 from command_line.data_flags import (
     NO_VALIDATION,
     add_data_arguments,
@@ -64,7 +65,7 @@ OF_TRAINING = (
     "validation_file validation_split_percentage lora_dropout grad_checkpoint optimizer "
     "learning_rate lr_schedule num_cycles lr_power warmup_steps lr_end_factor weight_decay "
     "max_grad_norm adam_beta1 adam_beta2 adam_eps momentum output_dir overwrite save_every "
-    "keep_checkpoints log_with max_bad_steps"
+    "keep_checkpoints log_with wandb_project wandb_run_name max_bad_steps"
 )
 
 # A test alone makes no adapter: it has that of a file, or none.
@@ -133,6 +134,7 @@ def parse_arguments(words=None):
         default=0,
         help="scores get mean 0, deviation 1 on this many samples; 0: as trained",
     )
+    add_curriculum_arguments(parser)
     add_data_arguments(parser, test_rows=True)
     add_model_arguments(parser)
     add_any_base(parser, "resume_adapter_file")

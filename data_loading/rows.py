@@ -14,6 +14,8 @@ class TextRow:
     tokens: list[int]
     mask: list[int]
     where: str = ""
+    # Of the row, where it has one. Not in the repr, of which a run's data is fingerprinted.
+    reward: float | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass
@@ -87,6 +89,7 @@ class PromptRow:
     where: str = ""
     # A text, or messages. Not in repr, of which the fingerprint of a run's data is made.
     prompt: str | list = field(default="", repr=False)
+    reward: float | None = field(default=None, repr=False, compare=False)  # of the recorded answer
 
     def __post_init__(self) -> None:
         self.prompt = self.prompt or self.text

@@ -73,7 +73,7 @@ def tokenise_sft(
         if not any(mask):
             raise Refused("no trained token is left" if was_cut else "no assistant turn to train")
         encoder.template.note(record, rendered)
-        return TextRow(tokens, mask, record.where), was_cut
+        return TextRow(tokens, mask, record.where, record.reward), was_cut
 
     return each(records, convert, skip_bad_rows, encoder.template)
 
@@ -189,7 +189,8 @@ def tokenise_prompts(
             text = tokenizer.decode(tokens[encoder.bos_length(tokens) :])
         template.note(record, rendered)
         written = record.asked() or text
-        return PromptRow(tokens, text, record.columns, record.where, written), was_cut
+        row = PromptRow(tokens, text, record.columns, record.where, written, record.reward)
+        return row, was_cut
 
     return each(records, convert, skip_bad_rows, template)
 

@@ -17,6 +17,7 @@ REFUSED = {
     "reference_quantize": "PyTorch has no counterpart that gives the same numbers",
     "fused_dir": "--save-file FOLDER holds the merged model here",
     "adlf_alpha": "internal rewards are measured on MLX alone",
+    "use_curriculum": "the order of rows is the ordinary one here",
     "compile": "the baseline runs PyTorch as it is",
 }
 

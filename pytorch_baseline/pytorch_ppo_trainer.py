@@ -90,10 +90,11 @@ class PPOTrainer:
         self._learning_rate = self.optimizer.param_groups[0]["lr"]  # of the last update
         self.device = model.model.device
         self.vocabulary = model.model.base.get_input_embeddings().num_embeddings
+        target = config.kl_target if config.use_dynamic_kl else config.target
         self.kl_controller = (
-            FixedKLController(config.init_kl_coef)
-            if config.adapts_to is None
-            else AdaptiveKLController(config.init_kl_coef, config.adapts_to, config.horizon)
+            AdaptiveKLController(config.init_kl_coef, target, config.horizon)
+            if config.adap_kl_ctrl or config.use_dynamic_kl
+            else FixedKLController(config.init_kl_coef)
         )
         self.running = RunningMoments()
         self.steps_done = 0

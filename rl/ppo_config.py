@@ -151,13 +151,6 @@ class PPOConfig:
             raise UserError(f"--kl-penalty: {self.kl_penalty!r} is none of {modes}")
 
     @property
-    def adapts_to(self) -> float | None:
-        """The KL that the coefficient is adapted to, of a response or of a token; None: fixed."""
-        if self.use_dynamic_kl:
-            return self.kl_target
-        return self.target if self.adap_kl_ctrl else None
-
-    @property
     def backward_batch_size(self) -> int:
         """Responses that one optimizer update sees."""
         return self.mini_batch_size * self.gradient_accumulation_steps

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data_utils import PromptRow, prompt_batch
+from data_utils import PromptRow
 from rl.group_advantages import group_stds, weighted_sum
 from rl.rollouts import join_rollouts
 from run_folder.console import Progress
@@ -34,7 +34,7 @@ class GroupLoop(RolloutLoop):
         are equal, at most `max_resample` times; what is left of them is trained on as it is.
         """
         config = self.trainer.config
-        chosen = prompt_batch(len(self.prompts), config.prompts_per_step, self.step, config.seed)
+        chosen = self.numbers(config.prompts_per_step)
         made, seen = self.sampled(chosen), list(chosen)
         self.resampled = 0
         for attempt in range(1, config.max_resample + 1 if config.dynamic_sampling else 1):
@@ -67,7 +67,8 @@ class GroupLoop(RolloutLoop):
     def fresh_prompts(self, count: int, attempt: int, seen: Sequence[int]) -> list[int]:
         """Numbers of prompts that this step has not had, as long as there are such."""
         random = stream(self.trainer.config.seed, self.step, FRESH, attempt)
-        order = random.permutation(len(self.prompts)).tolist()
+        every = self.curriculum.open_rows(self.step) if self.curriculum else len(self.prompts)
+        order = random.permutation(every).tolist()
         new = set(order) - set(seen)
         order = [i for i in order if i in new] + [i for i in order if i not in new]
         return [order[i % len(order)] for i in range(count)]

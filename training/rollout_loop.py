@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data_utils import PromptRow, columns_of, prompt_batch
+from data_utils import Curriculum, PromptRow, chosen_prompts, columns_of
 from errors import UserError
 from rewards.scored_rows import response_text
 from rewards.texts import asked, reward_columns
@@ -70,10 +70,12 @@ class RolloutLoop(Resumable):
     schedule: RolloutSchedule
     should_stop: Callable[[list[int]], bool] | None = None
     base: str | None = None  # fingerprint of the model that is trained
+    curriculum: Curriculum | None = None
     step: int = 0
     bad_in_a_row: int = 0
     last_bad: str = ""  # names the row of the last score that was not finite, for an error
     evaluations: list[dict] = field(default_factory=list)  # metrics of each, with its step
+    notes: dict[str, float] = field(default_factory=dict)  # on the prompts of this step
     not_finite = "ppo/not_finite"  # the metric that says that a step was skipped
 
     def rows(self) -> Sequence[PromptRow]:
@@ -140,7 +142,7 @@ class RolloutLoop(Resumable):
             raise
         stats = self.learn(made)
         self.step += 1
-        self.run_folder.log(self.step, self.logged(stats, made))
+        self.run_folder.log(self.step, self.logged(stats, made) | self.notes)
         progress.advance()
         if len(stats) > 1:  # a skipped step says that alone
             self.write_samples(made, stats.get("objective/kl_dist"))
@@ -152,9 +154,14 @@ class RolloutLoop(Resumable):
 
     def choose(self) -> list[PromptRow]:
         """The rows of this step, one for each response."""
-        config = self.trainer.config
-        chosen = prompt_batch(len(self.prompts), config.batch_size, self.step, config.seed)
-        return [self.prompts[i] for i in chosen]
+        return [self.prompts[i] for i in self.numbers(self.trainer.config.batch_size)]
+
+    def numbers(self, count: int) -> list[int]:
+        """Which prompts this step takes, `count` of them."""
+        seed = self.trainer.config.seed
+        chosen = chosen_prompts(self.curriculum, len(self.prompts), count, self.step, seed)
+        self.notes = self.curriculum.notes(self.step, chosen) if self.curriculum else {}
+        return chosen
 
     def collect(self) -> Experience:
         """Responses to the rows of this step, with their scores."""

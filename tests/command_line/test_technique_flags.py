@@ -6,7 +6,9 @@ import pytest
 
 import group_training
 import ppo_training
+import preference_training
 import score
+import sft
 from command_line.parser import run_main
 
 PPO = "--ground_truth_reward "
@@ -56,3 +58,21 @@ def refused(script, line: str, capsys) -> str:
 )
 def test_composite_rewards(script, start, line, said, capsys):
     assert re.search(re.escape(said), refused(script, start + line, capsys))
+
+
+@pytest.mark.parametrize(
+    "script, line, said",
+    [
+        (sft, "--train --use-curriculum --packing", "drop one of them"),
+        (sft, "--train --use-curriculum --dataset x --streaming", "drop one"),
+        (sft, "--train --use-curriculum --curriculum-start 0", "above 0, to 1"),
+        (sft, "--train --use-curriculum --curriculum-steps 0", "below 1"),
+        (sft, "--train --curriculum-by loss", "no effect without --use-curriculum"),
+        (sft, "--test --resume-adapter-file x.npz --use-curriculum", "without --train"),
+        (preference_training, "--train --use-curriculum --curriculum-start 2", "above 0, to 1"),
+        (ppo_training, PPO + "--curriculum-steps 7", "no effect without --use-curriculum"),
+        (group_training, PPO + "--use-curriculum --curriculum-start -1", "above 0, to 1"),
+    ],
+)
+def test_curriculum(script, line, said, capsys):
+    assert re.search(re.escape(said), refused(script, line, capsys))
