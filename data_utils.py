@@ -35,6 +35,12 @@ from data_loading.curriculum import (
 )
 from data_loading.fields import extras_of  # tools, documents of a row, for a chat template
 from data_loading.formats import ALIASES, FORMATS, KNOWN_FORMATS  # names for --format
+from data_loading.labels import (
+    label_edges,  # quintiles of the rewards
+    label_of,  # of a row, for the contrastive loss
+    refuse_unlabelled,
+    rejected_answers,  # rows of the worst answers
+)
 from data_loading.reading import read_dataset, read_records  # rows of a file, of a data set
 from data_loading.records import Record, Records  # one row; rows with what was refused
 from data_loading.report import data_report, histogram, preview, use_colour  # strings to print
@@ -110,6 +116,8 @@ __all__ = [
     "hard_by_length",
     "hard_by_score",
     "histogram",
+    "label_edges",
+    "label_of",
     "load_data",
     "make_batch",
     "mix_records",
@@ -122,6 +130,8 @@ __all__ = [
     "read_dataset",
     "read_date",
     "read_records",
+    "refuse_unlabelled",
+    "rejected_answers",
     "split_records",
     "tokenise_pairs",
     "tokenise_preferences",

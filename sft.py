@@ -14,6 +14,7 @@ A real one:
 import fast_blas  # noqa: F401
 
 from command_line.adapter_file import make_tuning, refuse_other_pooling
+from command_line.contrastive_flags import LEAST
 from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.model_limits import check_splits, fit_lengths
 from command_line.parser import run_main
@@ -71,10 +72,18 @@ def main(words=None) -> int:
 
 def make_task(args, loaded):
     """The model with what is trained on it, as a task of mlx_sft_trainer."""
-    from mlx_sft_trainer import LanguageModelTask, RewardModelTask
+    from mlx_sft_trainer import ContrastiveTask, LanguageModelTask, RewardModelTask
     from models.reward_model import RewardModel, load_reward_head
 
     tuning = make_tuning(args, loaded, args.resume_adapter_file)
+    if args.use_contrastive:
+        return ContrastiveTask(
+            loaded.model,
+            tuning,
+            shape_multiple(),
+            temperature=args.contrastive_temp,
+            contrastive_weight=args.contrastive_weight,
+        )
     if not args.reward_model:
         return LanguageModelTask(loaded.model, tuning, pad_to_multiple=shape_multiple())
     reward_model = RewardModel(loaded.model, pooling=args.pooling, tuning=tuning)
@@ -97,7 +106,11 @@ def train(args, loaded, task, rows) -> None:
     from training.supervised_loop import Loop, Schedule
 
     plan = BatchPlan(
-        rows["train"].lengths, args.batch_size, seed=args.seed, pad_to_multiple=shape_multiple()
+        rows["train"].lengths,
+        args.batch_size,
+        seed=args.seed,
+        pad_to_multiple=shape_multiple(),
+        least=LEAST if args.use_contrastive else 1,
     )
     steps, batches = training_length(args, len(plan))
     plan = easy_first(

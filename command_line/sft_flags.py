@@ -4,6 +4,7 @@ Shared by sft.py and its PyTorch twin.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import string
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable
 
 from command_line.adapter_file import check_save_file, settle_adapter
+from command_line.contrastive_flags import Labels, add_contrastive_arguments
 from command_line.curriculum_flags import add_curriculum_arguments
 from command_line.data_flags import (
     NO_VALIDATION,
@@ -135,6 +137,7 @@ def parse_arguments(words=None):
         help="scores get mean 0, deviation 1 on this many samples; 0: as trained",
     )
     add_curriculum_arguments(parser)
+    add_contrastive_arguments(parser)
     add_data_arguments(parser, test_rows=True)
     add_model_arguments(parser)
     add_any_base(parser, "resume_adapter_file")
@@ -262,19 +265,18 @@ def load_rows(args, tokenizer) -> dict:
     settle_date(args, tokenizer)
     splits = (["train", "valid"] if args.train or args.preview else []) + ["test"] * args.test
     refuse = None if args.reward_model else lambda kind: not_for_sft(kind, args.chosen)
-    rows, found = {}, load_data(splits=splits, refuse=refuse, **data_sources(args))
+    rows, labels = {}, Labels()
+    found = load_data(splits=splits, refuse=refuse, **data_sources(args))
     for records in found.values():
         warn_of_digits_model(args, records)
     check_kinds(args, {kind for records in found.values() for kind in records.kinds})
     for split, records in found.items():
         if not args.reward_model:
-            rows[split] = tokenise_sft(
-                records,
-                tokenizer,
-                mask_prompt=args.mask_prompt,
-                chosen=args.chosen,
-                **tokenising(args),
-            )
+            options = tokenising(args) | {"mask_prompt": args.mask_prompt}
+            tokenise = functools.partial(tokenise_sft, tokenizer=tokenizer, **options)
+            rows[split] = tokenise(records, chosen=args.chosen)
+            if args.use_contrastive:
+                labels.put(records, rows[split], tokenise)
         else:
             if "reading" not in rows:
                 rows["reading"] = reading_of(args, tokenizer, set(records.kinds))

@@ -18,6 +18,7 @@ REFUSED = {
     "fused_dir": "--save-file FOLDER holds the merged model here",
     "adlf_alpha": "internal rewards are measured on MLX alone",
     "use_curriculum": "the order of rows is the ordinary one here",
+    "use_contrastive": "that loss is MLX's side alone",
     "compile": "the baseline runs PyTorch as it is",
 }
 

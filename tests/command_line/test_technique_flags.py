@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from conftest import ROOT
 
 import group_training
 import ppo_training
@@ -76,3 +77,26 @@ def test_composite_rewards(script, start, line, said, capsys):
 )
 def test_curriculum(script, line, said, capsys):
     assert re.search(re.escape(said), refused(script, line, capsys))
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("--train --use-contrastive --batch-size 3", "is below 4"),
+        ("--train --use-contrastive --batch-size 8 --packing", "no effect with --packing"),
+        ("--train --use-contrastive --batch-size 8 --reward-model", "no effect with --reward"),
+        ("--train --contrastive-temp 1", "no effect without --use-contrastive"),
+        ("--train --use-contrastive --batch-size 8 --contrastive-temp 0", "above 0"),
+        ("--train --use-contrastive --batch-size 8 --contrastive-weight -1", "not below 0"),
+    ],
+)
+def test_contrastive(line, said, capsys):
+    assert re.search(re.escape(said), refused(sft, line, capsys))
+
+
+def test_contrastive_without_labels(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = f"--train --data {ROOT}/data --use-contrastive --batch-size 8 --output-dir run"
+    with pytest.raises(SystemExit) as end:
+        run_main(lambda: sft.main(line.split()))
+    assert end.value.code == 2 and "kinds of label" in capsys.readouterr().err
