@@ -25,6 +25,12 @@ from data_loading.collate import (
     make_batch,  # rows of one kind to padded arrays
     pack_rows,  # several rows into rows of constant length
 )
+from data_loading.conditioning import (
+    Conditioning,  # how a score is written before a prompt
+    check_template,
+    conditioned,  # a row with its score
+    put_before,  # a prompt with words before it
+)
 from data_loading.curriculum import (
     Curriculum,  # which rows are open at an update
     chosen_prompts,  # which prompts a step takes
@@ -88,6 +94,7 @@ __all__ = [
     "TOKEN_FORMATS",
     "BatchIterator",
     "BatchPlan",
+    "Conditioning",
     "Curriculum",
     "PreferenceBatch",
     "PreferenceRow",
@@ -103,8 +110,10 @@ __all__ = [
     "UnpairedBatch",
     "UnpairedRow",
     "asks_for_date",
+    "check_template",
     "chosen_prompts",
     "columns_of",
+    "conditioned",
     "counted_tokens",
     "data_report",
     "easy_first",
@@ -127,6 +136,7 @@ __all__ = [
     "pad_rows",
     "preview",
     "prompt_batch",
+    "put_before",
     "read_dataset",
     "read_date",
     "read_records",

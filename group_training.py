@@ -19,6 +19,7 @@ from functools import partial
 
 from command_line.adapter_file import make_tuning
 from command_line.adlf_flags import component_weights, make_composite
+from command_line.conditioning_flags import ask_for_target
 from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.group_flags import config_of, default_learning_rate, parse_arguments
 from command_line.model_limits import check_rows, fit_lengths
@@ -41,6 +42,7 @@ def main(words=None) -> int:
     prompts = load_prompts(args, loaded.tokenizer, config_of(args).prompts_per_step)
     how_hard = difficulty(args, loaded, prompts["train"].rows)
     policy, reference = make_policy(args, loaded)
+    ask_for_target(args, loaded, prompts)
     for split in prompts.values():
         check_rows(
             split.rows,

@@ -17,6 +17,7 @@ from functools import partial
 
 from command_line.adapter_file import make_tuning
 from command_line.adlf_flags import make_composite
+from command_line.conditioning_flags import ask_for_target
 from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.dataclass_flags import dataclass_from_arguments
 from command_line.model_limits import check_rows, fit_lengths
@@ -47,6 +48,7 @@ def main(words=None) -> int:
     prompts = load_prompts(args, loaded.tokenizer)
     how_hard = difficulty(args, loaded, prompts["train"].rows)
     policy, reference = make_policy(args, loaded)
+    ask_for_target(args, loaded, prompts)
     for split in prompts.values():
         check_rows(
             split.rows,

@@ -48,12 +48,16 @@ ROWS = (
 
 def main(words=None) -> int:
     args = parse_arguments(words)
+    from models.adapter_files import SCORES
+
     loaded = start(args.seed, args.memory_limit, **model_options(args))
     fit_lengths(args, loaded.limits)
     rows = load_rows(args, loaded.tokenizer)
     if args.train:
         rows["difficulty"] = difficulty(args, loaded, rows["train"].rows)
     task = None if args.preview else make_task(args, loaded)
+    if rows["scores"] is not None:
+        loaded.config[SCORES] = rows["scores"].described()
     check_splits(rows, loaded.limits, prefix=len(task.tuning.prefix) if task else 0)
     if args.preview:
         return 0

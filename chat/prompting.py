@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from data_utils import Record, Template, tokenise_prompts
+from data_utils import Record, Template, put_before, tokenise_prompts
 from errors import UserError
 
 NO_LIMIT = 1 << 40  # tokens; a chat is never cut silently
@@ -20,6 +20,7 @@ class Prompting:
     tokenizer: Any
     token_format: str = "standard"
     prompt_template: str | None = None
+    prefix: str = ""  # before the first thing that is asked: the score that is wanted
 
     def __post_init__(self):
         template = Template(self.tokenizer, self.prompt_template, self.token_format)
@@ -48,6 +49,9 @@ class Prompting:
         last = messages[-1]["content"]
         if not last.strip():
             raise UserError("the prompt is empty")
+        if self.prefix:
+            messages = put_before(messages, self.prefix)
+            last = self.prefix + last
         if self.has_turns:
             record = Record(
                 "conversation", "conversation", {}, messages=messages, extras=extras or {}

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from command_line.adapter_file import check_save_file, refuse_other_head, settle_adapter
+from command_line.conditioning_flags import add_target_score
 from command_line.curriculum_flags import add_curriculum_arguments
 from command_line.data_flags import (
     NO_VALIDATION,
@@ -101,6 +102,7 @@ def add_task_arguments(parser: Parser, *, save_file: str) -> None:
     )
     add("--epochs", type=float, help="passes over the prompts, in place of --num-steps")
     add("--prompt-words", type=int, default=2, help="of a plain text, how many words are a prompt")
+    add_target_score(add)
     add("--stop", nargs="+", help="texts that end a response")
     add("--eval-every", type=int, default=20, help="steps between evaluations; 0: none")
     add("--eval-prompts", type=int, default=128, help="validation prompts to use; -1: all")

@@ -12,6 +12,11 @@ import sys
 from collections.abc import Callable
 
 from command_line.adapter_file import check_save_file, settle_adapter
+from command_line.conditioning_flags import (
+    add_conditioning_arguments,
+    make_conditioning,
+    put_scores,
+)
 from command_line.contrastive_flags import Labels, add_contrastive_arguments
 from command_line.curriculum_flags import add_curriculum_arguments
 from command_line.data_flags import (
@@ -138,6 +143,7 @@ def parse_arguments(words=None):
     )
     add_curriculum_arguments(parser)
     add_contrastive_arguments(parser)
+    add_conditioning_arguments(parser)
     add_data_arguments(parser, test_rows=True)
     add_model_arguments(parser)
     add_any_base(parser, "resume_adapter_file")
@@ -271,6 +277,9 @@ def load_rows(args, tokenizer) -> dict:
         warn_of_digits_model(args, records)
     check_kinds(args, {kind for records in found.values() for kind in records.kinds})
     for split, records in found.items():
+        rows.setdefault("scores", make_conditioning(args, records))
+        if rows["scores"] is not None:
+            records = put_scores(records, rows["scores"])
         if not args.reward_model:
             options = tokenising(args) | {"mask_prompt": args.mask_prompt}
             tokenise = functools.partial(tokenise_sft, tokenizer=tokenizer, **options)
@@ -292,7 +301,9 @@ def load_rows(args, tokenizer) -> dict:
                 f"{fill:.0%} full"
             )
         if args.sample_prompts and split == "train":
-            rows["samples"] = encode_samples(args, tokenizer, set(records.kinds) == {"text"})
+            said = "" if rows["scores"] is None else rows["scores"].prefix()
+            plain = set(records.kinds) == {"text"}
+            rows["samples"] = encode_samples(args, tokenizer, plain, said)
     if args.preview:
         show(rows["train"][0], tokenizer)
     return rows
@@ -350,16 +361,17 @@ def check_kinds(args, kinds: set[str]) -> None:
         refuse_idle(args, "token_format", "on rows of plain text")
 
 
-def encode_samples(args, tokenizer, plain: bool) -> list[list[int]]:
+def encode_samples(args, tokenizer, plain: bool, prefix: str = "") -> list[list[int]]:
     """Tokens of --sample-prompts as the prompts of training rows have them; `plain`: as text."""
+    texts = [prefix + text for text in args.sample_prompts]
     if plain:
-        return [list(tokenizer.encode(text)) for text in args.sample_prompts]
+        return [list(tokenizer.encode(text)) for text in texts]
     template = args.prompt_template
     names = {name for _, name, _, _ in string.Formatter().parse(template or "") if name}
     if len(names) == 1:  # "Question: {question}": the prompt is the question
         template = template.replace("{" + names.pop() + "}", "{prompt}")
     options = {"prompt_template": template, "token_format": args.token_format}
-    return [encode_prompt(text, tokenizer, **options) for text in args.sample_prompts]
+    return [encode_prompt(text, tokenizer, **options) for text in texts]
 
 
 def validation(args, rows, least: int = 1):

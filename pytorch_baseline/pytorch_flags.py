@@ -19,6 +19,8 @@ REFUSED = {
     "adlf_alpha": "internal rewards are measured on MLX alone",
     "use_curriculum": "the order of rows is the ordinary one here",
     "use_contrastive": "that loss is MLX's side alone",
+    "use_decision_transformer": "scores before prompts are MLX's side alone",
+    "target_score": "scores before prompts are MLX's side alone",
     "compile": "the baseline runs PyTorch as it is",
 }
 

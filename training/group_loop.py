@@ -51,7 +51,7 @@ class GroupLoop(RolloutLoop):
         """The groups of these prompts; `part` tells several calls in one step apart."""
         prompts = [self.prompts[i] for i in chosen]
         rollout = self.trainer.generate(
-            [row.tokens for row in prompts], should_stop=self.should_stop, part=part
+            [row.query for row in prompts], should_stop=self.should_stop, part=part
         )
         # A copy for each group, as a prompt may stand in a batch twice.
         groups = [replace(row) for row in prompts]

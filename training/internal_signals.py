@@ -51,7 +51,7 @@ def reference_signals(
                 made = sample(
                     model,
                     (),
-                    [row.tokens for row in rows[start : start + batch_size]],
+                    [row.query for row in rows[start : start + batch_size]],
                     max_tokens=max_new_tokens,
                     sampling=Sampling(1.0),
                     eos_ids=eos_ids,

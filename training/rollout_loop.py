@@ -166,7 +166,7 @@ class RolloutLoop(Resumable):
     def collect(self) -> Experience:
         """Responses to the rows of this step, with their scores."""
         rows = self.choose()
-        rollout = self.trainer.generate([row.tokens for row in rows], should_stop=self.should_stop)
+        rollout = self.trainer.generate([row.query for row in rows], should_stop=self.should_stop)
         return Experience(rows, rollout, *self.score(rows, rollout))
 
     def learn(self, made: Experience) -> dict:
@@ -265,7 +265,7 @@ class RolloutLoop(Resumable):
         """The rollout of an evaluation, a batch of the training's size at a time."""
         parts, size = [], self.trainer.config.batch_size
         for start in range(0, len(rows), size):
-            queries = [row.tokens for row in rows[start : start + size]]
+            queries = [row.query for row in rows[start : start + size]]
             parts.append(
                 self.trainer.sample_for_evaluation(queries, greedy, self.should_stop, start)
             )

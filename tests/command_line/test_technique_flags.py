@@ -100,3 +100,16 @@ def test_contrastive_without_labels(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run_main(lambda: sft.main(line.split()))
     assert end.value.code == 2 and "kinds of label" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "script, line, said",
+    [
+        (sft, "--train --score-template x", "no effect without --use-decision-transformer"),
+        (sft, "--train --use-decision-transformer --score-template x", "must hold {score}"),
+        (sft, "--train --use-decision-transformer --reward-model", "no effect with"),
+        (sft, "--train --use-decision-transformer --prompt-template {prompt}", "drop one"),
+    ],
+)
+def test_conditioning(script, line, said, capsys):
+    assert re.search(re.escape(said), refused(script, line, capsys))

@@ -97,10 +97,8 @@ def test_rejected_rows_are_compared_and_not_trained():
     assert sums["contrastive/loss"] > 0
 
 
-@pytest.mark.parametrize(
-    "base", ["reward_function_increasing_mult_2_", "preference_increasing_mult_2_"]
-)
-def test_sft_logs_it(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["reward_function", "preference"])
+def test_sft_logs_it(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = (
         f"--train --data {ROOT}/data --data-base {kind}_increasing_mult_2_ --use-contrastive "
