@@ -31,6 +31,11 @@ from data_loading.conditioning import (
     conditioned,  # a row with its score
     put_before,  # a prompt with words before it
 )
+from data_loading.critiques import (
+    CRITIQUE,  # asks for a critique
+    check_critique_template,
+    critiques,  # rows of reasons for scores
+)
 from data_loading.curriculum import (
     Curriculum,  # which rows are open at an update
     chosen_prompts,  # which prompts a step takes
@@ -89,6 +94,7 @@ from padding import pad_rows  # token lists to (B, L) and lengths
 
 __all__ = [
     "ALIASES",
+    "CRITIQUE",
     "FORMATS",
     "KNOWN_FORMATS",
     "TOKEN_FORMATS",
@@ -110,11 +116,13 @@ __all__ = [
     "UnpairedBatch",
     "UnpairedRow",
     "asks_for_date",
+    "check_critique_template",
     "check_template",
     "chosen_prompts",
     "columns_of",
     "conditioned",
     "counted_tokens",
+    "critiques",
     "data_report",
     "easy_first",
     "encode_prompt",

@@ -66,6 +66,8 @@ class LanguageModelTask(Task):
         mask = np.concatenate([np.zeros(shape), batch.mask], axis=1)
         inputs, index, targets = pick_targets(tokens, mask)
         weights = np.ones(len(index), dtype=np.float32)
+        if batch.weights is not None:
+            weights *= batch.weights[index // inputs.shape[1]]
         multiple = 16 * self.pad_to_multiple if self.pad_to_multiple > 1 else 1
         # At least one, of weight 0: MLX's sums over nothing can take minutes.
         spare = round_up(max(len(index), 1), multiple) - len(index)
@@ -106,11 +108,10 @@ class ContrastiveTask(LanguageModelTask):
         """Those of a language model, shares (B, N) of the tokens in their rows' means, labels."""
         inputs, index, targets, weights = super().arrays(batch)
         count, length = inputs.shape
-        rows, counted = np.array(index) // length, np.array(weights) > 0
+        rows = np.array(index) // length
+        counted = np.arange(len(rows)) < batch.mask[:, 1:].sum()  # the rest is padding
         shares = ((rows == np.arange(count)[:, None]) & counted).astype(np.float32)  # (B, N)
         shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1)
-        if batch.trained is not None:
-            weights = weights * mx.array(batch.trained[rows])
         labels = np.full(count, -1, np.int32) if batch.labels is None else batch.labels
         return [inputs, index, targets, weights, mx.array(shares), mx.array(labels)]
 

@@ -77,7 +77,7 @@ class Labels:
             kept = {row.where for row in done.rows}
             more = tokenise([r for r in rejected if r.where.removesuffix(" rejected") in kept])
             for row in more.rows:
-                row.label, row.trained = 0, False
+                row.label, row.weight = 0, 0.0
             done.rows += more.rows
         if first:
             refuse_unlabelled([row.label for row in done.rows], records.name)

@@ -12,13 +12,6 @@ import sys
 from collections.abc import Callable
 
 from command_line.adapter_file import check_save_file, settle_adapter
-from command_line.conditioning_flags import (
-    add_conditioning_arguments,
-    make_conditioning,
-    put_scores,
-)
-from command_line.contrastive_flags import Labels, add_contrastive_arguments
-from command_line.curriculum_flags import add_curriculum_arguments
 from command_line.data_flags import (
     NO_VALIDATION,
     add_data_arguments,
@@ -39,6 +32,7 @@ from command_line.shared_flags import (
     add_run_arguments,
     at_least,
 )
+from command_line.technique_rows import TechniqueRows, add_technique_arguments
 from data_utils import (
     BatchPlan,
     data_report,
@@ -141,9 +135,7 @@ def parse_arguments(words=None):
         default=0,
         help="scores get mean 0, deviation 1 on this many samples; 0: as trained",
     )
-    add_curriculum_arguments(parser)
-    add_contrastive_arguments(parser)
-    add_conditioning_arguments(parser)
+    add_technique_arguments(parser)
     add_data_arguments(parser, test_rows=True)
     add_model_arguments(parser)
     add_any_base(parser, "resume_adapter_file")
@@ -271,21 +263,16 @@ def load_rows(args, tokenizer) -> dict:
     settle_date(args, tokenizer)
     splits = (["train", "valid"] if args.train or args.preview else []) + ["test"] * args.test
     refuse = None if args.reward_model else lambda kind: not_for_sft(kind, args.chosen)
-    rows, labels = {}, Labels()
+    rows, techniques = {}, TechniqueRows(args)
     found = load_data(splits=splits, refuse=refuse, **data_sources(args))
     for records in found.values():
         warn_of_digits_model(args, records)
     check_kinds(args, {kind for records in found.values() for kind in records.kinds})
     for split, records in found.items():
-        rows.setdefault("scores", make_conditioning(args, records))
-        if rows["scores"] is not None:
-            records = put_scores(records, rows["scores"])
         if not args.reward_model:
             options = tokenising(args) | {"mask_prompt": args.mask_prompt}
             tokenise = functools.partial(tokenise_sft, tokenizer=tokenizer, **options)
-            rows[split] = tokenise(records, chosen=args.chosen)
-            if args.use_contrastive:
-                labels.put(records, rows[split], tokenise)
+            rows[split] = techniques.make(records, tokenise)
         else:
             if "reading" not in rows:
                 rows["reading"] = reading_of(args, tokenizer, set(records.kinds))
@@ -301,9 +288,11 @@ def load_rows(args, tokenizer) -> dict:
                 f"{fill:.0%} full"
             )
         if args.sample_prompts and split == "train":
-            said = "" if rows["scores"] is None else rows["scores"].prefix()
+            scores = techniques.conditioning
+            said = "" if scores is None else scores.prefix()
             plain = set(records.kinds) == {"text"}
             rows["samples"] = encode_samples(args, tokenizer, plain, said)
+    rows["scores"] = techniques.conditioning
     if args.preview:
         show(rows["train"][0], tokenizer)
     return rows

@@ -19,7 +19,7 @@ class TextBatch:
     mask: np.ndarray  # (B, L) float32, 1 on targets
     lengths: np.ndarray  # (B,) int32
     labels: np.ndarray | None = None  # (B,) int32 for a contrastive loss, -1: none
-    trained: np.ndarray | None = None  # (B,) float32, 0: a row for that loss alone
+    weights: np.ndarray | None = None  # (B,) float32 of each row's targets, where not all are 1
 
 
 @dataclass
@@ -79,13 +79,13 @@ def make_batch(
         return ScalarBatch(tokens, lengths, np.array([row.reward for row in rows], np.float32))
     mask, _ = pad_rows([row.mask for row in rows], 0, pad_to_multiple, np.float32)
     labels = [-1 if row.label is None else row.label for row in rows]
-    trained = [row.trained for row in rows]
+    weights = [row.weight for row in rows]
     return TextBatch(
         tokens,
         mask,
         lengths,
         np.array(labels, np.int32) if max(labels) >= 0 else None,
-        None if all(trained) else np.array(trained, np.float32),
+        None if set(weights) == {1.0} else np.array(weights, np.float32),
     )
 
 

@@ -17,7 +17,7 @@ class TextRow:
     # Of the row, where it has one. Not in the repr, of which a run's data is fingerprinted.
     reward: float | None = field(default=None, repr=False, compare=False)
     label: int | None = field(default=None, repr=False, compare=False)  # of the contrastive loss
-    trained: bool = field(default=True, repr=False, compare=False)  # or there for that loss alone
+    weight: float = field(default=1.0, repr=False, compare=False)  # of each target in the loss
 
 
 @dataclass

@@ -21,6 +21,7 @@ REFUSED = {
     "use_contrastive": "that loss is MLX's side alone",
     "use_decision_transformer": "scores before prompts are MLX's side alone",
     "target_score": "scores before prompts are MLX's side alone",
+    "use_self_critique": "critiques are trained on MLX's side alone",
     "compile": "the baseline runs PyTorch as it is",
 }
 

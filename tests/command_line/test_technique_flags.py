@@ -113,3 +113,16 @@ def test_contrastive_without_labels(tmp_path, monkeypatch, capsys):
 )
 def test_conditioning(script, line, said, capsys):
     assert re.search(re.escape(said), refused(script, line, capsys))
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("--train --critique-weight 0.1", "no effect without --use-self-critique"),
+        ("--train --use-self-critique --critique-weight 1.1", "from 0 to 1"),
+        ("--train --use-self-critique --critique-template x", "must hold the fields"),
+        ("--train --use-self-critique --reward-model", "drop one"),
+    ],
+)
+def test_self_critique(line, said, capsys):
+    assert re.search(re.escape(said), refused(sft, line, capsys))

@@ -90,7 +90,7 @@ def test_the_loss_is_added_and_a_weight_of_0_is_the_plain_one():
 def test_rejected_rows_are_compared_and_not_trained():
     made = rows()
     for row in made[::2]:
-        row.trained = False
+        row.weight = 0.0
     loss, sums, _ = gradients(0.0, made)
     alone = gradients(None, made[1::2])
     assert loss == pytest.approx(alone[0], rel=1e-5) and sums["weight"] == alone[1]["weight"]
