@@ -33,6 +33,7 @@ from data_loading.conditioning import (
 )
 from data_loading.critiques import (
     CRITIQUE,  # asks for a critique
+    REVISION,  # asks for an answer that heeds it
     check_critique_template,
     critiques,  # rows of reasons for scores
 )
@@ -102,6 +103,7 @@ __all__ = [
     "BatchPlan",
     "Conditioning",
     "Curriculum",
+    "REVISION",
     "PreferenceBatch",
     "PreferenceRow",
     "PromptRow",

@@ -406,25 +406,33 @@ class PPOTrainer:
 
     def _loss(self, packed: list[mx.array], columns: list[mx.array]) -> tuple[mx.array, dict]:
         """Loss of one minibatch, and its metrics."""
-        config, packed = self.config, Packed(*packed)
-        old_logprobs, old_values, advantages, returns = columns  # (b, r) each
-        logprobs, values, entropy = self.model(
-            packed, temperature=config.temperature, with_entropy=True, gradient=True
+        packed = Packed(*packed)
+        found = self.model(
+            packed, temperature=self.config.temperature, with_entropy=True, gradient=True
         )
+        return self.losses(found, columns, packed.mask)
+
+    def losses(
+        self, found: Sequence[mx.array], columns: Sequence[mx.array], mask: mx.array
+    ) -> tuple[mx.array, dict]:
+        """Loss and metrics of rows: what the model says of them now, what was found before."""
+        config = self.config
+        logprobs, values, entropy = found  # (b, r) each
+        old_logprobs, old_values, advantages, returns = columns
         policy, metrics = policy_loss(
             logprobs,
             old_logprobs,
             advantages,
-            packed.mask,
+            mask,
             cliprange=config.cliprange,
             cliprange_high=config.cliprange_high,
             dual_clip=config.dual_clip,
         )
         value, value_metrics = value_loss(
-            values, old_values, returns, packed.mask, cliprange_value=config.cliprange_value
+            values, old_values, returns, mask, cliprange_value=config.cliprange_value
         )
         total = policy + config.vf_coef * value
-        totals = {"loss/total": total, "policy/entropy": masked_mean(entropy, packed.mask)}
+        totals = {"loss/total": total, "policy/entropy": masked_mean(entropy, mask)}
         return total, {**metrics, **value_metrics, **totals}
 
     # ------------------------------------------------------------------ 8. statistics

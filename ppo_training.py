@@ -18,6 +18,7 @@ from functools import partial
 from command_line.adapter_file import make_tuning
 from command_line.adlf_flags import make_composite
 from command_line.conditioning_flags import ask_for_target
+from command_line.critique_flags import critique_options
 from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.dataclass_flags import dataclass_from_arguments
 from command_line.model_limits import check_rows, fit_lengths
@@ -93,9 +94,11 @@ def make_policy(args, loaded):
 
 def train(args, loaded, policy, reference, rewards, prompts, order) -> None:
     """The loop, and what is left behind at its end."""
+    from mlx_critique_trainer import CritiqueTrainer, with_critiques
     from mlx_ppo_trainer import PPOTrainer
     from models.adapter_files import describe
     from publishing.trained import write_fused
+    from training.critique_loop import CritiqueLoop
     from training.groups import Group, adapter_group
     from training.internal_signals import calibration_groups
     from training.optimizers import build_optimizer
@@ -103,8 +106,11 @@ def train(args, loaded, policy, reference, rewards, prompts, order) -> None:
 
     config = dataclass_from_arguments(PPOConfig, args)
     updates = config.num_steps * config.updates_per_step
-    trainer = PPOTrainer(
-        config,
+    critique, made = critique_options(args, loaded), PPOTrainer
+    if critique is not None:
+        made = partial(CritiqueTrainer, weight=args.critique_weight)
+    trainer = made(
+        config if critique is None else with_critiques(config),
         policy,
         reference,
         loaded.tokenizer,
@@ -127,7 +133,8 @@ def train(args, loaded, policy, reference, rewards, prompts, order) -> None:
     )
 
     def make_loop(run) -> RolloutLoop:
-        return RolloutLoop(
+        loop = RolloutLoop if critique is None else partial(CritiqueLoop, **critique)
+        return loop(
             run,
             trainer,
             rewards,

@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from adlf.pipeline import add_token_format, make_parser, run_pipeline
+from command_line.conditioning_flags import TEMPLATE
 from command_line.parser import run_main
 from command_line.rules import Needs, needs
 
@@ -25,6 +26,14 @@ DESCRIPTION = "Fine-tuning, a reward model and PPO, with more techniques than tr
 NEEDS = (
     Needs("fluency_weight faithfulness_weight quality_weight", "use_multi_objective"),
     Needs("kl_target", "use_dynamic_kl"),
+    Needs("contrastive_temp contrastive_weight", "use_contrastive"),
+    Needs("score_template target_score", "use_decision_transformer"),
+    Needs("critique_weight", "use_self_critique"),
+    Needs(
+        "use_contrastive use_decision_transformer",
+        met=lambda args: args.run_sft,
+        why="without --run_sft",
+    ),
 )
 
 
@@ -45,6 +54,14 @@ def parse_arguments(words=None):
     add("--quality-weight", type=float, default=0.4, help="with --use_multi_objective")
     add("--use-dynamic-kl", type=bool, default=False, help="adapt the KL coefficient")
     add("--kl-target", type=float, default=0.1, help="KL per token, with --use_dynamic_kl")
+    add("--use-contrastive", type=bool, default=False, help="contrastive loss in fine-tuning")
+    add("--contrastive-temp", type=float, default=0.07, help="with --use_contrastive")
+    add("--contrastive-weight", type=float, default=0.1, help="with --use_contrastive")
+    add("--use-decision-transformer", type=bool, default=False, help="scores before prompts")
+    add("--score-template", default=TEMPLATE, help="with --use_decision_transformer")
+    add("--target-score", type=float, help="what PPO asks for (default: the highest of the data)")
+    add("--use-self-critique", type=bool, default=False, help="critiques in fine-tuning and PPO")
+    add("--critique-weight", type=float, default=0.5, help="with --use_self_critique")
     add("--cosine-cycles", type=int, default=1, help="of --scheduler cosine_with_restarts")
     parser.checks.append(needs(NEEDS))
     return parser.parse_args(words)
@@ -64,8 +81,26 @@ def extra_words(args) -> dict[str, list[str]]:
         if not (args.use_coherence_reward or args.use_length_penalty):
             print("no internal reward is named: fluency and faithfulness it is")
             ppo += ["--use-fluency-reward", "--use-faithfulness-reward"]
+    sft = [*order, *of_fine_tuning(args)]
+    if args.use_self_critique:
+        ppo += ["--use-self-critique", "--critique-weight", f"{args.critique_weight:g}"]
     data = ["--token-format", args.token_format] if args.token_format != "standard" else []
-    return {"data": data, "sft": order, "reward": order, "ppo": ppo}
+    return {"data": data, "sft": sft, "reward": order, "ppo": ppo}
+
+
+def of_fine_tuning(args) -> list[str]:
+    """What fine-tuning alone is told."""
+    words = []
+    if args.use_contrastive:
+        words += ["--use-contrastive", "--contrastive-temp", f"{args.contrastive_temp:g}"]
+        words += ["--contrastive-weight", f"{args.contrastive_weight:g}"]
+    if args.use_decision_transformer:
+        words += ["--use-decision-transformer", "--score-template", args.score_template]
+        if args.target_score is not None:
+            words += ["--target-score", f"{args.target_score:g}"]
+    if args.use_self_critique:
+        words += ["--use-self-critique", "--critique-weight", f"{args.critique_weight:g}"]
+    return words
 
 
 if __name__ == "__main__":

@@ -2,10 +2,19 @@
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 from command_line.parser import Parser
 from command_line.rules import Needs, needs
-from data_utils import CRITIQUE, Records, Tokenised, check_critique_template, critiques
+from data_utils import (
+    CRITIQUE,
+    REVISION,
+    Records,
+    Tokenised,
+    check_critique_template,
+    critiques,
+    encode_prompt,
+)
 from errors import UserError
 
 NEEDS = (Needs("critique_weight critique_template", "use_self_critique"),)
@@ -41,6 +50,53 @@ def check_critique(args: argparse.Namespace) -> None:
         if getattr(args, name):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"--use-self-critique does not go with {flag}; drop one of them")
+
+
+ROLLOUT_NEEDS = (Needs("critique_weight critique_template revision_template", "use_self_critique"),)
+
+
+def add_revision_arguments(parser: Parser) -> None:
+    """Whether PPO trains critiques of its answers, and answers revised by them."""
+    add = parser.add_argument_group("self-critique").add_argument
+    add(
+        "--use-self-critique",
+        type=bool,
+        default=False,
+        help="three rows a prompt: an answer, a critique of it, the answer revised by it",
+    )
+    add(
+        "--critique-weight",
+        type=float,
+        default=0.5,
+        help="share of critiques and revisions in the loss; answers have the rest",
+    )
+    add("--critique-template", default=CRITIQUE, help="asks for one: {prompt} and {response}")
+    add("--revision-template", default=REVISION, help="also {critique}")
+    parser.checks += [needs(ROLLOUT_NEEDS), check_revision]
+
+
+def check_revision(args: argparse.Namespace) -> None:
+    """Refuse templates without their fields."""
+    if not 0 <= args.critique_weight <= 1:
+        raise UserError(f"--critique-weight {args.critique_weight:g}: give a number from 0 to 1")
+    fields = ["prompt", "response"]
+    check_critique_template("--critique-template", args.critique_template, *fields)
+    check_critique_template("--revision-template", args.revision_template, *fields, "critique")
+
+
+def critique_options(args: argparse.Namespace, loaded: Any) -> dict[str, Any] | None:
+    """What a CritiqueLoop is told; None where no critiques are sampled."""
+    if not (args.use_self_critique and args.critique_weight):
+        return None
+    positions = loaded.limits.positions
+    return {
+        "encode": lambda text: encode_prompt(
+            text, loaded.tokenizer, token_format=args.token_format
+        ),
+        "critique_template": args.critique_template,
+        "revision_template": args.revision_template,
+        "longest": None if positions is None else positions - args.max_new_tokens,
+    }
 
 
 def add_critiques(

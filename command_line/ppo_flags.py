@@ -8,6 +8,7 @@ from pathlib import Path
 
 from command_line.adapter_file import check_save_file, refuse_other_head, settle_adapter
 from command_line.conditioning_flags import add_target_score
+from command_line.critique_flags import add_revision_arguments
 from command_line.curriculum_flags import add_curriculum_arguments
 from command_line.data_flags import (
     NO_VALIDATION,
@@ -74,6 +75,7 @@ def parse_arguments(words=None):
     add_reward_arguments(parser)
     add_task_arguments(parser, save_file="ppo_weights.npz")
     add_dataclass_arguments(parser, PPOConfig, title="PPO", exclude=SHARED)
+    add_revision_arguments(parser)
     add_shared_arguments(
         parser,
         learning_rate_note="default: lora 3e-3, full 3e-4, prompt 0.1, "

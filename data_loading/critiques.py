@@ -11,6 +11,10 @@ CRITIQUE = (
     "Question: {prompt}\nAnswer: {response}\n"
     "What is good or bad about this answer, and which score does it get?"
 )
+REVISION = (
+    "Question: {prompt}\nAnswer: {response}\nCritique: {critique}\n"
+    "Write the answer anew, as the critique asks."
+)
 
 
 def check_critique_template(flag: str, template: str, *names: str) -> None:
