@@ -121,7 +121,8 @@ def test_a_run_logs_gains_and_learns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = (
         f"--ground_truth_reward --data {ROOT}/data --use-self-critique --num-steps 2 "
-        "--batch-size 4 --critique-template {prompt}{response}? --revision-template {prompt}{response}{critique}! "
+        "--batch-size 4 --critique-template {prompt}{response}? "
+        "--revision-template {prompt}{response}{critique}! "
         "--max-new-tokens 6 --eval-every 0 --output-dir"
     )
     ppo_training.main([*line.split(), "run"])
