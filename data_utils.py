@@ -53,6 +53,7 @@ from data_loading.labels import (
     refuse_unlabelled,
     rejected_answers,  # rows of the worst answers
 )
+from data_loading.messages import BadRow  # what is wrong with one row
 from data_loading.reading import read_dataset, read_records  # rows of a file, of a data set
 from data_loading.records import Record, Records  # one row; rows with what was refused
 from data_loading.report import data_report, histogram, preview, use_colour  # strings to print
@@ -63,6 +64,7 @@ from data_loading.rows import (
     TextRow,
     Tokenised,
     UnpairedRow,
+    ranked_pairs,  # (better, worse, weight, group) among the responses to each prompt
 )
 from data_loading.sources import (
     folder_file,  # the file of a split in a folder
@@ -99,6 +101,7 @@ __all__ = [
     "FORMATS",
     "KNOWN_FORMATS",
     "TOKEN_FORMATS",
+    "BadRow",
     "BatchIterator",
     "BatchPlan",
     "Conditioning",
@@ -147,6 +150,7 @@ __all__ = [
     "preview",
     "prompt_batch",
     "put_before",
+    "ranked_pairs",
     "read_dataset",
     "read_date",
     "read_records",
