@@ -21,6 +21,7 @@ from pathlib import Path
 from command_line.adlf_flags import make_composite
 from command_line.data_flags import settle_date, tokenising
 from command_line.parser import run_main
+from command_line.ppo_flags import ends
 from command_line.reward_flags import make_rewards
 from command_line.score_flags import parse_arguments, read_input, refuse_overwriting
 from errors import UserError
@@ -118,7 +119,7 @@ def first_rows(args, tokenizer, pairs, names, **options):
         lambda: nullcontext(loaded.model),
         loaded.tokenizer,
         names,
-        eos_ids=set(tokenizer.eos_token_ids),
+        eos_ids=ends(args, tokenizer),
         sample=lambda: given,
         **options,
     )

@@ -19,6 +19,7 @@ from models.trunk import hidden_states
 from models.tuning import Tuning
 from rewards.composite import CompositeRewards
 from rewards.internal import COMPONENTS, Signals
+from rewards.learned import digits_rewards
 from rewards.reward_set import Reward, RewardSet
 
 ALL = tuple(COMPONENTS)
@@ -217,6 +218,17 @@ def test_half_is_the_mean_of_the_ends_and_parts_add_up(loaded, rows, score_range
         assert rewards.metrics(parts)["adlf/fluency_std"] > 0
     np.testing.assert_allclose(totals[0.5], np.add(totals[0.0], totals[1.0]) / 2, atol=1e-9)
     assert max(totals[0.0]) == (5 if score_range is None else 1)
+
+
+def test_a_row_s_own_score_is_not_paid_to_new_responses(loaded, rows):
+    """Two responses to one prompt whose row says 5 get external scores of their own."""
+    true, _ = digits_rewards(increasing=True, multiple_of=2, min_length=5)
+    signals = make(loaded, rows, ["fluency"])
+    rewards = CompositeRewards(RewardSet([true]), signals, 0.5, {"fluency": 1}, score_range=(0, 1))
+    pairs = [("2 4", " 6 8 10 12"), ("2 4", " 7 3 9 5")]
+    given = columns(loaded, pairs) | {"meta_eval_score": [5, 5], "reward": [5, 5]}
+    _, parts = rewards(given.pop("prompts"), given.pop("responses"), ended=[True] * 2, **given)
+    assert parts["external"] == [1.0, pytest.approx(1 / 3)]
 
 
 def test_objectives_log_what_none_beats(loaded, rows):
