@@ -15,13 +15,13 @@ import fast_blas  # noqa: F401
 
 from functools import partial
 
-from command_line.adapter_file import make_tuning
+from command_line.adapter_file import load_copy, make_tuning
 from command_line.adlf_flags import make_composite
 from command_line.conditioning_flags import ask_for_target
 from command_line.critique_flags import critique_options
 from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.dataclass_flags import dataclass_from_arguments
-from command_line.model_limits import check_rows, fit_lengths
+from command_line.model_limits import check_splits, fit_lengths
 from command_line.parser import run_main
 from command_line.ppo_flags import (
     ends,
@@ -35,7 +35,14 @@ from command_line.reward_flags import make_learned_reward, make_rewards
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
 from models.adapter_description import VALUE_HEAD
 from rl.ppo_config import PPOConfig
-from training.launch import run_training, say_peak_memory, say_written, start
+from training.launch import (
+    count_trained,
+    finish_rollouts,
+    rollout_loop,
+    run_training,
+    say_peak_memory,
+    start,
+)
 
 # ------------------------------------------------------------------------------ main
 
@@ -50,13 +57,7 @@ def main(words=None) -> int:
     how_hard = difficulty(args, loaded, prompts["train"].rows)
     policy, reference = make_policy(args, loaded)
     ask_for_target(args, loaded, prompts)
-    for split in prompts.values():
-        check_rows(
-            split.rows,
-            loaded.limits,
-            prefix=len(policy.tuning.prefix),
-            response=args.max_new_tokens,
-        )
+    check_splits(prompts, loaded.limits, policy.tuning, response=args.max_new_tokens)
     learned = make_learned_reward(args, loaded, policy.tuning)
     rewards = make_rewards(args, learned, unscored=True)
     options = signal_options(args, loaded, policy.tuning, reference, prompts)
@@ -74,7 +75,6 @@ def make_policy(args, loaded):
     """(policy with a value head, reference model or None for "the policy without its adapter")."""
     from models.actor_critic import ActorCritic, ValueHead
     from models.adapter_files import read_head
-    from models.load import load_model
     from models.trunk import hidden_size
 
     head = ValueHead(hidden_size(loaded.model), args.value_head_init_std)
@@ -82,10 +82,7 @@ def make_policy(args, loaded):
     if args.resume_file is not None:
         if (saved := read_head(args.resume_file, VALUE_HEAD)) is not None:
             head.load_weights(list(saved[0].items()))
-    reference = None
-    if tuning.kind == "full":
-        options = model_options(args) | {"quantize": args.reference_quantize}
-        reference = load_model(options.pop("model"), **options).model
+    reference = load_copy(args).model if tuning.kind == "full" else None
     return ActorCritic(loaded.model, head, tuning), reference
 
 
@@ -96,20 +93,20 @@ def train(args, loaded, policy, reference, rewards, prompts, order) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_critique_trainer import CritiqueTrainer, with_critiques
     from mlx_ppo_trainer import PPOTrainer
-    from models.adapter_files import describe
-    from publishing.trained import write_fused
+    from publishing.export import write_fused
     from training.critique_loop import CritiqueLoop
-    from training.groups import Group, adapter_group
+    from training.groups import Group
     from training.internal_signals import calibration_groups
     from training.optimizers import build_optimizer
-    from training.rollout_loop import RolloutLoop, RolloutSchedule
+    from training.rollout_loop import RolloutLoop
 
     config = dataclass_from_arguments(PPOConfig, args)
     updates = config.num_steps * config.updates_per_step
-    critique, made = critique_options(args, loaded), PPOTrainer
+    critique, trainer, loop = critique_options(args, loaded), PPOTrainer, RolloutLoop
     if critique is not None:
-        made = partial(CritiqueTrainer, weight=args.critique_weight)
-    trainer = made(
+        trainer = partial(CritiqueTrainer, weight=args.critique_weight)
+        loop = partial(CritiqueLoop, **critique)
+    trainer = trainer(
         config if critique is None else with_critiques(config),
         policy,
         reference,
@@ -118,40 +115,24 @@ def train(args, loaded, policy, reference, rewards, prompts, order) -> None:
         eos_ids=ends(args, loaded.tokenizer),
         grad_checkpoint=args.grad_checkpoint,
     )
-    tuning, head = policy.tuning, policy.value_head
-    groups = {
-        "adapters": adapter_group(tuning, describe(tuning, loaded)),
-        VALUE_HEAD: Group(head.arrays, lambda a: head.load_weights(list(a.items()))),
+    head, stop_test = policy.value_head, stop_at(args.stop, loaded.tokenizer)
+    make_loop = rollout_loop(
+        partial(loop, curriculum=order),
+        args,
+        loaded,
+        trainer,
+        rewards,
+        prompts,
+        validation_prompts(args, prompts),
+        schedule_options(args),
+        stop_test,
+        **{VALUE_HEAD: Group(head.arrays, lambda a: head.load_weights(list(a.items())))},
         **calibration_groups(rewards),
-    }
-    schedule = RolloutSchedule(
-        steps=config.num_steps,
-        eval_every=args.eval_every,
-        eval_samples=args.eval_samples,
-        samples_per_step=args.samples_per_step,
-        **schedule_options(args),
     )
-
-    def make_loop(run) -> RolloutLoop:
-        loop = RolloutLoop if critique is None else partial(CritiqueLoop, **critique)
-        return loop(
-            run,
-            trainer,
-            rewards,
-            loaded.tokenizer,
-            prompts["train"].rows,
-            validation_prompts(args, prompts),
-            groups,
-            schedule,
-            stop_at(args.stop, loaded.tokenizer),
-            loaded.fingerprint,
-            order,
-        )
-
     said = (
         f"{config.num_steps} steps of {config.batch_size} responses, "
         f"{config.ppo_epochs} epochs of minibatches of {config.mini_batch_size}; "
-        f"{sum(a.size for a in tuning.arrays().values()):,} weights trained; rewards: {rewards}"
+        f"{count_trained(policy.tuning)}; rewards: {rewards}"
     )
     run_training(
         args,
@@ -168,33 +149,17 @@ def train(args, loaded, policy, reference, rewards, prompts, order) -> None:
 
 def finish(args, loaded, run, loop) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
-    from models.adapter_files import save_adapter, save_head
-    from reports.training_plots import plot_learned_and_true, plot_ppo
-    from rewards.learned import GROUND_TRUTH, LEARNED
-    from run_folder.next_line import command
+    from reports.training_plots import plot_ppo
     from run_folder.run import read_rows
 
-    policy = loop.trainer.model
-    written = save_adapter(args.save_file, policy.tuning, loaded, head=VALUE_HEAD)
-    written.append(save_head(args.save_file, VALUE_HEAD, policy.value_head.arrays(), {}))
     rows = read_rows(run.folder)
-    kl = {"kl_target": args.target if args.adap_kl_ctrl else None}
+    adapted = {"kl_target": args.target if args.adap_kl_ctrl else None}
     if args.use_dynamic_kl:
-        kl = {"kl_target": args.kl_target, "kl": "objective/kl_per_token", "unit": "token"}
-    written.append(plot_ppo(rows, run.plots / "ppo.png", **kl))
-    if args.reward_model and args.true_score:
-        names = {"learned": f"env/{LEARNED}_mean", "true": f"env/{GROUND_TRUTH}_mean"}
-        place = run.plots / "learned_and_true.png"
-        written.append(plot_learned_and_true(rows, place, **names))
+        adapted = {"kl_target": args.kl_target, "kl": "objective/kl_per_token", "unit": "token"}
+    plot = plot_ppo(rows, run.plots / "ppo.png", **adapted)
     kls = [row["objective/kl"] for row in rows if row.get("objective/kl") is not None][-10:]
     kl = sum(kls) / len(kls) if kls else None
-    evaluations = {"first": loop.evaluations[:1], "last": loop.evaluations[-1:]}
-    run.finish({"steps": loop.step, "kl": kl, "evaluation": evaluations})
-    talk = command("talk_to_model.py", model=args.model, resume_file=args.save_file)
-    fuse = command("fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/")
-    say_written(
-        run, written, *([] if policy.tuning.kind == "prompt" or args.fused_dir else [fuse]), talk
-    )
+    finish_rollouts(args, loaded, run, loop, plot, metric="env/{name}_mean", head=VALUE_HEAD, kl=kl)
 
 
 if __name__ == "__main__":

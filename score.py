@@ -14,7 +14,6 @@ A real one, rejection sampling: the best of several samples a prompt, for sft.py
 import fast_blas
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -37,8 +36,7 @@ def main(words=None) -> int:
     from rewards.scored_rows import make_pairs, refuse_promptless, score_pairs
     from run_folder.console import Progress
 
-    if notice := fast_blas.notice():
-        print(notice, file=sys.stderr)
+    fast_blas.tell_of_slowness()
     tokenizer, reward_model = load(args)
     settle_date(args, tokenizer)
     pairs, tokenised = make_pairs(records, tokenizer, tokenising(args))
@@ -143,7 +141,7 @@ def print_summary(pairs) -> None:
 def write(args, pairs) -> None:
     """All rows with their scores, or the best of each prompt; aside, then renamed."""
     from rewards.scored_rows import best_of, best_rows, scored_rows
-    from run_folder.next_line import command, next_lines
+    from run_folder.console import command, next_lines
     from safe_files import plain, write_atomically
 
     rows = scored_rows(pairs)

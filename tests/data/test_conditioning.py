@@ -9,7 +9,7 @@ from conftest import ROOT
 import fuse
 import ppo_training
 import sft
-from chat.speakers import Loader
+from chat.speaker import Loader
 from data_loading.conditioning import KEY
 from data_utils import Conditioning, Record, check_template, conditioned, put_before, tokenise_sft
 from errors import UserError
