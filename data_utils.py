@@ -46,6 +46,7 @@ from data_loading.curriculum import (
     hard_by_score,
 )
 from data_loading.fields import extras_of  # tools, documents of a row, for a chat template
+from data_loading.files import DATA_SUFFIXES  # names of files that hold rows
 from data_loading.formats import ALIASES, FORMATS, KNOWN_FORMATS  # names for --format
 from data_loading.labels import (
     label_edges,  # quintiles of the rewards
@@ -98,6 +99,7 @@ from padding import pad_rows  # token lists to (B, L) and lengths
 __all__ = [
     "ALIASES",
     "CRITIQUE",
+    "DATA_SUFFIXES",
     "FORMATS",
     "KNOWN_FORMATS",
     "TOKEN_FORMATS",

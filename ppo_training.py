@@ -60,6 +60,8 @@ def main(words=None) -> int:
     check_splits(prompts, loaded.limits, policy.tuning, response=args.max_new_tokens)
     learned = make_learned_reward(args, loaded, policy.tuning)
     rewards = make_rewards(args, learned, unscored=True)
+    for split in prompts.values():
+        rewards.check_prompts(split.rows, args.max_new_tokens)
     options = signal_options(args, loaded, policy.tuning, reference, prompts)
     rewards = make_composite(args, rewards, partial(reference_signals, **options))
     order = make_curriculum(args, how_hard, args.num_steps)
