@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -45,10 +46,7 @@ class CompositeRewards(RewardSet):
         shares = normalised(weights)
         outer = (1 - alpha) + alpha * shares.get(EXTERNAL, 0.0)
         scale = outer if score_range is None else 0.0
-        rewards = [
-            Reward(r.name, r.function, r.weight * scale, r.timeout, r.columns)
-            for r in external.rewards
-        ]
+        rewards = [replace(r, weight=r.weight * scale) for r in external.rewards]
         if score_range is not None:
             rewards.append(Reward(EXTERNAL, _made_of_parts, outer))
         inner = {name: alpha * shares.get(name, 0.0) for name in signals.names}
