@@ -24,6 +24,7 @@ from data_loading.collate import (
     UnpairedBatch,  # answers with labels, and each prompt with another row's answer
     make_batch,  # rows of one kind to padded arrays
     pack_rows,  # several rows into rows of constant length
+    wrap_rows,  # all rows as one text, cut into such
 )
 from data_loading.conditioning import (
     Conditioning,  # how a score is written before a prompt
@@ -167,4 +168,5 @@ __all__ = [
     "tokenise_unpaired",
     "use_colour",
     "use_date",
+    "wrap_rows",
 ]

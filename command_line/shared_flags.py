@@ -110,6 +110,7 @@ def add_model_arguments(parser: Parser) -> None:
     )
     add("--fp16", type=bool, default=False, help="the same as --dtype float16")
     add("--quantize", type=int, choices=(4, 8), help="bits per base weight (default: as stored)")
+    add("--tokenizer", help="folder or hub name of its tokenizer (default: the model's own)")
     add(
         "--trust-remote-code",
         type=bool,
@@ -129,7 +130,7 @@ def settle_precision(args: argparse.Namespace) -> None:
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `models.load.load_model` takes, the name or folder as ``model``."""
-    names = ("model", "dtype", "quantize", "trust_remote_code")
+    names = ("model", "dtype", "quantize", "trust_remote_code", "tokenizer")
     return {name: getattr(args, name) for name in names}
 
 

@@ -55,6 +55,7 @@ class CompositeRewards(RewardSet):
         last = self.names[len(self.names) - len(inner) :]
         self._inner = dict(zip(signals.names, last, strict=True))
         self._mapped = self.names[own] if score_range is not None else None
+        self._beside: tuple = ()  # (parts, what explains them) of the last calls
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], /, **columns: Sequence
@@ -67,6 +68,7 @@ class CompositeRewards(RewardSet):
         inner = RewardSet(self.signals.rewards(dict.fromkeys(self.signals.names, 1.0)))
         found = inner(prompts, responses, **columns)[1]
         parts |= {self._inner[name]: found[name] for name in self.signals.names}
+        self._beside = (*self._beside[-1:], (parts, self.signals.described()))
         weights = {EXTERNAL: 0.0} | dict.fromkeys(found, 0.0) | self.components
         totals, _ = compute_adlf_rewards(outer, found, self.alpha, weights)
         # As in RewardSet: what a row has no score of does not count there.
@@ -87,7 +89,9 @@ class CompositeRewards(RewardSet):
             if len(there):
                 found[f"adlf/{name}_mean"] = float(there.mean())
                 found[f"adlf/{name}_std"] = float(there.std())
-        for name, column in self.signals.described().items():
+        # Responses of the reference may have been scored since.
+        known = [beside for own, beside in self._beside if own is parts]
+        for name, column in (known[-1] if known else self.signals.described()).items():
             if column:
                 found[name] = float(np.mean(column))
         if self.objectives:

@@ -64,7 +64,9 @@ class CritiqueLoop(RolloutLoop):
         gains = (np.array(revised) - np.array(scores)).tolist()
         whole = join_rollouts([answers, critiques, revisions])
         every = [*scores, *gains, *revised]
-        return Critiqued(rows, answers, texts, scores, parts, whole, every, gains)
+        return Critiqued(
+            rows, answers, texts, scores, parts, whole=whole, every_score=every, gains=gains
+        )
 
     def written(self, queries: Sequence[list[int]], part: int):
         return self.trainer.generate(queries, should_stop=self.should_stop, part=part)
