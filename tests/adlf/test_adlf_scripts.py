@@ -87,7 +87,7 @@ def few_rows(tmp_path: Path) -> Path:
 def test_basic_commands_end_with_a_model(tmp_path):
     """Short forms: the first from adlf/, and the second goes on with the first's fine-tuning."""
     few, small = few_rows(tmp_path), "--sft_epochs 0.4 --ppo_epochs 0.2 --eval_steps 0"
-    small += " --max_seq_length 40"
+    small += " --max_seq_length 220"
     folder = tmp_path / "basic"
     line = f"--data_path {few} --run_sft --run_rlhf {small}"
     said = run("training.py", line, folder, ROOT / "adlf")
@@ -131,7 +131,7 @@ def test_a_killed_run_goes_on_to_the_same_model(stage, tmp_path):
     few = few_rows(tmp_path)
     line = (
         f"--data_path {few} --sft_epochs 4 --ppo_epochs 2 --eval_steps 0 --save_steps 1 "
-        "--max_seq_length 40 --sft_batch_size 2"
+        "--max_seq_length 220 --sft_batch_size 2"
     )
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     run("training.py", line, whole)
