@@ -219,7 +219,7 @@ training.update.clip_gradients = clip_gradients
 """
 
 
-@pytest.mark.parametrize("name", ["sft", "reward"])
+@pytest.mark.parametrize("name", ["sft", pytest.param("reward", marks=pytest.mark.long)])
 def test_one_bad_gradient_is_skipped_counted_and_its_rows_kept(server, tmp_path, name):
     script, line = RUNS[name]
     line = [*line, "--save-every", "1", "--keep-checkpoints", "100"]

@@ -54,7 +54,10 @@ def finish(server: Server, script: str, line: list[str], folder: Path) -> dict:
 # ------------------------------------------------------------------------------ the same
 
 
-@pytest.mark.parametrize("name", ["sft", "preference", "ppo", "group"])
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("preference", "ppo", "group")]
+
+
+@pytest.mark.parametrize("name", ["sft", *LONG])
 def test_the_same_command_twice_leaves_the_same_bytes(tmp_path, name):
     """Once from the command line, once in a fork; sets of strings are in another order."""
     script, line = RUNS[name]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from reliable_runs import RUNS, Ended, command, shared_server
+from reliable_runs import RUNS, Ended, shared_server
 
 from run_folder.secrets import is_secret_name, redact, secret_values
 
@@ -48,7 +48,7 @@ def test_a_run_with_wandb_leaves_no_secret(tmp_path):
     # One that was copied into an option by mistake.
     line = [*line, "--num-steps", "2", "--log-with", "wandb"]
     line += ["--stop", f"x{SECRETS['MY_PASSWORD']}"]
-    ended = command(script, line, tmp_path, WANDB_MODE="offline", **SECRETS)
+    ended = shared_server().run(script, line, tmp_path, WANDB_MODE="offline", **SECRETS)
     assert ended.code == 0, ended.err
     assert list(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))
     assert "<redacted>" in (tmp_path / "run" / "config.json").read_text()
