@@ -105,6 +105,7 @@ class PPOTrainer:
         model.eval()
         self._generated: dict[tuple, tuple[np.ndarray, np.ndarray, bool]] = {}
         self._calls = 0  # of generate() since the last step
+        self.before_update: Callable[[], None] = lambda: None
         self._warned: set[str] = set()
 
     # ------------------------------------------------------------------ 1. generate
@@ -201,6 +202,7 @@ class PPOTrainer:
         clock.lap("compute_rewards")
         self.compute_advantages(rollout)
         clock.lap("compute_advantages")
+        self.before_update()
         minibatches = self.optimise(rollout)
         clock.lap("optimize_step")
         stats = self.statistics(rollout, minibatches)
