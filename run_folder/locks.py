@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from errors import UserError
-from safe_files import refuse_links, sweep, writing
+from safe_files import check_place, refuse_links, sweep, writing
 
 
 def lock_folder(folder: Path) -> BinaryIO:
@@ -27,6 +27,7 @@ class OutputLock:
         if path is None:
             return
         sweep(path, heads=True)
+        check_place(path, f"{path.stem}.value_head.safetensors")
         self._place = path.with_name(f".{path.name}.lock")
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)

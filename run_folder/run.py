@@ -31,7 +31,15 @@ from run_folder.run_config import (
     with_sum,
 )
 from run_folder.secrets import redact
-from safe_files import plain, refuse_links, refuse_links_below, sweep, write_json, writing
+from safe_files import (
+    check_place,
+    plain,
+    refuse_links,
+    refuse_links_below,
+    sweep,
+    write_json,
+    writing,
+)
 
 LIBRARIES = ("mlx", "mlx-lm", "transformers", "numpy")
 RUNS = "runs"  # where runs lie that are given no folder
@@ -77,6 +85,8 @@ class Run:
         try:
             self._refuse_links(outputs)
             self._sweep()
+            if resume:
+                self._refuse_what_is_in_the_way(outputs)
             saved = options.get("save_file")
             self._output = OutputLock(Path(saved).expanduser() if saved else None)
             self.may_change = tuple(options.get("may_change", ()))
@@ -131,6 +141,19 @@ class Run:
         for name in (*OWN_NAMES, *outputs):
             refuse_links(self.folder / name)
             refuse_links_below(self.folder / name, may_stay_inside=name == "wandb")
+
+    def _refuse_what_is_in_the_way(self, outputs: Sequence[str]) -> None:
+        """UserError where a file cannot be written at the end of this run: before its beginning."""
+        for name in ("config.json", *ROW_FILES, "summary.json", "checkpoints", "plots", *outputs):
+            place, is_file = self.folder / name, bool(Path(name).suffix)
+            if place.is_dir() and not is_file:
+                check_place(place / "x")
+            elif place.is_dir() if is_file else place.exists():
+                what, wanted = ("folder", "file") if is_file else ("file", "folder")
+                raise UserError(f"{place}: is a {what}, in the place of a run's {wanted}")
+        for plot in self.plots.glob("*.png"):
+            if plot.is_dir():
+                raise UserError(f"{plot}: is a folder, in the place of a plot")
 
     def _sweep(self) -> None:
         """Clear away what dead processes left half-written in this folder."""

@@ -21,6 +21,7 @@ from run_folder.next_line import next_lines
 from run_folder.run import Run
 from run_folder.run_config import MADE_BY, checkpoint_asked_for
 from run_folder.stopping import GracefulStop, StepGivenUp
+from safe_files import check_place
 
 
 def start(seed: int, memory_limit: float | None, **model: Any):
@@ -58,6 +59,8 @@ def run_training(
     130 or 143 after a stop.
     """
     resuming = args.resume is not None
+    if args.fused_dir is not None:
+        check_place(args.fused_dir)
     run = Run(
         kind,
         vars(args),
