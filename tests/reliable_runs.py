@@ -17,10 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from run_server import TOUCHES
 from script_table import DATA, ROOT, RUNS, SHORT, words  # noqa: F401
 
@@ -28,6 +29,12 @@ KILLS = int(os.environ.get("MLX_RLHF_KILLS", "2"))  # 20 in the long version
 LIST_FAULTS = 0  # an action of reliability/fault_shim.c: says each touch
 TOO_LONG = 120.0  # seconds for a run of a test
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "WANDB_MODE")
+
+
+def quick(names: str, every: Iterable[str]) -> list:
+    """`names`, and those of `every` that are not among them with the mark of a long test."""
+    rest = [name for name in every if name not in names.split()]
+    return [*names.split(), *(pytest.param(name, marks=pytest.mark.long) for name in rest)]
 
 
 # Put into a run, makes steps and validations last long enough to be hit by something; each says

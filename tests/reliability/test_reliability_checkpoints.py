@@ -6,7 +6,17 @@ import signal
 
 import mlx.core as mx
 import pytest
-from reliable_runs import DATA, RUNS, SHORT, Server, differences, left_by, shared_server, whole
+from reliable_runs import (
+    DATA,
+    RUNS,
+    SHORT,
+    Server,
+    differences,
+    left_by,
+    quick,
+    shared_server,
+    whole,
+)
 from test_scripts_errors import tree
 
 from errors import UserError
@@ -153,7 +163,7 @@ def test_a_run_that_stopped_early_does_not_go_on(server, tmp_path):
 TRAINED = [name for name, short in SHORT.items() if short.saved == "out.npz"]
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", quick("sft ppo", TRAINED))
 def test_changed_training_data_is_refused_unless_forced(server, tmp_path, name):
     script, line = SHORT[name].script, SHORT[name].line
     for file in DATA.glob("*increasing_mult_2_*.jsonl"):
@@ -174,7 +184,7 @@ def test_changed_training_data_is_refused_unless_forced(server, tmp_path, name):
     assert ended.code == 0, ended.err
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", quick("sft ppo", TRAINED))
 def test_changed_weights_of_the_base_are_refused_unless_forced(server, tmp_path, name):
     script, line = SHORT[name].script, SHORT[name].line
     model = shutil.copytree(DATA / "digits_model", tmp_path / "model")

@@ -18,6 +18,7 @@ from reliable_runs import (
     differences,
     left_by,
     metrics,
+    quick,
     shared_server,
     whole,
     whole_short,
@@ -124,7 +125,12 @@ def test_a_limit_on_file_sizes_is_a_full_disk(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, saved", [("sft", "out.npz"), ("sft", "adapter"), ("ppo", "out.safetensors")]
+    "name, saved",
+    [
+        ("sft", "out.npz"),
+        ("ppo", "out.safetensors"),
+        pytest.param("sft", "adapter", marks=pytest.mark.long),
+    ],
 )
 def test_no_room_for_the_trained_weights_leaves_no_half_of_them(
     server, tmp_path, disk, name, saved
@@ -173,7 +179,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(server, tmp_p
 TRAINED = [name for name, short in SHORT.items() if short.saved == "out.npz"]
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", quick("sft ppo", TRAINED))
 def test_every_place_of_a_result_is_tried_before_training(server, tmp_path, name):
     """Not the name of the file alone: that of its temporary, and of a head beside it."""
     short, long = SHORT[name], "x" * 245

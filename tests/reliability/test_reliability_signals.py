@@ -12,6 +12,7 @@ from reliable_runs import (
     differences,
     left_by,
     metrics,
+    quick,
     shared_server,
     whole,
     whole_short,
@@ -221,7 +222,7 @@ def test_a_second_run_in_a_folder_is_refused_and_a_dead_one_leaves_no_lock(serve
 # ------------------------------------------------------------------------------ memory
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "preference", "ppo", "group"])
+@pytest.mark.parametrize("name", quick("sft ppo", ["reward", "preference", "group"]))
 def test_a_memory_limit_ends_in_advice_and_a_checkpoint(server, tmp_path, name):
     script, line = SHORT[name].script, SHORT[name].line
     ended = server.run(script, [*line, "--memory-limit", "0.0001", "--save-every", "100"], tmp_path)
