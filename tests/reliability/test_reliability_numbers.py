@@ -88,8 +88,8 @@ def test_a_score_that_is_not_finite_costs_its_step_alone(server, tmp_path, rewar
         "10",
         "--ppo-epochs",
         "1",
-        "--eval-every",
-        "0",
+        "--lr-schedule",
+        "constant",
     ]
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
