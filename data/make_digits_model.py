@@ -36,7 +36,7 @@ from tqdm import tqdm  # noqa: E402
 from errors import UserError  # noqa: E402
 from command_line.parser import Parser, run_main  # noqa: E402
 from command_line.values import LongHelpFormatter  # noqa: E402
-from models.written_arrays import save_arrays  # noqa: E402
+from models.array_files import save_arrays  # noqa: E402
 from safe_files import check_place, replacing, write_atomically, write_json, writing  # noqa: E402
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -252,8 +252,7 @@ def check_sizes(args: argparse.Namespace) -> None:
 
 def main(words: list[str] | None = None) -> None:
     args = make_parser().parse_args(words)
-    if notice := fast_blas.notice():
-        print(notice, file=sys.stderr)
+    fast_blas.tell_of_slowness()
     check_place(args.output_dir / "model.safetensors")
     start = time.perf_counter()
     mx.random.seed(args.seed)

@@ -11,7 +11,8 @@ import sys
 import mlx.core as mx
 import pexpect
 import pytest
-from conftest import ROOT
+from adapters import LORA, PROMPT, randomised, write_adapter
+from files import ROOT
 from tiny import tiny_model_folder
 
 import ppo_training
@@ -26,12 +27,6 @@ from models.reward_model import RewardModel, load_reward_model
 from talk_to_model import parse_arguments
 
 SCRIPT = str(ROOT / "talk_to_model.py")
-LORA = {
-    "fine_tune_type": "lora",
-    "num_layers": -1,
-    "lora_parameters": {"rank": 4, "scale": 4.0, "dropout": 0.0},
-}
-PROMPT = {"fine_tune_type": "prompt", "num_prompt_tokens": 3}
 ENTER, CTRL_C, CTRL_D, UP, LEFT = "\r", "\x03", "\x04", "\x1b[A", "\x1b[D"
 
 
@@ -51,25 +46,6 @@ def files(tmp_path_factory):
     code = "def words(prompts, responses):\n    return [len(r.split()) for r in responses]\n"
     (folder / "rewards.py").write_text(code, encoding="utf-8")
     return folder
-
-
-def randomised(tuning, scale: float = 0.15):
-    """A fresh LoRA changes nothing, so every array gets random numbers."""
-    arrays = tuning.arrays()
-    keys = mx.random.split(mx.random.key(5), len(arrays))
-    tuning.load_arrays(
-        {
-            n: mx.random.normal(a.shape, scale=scale, key=k)
-            for (n, a), k in zip(arrays.items(), keys, strict=True)
-        },
-        "test",
-    )
-    return tuning
-
-
-def write_adapter(path, description):
-    loaded = load_model()
-    save_adapter(path, randomised(attach(loaded.model, description)), loaded)
 
 
 def run(*words, stdin=subprocess.DEVNULL, text=None, cwd=None):
@@ -94,7 +70,7 @@ def greedy(loaded, text: str, count: int, prefix=()) -> str:
         tokens.append(int(mx.argmax(logits)))
         if tokens[-1] in loaded.eos_ids:
             break
-    return loaded.tokenizer.decode(tokens, skip_special_tokens=True)[len(text) :].strip()
+    return loaded.tokenizer.decode(tokens, skip_special_tokens=True)[len(text) :].rstrip()
 
 
 # ------------------------------------------------------------------------------ one-shot, pipe
@@ -144,7 +120,7 @@ def test_scores_of_a_reward_model_and_a_function(files):
     out, err = run(*words, "--reward-function", own, "--reward-function", own, "8 20 22")
     loaded = load_model()
     judge = load_reward_model(files / "reward.npz", loaded)
-    tokens = loaded.tokenizer.encode("8 20 22 " + out.strip())
+    tokens = loaded.tokenizer.encode("8 20 22" + out.rstrip())
     tokens += [loaded.tokenizer.eos_token_id] * ("cut at --max-tokens" not in err)
     count = len(out.split())
     score = judge.score([tokens])[0]
@@ -162,9 +138,9 @@ def test_compare_without_a_terminal_names_the_replies(files):
         9,
     )
     base = load_model()
-    after = f"[digits_model]\n{greedy(base, '8 20 22', 9)}\n"
+    after = f"[digits_model]\n{greedy(base, '8 20 22', 9).strip()}\n"
     randomised(attach(base.model, LORA))
-    assert out == f"[digits_model + lora.npz]\n{greedy(base, '8 20 22', 9)}\n" + after
+    assert out == f"[digits_model + lora.npz]\n{greedy(base, '8 20 22', 9).strip()}\n" + after
 
 
 @pytest.mark.parametrize(
@@ -214,8 +190,9 @@ def test_the_defaults_are_those_of_the_settings():
 class Keyboard:
     """A person at a terminal of 100 columns."""
 
-    def __init__(self, folder, *words):
+    def __init__(self, folder, *words, **variables):
         environment = {**os.environ, "HOME": str(folder), "TERM": "dumb", "NO_COLOR": "1"}
+        environment |= variables
         self.child = pexpect.spawn(
             sys.executable,
             [SCRIPT, *map(str, words)],
@@ -289,6 +266,43 @@ def test_a_conversation_with_commands(files, tmp_path):
     assert chat.leave("/quit" + ENTER) == 0
     history = (tmp_path / ".mlx_rlhf_history").read_text(encoding="utf-8")
     assert "what is the answer" in history
+
+
+PASTED = "def f(x):\n    return x\n/set is no command here\n"
+
+
+@pytest.mark.parametrize("kind", ["bracketed", "as fast as a paste"])
+def test_prompts_of_several_lines(files, tmp_path, kind):
+    brackets = kind == "bracketed"
+    editor = tmp_path / "editor.sh"
+    editor.write_text('#!/bin/sh\nprintf " and\nmore" >> "$1"\n', encoding="utf-8")
+    editor.chmod(0o700)
+    chat = Keyboard(
+        tmp_path,
+        *("--model", files / "chatty", "--max-tokens", 3),
+        TERM="xterm" if brackets else "dumb",
+        EDITOR=str(editor),
+        VISUAL="",
+    )
+    chat.see("> ")
+    chat.type(f"\x1b[200~{PASTED}\x1b[201~last" + ENTER if brackets else PASTED + "last" + ENTER)
+    chat.see("3 tokens")
+    chat.see("> ")
+    for line in ('"""/first', "second", 'third"""'):
+        chat.type(line + ENTER)
+        chat.see(line[-5:])
+    chat.see("3 tokens")
+    chat.see("> ")
+    chat.type("/edit some" + ENTER)
+    chat.see("3 tokens")
+    chat.see("> ")
+    chat.type("/save talk.json" + ENTER)
+    chat.see("saved 3 exchanges")
+    said = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))["messages"]
+    prompts = [m["content"] for m in said if m["role"] == "user"]
+    assert prompts == [PASTED + "last", "/first\nsecond\nthird", "some and\nmore"]
+    chat.see("> ")
+    assert chat.leave(("/bye" if brackets else "/exit") + ENTER) == 0
 
 
 def chat_reply(folder, messages, count):

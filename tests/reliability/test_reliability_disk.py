@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from files import tree
 from fuse_setup import make_adapter
 from reliable_runs import (
     DATA,
@@ -23,7 +24,6 @@ from reliable_runs import (
     whole,
     whole_short,
 )
-from test_scripts_errors import tree
 
 import fuse
 import score

@@ -134,7 +134,7 @@ class Server:
 
     def __enter__(self) -> "Server":
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests/run_server.py")],
+            [sys.executable, str(ROOT / "tests/helpers/run_server.py")],
             cwd=ROOT,
             env=clean_environment()
             | {"PYTHONPATH": str(ROOT)}
