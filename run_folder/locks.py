@@ -28,7 +28,9 @@ class OutputLock:
             return
         sweep(path, heads=True)
         check_place(path, f"{path.stem}.value_head.safetensors")
-        self._place = path.with_name(f".{path.name}.lock")
+        # out.npz and out.safetensors have the same heads beside them.
+        name = f"{path.stem}.weights" if path.suffix in (".npz", ".safetensors") else path.name
+        self._place = path.with_name(f".{name}.lock")
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             taken = f"--save-file {path}: is going to be written by process"

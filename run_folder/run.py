@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from run_folder.run_config import (
     read_run_config,
     with_sum,
 )
-from run_folder.secrets import redact
+from run_folder.secrets import redact, tell
 from safe_files import (
     check_place,
     plain,
@@ -187,9 +187,23 @@ class Run:
         """
         row = numbered(step, metrics)
         self._files["metrics.jsonl"].append(row)
-        if self.logger is not None:
-            self.logger.log(step, row)
+        self._to_logger(lambda logger: logger.log(step, row))
         return row
+
+    def _to_logger(self, send: Callable[[Any], None]) -> None:
+        """Give the logger something; one that fails (its process was killed, say) costs itself."""
+        if self.logger is None:
+            return
+        try:
+            send(self.logger)
+        except Exception as wrong:  # its own errors are many and not all of them public
+            reason = str(wrong).strip().partition("\n")[0] or type(wrong).__name__
+            tell(
+                f"warning: --log-with {self._log_with}: {reason}; the run goes on without it, and "
+                f"{self.folder / 'metrics.jsonl'} has every row"
+            )
+            self.logger.abandon()
+            self.logger = None
 
     def log_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """Append decoded samples: prompt, response, score, KL, and whatever else they hold."""
@@ -243,8 +257,8 @@ class Run:
         if self._lock.closed:
             return
         try:
-            if self.logger is not None:
-                self.logger.finish(read_rows(self.folder / "samples.jsonl"), summary)
+            samples = self.folder / "samples.jsonl"
+            self._to_logger(lambda logger: logger.finish(read_rows(samples), summary))
         finally:
             self._free()
 

@@ -31,7 +31,7 @@ from safe_files import TEMPORARY
 
 FAIL, KILL = 1, 2
 POINTS = 10  # of a script, in the quick version
-LEFT_OVERS = re.compile(rf"{TEMPORARY.pattern}|\.tmp-.*|.*\.npz\.lock")
+LEFT_OVERS = re.compile(rf"{TEMPORARY.pattern}|\.tmp-.*|\..*\.lock")
 
 
 @pytest.fixture(scope="module")
