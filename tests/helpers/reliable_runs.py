@@ -273,6 +273,15 @@ def whole(name: str) -> tuple[dict, int]:
     return left_by(folder / "run", "out.npz"), touches(ended)
 
 
+def data_in(folder: Path, **more) -> Path:
+    """A copy of the sample data, each row with the fields `more`."""
+    folder.mkdir(parents=True)
+    for file in DATA.glob("*increasing_mult_2_*.jsonl"):
+        rows = [json.loads(line) | more for line in file.read_text().splitlines()[:40]]
+        (folder / file.name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
 def start_of(name: str, folder: Path) -> Path:
     """A folder with what a run of SHORT needs to begin."""
     folder.mkdir()

@@ -8,9 +8,7 @@ import pytest
 from files import tree
 from hub_server import TOKEN, Hub
 from reliable_runs import SLOW, Server, differences, left_by, quick, shared_server, whole_short
-from script_table import SHORT
-
-TRAINED = [name for name, short in SHORT.items() if short.saved == "out.npz"]
+from script_table import SHORT, TRAINED
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from reliable_runs import (
     shared_server,
     whole,
 )
+from script_table import TRAINED
 
 from errors import UserError
 from run_folder import checkpoint_folder as checkpoint_folders
@@ -158,9 +159,6 @@ def test_a_run_that_stopped_early_does_not_go_on(server, tmp_path):
 
 
 # ------------------------------------------------------------------------------ other data
-
-
-TRAINED = [name for name, short in SHORT.items() if short.saved == "out.npz"]
 
 
 @pytest.mark.parametrize("name", quick("sft ppo", TRAINED))

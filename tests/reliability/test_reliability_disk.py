@@ -24,6 +24,7 @@ from reliable_runs import (
     whole,
     whole_short,
 )
+from script_table import TRAINED
 
 import fuse
 import score
@@ -174,9 +175,6 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(server, tmp_p
     ended = server.run(script, [*line, "--output-dir", "file/run"], tmp_path)
     refused(ended, "file/run: cannot write: Not a directory")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-TRAINED = [name for name, short in SHORT.items() if short.saved == "out.npz"]
 
 
 @pytest.mark.parametrize("name", quick("sft ppo", TRAINED))
