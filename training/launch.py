@@ -167,7 +167,8 @@ def run_training(
         if resuming:
             last = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
             loop.resume(last, force=args.force_resume)
-        print(f"{run.folder}: {said(loop)}")
+        with suppress(StepGivenUp), stop.giving_up():  # what it says may take long to find out
+            print(f"{run.folder}: {said(loop)}")
         loop.run(stop, name or kind)
         if not stop.requested:
             path = args.save_file if place is None else place(run)

@@ -35,9 +35,15 @@ PLACES = {
     "validation of SFT": ("sft", "mlx_sft_trainer.SupervisedTrainer", "evaluate"),
     "samples at a validation": ("sft", "training.supervised_loop.Loop", "validate"),
     "gradient of SFT": ("sft", "mlx_sft_trainer.SupervisedTrainer", "step"),
+    "the reference of all rows": (
+        "preference",
+        "mlx_preference_tasks.PairTask",
+        "reference_logprobs",
+    ),
     "gradient of a reward model": ("reward", "mlx_sft_trainer.SupervisedTrainer", "step"),
     "sampling": ("ppo", "mlx_ppo_trainer.PPOTrainer", "generate"),
-    "reward": ("ppo", "training.rollout_loop.PPOLoop", "score"),
+    "reward": ("ppo", "training.rollout_loop.RolloutLoop", "score"),
+    "sampling of groups": ("group", "mlx_group_trainer.GroupTrainer", "generate"),
     "reference": ("ppo", "mlx_ppo_trainer.PPOTrainer", "score_reference"),
     "evaluation of PPO": ("ppo", "mlx_ppo_trainer.PPOTrainer", "sample_for_evaluation"),
 }
@@ -57,7 +63,7 @@ setattr(owner, "{function}", stands_still)
 """
 
 
-QUICK = ("gradient of SFT", "sampling", "evaluation of PPO")
+QUICK = ("gradient of SFT", "the reference of all rows", "sampling", "evaluation of PPO")
 
 
 @pytest.mark.parametrize(
