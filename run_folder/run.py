@@ -22,6 +22,7 @@ from typing import Any
 from errors import UserError
 from run_folder.locks import OutputLock, lock_folder
 from run_folder.loggers import LOGGERS, check_installed
+from run_folder.private import is_number, mark_private, private_folder, without_texts
 from run_folder.rows import NO_ROWS, ROW_FILES, RowFile, numbered, read_rows
 from run_folder.run_config import (
     OF_ONE_START,
@@ -92,6 +93,7 @@ class Run:
             self.may_change = tuple(options.get("may_change", ()))
             self.typed = frozenset(options.get("explicit", ()))
             self._open(script, options, resume, overwrite, outputs, blas)
+            self._keep_private(options)
             self.logger, self._log_with = None, log_with
             if not resume:
                 self._start_tracking()
@@ -162,9 +164,21 @@ class Run:
         for folder in (self.checkpoints, self.plots):
             sweep(folder, all_names=True)
 
+    def _keep_private(self, options: Mapping[str, Any]) -> None:
+        """A run on private texts is private too: it holds samples, and weights that know them."""
+        source = private_folder(dict(options) | {"run": self.folder})
+        self.private = source is not None
+        if self.private:
+            mark_private(self.folder)
+
     def _start_tracking(self) -> None:
-        if self._log_with != "none":
-            self.logger = LOGGERS[self._log_with](self.folder, self.config["script"], self.config)
+        if self._log_with == "none":
+            return
+        config = self.config
+        if self.private:
+            tell(f"note: trains on private texts, so {self._log_with} is sent numbers alone")
+            config = without_texts(config)
+        self.logger = LOGGERS[self._log_with](self.folder, config["script"], config)
 
     # ----------------------------------------------------------------- writing
 
@@ -266,10 +280,15 @@ class Run:
         if self._lock.closed:
             return
         try:
-            samples = self.folder / "samples.jsonl"
-            self._to_logger(lambda logger: logger.finish(read_rows(samples), summary))
+            self._to_logger(lambda logger: logger.finish(*self._last_words(summary)))
         finally:
             self._free()
+
+    def _last_words(self, summary: Mapping[str, Any] | None) -> tuple[list, Mapping | None]:
+        """(samples, summary) for the logger: of a private run numbers alone."""
+        if self.private:
+            return [], {k: v for k, v in (summary or {}).items() if is_number(v)}
+        return read_rows(self.folder / "samples.jsonl"), summary
 
     def _free(self) -> None:
         for file in (*self._files.values(), self._output, self._lock):
