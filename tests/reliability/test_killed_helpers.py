@@ -1,8 +1,11 @@
-"""What a run leans on dies, or is in use: W&B's process, an upload half done, one --save-file."""
+"""W&B's process dies, memory has a limit, an upload is cut off, one --save-file has two runs."""
 
 import fast_blas  # noqa: F401  isort: skip
 
+import contextlib
+import os
 import signal
+from pathlib import Path
 
 import pytest
 from files import tree
@@ -46,6 +49,50 @@ def test_a_run_outlives_the_process_of_wandb(server, tmp_path, name, step):
     assert ended.code == 0 and "W&B is dead" in ended.err, ended.err
     assert ended.err.count("warning: --log-with wandb: ") == 1 and "Traceback" not in ended.err
     assert "goes on without it, and run/metrics.jsonl has every row" in ended.err
+    assert differences(whole_short(name)[1], left_by(tmp_path / "run", "out.npz")) == []
+
+
+# ------------------------------------------------------------------------------ memory
+
+GREEDY = """
+import os, run_folder.run
+with open("{group}/cgroup.procs", "w") as file:
+    file.write(str(os.getpid()))
+inner = run_folder.run.Run.log
+def log(self, step, row):
+    if step == 2:
+        self.taken = b"x" * ({limit} * 2)
+    return inner(self, step, row)
+run_folder.run.Run.log = log
+"""
+
+
+@pytest.fixture
+def memory_group():
+    """(a group of processes that may have so much memory together, the bytes)."""
+    limit, name = 300 << 20, f"mlx-rlhf-test-{os.getpid()}"
+    first = Path("/sys/fs/cgroup/memory")
+    folder = (first if first.is_dir() else first.parent) / name
+    file = "memory.limit_in_bytes" if first.is_dir() else "memory.max"
+    try:
+        folder.mkdir()
+        (folder / file).write_text(str(limit))
+    except OSError as wrong:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        pytest.skip(f"no group with a limit of memory can be made here: {wrong}")
+    yield folder, limit
+    folder.rmdir()
+
+
+@pytest.mark.parametrize("name", quick("ppo", TRAINED))
+def test_a_run_that_the_system_ends_for_its_memory_goes_on(server, tmp_path, memory_group, name):
+    short, (group, limit) = SHORT[name], memory_group
+    prelude = GREEDY.format(group=group, limit=limit)
+    ended = server.run(short.script, short.line, tmp_path, prelude=prelude)
+    assert ended.code == -signal.SIGKILL, ended.err
+    ended = server.run(short.script, ["--resume", "run"], tmp_path)
+    assert ended.code == 0, ended.err
     assert differences(whole_short(name)[1], left_by(tmp_path / "run", "out.npz")) == []
 
 
