@@ -106,6 +106,7 @@ class PPOTrainer:
         model.eval()
         self._generated: dict[tuple, tuple[np.ndarray, np.ndarray, bool]] = {}
         self._calls = 0  # of generate() since the last step
+        self.before_update: Callable[[], None] = lambda: None
         self._warned: set[str] = set()
 
     # ------------------------------------------------------------------ 1. generate
@@ -202,6 +203,7 @@ class PPOTrainer:
         clock.lap("compute_rewards")
         self.compute_advantages(rollout)
         clock.lap("compute_advantages")
+        self.before_update()
         minibatches = self.optimise(rollout)
         clock.lap("optimize_step")
         stats = self.statistics(rollout, minibatches)
