@@ -13,7 +13,7 @@ A real one, rewards that can be checked:
         --num-generations 8 --batch-size 64 --mini-batch-size 8 --gradient-accumulation-steps 8
 """
 
-import fast_blas  # noqa: F401
+import fast_blas
 
 from command_line.adapter_file import make_tuning
 from command_line.group_flags import config_of, default_learning_rate, parse_arguments
@@ -79,6 +79,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     from mlx_group_trainer import GroupTrainer
     from models.adapter_files import describe
     from publishing.trained import write_fused
+    from training import mlx_backend
     from training.group_loop import GroupLoop
     from training.groups import Group, adapter_group
     from training.optimizers import build_optimizer
@@ -118,6 +119,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
             schedule,
             stop_at(args.stop, loaded.tokenizer),
             loaded.fingerprint,
+            backend=mlx_backend,
         )
 
     said = (
@@ -138,6 +140,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         lambda _: said,
         lambda run, loop: finish(args, loaded, run, loop),
         write_fused=write_fused,
+        blas=fast_blas.NAME,
     )
 
 

@@ -54,23 +54,25 @@ from rl.group_statistics import (
     warnings_for,
 )
 from rl.ppo_statistics import sampling_warnings
-from rl.rollout_checks import check_rollout
-from rl.rollouts import Rollout
-from rl.shaping import length_penalties
+from rl.rollouts import (
+    EVALUATION,
+    SAMPLING,
+    Rollout,
+    check_rollout,
+    minibatch_order,
+    stream,
+    token_lists,
+)
+from rl.scores import length_penalties
 from training.optimizers import build_optimizer
 from training.reference_blend import ReferenceBlend
 from training.rollout_stages import (
-    EVALUATION,
-    SAMPLING,
     fit_columns,
-    minibatch_order,
     pack_rows,
     sample,
     score_reference,
     scored,
     set_mask,
-    stream,
-    token_lists,
     use_sampled,
 )
 from training.update import added, all_finite, apply_update

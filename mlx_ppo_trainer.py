@@ -37,34 +37,43 @@ from models.last_block import allow_short_last_block
 from models.packing import Packed
 from models.trunk import vocabulary_size
 from rl.advantages import gae
-from rl.kl import AdaptiveKLController, FixedKLController, kl_penalty
+from rl.kl import kl_penalty
 from rl.losses import masked_mean, masked_whiten, policy_loss, value_loss
 from rl.ppo_config import PPOConfig
-from rl.ppo_statistics import logged_row, sampling_warnings, step_statistics, warnings_for
-from rl.rollout_checks import as_numbers, check_rollout
-from rl.rollouts import Rollout
-from rl.shaping import (
+from rl.ppo_statistics import (
+    StageClock,
+    logged_row,
+    sampling_warnings,
+    step_statistics,
+    warnings_for,
+)
+from rl.rollouts import (
+    EVALUATION,
+    SAMPLING,
+    Rollout,
+    as_numbers,
+    check_rollout,
+    minibatch_order,
+    response_limits,
+    stream,
+    token_lists,
+)
+from rl.scores import (
     RunningMoments,
     clip_scores,
     length_penalties,
-    per_token_rewards,
+    make_kl_controller,
     scale_scores,
 )
-from training.clock import StageClock
+from rl.shaping import per_token_rewards, rollout_stats
 from training.optimizers import build_optimizer
 from training.rollout_stages import (
-    EVALUATION,
-    SAMPLING,
     fit_columns,
-    minibatch_order,
     pack_rows,
-    response_limits,
     sample,
     score_reference,
     scored,
     set_mask,
-    stream,
-    token_lists,
     use_sampled,
     whole_kl,
 )
@@ -106,11 +115,7 @@ class PPOTrainer:
         self.vocabulary = vocabulary_size(model.model)
         self.optimizer = optimizer or build_optimizer("adam", config.learning_rate)
         self.optimizer.init(model.trainable_parameters())
-        self.kl_controller = (
-            AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
-            if config.adap_kl_ctrl
-            else FixedKLController(config.init_kl_coef)
-        )
+        self.kl_controller = make_kl_controller(config)
         self.running = RunningMoments()
         self.steps_done = 0
         self.grad_checkpoint = grad_checkpoint
@@ -430,7 +435,7 @@ class PPOTrainer:
 
     def statistics(self, rollout: Rollout, minibatches: list[dict[str, float]]) -> dict:
         """The step's metrics under TRL's names; warns, once each, of what usually goes wrong."""
-        stats = step_statistics(rollout, minibatches)
+        stats = step_statistics(rollout, minibatches, rollout_stats)
         stats["objective/kl_coef"] = self.kl_controller.value
         stats["ppo/learning_rate"] = float(self.optimizer.learning_rate)
         self._warn(**warnings_for(stats, self.config.max_new_tokens))

@@ -11,7 +11,7 @@ A real one:
         --data my_folder --data-base "" --max-new-tokens 128 --batch-size 32 --learning-rate 1e-4
 """
 
-import fast_blas  # noqa: F401
+import fast_blas
 
 from command_line.adapter_file import make_tuning
 from command_line.dataclass_flags import dataclass_from_arguments
@@ -77,6 +77,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     from mlx_ppo_trainer import PPOTrainer
     from models.adapter_files import describe
     from publishing.trained import write_fused
+    from training import mlx_backend
     from training.groups import Group, adapter_group
     from training.optimizers import build_optimizer
     from training.rollout_loop import RolloutLoop, RolloutSchedule
@@ -117,6 +118,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
             schedule,
             stop_at(args.stop, loaded.tokenizer),
             loaded.fingerprint,
+            backend=mlx_backend,
         )
 
     said = (
@@ -131,6 +133,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         lambda _: said,
         lambda run, loop: finish(args, loaded, run, loop),
         write_fused=write_fused,
+        blas=fast_blas.NAME,
     )
 
 

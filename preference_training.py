@@ -11,7 +11,7 @@ With answers that were rated in the chat:
     python preference_training.py --model MODEL --train --algorithm kto --train-file ratings.jsonl
 """
 
-import fast_blas  # noqa: F401
+import fast_blas
 
 from command_line.adapter_file import make_tuning
 from command_line.model_limits import check_splits, fit_lengths
@@ -116,6 +116,7 @@ def train(args, loaded, task, rows) -> None:
     from mlx_sft_trainer import SupervisedTrainer
     from models.adapter_files import describe
     from publishing.trained import write_fused
+    from training import mlx_backend
     from training.optimizers import build_optimizer
     from training.preference_warnings import PreferenceWatch
     from training.reference_cache import NAME
@@ -155,6 +156,7 @@ def train(args, loaded, task, rows) -> None:
                 log_2={*args.loss_type} <= {"sigmoid", "sigmoid_norm"} and args.algorithm == "dpo",
                 reference=task.reference is not None,
             ),
+            backend=mlx_backend,
         )
 
     def said(loop: Loop) -> str:
@@ -172,6 +174,7 @@ def train(args, loaded, task, rows) -> None:
         name=args.algorithm,
         outputs=(NAME,),
         write_fused=write_fused,
+        blas=fast_blas.NAME,
     )
 
 

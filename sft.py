@@ -11,7 +11,7 @@ A real one:
         --data-base "" --epochs 2 --mask-prompt --save-file my_adapter
 """
 
-import fast_blas  # noqa: F401
+import fast_blas
 
 from command_line.adapter_file import make_tuning, refuse_other_pooling
 from command_line.model_limits import check_splits, fit_lengths
@@ -89,6 +89,7 @@ def train(args, loaded, task, rows) -> None:
     from mlx_sft_trainer import SupervisedTrainer
     from models.adapter_files import describe
     from publishing.trained import write_fused
+    from training import mlx_backend
     from training.optimizers import build_optimizer
     from training.samples import write_samples
     from training.supervised_loop import Loop, Schedule
@@ -125,6 +126,7 @@ def train(args, loaded, task, rows) -> None:
                 run, step, loaded, task, args.sample_prompts, rows.get("samples")
             ),
             base=loaded.fingerprint,
+            backend=mlx_backend,
         )
 
     def said(loop: Loop) -> str:
@@ -144,6 +146,7 @@ def train(args, loaded, task, rows) -> None:
         said,
         lambda run, loop: finish(args, loaded, run, loop, rows),
         write_fused=write_fused,
+        blas=fast_blas.NAME,
     )
 
 

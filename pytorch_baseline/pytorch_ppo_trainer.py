@@ -48,8 +48,8 @@ from torch import Tensor
 
 from errors import UserError
 from rl.ppo_config import PPOConfig
-from rl.rollout_checks import as_numbers, check_rollout, check_token_ids
-from training.clock import StageClock
+from rl.ppo_statistics import StageClock
+from rl.rollouts import as_numbers, check_rollout, check_token_ids
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 

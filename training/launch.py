@@ -7,8 +7,6 @@
 MLX and what stands on it is imported when it is needed: help and mistakes answer at once.
 """
 
-import fast_blas
-
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +23,8 @@ from run_folder.stopping import GracefulStop, StepGivenUp
 
 def start(seed: int, memory_limit: float | None, **model: Any):
     """Seed everything, limit the memory (GB), and load the model (options of `load_model`)."""
+    import fast_blas
+
     from models.load import load_model
     from training.memory import set_memory_limit
     from training.streams import seed_everything
@@ -47,6 +47,7 @@ def run_training(
     outputs: Sequence[str] = (),
     place: Callable[[Run], str | Path] | None = None,
     write_fused: Callable[[Namespace, Path], list[str]] | None = None,
+    blas: str | None = None,
 ) -> None:
     """A run of `kind` (run_folder/run_config.py) from its folder to what it leaves behind.
 
@@ -54,8 +55,8 @@ def run_training(
     printed, when it is about to begin; `finish(run, loop)` saves to --save-file, or where
     `place(run)` says, once the loop is through. Of `args`, the flags of `add_run_arguments` are
     read. `outputs`: names of what the script itself writes into the folder. `write_fused(args,
-    run folder)` makes --fused-dir of what was saved and gives commands to go on with. Exits with
-    130 or 143 after a stop.
+    run folder)` makes --fused-dir of what was saved and gives commands to go on with. `blas`: the
+    library that MLX computes with. Exits with 130 or 143 after a stop.
     """
     resuming = args.resume is not None
     run = Run(
@@ -66,7 +67,7 @@ def run_training(
         overwrite=args.overwrite,
         log_with=args.log_with,
         outputs=outputs,
-        blas=fast_blas.NAME,
+        blas=blas,
     )
     with run, GracefulStop() as stop:
         loop = make_loop(run)
@@ -85,10 +86,12 @@ def run_training(
     stop.exit_if_requested(MADE_BY[kind], run.folder)
 
 
-def say_peak_memory() -> None:
-    from training.memory import peak_memory
+def say_peak_memory(peak: float | None = None) -> None:
+    """The most memory that was held, in GB; None: that of MLX."""
+    if peak is None:
+        from training.memory import peak_memory
 
-    peak = peak_memory()
+        peak = peak_memory()
     print(f"peak memory {peak:.2f} GB" if peak >= 0.1 else f"peak memory {peak * 1000:.1f} MB")
 
 

@@ -44,7 +44,7 @@ from models.packing import pack
 from models.reward_model import RewardModel, load_reward_head
 from rewards.digits import digits_score
 from training.optimizers import build_optimizer as build_mlx_optimizer
-from training.optimizers import learning_rate_schedule
+from training.schedules import learning_rate_schedule
 
 pytestmark = pytest.mark.torch
 SIZES = dict(

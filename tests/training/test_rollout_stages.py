@@ -14,17 +14,9 @@ from models.decoding import Sampling
 from models.lora import LoraConfig, add_lora
 from rl.kl import kl_penalty
 from rl.ppo_statistics import rollout_statistics
-from rl.rollouts import join_rollouts
-from training.rollout_stages import (
-    minibatch_order,
-    response_limits,
-    sample,
-    score_reference,
-    scored,
-    set_mask,
-    stream,
-    use_sampled,
-)
+from rl.rollouts import join_rollouts, minibatch_order, response_limits, stream
+from rl.shaping import rollout_stats
+from training.rollout_stages import sample, score_reference, scored, set_mask, use_sampled
 
 
 def rollout_without_values(seed: int = 0, queries=None):
@@ -60,7 +52,7 @@ def test_a_rollout_without_values_has_logprobs_kl_and_statistics():
     score_reference(rollout, model, tuning, None, size=4)
     rollout.kls = kl_penalty(rollout.logprobs, rollout.ref_logprobs, "k3")
     rollout.scores = mx.arange(8).astype(mx.float32)
-    stats = rollout_statistics(rollout)
+    stats = rollout_statistics(rollout, rollout_stats)
     sums = np.array(rollout.kls).sum(axis=1)
     np.testing.assert_allclose(stats["objective/kl_dist"], sums, rtol=1e-5)
     assert stats["objective/kl"] == pytest.approx(sums.mean(), rel=1e-5) and sums.mean() > 0
@@ -73,7 +65,7 @@ def test_statistics_need_no_reference():
     set_mask(rollout)
     use_sampled(rollout)
     rollout.scores = mx.zeros(8)
-    stats = rollout_statistics(rollout)
+    stats = rollout_statistics(rollout, rollout_stats)
     surprise = [-row.sum() for row in rollout.sampled_logprobs]
     assert stats["objective/entropy"] == pytest.approx(np.mean(surprise), rel=1e-5)
     assert not any("kl" in name or "ref" in name for name in stats)
