@@ -2,8 +2,8 @@
 
 One step is `generate`, which gives a `Rollout`, and then `update` with a score for each response.
 TRL's `step(queries, responses, scores)` does the same for responses that came from elsewhere. The
-parts have a method each, numbered as in docs/ppo.md; what other algorithms on rollouts share of
-them is in training/rollout_stages.py:
+parts have a method each, numbered as in docs/ppo.md. What needs no array library of them is in
+training/rollout_steps.py, what other algorithms on rollouts share in training/rollout_stages.py:
 
 1. generate            a response to each query, with its log-probabilities and values
 2. shape_scores        penalties, running scaling and clipping of the scores
@@ -20,9 +20,8 @@ reward), Huang et al. 2024 (the implementation details that matter).
 
 import fast_blas  # noqa: F401
 
-import math
-import warnings
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,58 +30,21 @@ import numpy as np
 
 from errors import UserError
 from models.actor_critic import ActorCritic
-from models.decoding import Sampling
-from models.gradients import checkpointed_blocks, loss_and_gradient
-from models.last_block import allow_short_last_block
 from models.packing import Packed
-from models.trunk import vocabulary_size
 from rl.advantages import gae
 from rl.kl import kl_penalty
 from rl.losses import masked_mean, masked_whiten, policy_loss, value_loss
 from rl.ppo_config import PPOConfig
-from rl.ppo_statistics import (
-    StageClock,
-    logged_row,
-    sampling_warnings,
-    step_statistics,
-    warnings_for,
-)
-from rl.rollouts import (
-    EVALUATION,
-    SAMPLING,
-    Rollout,
-    as_numbers,
-    check_rollout,
-    minibatch_order,
-    response_limits,
-    stream,
-    token_lists,
-)
-from rl.scores import (
-    RunningMoments,
-    clip_scores,
-    length_penalties,
-    make_kl_controller,
-    scale_scores,
-)
+from rl.rollouts import SAMPLING, Rollout, response_limits
 from rl.shaping import per_token_rewards, rollout_stats
-from training.optimizers import build_optimizer
-from training.rollout_stages import (
-    fit_columns,
-    pack_rows,
-    sample,
-    score_reference,
-    scored,
-    set_mask,
-    use_sampled,
-    whole_kl,
-)
-from training.update import added, all_finite, apply_update
+from training.rollout_stages import fit_columns, score_reference, whole_kl
+from training.rollout_steps import PPOSteps
+from training.rollout_trainer import RolloutTrainer
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 
 
-class PPOTrainer:
+class PPOTrainer(PPOSteps, RolloutTrainer):
     """PPO on an `ActorCritic`.
 
     The reference is the model with its adapter off, or `ref_model` (needed for full fine-tuning).
@@ -90,6 +52,17 @@ class PPOTrainer:
     `eos_ids` end a response; by default they are the tokenizer's. `log_stats` calls
     `log(step, row)`.
     """
+
+    scored_as = ("logprobs", "values")
+    arithmetic = SimpleNamespace(
+        gae=gae,
+        masked_mean=masked_mean,
+        masked_whiten=masked_whiten,
+        per_token_rewards=per_token_rewards,
+        policy_loss=policy_loss,
+        rollout_stats=rollout_stats,
+        value_loss=value_loss,
+    )
 
     def __init__(
         self,
@@ -105,33 +78,9 @@ class PPOTrainer:
     ):
         if ref_model is None and model.tuning.kind == "full":
             raise UserError("full fine-tuning needs a reference model: a frozen copy of the policy")
-        if eos_ids is None and tokenizer is None:
-            raise UserError("PPOTrainer needs a tokenizer, or eos_ids")
-        if ref_model is not None:
-            allow_short_last_block(ref_model)
-        self.config, self.model, self.reference = config, model, ref_model
-        self.tokenizer, self.log = tokenizer, log
-        self.eos_ids = set(eos_ids if eos_ids is not None else tokenizer.eos_token_ids)
-        self.vocabulary = vocabulary_size(model.model)
-        self.optimizer = optimizer or build_optimizer("adam", config.learning_rate)
-        self.optimizer.init(model.trainable_parameters())
-        self.kl_controller = make_kl_controller(config)
-        self.running = RunningMoments()
-        self.steps_done = 0
-        self.grad_checkpoint = grad_checkpoint
-        self._set_up_gradient()
-        self._warned: set[str] = set()
-        self.before_update: Callable[[], None] = lambda: None  # called before weights move
-        model.eval()  # no dropout, in rollouts and in updates
-        self._warn(**sampling_warnings(config))
-
-    def _set_up_gradient(self) -> None:
-        on_gpu = mx.default_device().type == mx.DeviceType.gpu
-        config = self.config
-        self.compiled = on_gpu if config.compile is None else config.compile
-        # Compiled code is made anew for every shape, so there lengths come in steps of 16.
-        self.pad_to_multiple = config.pad_to_multiple or (16 if on_gpu or self.compiled else 1)
-        self._loss_and_grad = loss_and_gradient(self.model, self._loss, self.compiled)
+        super().__init__(config, model, ref_model, tokenizer, optimizer, eos_ids, grad_checkpoint)
+        self.log = log
+        self.set_up(config)
 
     # ------------------------------------------------------------------ 1. generate
 
@@ -160,157 +109,13 @@ class PPOTrainer:
                 self.steps_done,
                 *parts,
             )
-        sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
-        value_head = self.model.value_head
+        purpose, head = (SAMPLING, *parts), self.model.value_head
         return self._sample(
-            queries, max_tokens, sampling, should_stop, (SAMPLING, *parts), value_head
+            queries, self.sampling, should_stop, purpose, max_tokens, value_head=head
         )
 
-    def sample_for_evaluation(
-        self,
-        queries: Sequence[Sequence[int]],
-        greedy: bool,
-        should_stop: Callable[[list[int]], bool] | None = None,
-        part: int = 0,
-    ) -> Rollout:
-        """Responses, the most likely ones or sampled; without values.
-
-        `part` tells the batches of one evaluation apart, so that each draws other numbers.
-        """
-        temperature = 0.0 if greedy else self.config.temperature
-        limit = self.config.max_new_tokens
-        purpose = (EVALUATION, part)
-        return self._sample(queries, limit, Sampling(temperature), should_stop, purpose)
-
-    def _sample(
-        self, queries, max_tokens, sampling, should_stop, purpose: tuple[int, ...], value_head=None
-    ) -> Rollout:
-        return sample(
-            self.model.model,
-            self.model.tuning.prefix,  # ids from V on, which no query may have
-            queries,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            eos_ids=self.eos_ids,
-            vocabulary=self.vocabulary,
-            random=stream(self.config.seed, self.steps_done, *purpose),
-            value_head=value_head,
-            should_stop=should_stop,
-        )
-
-    # ------------------------------------------------------------------ the step
-
-    def step(
-        self,
-        queries: Sequence[Sequence[int]],
-        responses: Sequence[Sequence[int]],
-        scores: Sequence[float],
-        response_masks: Sequence[Sequence[int]] | None = None,
-    ) -> dict:
-        """TRL's interface: `update` for responses (token ids) that say no more than themselves.
-
-        They are scored in a forward pass of their own, and have ended where they end with EOS.
-        """
-        return self.update(self.as_rollout(queries, responses), scores, response_masks)
-
-    def as_rollout(
-        self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-    ) -> Rollout:
-        """Responses that were written elsewhere."""
-        responses = token_lists(responses)
-        ended = [bool(response) and response[-1] in self.eos_ids for response in responses]
-        return Rollout(token_lists(queries), responses, ended)
-
-    def update(
-        self,
-        rollout: Rollout,
-        scores: Sequence[float],
-        response_masks: Sequence[Sequence[int]] | None = None,
-    ) -> dict:
-        """One PPO step on a batch of responses with a score each.
-
-        `response_masks` has a 0 for each response token that the policy did not choose (a tool's
-        output); rewards and advantages pass over those. Returns statistics under TRL's names.
-        Raises UserError, naming the row, for what cannot be learned from. Where a loss or gradient
-        was not finite ("ppo/not_finite"), KL coefficient and running moments are as before.
-        """
-        clock, before = StageClock(), self.state_dict()
-        rollout = self.prepare(rollout, scores, response_masks)
-        self.score_policy(rollout)
-        self.score_reference(rollout)
-        clock.lap("forward_pass")
-        self.compute_rewards(rollout)
-        clock.lap("compute_rewards")
-        self.compute_advantages(rollout)
-        clock.lap("compute_advantages")
-        minibatches = self.optimise(rollout)
-        clock.lap("optimize_step")
-        stats = self.statistics(rollout, minibatches)
-        clock.lap("calc_stats")
-        self.finish(stats)
-        if stats["ppo/not_finite"]:
-            self.kl_controller.load_state_dict(before["kl_controller"])
-            self.running.load_state_dict(before["running"])
-        return stats | clock.times()
-
-    def skip(self) -> dict:
-        """A step without an update, for a batch that cannot be learned from; its statistics."""
-        self.steps_done += 1
-        return {"ppo/not_finite": 1.0}
-
-    def prepare(self, rollout: Rollout, scores, response_masks=None) -> Rollout:
-        """What `update` is given, checked; the rollout with shaped scores."""
-        scores = as_numbers(scores)
-        check_rollout(
-            rollout.queries,
-            rollout.responses,
-            scores,
-            response_masks,
-            self.config.batch_size,
-            self.vocabulary,
-        )
-        if response_masks is not None:
-            rollout.masks = [np.asarray(mask, dtype=bool) for mask in response_masks]
-        shaped = self.shape_scores(scores, rollout.responses, rollout.ended)
-        rollout.scores = mx.array(shaped, dtype=mx.float32)
-        return rollout
-
-    # ------------------------------------------------------------------ 2. scores
-
-    def shape_scores(
-        self, scores: Sequence[float], responses: Sequence[Sequence[int]], ended: Sequence[bool]
-    ) -> list[float]:
-        """Scores (B,) with penalties for length, then scaled by running moments, then clipped."""
-        config = self.config
-        penalties = length_penalties(
-            [len(r) for r in responses],
-            ended,
-            missing_eos_penalty=config.missing_eos_penalty,
-            max_length=config.max_new_tokens,
-            overlong_buffer=config.overlong_buffer,
-            overlong_penalty=config.overlong_penalty,
-        )
-        scores = [score + penalty for score, penalty in zip(scores, penalties, strict=True)]
-        if config.use_score_scaling:
-            scores = scale_scores(scores, self.running, subtract_mean=config.use_score_norm)
-        return scores if config.score_clip is None else clip_scores(scores, config.score_clip)
-
-    # ------------------------------------------------------------------ 3. policy
-
-    @property
-    def _passes(self) -> dict:
-        """How rows go through a model, for the shared stages."""
-        return {"size": self.config.mini_batch_size, "pad_to_multiple": self.pad_to_multiple}
-
-    def score_policy(self, rollout: Rollout) -> None:
-        """Fill in mask, logprobs and values: those kept from sampling, or a forward pass."""
-        set_mask(rollout)
-        if self.config.rollout_logprobs and use_sampled(rollout):
-            return
-        temperature, prefix = self.config.temperature, self.model.tuning.prefix
-        rollout.logprobs, rollout.values = scored(
-            rollout, lambda p: self.model(p, temperature=temperature), prefix=prefix, **self._passes
-        )
+    def as_array(self, values: np.ndarray) -> mx.array:
+        return mx.array(values)
 
     # ------------------------------------------------------------------ 4. reference
 
@@ -318,161 +123,43 @@ class PPOTrainer:
         """Fill in ref_logprobs and kls, nats per token."""
         mode, policy = self.config.kl_penalty, self.model
         models = (policy.model, policy.tuning, self.reference)
-        options = {"temperature": self.config.temperature, **self._passes}
-        score_reference(rollout, *models, **options)
+        score_reference(rollout, *models, **self._passes)
         if mode == "full":
-            rollout.kls = whole_kl(rollout, *models, **options)
+            rollout.kls = whole_kl(rollout, *models, **self._passes)
         else:
             rollout.kls = kl_penalty(rollout.logprobs, rollout.ref_logprobs, mode)
 
     # ------------------------------------------------------------------ 5. and 6.
 
     def compute_rewards(self, rollout: Rollout) -> None:
-        """Fill in rewards: -beta * KL on every token, plus the score on the last one."""
-        rollout.rewards, rollout.non_score_rewards = per_token_rewards(
-            rollout.scores, rollout.kls, rollout.mask, self.kl_controller.value
-        )
+        super().compute_rewards(rollout)
         mx.eval(rollout.rewards)
 
     def compute_advantages(self, rollout: Rollout) -> None:
-        """Fill in advantages and returns."""
-        config, rewards = self.config, rollout.rewards
-        if config.whiten_rewards:
-            rewards = masked_whiten(rewards, rollout.mask, shift_mean=False)
-        rollout.advantages, rollout.returns = gae(
-            rewards, rollout.values, rollout.mask, gamma=config.gamma, lam=config.lam
-        )
-        if config.whiten_advantages:
-            rollout.advantages = masked_whiten(rollout.advantages, rollout.mask)
+        super().compute_advantages(rollout)
         mx.eval(rollout.advantages, rollout.returns)
 
     # ------------------------------------------------------------------ 7. optimise
 
-    def minibatch_order(self, epoch: int) -> np.ndarray:
-        """A permutation of the batch (B,), fresh for each epoch of each step."""
-        config = self.config
-        return minibatch_order(config.batch_size, config.seed, self.steps_done, epoch)
-
-    def optimise(self, rollout: Rollout) -> list[dict[str, float]]:
-        """Epochs of updates; returns the metrics of each minibatch."""
-        config, metrics = self.config, []
-        for epoch in range(config.ppo_epochs):
-            order = self.minibatch_order(epoch)
-            for start in range(0, config.batch_size, config.backward_batch_size):
-                metrics += self._update(rollout, order[start : start + config.backward_batch_size])
-            if config.early_stopping and metrics[-1]["policy/policykl"] > 1.5 * config.target_kl:
-                break
-        return metrics
-
-    def _update(self, rollout: Rollout, rows: np.ndarray) -> list[dict[str, float]]:
-        """One optimizer update, from the minibatches that `rows` fall into."""
-        config, total, metrics = self.config, None, []
-        for start in range(0, len(rows), config.mini_batch_size):
-            gradient, found = self._gradient(rollout, rows[start : start + config.mini_batch_size])
-            metrics.append(found)
-            if gradient is not None:
-                total = added(total, gradient)
-        if total is None:
-            return metrics
-        norm = apply_update(
-            self.model,
-            self.optimizer,
-            total,
-            config.gradient_accumulation_steps,
-            config.max_grad_norm,
-            before=self.before_update,
-        )
-        metrics[-1]["grad_norm"] = norm
-        if not math.isfinite(norm):  # of numbers that were finite themselves
-            metrics[-1] |= {"not_finite": 1.0, "skipped": 1.0}
-        return metrics
-
     def _gradient(self, rollout: Rollout, rows: np.ndarray) -> tuple[dict | None, dict]:
         """The gradient of one minibatch, None where it must not move the weights; its metrics."""
-        packed = pack_rows(rollout, rows, self.model.tuning.prefix, self.pad_to_multiple)
-        index, width = mx.array(rows), packed.mask.shape[1]
+        packed, index, width = self._packed(rollout, rows)
         columns = (rollout.logprobs, rollout.values, rollout.advantages, rollout.returns)
         columns = [fit_columns(column[index], width) for column in columns]  # (b, r)
-        with checkpointed_blocks(self.model.model, self.grad_checkpoint):
-            (_, metrics), gradient = self._loss_and_grad(packed.arrays(), columns)
-        finite = all_finite(gradient)
-        mx.eval(metrics, gradient, finite)
-        metrics = {name: value.item() for name, value in metrics.items()}
-        bad = not (finite.item() and np.isfinite(metrics["loss/total"]))
-        runaway = metrics["policy/ratio"] > self.config.ratio_threshold
-        if runaway:
-            self._warn(
-                ratio=f"mean ratio {metrics['policy/ratio']:.2f} is above --ratio-threshold "
-                f"{self.config.ratio_threshold:g}: minibatch skipped; a lower learning rate helps"
-            )
-        metrics |= {"not_finite": float(bad), "skipped": float(bad or runaway)}
-        return (None if bad or runaway else gradient), metrics
+        gradient, metrics = self._pass(packed.arrays(), columns, total="loss/total")
+        if self.runs_away(metrics):
+            metrics["skipped"] = 1.0
+        return (None if metrics["skipped"] else gradient), metrics
 
     def _loss(self, packed: list[mx.array], columns: list[mx.array]) -> tuple[mx.array, dict]:
         """Loss of one minibatch, and its metrics."""
-        config, packed = self.config, Packed(*packed)
-        old_logprobs, old_values, advantages, returns = columns  # (b, r) each
-        logprobs, values, entropy = self.model(
-            packed, temperature=config.temperature, with_entropy=True, gradient=True
+        packed = Packed(*packed)
+        scored = self.model(
+            packed, temperature=self.config.temperature, with_entropy=True, gradient=True
         )
-        policy, metrics = policy_loss(
-            logprobs,
-            old_logprobs,
-            advantages,
-            packed.mask,
-            cliprange=config.cliprange,
-            cliprange_high=config.cliprange_high,
-            dual_clip=config.dual_clip,
-        )
-        value, value_metrics = value_loss(
-            values, old_values, returns, packed.mask, cliprange_value=config.cliprange_value
-        )
-        total = policy + config.vf_coef * value
-        totals = {"loss/total": total, "policy/entropy": masked_mean(entropy, packed.mask)}
-        return total, {**metrics, **value_metrics, **totals}
+        return self.combined_loss(scored, columns, packed.mask)
 
-    # ------------------------------------------------------------------ 8. statistics
-
-    def statistics(self, rollout: Rollout, minibatches: list[dict[str, float]]) -> dict:
-        """The step's metrics under TRL's names; warns, once each, of what usually goes wrong."""
-        stats = step_statistics(rollout, minibatches, rollout_stats)
-        stats["objective/kl_coef"] = self.kl_controller.value
-        stats["ppo/learning_rate"] = float(self.optimizer.learning_rate)
-        self._warn(**warnings_for(stats, self.config.max_new_tokens))
-        return stats
-
-    def finish(self, stats: dict) -> None:
-        """Move beta and count the step."""
-        self.kl_controller.update(stats["objective/kl"], self.config.batch_size)
-        self.steps_done += 1
-
-    def _warn(self, **messages: str) -> None:
-        for name, message in messages.items():
-            if name not in self._warned:
-                self._warned.add(name)
-                warnings.warn(message, stacklevel=3)
-
-    def log_stats(self, stats: dict, batch: dict, scores: Sequence[float]) -> None:
-        """Hand a step's scalars to `log`, with env/reward_mean and env/reward_std of the scores.
-
-        `batch` may hold further columns of numbers; each is logged as env/<name>_mean.
-        """
-        if self.log is not None:
-            self.log(self.steps_done, logged_row(stats, batch, scores))
-
-    # ------------------------------------------------------------------ resume
-
-    def state_dict(self) -> dict:
-        """What resuming needs besides weights and optimizer state; JSON-able."""
-        return {
-            "steps_done": self.steps_done,
-            "kl_controller": self.kl_controller.state_dict(),
-            "running": self.running.state_dict(),
-            "warned": sorted(self._warned),
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        self.steps_done = int(state["steps_done"])
-        self.kl_controller.load_state_dict(state["kl_controller"])
-        self.running.load_state_dict(state["running"])
-        self._warned = set(state["warned"])
+    @property
+    def learning_rate(self) -> float:
+        """Of the last update."""
+        return float(self.optimizer.learning_rate)

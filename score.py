@@ -14,7 +14,6 @@ A real one, rejection sampling: the best of several samples a prompt, for sft.py
 import fast_blas
 
 import json
-import sys
 from pathlib import Path
 
 from command_line.data_flags import settle_date, tokenising
@@ -34,8 +33,7 @@ def main(words=None) -> int:
     from rewards.scored_rows import make_pairs, refuse_promptless, score_pairs
     from run_folder.console import Progress
 
-    if notice := fast_blas.notice():
-        print(notice, file=sys.stderr)
+    fast_blas.tell_of_slowness()
     tokenizer, reward_model = load(args)
     rewards = make_rewards(args, make_learned_reward(args, tokenizer, reward_model))
     settle_date(args, tokenizer)
@@ -114,7 +112,7 @@ def print_summary(pairs) -> None:
 def write(args, pairs) -> None:
     """All rows with their scores, or the best of each prompt; aside, then renamed."""
     from rewards.scored_rows import best_of, best_rows, scored_rows
-    from run_folder.next_line import command, next_lines
+    from run_folder.console import command, next_lines
     from safe_files import plain, write_atomically
 
     rows = scored_rows(pairs)

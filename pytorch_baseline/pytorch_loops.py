@@ -13,8 +13,8 @@ from pytorch_training import check_memory, rng_state, set_rng_state
 
 from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
+from rewards.reward_set import asked, reward_columns
 from rewards.scored_rows import response_text
-from rewards.texts import asked, reward_columns
 from run_folder.checkpoint_folder import set_aside_after
 from run_folder.console import Progress
 from run_folder.manifest import Metric, number_old_ones
@@ -27,8 +27,7 @@ from run_folder.resuming import (
 )
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop
-from training.endings import not_finite, report_skipped, save_or_stop
-from training.ppo_steps import SCORE, is_best, skipped_steps
+from training.endings import SCORE, is_best, not_finite, report_skipped, save_or_stop, skipped_steps
 
 NUMBERS = "loss or gradient"
 

@@ -8,8 +8,7 @@ from typing import Any
 from data_utils import Record, extras_of, tokenise_scalar, use_date
 from models.reading import Ending, Reading, template_tail
 from rewards.digits import count_numbers, digits_score
-from rewards.reward_set import Reward
-from rewards.texts import Prompt, plain
+from rewards.reward_set import Prompt, Reward, plain
 
 GROUND_TRUTH, NUMBERS, LEARNED = "ground_truth", "numbers", "reward_model"
 NO_LIMIT = 1 << 40  # tokens; how long a text may be is the policy's affair

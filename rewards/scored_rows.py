@@ -19,7 +19,7 @@ from data_utils import (
 from errors import UserError
 from models.reading import Ending, Reading
 from reports.reward_report import pearson, preference_report, ranks, spearman
-from rewards.texts import Prompt, plain, reward_columns
+from rewards.reward_set import Prompt, plain, reward_columns
 
 # Fields of rows with several responses that belong to all of them together.
 SHARED = ("chosen", "rejected", "responses", "scores", "margin")

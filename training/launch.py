@@ -1,22 +1,23 @@
 """What every training script does around its loop: seed, memory, model; run folder, stop, save.
 
     loaded = start(seed, memory_limit, **model_options(args))
-    ...                                     data, what is trained, a loop
+    ...                                     data, what is trained, a trainer
+    make_loop = supervised_loop(...)        or rollout_loop(...)
     run_training(args, "sft", make_loop, said, finish)
 
 MLX and what stands on it is imported when it is needed: help and mistakes answer at once.
 """
 
-import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from run_folder.checkpoint_folder import latest_checkpoint, saving
-from run_folder.next_line import next_lines
-from run_folder.run import Run
+from run_folder.console import command, next_lines
+from run_folder.run import Run, read_rows
 from run_folder.run_config import MADE_BY, checkpoint_asked_for
 from run_folder.stopping import GracefulStop, StepGivenUp
 
@@ -29,11 +30,138 @@ def start(seed: int, memory_limit: float | None, **model: Any):
     from training.memory import set_memory_limit
     from training.streams import seed_everything
 
-    if notice := fast_blas.notice():
-        print(notice, file=sys.stderr)
+    fast_blas.tell_of_slowness()
     seed_everything(seed)
     set_memory_limit(memory_limit)
     return load_model(model.pop("model"), **model)
+
+
+# ------------------------------------------------------------------------------ the loop
+
+
+def supervised_loop(
+    args: Namespace,
+    loaded: Any,
+    trainer: Any,
+    rows: Mapping[str, Any],
+    plan: Any,
+    length: tuple[int, int | None],
+    schedule: Mapping[str, Any],
+    *,
+    parts: "Parts | None" = None,
+    **options: Any,
+) -> Callable[[Run], Any]:
+    """A function of a run that gives the loop of a trainer, with samples as it goes.
+
+    `length` is training_length's (updates, batches), `schedule` schedule_options' of the flags,
+    `plan` the BatchPlan of the rows to train on; `options` are further fields of the `Loop`.
+    `parts` are the backend's; None: those of a SupervisedTrainer on MLX.
+    """
+    from data_utils import BatchIterator
+    from training.supervised_loop import Schedule
+
+    parts = parts or mlx_parts(args, loaded, trainer, rows)
+    steps, batches = length
+    numbers = Schedule(
+        steps=steps,
+        eval_every=args.steps_per_eval,
+        accumulation=args.gradient_accumulation_steps,
+        batches=batches,
+        patience=args.early_stopping_patience,
+        **schedule,
+    )
+    return lambda run: parts.loop(
+        run,
+        trainer,
+        parts.groups,
+        BatchIterator(rows["train"].rows, plan),
+        numbers,
+        after_validation=lambda step: parts.write_samples(run, step),
+        base=loaded.fingerprint,
+        backend=parts.backend,
+        **options,
+    )
+
+
+@dataclass
+class Parts:
+    """What of a loop is a backend's own."""
+
+    loop: type
+    groups: Mapping[str, Any]  # of training/groups.py
+    backend: Any  # of training/backend.py
+    write_samples: Callable[[Run, int], None] = lambda run, step: None
+
+
+def mlx_parts(args: Namespace, loaded: Any, trainer: Any, rows: Mapping[str, Any]) -> Parts:
+    """The loop of a SupervisedTrainer."""
+    from models.adapter_files import describe
+    from training import mlx_backend
+    from training.samples import write_samples
+    from training.supervised_loop import Loop
+
+    task = trainer.task
+    return Parts(
+        Loop,
+        task.groups(describe(task.tuning, loaded)),
+        mlx_backend,
+        lambda run, step: write_samples(
+            run, step, loaded, task, args.sample_prompts, rows.get("samples")
+        ),
+    )
+
+
+def rollout_loop(
+    loop: type,
+    args: Namespace,
+    loaded: Any,
+    trainer: Any,
+    rewards: Any,
+    prompts: Mapping[str, Any],
+    validation: Sequence,
+    schedule: Mapping[str, Any],
+    stop_test: Callable[[list[int]], bool] | None,
+    *,
+    backend: Any = None,
+    **groups: Any,
+) -> Callable[[Run], Any]:
+    """A function of a run that gives the `loop` (RolloutLoop or a kind of it) of a trainer.
+
+    `schedule` is schedule_options' of the flags; `groups` are arrays that belong into checkpoints
+    (training/groups.py), by name, with those of a `backend` that is given also what is trained.
+    """
+    from training.rollout_loop import RolloutSchedule
+
+    if backend is None:
+        from models.adapter_files import describe
+        from training import mlx_backend as backend
+        from training.groups import adapter_group
+
+        tuning = trainer.model.tuning
+        groups = {"adapters": adapter_group(tuning, describe(tuning, loaded))} | groups
+    numbers = RolloutSchedule(
+        steps=trainer.config.num_steps,
+        eval_every=args.eval_every,
+        eval_samples=args.eval_samples,
+        samples_per_step=args.samples_per_step,
+        **schedule,
+    )
+    return lambda run: loop(
+        run,
+        trainer,
+        rewards,
+        loaded.tokenizer,
+        prompts["train"].rows,
+        validation,
+        groups,
+        numbers,
+        stop_test,
+        loaded.fingerprint,
+        backend=backend,
+    )
+
+
+# ------------------------------------------------------------------------------ the run
 
 
 def run_training(
@@ -86,6 +214,112 @@ def run_training(
     stop.exit_if_requested(MADE_BY[kind], run.folder)
 
 
+# ------------------------------------------------------------------------------ what is left
+
+
+def finish_supervised(
+    args: Namespace,
+    run: Run,
+    loop: Any,
+    written: Sequence[Path],
+    valid: Any,
+    reward_model: Any,
+    going_on: str,
+    **summary: Any,
+) -> None:
+    """Loss or agreement on held-out rows, a plot and a summary; say where everything lies.
+
+    `written`: the files so far; `valid`: the rows, if there are any; `reward_model`: what scores
+    them, None for a language model; `going_on`: the next command.
+    """
+    from reports.training_plots import plot_losses
+
+    if reward_model is not None and valid is not None:
+        report = agreement(reward_model, valid.rows, run.plots)
+        summary |= {f"heldout/{name}": value for name, value in report.items()}
+    elif valid is not None:
+        found = loop.trainer.evaluate(loop.validation())
+        show("validation", found)
+        summary |= {f"valid/{name}": value for name, value in found.items()}
+    unit = "nats per token" if reward_model is None else "loss"
+    plot = plot_losses(read_rows(run.folder), run.plots / "loss.png", unit=unit)
+    run.finish({"steps": loop.step, "best_valid_loss": loop.best, **loop.totals, **summary})
+    say_written(run, [*written, plot], going_on)
+
+
+def agreement(model: Any, rows: Sequence, plots: Path | None = None) -> dict[str, float]:
+    """How far a reward model's scores agree with rewards or preferences; with `plots`, drawn."""
+    from reports.reward_evaluation import evaluate_scores
+
+    report = evaluate_scores(model.score, rows, plots, gain=model.gain, offset=model.offset)
+    told = [f"{k} {v:,.0f}" if k == "pairs" else f"{k} {v:.3f}" for k, v in report.items()]
+    print("held-out rows: " + "  ".join(told))
+    return report
+
+
+def finish_rollouts(
+    args: Namespace,
+    run: Run,
+    loop: Any,
+    written: Sequence[Path],
+    commands: Sequence[str],
+    *,
+    metric: str,
+    **summary: Any,
+) -> None:
+    """Plots and a summary of a run on rollouts; say where everything lies.
+
+    `written`: the files so far; `commands`: what to do with them; `metric` names a reward's mean in
+    the metrics, from its {name}.
+    """
+    from reports.training_plots import plot_learned_and_true
+    from rewards.learned import GROUND_TRUTH, LEARNED
+
+    written = [*written]
+    if args.reward_model and args.true_score:
+        names = {"learned": metric.format(name=LEARNED), "true": metric.format(name=GROUND_TRUTH)}
+        place = run.plots / "learned_and_true.png"
+        written.append(plot_learned_and_true(read_rows(run.folder), place, **names))
+    evaluations = {"first": loop.evaluations[:1], "last": loop.evaluations[-1:]}
+    run.finish({"steps": loop.step, **summary, "evaluation": evaluations})
+    say_written(run, written, *commands)
+
+
+def finish_ppo(
+    args: Namespace,
+    run: Run,
+    loop: Any,
+    written: Sequence[Path],
+    commands: Sequence[str],
+    **summary: Any,
+) -> None:
+    """`finish_rollouts` of PPO, with its plot and its last KL."""
+    from reports.training_plots import plot_ppo
+
+    rows = read_rows(run.folder)
+    target = args.target if args.adap_kl_ctrl else None
+    plot = plot_ppo(rows, run.plots / "ppo.png", kl_target=target)
+    kls = [row["objective/kl"] for row in rows if row.get("objective/kl") is not None][-10:]
+    summary["kl"] = sum(kls) / len(kls) if kls else None
+    finish_rollouts(
+        args, run, loop, [*written, plot], commands, metric="env/{name}_mean", **summary
+    )
+
+
+def policy_commands(args: Namespace, tuning: Any) -> list[str]:
+    """What to do with a policy that was saved."""
+    fused = tuning.kind == "prompt" or args.fused_dir
+    return [*([] if fused else [fuse_command(args)]), talk_command(args)]
+
+
+def fuse_command(args: Namespace) -> str:
+    return command("fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/")
+
+
+def talk_command(args: Namespace) -> str:
+    return command("talk_to_model.py", model=args.model, resume_file=args.save_file)
+
+
 def say_peak_memory(peak: float | None = None) -> None:
     """The most memory that was held, in GB; None: that of MLX."""
     if peak is None:
@@ -99,6 +333,16 @@ def say_written(run: Run, written: Iterable[Any], *commands: str) -> None:
     """The last words of a run: where everything lies, and what to do with it."""
     print("wrote " + "\n      ".join(map(str, [*written, run.folder / "metrics.jsonl"])))
     print(next_lines(commands))
+
+
+def show(what: str, metrics: Mapping[str, float]) -> None:
+    """One line of metrics."""
+    print(f"{what}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+def count_trained(tuning: Any) -> str:
+    """How many numbers of the model move, for people."""
+    return f"{sum(array.size for array in tuning.arrays().values()):,} weights trained"
 
 
 def shape_multiple() -> int:

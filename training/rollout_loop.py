@@ -13,8 +13,8 @@ import numpy as np
 
 from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
+from rewards.reward_set import asked, reward_columns
 from rewards.scored_rows import response_text
-from rewards.texts import asked, reward_columns
 from rewards.user_function import quote_row
 from rl.ppo_statistics import logged_row, part_means
 from rl.rollouts import join_rollouts
@@ -24,9 +24,8 @@ from run_folder.run import Run
 from run_folder.stopping import GracefulStop
 from training.backend import Backend
 from training.checkpointed import Resumable
-from training.endings import report_skipped, save_or_stop
+from training.endings import SCORE, is_best, report_skipped, save_or_stop, skipped_steps
 from training.groups import Group
-from training.ppo_steps import SCORE, is_best, skipped_steps
 
 NUMBERS = "score, loss or gradient"
 

@@ -17,7 +17,7 @@ import ppo_training
 import score
 import sft
 import talk_to_model
-from chat.speakers import Loader
+from chat.speaker import Loader
 from errors import UserError
 from models import base_fingerprint as module
 from models.adapter_files import (

@@ -1,0 +1,187 @@
+"""What trainers on rollouts share on MLX: sampling, scoring, gradients of minibatches.
+
+PPO (mlx_ppo_trainer.py) and the group methods (mlx_group_trainer.py) are subclasses, which say what
+a step is made of and what its loss is.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+
+from errors import UserError
+from models.decoding import Sampling
+from models.trunk import vocabulary_size
+from rl.rollouts import (
+    EVALUATION,
+    SAMPLING,
+    Rollout,
+    stream,
+)
+from training.optimizers import build_optimizer
+from training.rollout_stages import pack_rows, sample, scored, set_mask, use_sampled
+from training.rollout_steps import RolloutSteps
+from training.update import (
+    all_finite,
+    apply_update,
+    checkpointed_blocks,
+    loss_and_gradient,
+    minibatch_update,
+)
+
+
+class RolloutTrainer(RolloutSteps):
+    """A policy, its reference and its optimizer; a step is `generate`, and then `update`.
+
+    A subclass has `config` of its own kind, `update`, `_gradient` (which ends in `_pass`) and
+    `_loss(packed arrays, columns, ...) -> (loss, metrics)`. The reference is the model with its
+    adapter off, or `ref_model`. `optimizer` defaults to bias-corrected Adam
+    (training/optimizers.py) at `config.learning_rate`. `eos_ids` end a response; by default they
+    are the tokenizer's.
+    """
+
+    scored_as = ("logprobs",)  # where the first columns that the model gives stand in a rollout
+
+    def __init__(
+        self,
+        config: Any,
+        model: nn.Module,
+        ref_model: nn.Module | None,
+        tokenizer: Any,
+        optimizer: optim.Optimizer | None,
+        eos_ids: set[int] | None,
+        grad_checkpoint: bool,
+    ):
+        if eos_ids is None and tokenizer is None:
+            raise UserError(f"{type(self).__name__} needs a tokenizer, or eos_ids")
+        ends = eos_ids if eos_ids is not None else tokenizer.eos_token_ids
+        super().__init__(config, ends, vocabulary_size(model.model))
+        self.model, self.reference, self.tokenizer = model, ref_model, tokenizer
+        self.optimizer = optimizer or build_optimizer("adam", config.learning_rate)
+        self.optimizer.init(model.trainable_parameters())
+        self.grad_checkpoint = grad_checkpoint
+        on_gpu = mx.default_device().type == mx.DeviceType.gpu
+        self.compiled = on_gpu if config.compile is None else config.compile
+        # Compiled code is made anew for every shape, so there lengths come in steps of 16.
+        self.pad_to_multiple = config.pad_to_multiple or (16 if on_gpu or self.compiled else 1)
+        self._loss_and_grad = loss_and_gradient(self.model, self._loss, self.compiled)
+        model.eval()  # no dropout, in rollouts and in updates
+
+    # ------------------------------------------------------------------ sample
+
+    @property
+    def sampling(self) -> Sampling:
+        """How responses are drawn to train on."""
+        config = self.config
+        return Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
+
+    def sample_for_evaluation(
+        self,
+        queries: Sequence[Sequence[int]],
+        greedy: bool,
+        should_stop: Callable[[list[int]], bool] | None = None,
+        part: int = 0,
+    ) -> Rollout:
+        """A response to each query, the most likely one or a sampled one; without values.
+
+        `part` tells the batches of one evaluation apart, so that each draws other numbers.
+        """
+        sampling = Sampling(0.0 if greedy else self.config.temperature)
+        return self._sample(queries, sampling, should_stop, (EVALUATION, part))
+
+    def _sample(
+        self,
+        queries: Sequence[Sequence[int]],
+        sampling: Sampling,
+        should_stop: Callable[[list[int]], bool] | None,
+        purpose: tuple[int, ...] = (SAMPLING,),
+        max_tokens: int | Sequence[int] | None = None,
+        **options: Any,
+    ) -> Rollout:
+        return sample(
+            self.model.model,
+            self.model.tuning.prefix,  # ids from V on, which no query may have
+            queries,
+            max_tokens=self.config.max_new_tokens if max_tokens is None else max_tokens,
+            sampling=sampling,
+            eos_ids=self.eos_ids,
+            vocabulary=self.vocabulary,
+            random=stream(self.config.seed, self.steps_done, *purpose),
+            should_stop=should_stop,
+            **options,
+        )
+
+    # ------------------------------------------------------------------ score the policy
+
+    @property
+    def _passes(self) -> dict[str, Any]:
+        """How rows go through a model, for the stages of training/rollout_stages.py."""
+        config = self.config
+        return {
+            "size": config.mini_batch_size,
+            "temperature": config.temperature,
+            "pad_to_multiple": self.pad_to_multiple,
+        }
+
+    def score_policy(self, rollout: Rollout) -> None:
+        """Fill in mask and logprobs (and values): those kept from sampling, or a forward pass."""
+        set_mask(rollout)
+        if self.config.rollout_logprobs and use_sampled(rollout):
+            return
+        temperature = self.config.temperature
+        found = scored(
+            rollout,
+            lambda packed: self.model(packed, temperature=temperature),
+            self.config.mini_batch_size,
+            self.model.tuning.prefix,
+            self.pad_to_multiple,
+        )
+        for name, column in zip(self.scored_as, found, strict=False):
+            setattr(rollout, name, column)
+
+    # ------------------------------------------------------------------ optimise
+
+    def _update(self, rollout: Rollout, rows: np.ndarray) -> list[dict[str, float]]:
+        """One optimizer update, from the minibatches that `rows` fall into; their metrics."""
+
+        def apply(total: dict) -> float:
+            return apply_update(
+                self.model,
+                self.optimizer,
+                total,
+                self.config.gradient_accumulation_steps,
+                self.config.max_grad_norm,
+                before=self.before_update,
+            )
+
+        metrics = minibatch_update(
+            rows, self.config.mini_batch_size, lambda some: self._gradient(rollout, some), apply
+        )
+        if math.isfinite(metrics[-1].get("grad_norm", math.nan)):
+            self.after_update(metrics)
+        return metrics
+
+    def after_update(self, metrics: list[dict[str, float]]) -> None:
+        """The weights have moved; `metrics` are those of the update's minibatches."""
+
+    def _packed(self, rollout: Rollout, rows: np.ndarray):
+        """Rows of a rollout as one pass, their number, and the width of its (b, r) arrays."""
+        packed = pack_rows(rollout, rows.tolist(), self.model.tuning.prefix, self.pad_to_multiple)
+        return packed, mx.array(rows), packed.mask.shape[1]
+
+    def _pass(self, *arrays: Any, total: str = "loss") -> tuple[dict, dict[str, float]]:
+        """Gradient and metrics of `_loss(*arrays)`; `not_finite` and `skipped` tell of bad ones.
+
+        `total` names the metric that is the loss itself.
+        """
+        with checkpointed_blocks(self.model.model, self.grad_checkpoint):
+            (_, metrics), gradient = self._loss_and_grad(*arrays)
+        finite = all_finite(gradient)
+        mx.eval(metrics, gradient, finite)
+        metrics = {name: value.item() for name, value in metrics.items()}
+        bad = not (finite.item() and math.isfinite(metrics[total]))
+        return gradient, metrics | {"not_finite": float(bad), "skipped": float(bad)}
