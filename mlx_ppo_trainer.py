@@ -20,7 +20,7 @@ reward), Huang et al. 2024 (the implementation details that matter).
 
 import fast_blas  # noqa: F401
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -35,7 +35,7 @@ from rl.advantages import gae
 from rl.kl import kl_penalty
 from rl.losses import masked_mean, masked_whiten, policy_loss, value_loss
 from rl.ppo_config import PPOConfig
-from rl.rollouts import SAMPLING, Rollout, response_limits
+from rl.rollouts import Rollout
 from rl.shaping import per_token_rewards, rollout_stats
 from training.rollout_stages import fit_columns, score_reference, whole_kl
 from training.rollout_steps import PPOSteps
@@ -81,38 +81,6 @@ class PPOTrainer(PPOSteps, RolloutTrainer):
         super().__init__(config, model, ref_model, tokenizer, optimizer, eos_ids, grad_checkpoint)
         self.log = log
         self.set_up(config)
-
-    # ------------------------------------------------------------------ 1. generate
-
-    def generate(
-        self,
-        queries: Sequence[Sequence[int]],
-        *,
-        max_tokens: int | Sequence[int] | None = None,
-        should_stop: Callable[[list[int]], bool] | None = None,
-        part: int = 0,
-    ) -> Rollout:
-        """Sample a response (token ids, EOS included) to each query, as the config says.
-
-        `max_tokens` replaces the config's limit, for all or for each; `should_stop(tokens)` ends a
-        response early. A batch may be made in several calls (rl.rollouts.join_rollouts); `part`
-        tells them apart, so that each draws other numbers.
-        """
-        config = self.config
-        parts = (part,) if part else ()  # the first one has the stream of the step itself
-        if max_tokens is None:
-            max_tokens = response_limits(
-                config.min_response_length,
-                config.max_new_tokens,
-                len(queries),
-                config.seed,
-                self.steps_done,
-                *parts,
-            )
-        purpose, head = (SAMPLING, *parts), self.model.value_head
-        return self._sample(
-            queries, self.sampling, should_stop, purpose, max_tokens, value_head=head
-        )
 
     def as_array(self, values: np.ndarray) -> mx.array:
         return mx.array(values)

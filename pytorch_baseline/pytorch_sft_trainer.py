@@ -10,7 +10,7 @@ import copy
 import numpy as np
 import torch
 import trl
-from pytorch_losses import pairwise_loss, regression_loss
+from pytorch_arithmetic import pairwise_loss, regression_loss
 from pytorch_models import Tuned
 from pytorch_reward_model import RewardModel
 from pytorch_trl import Inputs, SupervisedTrainer

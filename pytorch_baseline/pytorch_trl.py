@@ -7,18 +7,22 @@ The batches of data_utils in their order, weighted by their tokens (or rows, or 
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from pytorch_models import Tuned
+from pytorch_optimizers import Scheduler, finite, trainable
 from pytorch_reward_model import RewardModel
-from pytorch_training import Scheduler, finite, trainable
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
 from data_utils import BatchIterator, PreferenceBatch, ScalarBatch, TextBatch
+from run_folder.console import Progress
+from training.supervised_loop import Loop
 
 Batch = TextBatch | ScalarBatch | PreferenceBatch
 Inputs = dict[str, Tensor]
@@ -28,7 +32,9 @@ class SupervisedTrainer:
     """What both add to TRL's trainers, before them in the order of methods; no files or printing.
 
     An update is of `accumulation` batches; the last one has fewer where they end before. Without
-    an optimizer there is `evaluate` alone.
+    an optimizer there is `evaluate` alone. A subclass has `inputs(batch)`, a batch of data_utils as
+    TRL's collators would give it; `weight(inputs)`, what it counts for in means; `taken(mode)`, the
+    metrics that TRL noted of the last batch, under the names of the MLX side.
     """
 
     CONFIG: type  # of the trainer's options
@@ -50,12 +56,14 @@ class SupervisedTrainer:
         seed: int = 0,
         **options,
     ):
-        self.trained, self.batches = trained, batches
+        self.trained, self.batches, self.scheduler = trained, batches, scheduler
         self.parameters = trainable(trained)
         self.update: list[Batch] = []  # that is made
         self.parts: list[dict[str, float]] = []  # metrics of its batches
         self.loss = 0.0  # its loss; Trainer's own sum stays NaN after the first NaN
         self.skipped = False  # whether the last update was
+        self.begin_update: Callable[[], None] = lambda: None
+        self.before_update: Callable[[], None] = lambda: None  # called before weights move
         device = next(trained.parameters()).device
         config = self.CONFIG(
             output_dir=".",  # no file is written: checkpoints are the loop's
@@ -89,18 +97,6 @@ class SupervisedTrainer:
         if grad_checkpoint:
             self.tuned.checkpoint_blocks()
 
-    def inputs(self, batch: Batch) -> Inputs:
-        """A batch of data_utils as TRL's collators would give it."""
-        raise NotImplementedError
-
-    def weight(self, inputs: Inputs) -> float:
-        """What a batch counts for in means: its targets, rows or prompts."""
-        raise NotImplementedError
-
-    def taken(self, mode: str) -> dict[str, float]:
-        """The metrics that TRL noted of the last batch, under the names of the MLX side."""
-        raise NotImplementedError
-
     # -------------------------------------------------------------------------- training
 
     def train_for(
@@ -116,13 +112,14 @@ class SupervisedTrainer:
         self.train()
 
     def get_train_dataloader(self):
-        return Coming(self.batches, self.left)
+        return range(self.left)  # batches; `get_batch_samples` takes them of data_utils
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[int], num_batches: int, device: torch.device
     ) -> tuple[list[Inputs], float]:
         """The batches of one update, and what its loss is divided by."""
-        self.update = list(itertools.islice(epoch_iterator, num_batches))
+        self.begin_update()
+        self.update = [next(self.batches) for _ in itertools.islice(epoch_iterator, num_batches)]
         self.parts, self.loss = [], 0.0
         made = [self._prepare_inputs(self.inputs(batch)) for batch in self.update]
         return made, sum(map(self.weight, made))
@@ -132,14 +129,6 @@ class SupervisedTrainer:
         self.parts.append({"weight": self.weight(inputs), **self.taken("train")})
         self.loss += loss.item()
         return loss
-
-    def rows_of_update(self) -> list[list[int]]:
-        """The tokens of every sequence of the last update."""
-        return [
-            tokens[:length].tolist()
-            for batch in self.update
-            for tokens, length in zip(batch.tokens, batch.lengths, strict=True)
-        ]
 
     # ------------------------------------------------------------------------ evaluation
 
@@ -179,7 +168,9 @@ class Hooks(TrainerCallback):
         if trainer.skipped:
             for weight in weights:
                 weight.grad = None  # of these no optimizer takes a step
-            trainer.lr_scheduler.wait()
+            trainer.scheduler.wait()
+        else:
+            trainer.before_update()
 
     def on_log(self, args, state, control, logs: dict[str, float], **_) -> None:
         """After every update, and once more, without these, when training ends."""
@@ -191,17 +182,29 @@ class Hooks(TrainerCallback):
             control.should_training_stop |= bool(trainer.after_update(trainer.summary(metrics)))
 
 
-class Coming:
-    """The next `count` batches of an iterator; Trainer asks a data loader for its length."""
+@dataclass
+class TrainerLoop(Loop):
+    """training/supervised_loop.py with updates in transformers' Trainer, which calls back."""
 
-    def __init__(self, batches: BatchIterator, count: int):
-        self.batches, self.count = batches, count
+    def trained(self) -> dict:
+        return self.trainer.parameters
 
-    def __len__(self) -> int:
-        return self.count
+    def make_updates(self, progress: Progress) -> None:
+        """Updates until the last one, or a stop; the Trainer's own loop makes them."""
+        plan, step = self.schedule, ExitStack()
+        left = (plan.batches or plan.steps * plan.accumulation) - self.step * plan.accumulation
 
-    def __iter__(self) -> Iterator[Batch]:
-        return itertools.islice(self.batches, self.count)
+        def after_update(metrics: dict[str, float]) -> bool:
+            step.close()
+            self.note(metrics, self.trainer.update, progress)
+            self.end_step(progress)
+            return self.ended(progress)
+
+        if not self.ended(progress):
+            self.trainer.batches = self.batches
+            self.trainer.begin_update = lambda: step.enter_context(self.step_to_give_up())
+            with step:
+                self.trainer.train_for(plan.steps - self.step, left, after_update)
 
 
 def mean_of(parts: list[dict[str, float]]) -> dict[str, float]:

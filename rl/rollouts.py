@@ -3,7 +3,7 @@
 No array library: the PyTorch twin shares it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +75,26 @@ def pad_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return padded
+
+
+def set_mask(rollout: Rollout, as_array: Callable[[np.ndarray], Array]) -> None:
+    """Fill in `mask`: which places of the (B, R) arrays hold a counted token."""
+    rollout.mask = as_array(pad_rows([np.ones(mask.sum()) for mask in rollout.masks]))
+
+
+def use_sampled(rollout: Rollout, as_array: Callable[[np.ndarray], Array]) -> bool:
+    """Fill in logprobs (and values) that sampling kept; False where it kept none."""
+    if rollout.sampled_logprobs is None:
+        return False
+
+    def padded(rows):
+        kept = [row[mask] for row, mask in zip(rows, rollout.masks, strict=True)]
+        return as_array(pad_rows(kept))
+
+    rollout.logprobs = padded(rollout.sampled_logprobs)
+    if rollout.sampled_values is not None:
+        rollout.values = padded(rollout.sampled_values)
+    return True
 
 
 def token_lists(rows: Sequence) -> list[list[int]]:

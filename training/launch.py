@@ -8,6 +8,7 @@
 MLX and what stands on it is imported when it is needed: help and mistakes answer at once.
 """
 
+import math
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -342,7 +343,7 @@ def show(what: str, metrics: Mapping[str, float]) -> None:
 
 def count_trained(tuning: Any) -> str:
     """How many numbers of the model move, for people."""
-    return f"{sum(array.size for array in tuning.arrays().values()):,} weights trained"
+    return f"{sum(math.prod(array.shape) for array in tuning.arrays().values()):,} weights trained"
 
 
 def shape_multiple() -> int:

@@ -9,7 +9,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from errors import UserError
-from training.schedules import learning_rate_schedule
+from training.schedules import DECAY, both_betas, is_inner_matrix, learning_rate_schedule
 
 # ------------------------------------------------------------------------------ optimizers
 
@@ -70,15 +70,6 @@ class Muon(optim.Muon):
         return parameter - rate * scale * flat.reshape(update.shape)
 
 
-def is_inner_matrix(path: str, weight: mx.array) -> bool:
-    """Whether Muon suits a weight: a matrix between layers, no embedding, head or prompt."""
-    outer = any(word in path for word in ("embed", "head", "score", "prompt"))
-    return weight.ndim >= 2 and min(weight.shape) > 1 and not outer
-
-
-DECAY = {"adamw": 0.01, "muon": 0.01}
-
-
 def build_optimizer(
     name: str,
     learning_rate: float,
@@ -111,7 +102,7 @@ def build_optimizer(
         xp=mx,
     )
     decay = DECAY.get(name, 0.0) if weight_decay is None else weight_decay
-    both = (betas[0], betas[1] if betas[1] is not None else (0.99 if name == "lion" else 0.999))
+    both = both_betas(name, betas)
     if name in ("adam", "adamw"):
         return Adam(rate, both, eps, decay, decoupled=name == "adamw")
     if name == "lion":

@@ -18,7 +18,7 @@ from models.decoding import generate as decode
 from models.packing import Packed, pack
 from models.tuning import Tuning
 from rl.kl import full_kl
-from rl.rollouts import Rollout, check_token_ids, pad_rows, token_lists
+from rl.rollouts import Rollout, check_token_ids, token_lists
 
 # ------------------------------------------------------------------------------ sample
 
@@ -95,26 +95,6 @@ def scored(
         mx.concatenate([fit_columns(part, width) for part in column])
         for column in zip(*parts, strict=True)
     ]
-
-
-def set_mask(rollout: Rollout) -> None:
-    """Fill in `mask`: which places of the (B, R) arrays hold a counted token."""
-    rollout.mask = mx.array(pad_rows([np.ones(mask.sum()) for mask in rollout.masks]))
-
-
-def use_sampled(rollout: Rollout) -> bool:
-    """Fill in logprobs (and values) that sampling kept; False where it kept none."""
-    if rollout.sampled_logprobs is None:
-        return False
-
-    def padded(rows):
-        kept = [row[mask] for row, mask in zip(rows, rollout.masks, strict=True)]
-        return mx.array(pad_rows(kept))
-
-    rollout.logprobs = padded(rollout.sampled_logprobs)
-    if rollout.sampled_values is not None:
-        rollout.values = padded(rollout.sampled_values)
-    return True
 
 
 def fit_columns(array: mx.array, width: int) -> mx.array:

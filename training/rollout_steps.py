@@ -19,11 +19,14 @@ from rl.ppo_statistics import (
     warnings_for,
 )
 from rl.rollouts import (
+    EVALUATION,
+    SAMPLING,
     Array,
     Rollout,
     as_numbers,
     check_rollout,
     minibatch_order,
+    response_limits,
     token_lists,
 )
 from rl.scores import (
@@ -38,7 +41,8 @@ from rl.scores import (
 class RolloutSteps:
     """A step is `generate`, which gives a `Rollout`, and then `update`.
 
-    A subclass has `update`, and `_update(rollout, rows)`, an update of the weights.
+    A subclass has `update`; `_sample(queries, sampling, should_stop, purpose, max_tokens)`, which
+    draws by the random stream of `purpose`; and `_update(rollout, rows)`, which moves the weights.
     """
 
     not_finite = "not_finite"  # the metric of a step without an update
@@ -92,6 +96,29 @@ class RolloutSteps:
             overlong_penalty=config.overlong_penalty,
         )
 
+    # ------------------------------------------------------------------ sample
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """How responses are drawn to train on."""
+        config = self.config
+        filters = {"top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p}
+        return {"temperature": config.temperature, **filters}
+
+    def sample_for_evaluation(
+        self,
+        queries: Sequence[Sequence[int]],
+        greedy: bool,
+        should_stop: Callable[[list[int]], bool] | None = None,
+        part: int = 0,
+    ) -> Rollout:
+        """A response to each query, the most likely one or a sampled one; without values.
+
+        `part` tells the batches of one evaluation apart, so that each draws other numbers.
+        """
+        sampling = {"temperature": 0.0 if greedy else self.config.temperature}
+        return self._sample(queries, sampling, should_stop, (EVALUATION, part))
+
     # ------------------------------------------------------------------ optimise
 
     def minibatch_order(self, epoch: int) -> np.ndarray:
@@ -126,8 +153,8 @@ class PPOSteps(RolloutSteps):
     """PPO; the parts are numbered as in docs/ppo.md.
 
     A backend has `arithmetic` (`policy_loss`, `value_loss`, `masked_mean`, `masked_whiten`, `gae`,
-    `per_token_rewards`, `rollout_stats`), `generate`, `as_array`, `score_policy`,
-    `score_reference`, `learning_rate` and the gradients.
+    `per_token_rewards`, `rollout_stats`), `as_array`, `score_policy`, `score_reference`,
+    `learning_rate` and the gradients.
     """
 
     not_finite = "ppo/not_finite"
@@ -138,6 +165,40 @@ class PPOSteps(RolloutSteps):
         self.kl_controller = make_kl_controller(config)
         self.running = RunningMoments()
         self._warn(**sampling_warnings(config))
+
+    # ------------------------------------------------------------------ 1. generate
+
+    def generate(
+        self,
+        queries: Sequence[Sequence[int]],
+        *,
+        max_tokens: int | Sequence[int] | None = None,
+        should_stop: Callable[[list[int]], bool] | None = None,
+        part: int = 0,
+    ) -> Rollout:
+        """Sample a response (token ids, EOS included) to each query, as the config says.
+
+        `max_tokens` replaces the config's limit, for all or for each; `should_stop(tokens)` ends a
+        response early. A batch may be made in several calls (rl.rollouts.join_rollouts); `part`
+        tells them apart, so that each draws other numbers.
+        """
+        config = self.config
+        parts = (part,) if part else ()  # the first one has the stream of the step itself
+        if max_tokens is None:
+            max_tokens = response_limits(
+                config.min_response_length,
+                config.max_new_tokens,
+                len(queries),
+                config.seed,
+                self.steps_done,
+                *parts,
+            )
+        purpose, head = (SAMPLING, *parts), self.model.value_head
+        return self._sample(
+            queries, self.sampling, should_stop, purpose, max_tokens, value_head=head
+        )
+
+    # ------------------------------------------------------------------ the step
 
     def step(
         self,

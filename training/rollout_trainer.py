@@ -17,13 +17,14 @@ from errors import UserError
 from models.decoding import Sampling
 from models.trunk import vocabulary_size
 from rl.rollouts import (
-    EVALUATION,
     SAMPLING,
     Rollout,
+    set_mask,
     stream,
+    use_sampled,
 )
 from training.optimizers import build_optimizer
-from training.rollout_stages import pack_rows, sample, scored, set_mask, use_sampled
+from training.rollout_stages import pack_rows, sample, scored
 from training.rollout_steps import RolloutSteps
 from training.update import (
     all_finite,
@@ -73,30 +74,10 @@ class RolloutTrainer(RolloutSteps):
 
     # ------------------------------------------------------------------ sample
 
-    @property
-    def sampling(self) -> Sampling:
-        """How responses are drawn to train on."""
-        config = self.config
-        return Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
-
-    def sample_for_evaluation(
-        self,
-        queries: Sequence[Sequence[int]],
-        greedy: bool,
-        should_stop: Callable[[list[int]], bool] | None = None,
-        part: int = 0,
-    ) -> Rollout:
-        """A response to each query, the most likely one or a sampled one; without values.
-
-        `part` tells the batches of one evaluation apart, so that each draws other numbers.
-        """
-        sampling = Sampling(0.0 if greedy else self.config.temperature)
-        return self._sample(queries, sampling, should_stop, (EVALUATION, part))
-
     def _sample(
         self,
         queries: Sequence[Sequence[int]],
-        sampling: Sampling,
+        sampling: dict[str, float],
         should_stop: Callable[[list[int]], bool] | None,
         purpose: tuple[int, ...] = (SAMPLING,),
         max_tokens: int | Sequence[int] | None = None,
@@ -107,7 +88,7 @@ class RolloutTrainer(RolloutSteps):
             self.model.tuning.prefix,  # ids from V on, which no query may have
             queries,
             max_tokens=self.config.max_new_tokens if max_tokens is None else max_tokens,
-            sampling=sampling,
+            sampling=Sampling(**sampling),
             eos_ids=self.eos_ids,
             vocabulary=self.vocabulary,
             random=stream(self.config.seed, self.steps_done, *purpose),
@@ -129,8 +110,8 @@ class RolloutTrainer(RolloutSteps):
 
     def score_policy(self, rollout: Rollout) -> None:
         """Fill in mask and logprobs (and values): those kept from sampling, or a forward pass."""
-        set_mask(rollout)
-        if self.config.rollout_logprobs and use_sampled(rollout):
+        set_mask(rollout, mx.array)
+        if self.config.rollout_logprobs and use_sampled(rollout, mx.array):
             return
         temperature = self.config.temperature
         found = scored(

@@ -1,4 +1,4 @@
-"""Learning rates by step, in the arrays of either backend."""
+"""Learning rates by step, and what options of optimizers stand for: for either backend."""
 
 import math
 from collections.abc import Callable
@@ -9,6 +9,21 @@ import numpy as np
 from errors import UserError
 
 Array = Any  # of MLX or NumPy
+
+DECAY = {"adamw": 0.01, "muon": 0.01}  # where none is asked for; 0 elsewhere
+
+
+def is_inner_matrix(path: str, weight: Array) -> bool:
+    """Whether Muon suits a weight: a matrix between layers, no embedding, head or prompt."""
+    outer = any(word in path for word in ("embed", "head", "score", "prompt"))
+    return weight.ndim >= 2 and min(weight.shape) > 1 and not outer
+
+
+def both_betas(name: str, betas: tuple[float, float | None]) -> tuple[float, float]:
+    """The second beta of an optimizer where None was asked for."""
+    first, second = betas
+    return first, (0.99 if name == "lion" else 0.999) if second is None else second
+
 
 # Of progress from 0 to 1, the number of cycles, the power, and the array library.
 SHAPES: dict[str, Callable[[Array, int, float, Any], Array]] = {

@@ -10,28 +10,24 @@ import numpy as np
 import pytest
 from baseline_setup import ORACLES, close, torch
 from pytorch_actor_critic import ActorCritic, ValueHead, token_logprobs
-from pytorch_losses import (
+from pytorch_arithmetic import (
+    full_kl,
+    gae,
+    kl_penalty,
     masked_mean,
     masked_var,
     masked_whiten,
     pairwise_loss,
+    per_token_rewards,
     policy_loss,
+    rollout_stats,
     value_loss,
 )
 from pytorch_models import Tuned, load_model
 from pytorch_ppo_trainer import PPOConfig, PPOTrainer
-from pytorch_rewards import (
-    AdaptiveKLController,
-    RunningMoments,
-    clip_scores,
-    full_kl,
-    gae,
-    kl_penalty,
-    per_token_rewards,
-    rollout_stats,
-    scale_scores,
-)
 from safetensors.torch import load_file
+
+from rl.scores import AdaptiveKLController, RunningMoments, clip_scores, scale_scores
 
 pytestmark = pytest.mark.torch
 PPO = dict(np.load(ORACLES / "ppo_arithmetic.npz", allow_pickle=False))
@@ -268,7 +264,7 @@ def mlx_name(peft_name: str) -> str:
 
 
 def our_name(name: str) -> str:
-    """TRL's parameter name -> the one in `ActorCritic.trainable`."""
+    """TRL's parameter name -> the one in `ActorCritic.trainable_parameters`."""
     name = name.replace("v_head.summary.", "value_head.")
     return name.replace("pretrained_model.base_model.model.", "model.base.").replace(
         "pretrained_model.", "model.base."
@@ -323,7 +319,7 @@ def check_gradients(gradients: dict, prefix: str) -> None:
 
 def check_stages(trainer, root, queries, responses, scores) -> None:
     """The arrays before the update, at response tokens."""
-    rollout = trainer.prepare(queries, responses, scores)
+    rollout = trainer.prepare(trainer.as_rollout(queries, responses), scores)
     trainer.score_policy(rollout)
     trainer.score_reference(rollout)
     trainer.compute_rewards(rollout)

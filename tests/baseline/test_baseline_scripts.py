@@ -44,7 +44,7 @@ PPO = [
     "1",
     "--ground-truth-reward",
 ]
-ROOMS = ("pytorch_baseline", "command_line", "run_folder", "training", "rewards")
+ROOMS = ("pytorch_baseline", "command_line", "run_folder", "training", "rewards", "rl")
 SOURCES = [file for room in ROOMS for file in ROOT.glob(f"{room}/*.py")]
 
 

@@ -14,9 +14,16 @@ from models.decoding import Sampling
 from models.lora import LoraConfig, add_lora
 from rl.kl import kl_penalty
 from rl.ppo_statistics import rollout_statistics
-from rl.rollouts import join_rollouts, minibatch_order, response_limits, stream
+from rl.rollouts import (
+    join_rollouts,
+    minibatch_order,
+    response_limits,
+    set_mask,
+    stream,
+    use_sampled,
+)
 from rl.shaping import rollout_stats
-from training.rollout_stages import sample, score_reference, scored, set_mask, use_sampled
+from training.rollout_stages import sample, score_reference, scored
 
 
 def rollout_without_values(seed: int = 0, queries=None):
@@ -45,8 +52,8 @@ def rollout_without_values(seed: int = 0, queries=None):
 def test_a_rollout_without_values_has_logprobs_kl_and_statistics():
     model, tuning, rollout = rollout_without_values()
     assert rollout.sampled_values is None and rollout.values is None
-    set_mask(rollout)
-    assert use_sampled(rollout)
+    set_mask(rollout, mx.array)
+    assert use_sampled(rollout, mx.array)
     (again,) = scored(rollout, lambda packed: (reference_logprobs(model, packed),), size=3)
     np.testing.assert_allclose(rollout.logprobs, again, atol=1e-4)  # 8 rows are no multiple of 3
     score_reference(rollout, model, tuning, None, size=4)
@@ -62,8 +69,8 @@ def test_a_rollout_without_values_has_logprobs_kl_and_statistics():
 
 def test_statistics_need_no_reference():
     _, _, rollout = rollout_without_values()
-    set_mask(rollout)
-    use_sampled(rollout)
+    set_mask(rollout, mx.array)
+    use_sampled(rollout, mx.array)
     rollout.scores = mx.zeros(8)
     stats = rollout_statistics(rollout, rollout_stats)
     surprise = [-row.sum() for row in rollout.sampled_logprobs]
