@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from chat.speaker import Reply, Speaker, is_adapter, switch_off
 from errors import UserError
 from rewards.learned import learned_reward
-from rewards.reward_set import Reward, RewardSet, reward_columns
+from rewards.reward_set import Reward, RewardSet
+from rewards.texts import reward_columns
 from rewards.user_function import load_function
 
 

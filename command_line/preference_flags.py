@@ -190,6 +190,8 @@ def check_losses(args) -> None:
     weights = args.loss_weights
     if weights is not None and len(weights) != len(named):
         raise UserError(f"--loss-weights: {len(weights)} weights for {len(named)} losses")
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise UserError(f"--loss-type {twice[0]} is given twice; --loss-weights weighs losses")
     args.loss_type = named
     check_idle(args)
     own = OWN_DEFAULTS.get(algorithm, {}) | OWN_DEFAULTS.get(
@@ -245,6 +247,12 @@ def check_ranges(args) -> None:
     at_least(args, 0, "desirable_weight", "undesirable_weight", "cpo_alpha", "simpo_gamma")
     if args.loss_weights is not None and min(args.loss_weights) < 0:
         raise UserError("--loss-weights: a weight below 0 would train the opposite")
+    if args.loss_weights is not None and not any(args.loss_weights):
+        raise UserError("--loss-weights: all are 0, so nothing would be learned")
+    if args.algorithm == "kto" and not (args.desirable_weight or args.undesirable_weight):
+        raise UserError(
+            "--desirable-weight 0 --undesirable-weight 0: nothing would be learned; one may be 0"
+        )
     for name in ("beta", "discopop_tau"):
         if getattr(args, name) <= 0:
             raise UserError(f"{flag_of(name)}: give a number above 0")

@@ -37,7 +37,8 @@ def load_rows(args, tokenizer) -> dict[str, Any]:
         warn_of_digits_model(args, records)
     for split, records in found.items():
         kinds = set(records.kinds)
-        check_kinds(args, kinds)
+        judged = all(row.kind == "preference" or row.label is not None for row in records)
+        check_kinds(args, kinds, judged)
         if args.algorithm == "kto":
             rows[split] = tokenise_unpaired(
                 records, tokenizer, desirable_from=args.desirable_from, **tokenising(args)
@@ -60,14 +61,15 @@ def load_rows(args, tokenizer) -> dict[str, Any]:
     return rows
 
 
-def check_kinds(args, kinds: set[str]) -> None:
-    """Refuse rows that the algorithm cannot use, with what could."""
+def check_kinds(args, kinds: set[str], judged: bool) -> None:
+    """Refuse rows that the algorithm cannot use, with what could; `judged`: all have a label, or
+    are pairs."""
     if args.algorithm != "kto" and "unpaired" in kinds:
         raise UserError(
             f"--algorithm {args.algorithm} compares chosen with rejected answers, and "
             "these rows have a label each: use --algorithm kto"
         )
-    if "desirable_from" in args.changed and kinds <= {"preference", "unpaired"}:
+    if "desirable_from" in args.changed and judged:
         raise UserError("--desirable-from has no effect on rows with a label or with pairs")
 
 

@@ -1,19 +1,15 @@
-"""Several rewards as one: called under a time limit, checked, weighted, each reported by name.
-
-And what rewards are told: prompts as a person wrote them, a text or messages, and columns.
-"""
+"""Several rewards as one: called under a time limit, checked, weighted, each reported by name."""
 
 import inspect
 import math
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-from data_utils import PromptRow
 from errors import UserError
+from rewards.texts import GIVEN
 from rewards.user_function import (
     RewardFunction,
     as_list,
@@ -22,42 +18,6 @@ from rewards.user_function import (
     no_float32,
     quote_row,
 )
-
-# ------------------------------------------------------------------------------ what rewards are to
-
-
-Prompt = str | list[dict[str, Any]]  # text, or the messages of a conversation
-
-# What every reward may ask for beside the data's columns: tokens of prompt and response, whether
-# the response ended by itself, and the prompt as the model was given it, template and all.
-GIVEN = ("token_ids", "ended", "prompt_text")
-
-
-def plain(text: Prompt) -> str:
-    """A text as it is; of messages, their contents with a blank line between."""
-    if isinstance(text, str):
-        return text
-    return "\n\n".join(turn["content"] for turn in text if isinstance(turn.get("content"), str))
-
-
-def reward_columns(
-    columns: Mapping[str, Sequence],
-    *,
-    token_ids: Sequence[Sequence[int]],
-    ended: Sequence[bool],
-    prompt_text: Sequence[str],
-) -> dict[str, Sequence]:
-    """The data's columns and those of GIVEN, which hide columns of the data of the same name."""
-    return {**columns, "token_ids": token_ids, "ended": ended, "prompt_text": prompt_text}
-
-
-def asked(row: PromptRow) -> dict[str, Any]:
-    """The prompt for samples.jsonl: as it was written and, where that differs, as it was given."""
-    given = {} if row.text == row.prompt else {"prompt_text": row.text}
-    return {"prompt": row.prompt, **given}
-
-
-# ------------------------------------------------------------------------------ rewards
 
 
 @dataclass

@@ -13,8 +13,8 @@ import numpy as np
 
 from data_utils import PromptRow, columns_of, prompt_batch
 from errors import UserError
-from rewards.reward_set import asked, reward_columns
 from rewards.scored_rows import response_text
+from rewards.texts import asked, reward_columns
 from rewards.user_function import quote_row
 from rl.ppo_statistics import logged_row, part_means
 from rl.rollouts import join_rollouts

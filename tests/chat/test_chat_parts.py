@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from test_chat import LORA, PROMPT, randomised, write_adapter
+from adapters import LORA, PROMPT, randomised, write_adapter
 from tiny import tiny_model_folder
 from tiny_tokenizers import tiny_tokenizer
 

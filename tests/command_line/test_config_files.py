@@ -4,7 +4,7 @@ import re
 import textwrap
 
 import pytest
-from test_arguments import parse, refused, write
+from small_parser import parse, refused, write
 
 import ppo_training
 import sft

@@ -7,7 +7,7 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from conftest import ROOT
+from files import ROOT
 from hypothesis import given
 from hypothesis import strategies as some
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from files import ROOT
 from message_database import MessageDatabase, archive, edits, retracted
 
 from errors import UserError

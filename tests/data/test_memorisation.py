@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from files import ROOT
 from message_database import MessageDatabase, archive
 
 from histories.privacy import Grams, exposure, longest_overlap, make_canaries, others

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from files import tree
 from fuse_setup import fuse, make_adapter
 from reliable_runs import DATA, shared_server, words
-from test_scripts_errors import tree
 
 import fuse as fuse_script
 import ppo_training

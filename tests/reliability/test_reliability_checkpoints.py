@@ -6,8 +6,8 @@ import signal
 
 import mlx.core as mx
 import pytest
+from files import tree
 from reliable_runs import DATA, RUNS, Server, differences, left_by, shared_server, whole
-from test_scripts_errors import tree
 
 from errors import UserError
 from run_folder import checkpoint_folder as checkpoint_folders

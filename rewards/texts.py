@@ -1,0 +1,36 @@
+"""Prompts as a person wrote them, a text or messages, and what rewards are told beside them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data_utils import PromptRow
+
+Prompt = str | list[dict[str, Any]]  # text, or the messages of a conversation
+
+# What every reward may ask for beside the data's columns: tokens of prompt and response, whether
+# the response ended by itself, and the prompt as the model was given it, template and all.
+GIVEN = ("token_ids", "ended", "prompt_text")
+
+
+def plain(text: Prompt) -> str:
+    """A text as it is; of messages, their contents with a blank line between."""
+    if isinstance(text, str):
+        return text
+    return "\n\n".join(turn["content"] for turn in text if isinstance(turn.get("content"), str))
+
+
+def reward_columns(
+    columns: Mapping[str, Sequence],
+    *,
+    token_ids: Sequence[Sequence[int]],
+    ended: Sequence[bool],
+    prompt_text: Sequence[str],
+) -> dict[str, Sequence]:
+    """The data's columns and those of GIVEN, which hide columns of the data of the same name."""
+    return {**columns, "token_ids": token_ids, "ended": ended, "prompt_text": prompt_text}
+
+
+def asked(row: PromptRow) -> dict[str, Any]:
+    """The prompt for samples.jsonl: as it was written and, where that differs, as it was given."""
+    given = {} if row.text == row.prompt else {"prompt_text": row.text}
+    return {"prompt": row.prompt, **given}
