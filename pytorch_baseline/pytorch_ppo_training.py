@@ -12,12 +12,11 @@ import project_root  # noqa: F401
 from pytorch_actor_critic import ActorCritic, ValueHead
 from pytorch_backend import trained_group
 from pytorch_files import is_adapter, read_head, save_head, save_trained
-from pytorch_flags import parse
 from pytorch_models import Tuned, load_model
 from pytorch_optimizers import optimizer_and_schedule
 from pytorch_ppo_trainer import PPOTrainer
 from pytorch_reward_model import load_reward_model
-from pytorch_runs import loading, make_tuned, start, train
+from pytorch_runs import loading, make_tuned, parse, start, train
 
 from command_line import ppo_flags
 from command_line.dataclass_flags import dataclass_from_arguments

@@ -1,10 +1,12 @@
-"""What both scripts do around their loop: seed, model, what is trained; where the model goes."""
+"""What both scripts do around their loop: flags, seed, model, what is trained; where it goes."""
 
 import importlib.metadata
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from pytorch_files import is_output, load_adapter
 from pytorch_models import LoadedModel, Tuned, load_model, pick_device
 
 from command_line.adapter_file import refuse_other_adapter
+from command_line.parser import Parser
 from command_line.shared_flags import adapter_description
 from errors import UserError
 from models.adapter_description import is_single_file, read_json
@@ -21,6 +24,48 @@ from safe_files import write_json
 from training.launch import run_training
 
 WRITTEN = "written.json"  # in a run's folder: where it has written its model
+# Options of the MLX side that nothing here computes in the same way.
+REFUSED = {
+    "quantize": "PyTorch has no counterpart that gives the same numbers",
+    "reference_quantize": "PyTorch has no counterpart that gives the same numbers",
+    "fused_dir": "--save-file FOLDER holds the merged model here",
+    "compile": "the baseline runs PyTorch as it is",
+}
+
+
+class BaselineParser(Parser):
+    """The parser of an MLX script, with what the baseline adds."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.script = f"pytorch_baseline/pytorch_{self.script}"
+        self.description = f"{self.description} In PyTorch."
+        add = self.add_argument_group("PyTorch").add_argument
+        add("--tokenizer", help="folder or hub name of the tokenizer (default: --model)")
+        add("--device", choices=("cpu", "mps", "cuda"), default="cpu", help="where it runs")
+        self.checks.append(refuse_what_is_missing)
+
+    def parse_args(self, words=None, namespace=None):
+        for action in self._actions:
+            if action.dest == "save_file":
+                action.default = None
+                action.help = (
+                    "folder for a transformers model with the adapter merged in, or an .npz or "
+                    ".safetensors adapter (default: model/ in the run folder)"
+                )
+        return super().parse_args(words, namespace)
+
+
+def refuse_what_is_missing(args) -> None:
+    for name, reason in REFUSED.items():
+        if getattr(args, name, None):
+            raise UserError(f"--{name.replace('_', '-')}: {reason}; leave it out")
+
+
+def parse(flags: ModuleType, words: list[str] | None = None):
+    """The parsed command line; `flags` is command_line.sft_flags or command_line.ppo_flags."""
+    with patch.object(flags, "Parser", BaselineParser):
+        return flags.parse_arguments(words)
 
 
 def start(args) -> tuple[LoadedModel, PyTorchBackend]:

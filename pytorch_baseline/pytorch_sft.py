@@ -12,11 +12,10 @@ import project_root  # noqa: F401
 from pytorch_actor_critic import generate
 from pytorch_backend import trained_group
 from pytorch_files import is_adapter, save_trained
-from pytorch_flags import parse
 from pytorch_models import Tuned
 from pytorch_optimizers import optimizer_and_schedule, trainable
 from pytorch_reward_model import RewardModel
-from pytorch_runs import make_tuned, start
+from pytorch_runs import make_tuned, parse, start
 from pytorch_runs import train as run_and_finish
 
 from command_line import sft_flags
@@ -91,7 +90,7 @@ def make_trainer(args, loaded, model, **options):
 
 def train(args, loaded, backend, model, rows) -> None:
     """The loop, and what is left behind at its end."""
-    from pytorch_trl import TrainerLoop
+    from pytorch_sft_trainer import TrainerLoop
 
     plan = BatchPlan(rows["train"].lengths, args.batch_size, seed=args.seed)
     steps, batches = sft_flags.training_length(args, len(plan))
