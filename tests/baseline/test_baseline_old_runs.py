@@ -1,4 +1,4 @@
-"""Runs of an older commit, in whose state.pt the parts of a run stood side by side, are gone on with.
+"""Runs of an older commit, in whose state.pt the parts of a run stood side by side, go on.
 
 Each was made to step 4, and its checkpoint of step 2 kept; metrics.jsonl has all of its rows.
 """
