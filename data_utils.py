@@ -24,8 +24,10 @@ from data_loading.collate import (
     UnpairedBatch,  # answers with labels, and each prompt with another row's answer
     make_batch,  # rows of one kind to padded arrays
     pack_rows,  # several rows into rows of constant length
+    wrap_rows,  # all rows as one text, cut into such
 )
 from data_loading.fields import extras_of  # tools, documents of a row, for a chat template
+from data_loading.files import DATA_SUFFIXES  # names of files that hold rows
 from data_loading.formats import ALIASES, FORMATS, KNOWN_FORMATS  # names for --format
 from data_loading.messages import BadRow  # what is wrong with one row
 from data_loading.reading import read_dataset, read_records  # rows of a file, of a data set
@@ -71,6 +73,7 @@ from padding import pad_rows  # token lists to (B, L) and lengths
 
 __all__ = [
     "ALIASES",
+    "DATA_SUFFIXES",
     "FORMATS",
     "KNOWN_FORMATS",
     "TOKEN_FORMATS",
@@ -121,4 +124,5 @@ __all__ = [
     "tokenise_unpaired",
     "use_colour",
     "use_date",
+    "wrap_rows",
 ]

@@ -46,6 +46,8 @@ def main(words=None) -> int:
     check_splits(prompts, loaded.limits, policy.tuning, response=args.max_new_tokens)
     learned = make_learned_reward(args, loaded, policy.tuning)
     rewards = make_rewards(args, learned, unscored=True)
+    for split in prompts.values():
+        rewards.check_prompts(split.rows, args.max_new_tokens)
     rewards.check_columns([*columns_of(prompts["train"].rows), "group_ids"])
     train(args, loaded, policy, reference, rewards, prompts)
     say_peak_memory()
@@ -138,7 +140,7 @@ def finish(args, loaded, run, loop) -> None:
     from run_folder.run import read_rows
 
     tuning = loop.trainer.model.tuning
-    written = save_adapter(args.save_file, tuning, loaded)
+    written = save_adapter(args.save_file, tuning, loaded, run=run.recorded)
     written.append(plot_groups(read_rows(run.folder), run.plots / "group.png"))
     commands = policy_commands(args, tuning)
     finish_rollouts(args, run, loop, written, commands, metric="rewards/{name}/mean")

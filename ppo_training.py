@@ -44,6 +44,8 @@ def main(words=None) -> int:
     check_splits(prompts, loaded.limits, policy.tuning, response=args.max_new_tokens)
     learned = make_learned_reward(args, loaded, policy.tuning)
     rewards = make_rewards(args, learned, unscored=True)
+    for split in prompts.values():
+        rewards.check_prompts(split.rows, args.max_new_tokens)
     train(args, loaded, policy, reference, rewards, prompts)
     say_peak_memory()
     return 0
@@ -90,6 +92,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         grad_checkpoint=args.grad_checkpoint,
     )
     head, stop_test = policy.value_head, stop_at(args.stop, loaded.tokenizer)
+    told = {"compare_steps": args.compare_steps, "reference_samples": args.reference_samples}
     make_loop = rollout_loop(
         RolloutLoop,
         args,
@@ -98,7 +101,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         rewards,
         prompts,
         validation_prompts(args, prompts),
-        schedule_options(args),
+        schedule_options(args) | told,
         stop_test,
         **{VALUE_HEAD: Group(head.arrays, lambda a: head.load_weights(list(a.items())))},
     )
@@ -126,7 +129,7 @@ def finish(args, loaded, run, loop) -> None:
     from models.adapter_files import save_adapter, save_head
 
     policy = loop.trainer.model
-    written = save_adapter(args.save_file, policy.tuning, loaded, head=VALUE_HEAD)
+    written = save_adapter(args.save_file, policy.tuning, loaded, head=VALUE_HEAD, run=run.recorded)
     written.append(save_head(args.save_file, VALUE_HEAD, policy.value_head.arrays(), {}))
     finish_ppo(args, run, loop, written, policy_commands(args, policy.tuning))
 

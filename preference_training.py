@@ -170,7 +170,7 @@ def finish(args, loaded, run, loop, rows) -> None:
     task, found = loop.trainer.task, {}
     if args.save_best:
         loop.take_best()
-    written = save_adapter(args.save_file, task.tuning, loaded)
+    written = save_adapter(args.save_file, task.tuning, loaded, run=run.recorded)
     if "valid" in rows:
         found = loop.trainer.evaluate(validation(args, rows["valid"], least_rows(args))())
         show("validation", found)

@@ -140,7 +140,8 @@ def finish(args, loaded, run, loop, rows) -> None:
     if args.save_best:
         loop.take_best()
     head = REWARD_HEAD if args.reward_model else None
-    written, going_on = save_adapter(args.save_file, task.tuning, loaded, head=head), None
+    written = save_adapter(args.save_file, task.tuning, loaded, head=head, run=run.recorded)
+    going_on = None
     if args.reward_model:
         reward_model = task.reward_model
         written.append(save_reward_head(args.save_file, reward_model))
@@ -151,6 +152,7 @@ def finish(args, loaded, run, loop, rows) -> None:
             "ppo_training.py",
             *flags_of_rows(args),
             model=args.model,
+            tokenizer=args.tokenizer,
             reward_model=args.save_file,
         )
     going_on = going_on or fuse_command(args)

@@ -15,7 +15,7 @@ from errors import UserError
 from models.array_files import save_weights
 from models.family_names import family_weights
 from models.load import LoadedModel
-from models.tokenizer_files import copy_tokenizer
+from models.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
 from safe_files import (
     put_folder_in_place,
     refuse_links,
@@ -103,6 +103,11 @@ def write_model(folder: Path, loaded: LoadedModel) -> None:
     # Only a model whose code was trusted gets as far as this with these entries.
     has_code = "model_file" in config or "auto_map" in config
     copy_tokenizer(loaded.path, folder, with_code=has_code)
+    if loaded.tokenizer_path is not None:
+        for pattern in TOKENIZER_FILES:
+            for file in folder.glob(pattern):
+                file.unlink()
+        copy_tokenizer(loaded.tokenizer_path, folder, of_model=False)
 
 
 class _Weights:

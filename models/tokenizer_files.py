@@ -23,9 +23,12 @@ TOKENIZER_FILES = (
 GENERATION_CONFIG = "generation_config.json"
 
 
-def copy_tokenizer(source: Path, folder: Path, *, with_code: bool = False) -> None:
-    """Copy the files of the tokenizer and generation_config.json as they are."""
-    patterns = (*TOKENIZER_FILES, GENERATION_CONFIG, *(("*.py",) if with_code else ()))
+def copy_tokenizer(
+    source: Path, folder: Path, *, with_code: bool = False, of_model: bool = True
+) -> None:
+    """Copy the files of the tokenizer and, of its model, generation_config.json as they are."""
+    patterns = (*TOKENIZER_FILES, *((GENERATION_CONFIG,) if of_model else ()))
+    patterns += ("*.py",) if with_code else ()
     for pattern in patterns:
         for file in sorted(source.glob(pattern)):
             check_inside(file, source)

@@ -16,7 +16,7 @@ from pytorch_models import Tuned, load_model
 from pytorch_optimizers import optimizer_and_schedule
 from pytorch_ppo_trainer import PPOTrainer
 from pytorch_reward_model import load_reward_model
-from pytorch_runs import loading, make_tuned, parse, start, train
+from pytorch_runs import load_base, loading, make_tuned, parse, start, train
 
 from command_line import ppo_flags
 from command_line.dataclass_flags import dataclass_from_arguments
@@ -34,7 +34,7 @@ from training.rollout_loop import RolloutLoop
 
 def main(words=None) -> int:
     args = parse(ppo_flags, words)
-    loaded, backend = start(args)
+    loaded, backend = start(args, load_base)
     prompts = ppo_flags.load_prompts(args, loaded.tokenizer)
     trainer = make_trainer(args, loaded)
     rewards = make_rewards(args, make_learned_reward(args, loaded), unscored=True)
@@ -84,7 +84,7 @@ def make_trainer(args, loaded) -> PPOTrainer:
         policy,
         reference,
         optimizer,
-        eos_ids=loaded.eos_ids | ({turn_end} - {None}),
+        eos_ids=set() if args.ignore_eos else loaded.eos_ids | ({turn_end} - {None}),
         scheduler=scheduler,
         grad_checkpoint=args.grad_checkpoint,
     )

@@ -29,6 +29,8 @@ REFUSED = {
     "quantize": "PyTorch has no counterpart that gives the same numbers",
     "reference_quantize": "PyTorch has no counterpart that gives the same numbers",
     "fused_dir": "--save-file FOLDER holds the merged model here",
+    "compare_steps": "the baseline's best checkpoint is that of the best evaluation",
+    "reference_samples": "the baseline samples no reference",
     "compile": "the baseline runs PyTorch as it is",
 }
 
@@ -41,7 +43,6 @@ class BaselineParser(Parser):
         self.script = f"pytorch_baseline/pytorch_{self.script}"
         self.description = f"{self.description} In PyTorch."
         add = self.add_argument_group("PyTorch").add_argument
-        add("--tokenizer", help="folder or hub name of the tokenizer (default: --model)")
         add("--device", choices=("cpu", "mps", "cuda"), default="cpu", help="where it runs")
         self.checks.append(refuse_what_is_missing)
 
@@ -68,14 +69,18 @@ def parse(flags: ModuleType, words: list[str] | None = None):
         return flags.parse_arguments(words)
 
 
-def start(args) -> tuple[LoadedModel, PyTorchBackend]:
-    """Check where the model goes, seed everything, and load the base."""
+def start(args, load: Callable[[Any], Any]) -> tuple[Any, PyTorchBackend]:
+    """Check where the model goes, seed everything, and `load(args)` what is trained on."""
     check_free(args)
     random.seed(args.seed)
     np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
-    loaded = load_model(args.model, tokenizer=args.tokenizer, **loading(args))
+    loaded = load(args)
     return loaded, PyTorchBackend(loaded.device)
+
+
+def load_base(args) -> LoadedModel:
+    return load_model(args.model, tokenizer=args.tokenizer, **loading(args))
 
 
 def loading(args) -> dict[str, Any]:

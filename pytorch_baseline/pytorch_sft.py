@@ -9,17 +9,19 @@ Within a minute on a laptop, on the embedded model:
 """
 
 import project_root  # noqa: F401
+import pytorch_encoder
 from pytorch_actor_critic import generate
 from pytorch_backend import trained_group
 from pytorch_files import is_adapter, save_trained
 from pytorch_models import Tuned
 from pytorch_optimizers import optimizer_and_schedule, trainable
 from pytorch_reward_model import RewardModel
-from pytorch_runs import make_tuned, parse, start
+from pytorch_runs import load_base, make_tuned, parse, start
 from pytorch_runs import train as run_and_finish
 
 from command_line import sft_flags
 from command_line.adapter_file import refuse_other_pooling
+from command_line.data_flags import data_sources
 from command_line.parser import run_main
 from command_line.shared_flags import optimizer_options, schedule_options
 from data_utils import BatchPlan, epoch_batches
@@ -39,13 +41,21 @@ from training.sample_texts import log_answers, normalise_on, starts_of
 
 def main(words=None) -> int:
     args = parse(sft_flags, words)
-    loaded, backend = start(args)
-    rows = sft_flags.load_rows(args, loaded.tokenizer)
+    encoder = pytorch_encoder.is_encoder(args)
+    if encoder:
+        pytorch_encoder.settle(args)
+    loaded, backend = start(args, pytorch_encoder.load_encoder if encoder else load_base)
+    if encoder:  # a classifier, which is trained whole and reads pairs of texts
+        model = loaded.model
+        rows = pytorch_encoder.load_rows(args, data_sources(args), model)
+    else:
+        rows = sft_flags.load_rows(args, loaded.tokenizer)
     if args.preview:
         return 0
-    model = make_model(args, loaded)
-    if args.reward_model:
-        model.reading = rows["reading"]
+    if not encoder:
+        model = make_model(args, loaded)
+        if args.reward_model:
+            model.reading = rows["reading"]
     if args.train:
         train(args, loaded, backend, model, rows)
     if args.test:
@@ -142,21 +152,32 @@ def finish(args, loaded, rows, run, loop, path) -> None:
     trainer, reward_model = loop.trainer, None
     if args.save_best:
         loop.take_best()
-    head = REWARD_HEAD if args.reward_model else None
-    written = save_trained(path, trainer.tuned, loaded, args.tokenizer, head)
-    base = args.model if is_adapter(path, trainer.tuned) else None
-    going_on = command("talk_to_model.py", model=path)
     if args.reward_model:
         reward_model = trainer.trained
-        written.append(reward_model.save_head(path))
-        if args.normalize_samples:  # may fail, and what was trained lies there already
-            normalise_scores(args, loaded, trainer, rows["train"].rows)
-            reward_model.save_head(path)
-        going_on = command("ppo_training.py", model=base, reward_model=path)
-    elif is_adapter(path, trainer.tuned):
-        going_on = command("fuse.py", model=base, adapter_file=path, save_path="my_model/")
+    if isinstance(loaded, pytorch_encoder.LoadedEncoder):
+        written = pytorch_encoder.save_encoder(path, loaded)
+        going_on = command("ppo_training.py", reward_model=path)
+    else:
+        written, going_on = save(args, loaded, trainer, rows, path)
     peak, valid = loop.backend.peak_memory(), rows.get("valid")
     finish_supervised(args, run, loop, written, valid, reward_model, going_on, peak_memory=peak)
+
+
+def save(args, loaded, trainer, rows, path) -> tuple[list, str]:
+    """Write an adapter or a merged model, and its reward head; what takes it next."""
+    head = REWARD_HEAD if args.reward_model else None
+    written = save_trained(path, trainer.tuned, loaded, args.tokenizer, head)
+    adapter = is_adapter(path, trainer.tuned)
+    base = args.model if adapter else None
+    if args.reward_model:
+        written.append(trainer.trained.save_head(path))
+        if args.normalize_samples:  # may fail, and what was trained lies there already
+            normalise_scores(args, loaded, trainer, rows["train"].rows)
+            trainer.trained.save_head(path)
+        return written, command("ppo_training.py", model=base, reward_model=path)
+    if adapter:
+        return written, command("fuse.py", model=base, adapter_file=path, save_path="my_model/")
+    return written, command("talk_to_model.py", model=path)
 
 
 def normalise_scores(args, loaded, trainer, rows) -> None:

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from string import Formatter
 from typing import Any
 
-from data_utils import BadRow, Record, Template, extras_of, tokenise_scalar, use_date
+from data_utils import BadRow, PromptRow, Record, Template, extras_of, tokenise_scalar, use_date
 from models.reading import MARK, Ending, Reading, template_tail
 from rewards.digits import count_numbers, digits_score
 from rewards.reward_set import Reward
 from rewards.texts import Prompt, plain
 
 GROUND_TRUTH, NUMBERS, LEARNED = "ground_truth", "numbers", "reward_model"
+LOOKED_AT = 500  # prompts rendered before training
 NO_LIMIT = 1 << 40  # tokens; how long a text may be is the policy's affair
 
 
@@ -68,6 +70,7 @@ def learned_reward(
         off: a context in which the policy's adapter is off.
         prompt_template, token_format: how the policy's prompts are written.
     """
+    check = None
     if getattr(model, "reads_pairs", False):
         read = _read_pairs
     else:
@@ -79,6 +82,7 @@ def learned_reward(
             as_given=_reads_alike(policy, own, template, model),
             opening=opening_of(policy, *template),
         )
+        check = partial(_check_prompts, model, read, off)
 
     def reward_model(
         prompts: Sequence[Prompt],
@@ -91,7 +95,27 @@ def learned_reward(
         with off():
             return model.score(texts, batch_size)
 
-    return Reward(LEARNED, reward_model, weight)
+    return Reward(LEARNED, reward_model, weight, check=check)
+
+
+def _check_prompts(
+    model: Any,
+    read: "Reader",
+    off: Callable[[], AbstractContextManager],
+    rows: Sequence[PromptRow],
+    response: int,
+) -> None:
+    """Raise UserError for a prompt that the reward model has no rows or positions for.
+
+    Of prompts that it renders itself the first are looked at: they show its template's tokens.
+    """
+    with off():
+        for row in rows if read.as_given else rows[:LOOKED_AT]:
+            columns = {name: [value] for name, value in row.columns.items()}
+            [ids] = read([row.prompt], ["a"], [row.tokens], [True], columns)
+            # Where one ended, its last token gave way to the recorded ending.
+            room = max(0, response - (1 if read.as_given else 2))
+            model.check(ids, where=f"{row.where} for the reward model", room=room)
 
 
 def score_texts(model: Any, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
@@ -118,18 +142,21 @@ def reward_beside(
     prompt_template: str | None,
     token_format: str,
     template_date: str,
+    tokenizer: str | None = None,
     **options: Any,
 ) -> Reward:
     """The reward model at `path` as a reward for a policy: `loaded` with `tuning` on it.
 
     One that is an adapter shares the policy's base; unless every weight of that is trained, which
-    needs a base of its own, `model` with `quantize` bits. `options` are those of ``load_model``.
+    needs a base of its own, `model` with `quantize` bits and `tokenizer`. `options` are those of
+    ``load_model``.
     """
     from models.load import load_model
     from models.reward_model import load_reward_model
 
     if tuning.kind == "full":  # training moves the base
-        base, off = load_model(model, quantize=quantize, **options), nullcontext
+        base = load_model(model, quantize=quantize, tokenizer=tokenizer, **options)
+        off = nullcontext
     else:
         base, off = loaded, tuning.disabled
     with off():

@@ -106,7 +106,7 @@ def token_lists(rows: Sequence) -> list[list[int]]:
 
 # What a step's random streams are for. One belongs to (seed, step, purpose), so a resumed run draws
 # what one never stopped would have.
-SAMPLING, ORDER, LENGTHS, EVALUATION = range(4)
+SAMPLING, ORDER, LENGTHS, EVALUATION, REFERENCE = range(5)
 
 
 def stream(seed: int, step: int, *purpose: int) -> np.random.Generator:

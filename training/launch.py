@@ -314,11 +314,13 @@ def policy_commands(args: Namespace, tuning: Any) -> list[str]:
 
 
 def fuse_command(args: Namespace) -> str:
-    return command("fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/")
+    named = {"model": args.model, "tokenizer": args.tokenizer}
+    return command("fuse.py", **named, adapter_file=args.save_file, save_path="my_model/")
 
 
 def talk_command(args: Namespace) -> str:
-    return command("talk_to_model.py", model=args.model, resume_file=args.save_file)
+    named = {"model": args.model, "tokenizer": args.tokenizer}
+    return command("talk_to_model.py", **named, resume_file=args.save_file)
 
 
 def say_peak_memory(peak: float | None = None) -> None:

@@ -17,6 +17,7 @@ from errors import UserError
 from models.decoding import Sampling
 from models.trunk import vocabulary_size
 from rl.rollouts import (
+    REFERENCE,
     SAMPLING,
     Rollout,
     set_mask,
@@ -24,7 +25,7 @@ from rl.rollouts import (
     use_sampled,
 )
 from training.optimizers import build_optimizer
-from training.rollout_stages import pack_rows, sample, scored
+from training.rollout_stages import pack_rows, reference_of, sample, scored
 from training.rollout_steps import RolloutSteps
 from training.update import (
     all_finite,
@@ -73,6 +74,25 @@ class RolloutTrainer(RolloutSteps):
         model.eval()  # no dropout, in rollouts and in updates
 
     # ------------------------------------------------------------------ sample
+
+    def sample_reference(
+        self,
+        queries: Sequence[Sequence[int]],
+        should_stop: Callable[[list[int]], bool] | None = None,
+    ) -> Rollout:
+        """What the reference writes to the queries, sampled as the policy's responses are."""
+        with reference_of(self.model.model, self.model.tuning, self.reference) as reference:
+            return sample(
+                reference,
+                (),
+                queries,
+                max_tokens=self.config.max_new_tokens,
+                sampling=Sampling(**self.sampling),
+                eos_ids=self.eos_ids,
+                vocabulary=self.vocabulary,
+                random=stream(self.config.seed, self.steps_done, REFERENCE),
+                should_stop=should_stop,
+            )
 
     def _sample(
         self,
