@@ -79,7 +79,7 @@ def of_the_first_form(saved: dict) -> dict:
     arrays = {name: saved.pop(name) for name in ("optimizer", "schedule")}
     if "trainer" in saved:
         trainer = saved["trainer"]
-        trainer["kl_controller"] = {"value": trainer.pop("kl_coef")}
+        trainer |= {"kl_controller": {"value": trainer.pop("kl_coef")}, "warned": []}
     else:
         loop["totals"] = {name: loop.pop(name) for name in ("tokens", "skipped")}
     arrays = {"trained": saved.pop("trained"), "optimizer": arrays}

@@ -20,6 +20,7 @@ from command_line.shared_flags import adapter_description
 from errors import UserError
 from models.adapter_description import is_single_file, read_json
 from run_folder.run import OWN_NAMES, RUNS, Run
+from run_folder.run_config import with_sum
 from safe_files import write_json
 from training.launch import run_training
 
@@ -107,6 +108,7 @@ def train(args, kind: str, make_loop: Callable, said: str, finish: Callable) -> 
         names = ("torch", "peft", "trl")
         config["versions"] |= {name: importlib.metadata.version(name) for name in names}
         config["machine"]["torch_threads"] = torch.get_num_threads()
+        loop.run_folder.config = with_sum(config)
         loop.run_folder.write_config()
         return said
 
