@@ -58,7 +58,7 @@ def test_an_encoder_learns_pairs_and_scores_as_it_was_trained(pairs, tmp_path, c
     assert pytorch_sft.main([*words, *places]) == 0
     said = capsys.readouterr().out
     assert "test: loss" in said and "has no classifier.bias, classifier.weight" in said
-    assert f"ppo_training.py --reward_model {tmp_path / 'out'}" in said
+    assert f"ppo_training.py --reward-model {tmp_path / 'out'}" in said
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["heldout/accuracy"] >= 0.95, summary
     assert is_encoder(tmp_path / "out")
