@@ -290,14 +290,20 @@ def load_rows(args, tokenizer) -> dict:
     return rows
 
 
+FORM = {"prompt_template", "token_format"}
+
+
 def reading_of(args, tokenizer, records: Records) -> Reading:
     """How a reward model reads these rows.
 
     What was trained before that was recorded goes on as it was.
     """
     old = args.resume_adapter_file
-    if old is not None and "ending" not in read_head_description(old, REWARD_HEAD):
+    described = {} if old is None else read_head_description(old, REWARD_HEAD)
+    if old is not None and "ending" not in described:
         return Reading()
+    if old is not None and not args.resume and not FORM & args.explicit:
+        take_form(args, Reading.described(described))
     checkpoints = args.resume and sorted(run_folder_of(args.resume).glob("checkpoints/step-*"))
     if checkpoints:  # without one the run begins anew
         if head_path(checkpoints[-1], REWARD_HEAD).exists():
@@ -312,6 +318,14 @@ def reading_of(args, tokenizer, records: Records) -> Reading:
         prompt_template=args.prompt_template,
         token_format=args.token_format,
     )
+
+
+def take_form(args, reading: Reading) -> None:
+    """Read rows in the form in which a reward model was trained, which goes on; and say so."""
+    for name in sorted(FORM):
+        if (value := getattr(reading, name)) != getattr(args, name):
+            setattr(args, name, value)
+            print(f"note: {flag_of(name)} is {value!r}, as in {args.resume_adapter_file}")
 
 
 class Decoder:

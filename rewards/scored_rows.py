@@ -71,12 +71,14 @@ def make_pairs(
     row = next(left, None)
     form = {key: options[key] for key in ("prompt_template", "token_format") if key in options}
     template = Template(tokenizer, **form)
-    stop = template.turn_end_id() or end_id(tokenizer)  # at which a policy stops
+    eos = end_id(tokenizer)
+    turn_end = template.turn_end_id() or eos  # at which a policy stops
     pairs = []
     for single, whole, rank in singles:
         if row is None or row.where != single.where:
             continue  # refused, in done.refused
         ended = ending.ends(row.tokens)
+        stop = turn_end if template.writes(single) else eos
         tokens = [*ending.bare(row.tokens), stop] if ended else row.tokens
         pairs.append(Pair(single, whole, tokens, prompt_of(single), "", "", ended, rank))
         row = next(left, None)
