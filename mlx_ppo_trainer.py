@@ -125,7 +125,7 @@ class PPOTrainer(PPOSteps, RolloutTrainer):
         scored = self.model(
             packed, temperature=self.config.temperature, with_entropy=True, gradient=True
         )
-        return self.combined_loss(scored, columns, packed.mask)
+        return self.losses(scored, columns, packed.mask)
 
     @property
     def learning_rate(self) -> float:

@@ -184,7 +184,7 @@ class PPOTrainer(PPOSteps):
         self.model.train(self.grad_checkpoint)  # transformers recomputes in training mode alone
         temperature = self.config.temperature
         scored = self.model(packed, temperature=temperature, with_entropy=True)
-        loss, metrics = self.combined_loss(scored, columns, packed.mask)
+        loss, metrics = self.losses(scored, columns, packed.mask)
         gradient = torch.autograd.grad(
             loss, list(self.parameters.values()), allow_unused=True, materialize_grads=True
         )

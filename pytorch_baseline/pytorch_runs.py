@@ -32,6 +32,12 @@ REFUSED = {
     "fused_dir": "--save-file FOLDER holds the merged model here",
     "compare_steps": "the baseline's best checkpoint is that of the best evaluation",
     "reference_samples": "the baseline samples no reference",
+    "adlf_alpha": "internal rewards are measured on MLX alone",
+    "use_curriculum": "the order of rows is the ordinary one here",
+    "use_contrastive": "that loss is MLX's side alone",
+    "use_decision_transformer": "scores before prompts are MLX's side alone",
+    "target_score": "scores before prompts are MLX's side alone",
+    "use_self_critique": "critiques are trained on MLX's side alone",
     "compile": "the baseline runs PyTorch as it is",
 }
 

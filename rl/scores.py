@@ -108,8 +108,9 @@ def clip_scores(scores: Sequence[float], limit: float) -> list[float]:
 
 def make_kl_controller(config: PPOConfig) -> "AdaptiveKLController | FixedKLController":
     """The controller that `config` asks for."""
-    if config.adap_kl_ctrl:
-        return AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
+    target = config.kl_target if config.use_dynamic_kl else config.target
+    if config.adap_kl_ctrl or config.use_dynamic_kl:
+        return AdaptiveKLController(config.init_kl_coef, target, config.horizon)
     return FixedKLController(config.init_kl_coef)
 
 

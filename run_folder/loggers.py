@@ -9,6 +9,7 @@ import netrc
 import os
 import sys
 import uuid
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,12 @@ class WandbRun:
         if not number.exists():
             number.parent.mkdir(exist_ok=True)
             write_atomically(number, uuid.uuid4().hex[:12])
+        args = Namespace(**config["options"])
         flat = {**config["options"], "versions": config["versions"], "machine": config["machine"]}
         return self.wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=folder.name,
+            project=getattr(args, "wandb_project", None)
+            or os.environ.get("WANDB_PROJECT", PROJECT),
+            name=getattr(args, "wandb_run_name", None) or folder.name,
             id=number.read_text(encoding="utf-8"),  # a resumed run goes on in the same W&B run
             resume="allow",
             job_type=script,

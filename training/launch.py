@@ -298,8 +298,10 @@ def finish_ppo(
     from reports.training_plots import plot_ppo
 
     rows = read_rows(run.folder)
-    target = args.target if args.adap_kl_ctrl else None
-    plot = plot_ppo(rows, run.plots / "ppo.png", kl_target=target)
+    adapted = {"kl_target": args.target if args.adap_kl_ctrl else None}
+    if args.use_dynamic_kl:
+        adapted = {"kl_target": args.kl_target, "kl": "objective/kl_per_token", "unit": "token"}
+    plot = plot_ppo(rows, run.plots / "ppo.png", **adapted)
     kls = [row["objective/kl"] for row in rows if row.get("objective/kl") is not None][-10:]
     summary["kl"] = sum(kls) / len(kls) if kls else None
     finish_rollouts(

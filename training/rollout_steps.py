@@ -302,7 +302,7 @@ class PPOSteps(RolloutSteps):
             )
         return ratio > threshold
 
-    def combined_loss(
+    def losses(
         self, scored: Sequence[Array], columns: Sequence[Array], mask: Array
     ) -> tuple[Array, dict[str, Array]]:
         """Loss of one minibatch, and its metrics; arrays (b, r).
@@ -335,13 +335,17 @@ class PPOSteps(RolloutSteps):
         """The step's metrics under TRL's names; warns, once each, of what usually goes wrong."""
         stats = step_statistics(rollout, minibatches, self.arithmetic.rollout_stats)
         stats["objective/kl_coef"] = self.kl_controller.value
+        if self.config.use_dynamic_kl:
+            per_token = self.arithmetic.masked_mean(rollout.kls, rollout.mask).item()
+            stats["objective/kl_per_token"] = per_token
         stats["ppo/learning_rate"] = self.learning_rate
         self._warn(**warnings_for(stats, self.config.max_new_tokens))
         return stats
 
     def finish(self, stats: dict) -> None:
         """Move beta and count the step."""
-        self.kl_controller.update(stats["objective/kl"], self.config.batch_size)
+        unit = "kl_per_token" if self.config.use_dynamic_kl else "kl"
+        self.kl_controller.update(stats[f"objective/{unit}"], self.config.batch_size)
         self.steps_done += 1
 
     def log_stats(self, stats: dict, batch: dict, scores: Sequence[float]) -> None:

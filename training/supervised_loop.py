@@ -160,13 +160,22 @@ class Loop(Resumable):
         plan, count = self.schedule, self.schedule.accumulation
         if plan.batches is not None:
             count = max(1, min(count, plan.batches - self.step * count))
-        batches = [next(self.batches) for _ in range(count)]
+        batches, taken = [], []
+        for _ in range(count):
+            batches.append(next(self.batches))
+            taken.extend(self.batches.taken)
         metrics = self.trainer.step(batches)
         metrics["learning_rate"] = float(self.trainer.optimizer.learning_rate)
-        self.note(metrics, batches, progress)
+        self.note(metrics, batches, progress, self.batches.plan.notes(self.step, taken))
 
-    def note(self, metrics: dict[str, float], batches: Sequence, progress: Progress) -> None:
-        """An update was made of `batches`, or skipped: count it, log it."""
+    def note(
+        self,
+        metrics: dict[str, float],
+        batches: Sequence,
+        progress: Progress,
+        notes: Mapping[str, float] | None = None,
+    ) -> None:
+        """An update was made of `batches`, or skipped: count it; log it with `notes` of its rows."""
         self.step += 1
         weight = metrics.pop("weight")
         self.totals["tokens"] += metrics.get("num_tokens", tokens_of(batches, weight))
@@ -176,7 +185,7 @@ class Loop(Resumable):
         self.totals["skipped"] += bad
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
         row = {f"train/{key}": value for key, value in metrics.items()}
-        self.run_folder.log(self.step, row | self.totals_row())
+        self.run_folder.log(self.step, row | self.totals_row() | dict(notes or {}))
         progress.advance()
         if self.step % self.schedule.report_every == 0:
             shown = {key: metrics[key] for key in SHOWN if key in metrics}
