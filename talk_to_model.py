@@ -225,7 +225,7 @@ def chat(session) -> None:
 # ------------------------------------------------------------------------------ main
 
 
-def main(words: list[str] | None = None) -> None:
+def main(words: list[str] | None = None) -> int:
     args = parse_arguments(words)
     fast_blas.tell_of_slowness()
     session = make_session(args)
@@ -240,9 +240,15 @@ def main(words: list[str] | None = None) -> None:
                 answer_each(session, prompts)
             if not session.replies_given:
                 session.screen.note("note: standard input held no prompts")
+    except KeyboardInterrupt:  # replies are printed and ratings written one by one: nothing is lost
+        session.screen.progress("")
+        count = session.replies_given
+        session.screen.note(f"stopped after {count} {'reply' if count == 1 else 'replies'}")
+        return 128 + signal.SIGINT
     finally:
         if session.ratings is not None:
             session.screen.note(session.ratings.summary())
+    return 0
 
 
 if __name__ == "__main__":

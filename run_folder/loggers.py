@@ -3,6 +3,7 @@
 Another logger is a class here and a row in `LOGGERS`.
 """
 
+import contextlib
 import importlib.util
 import json
 import netrc
@@ -135,6 +136,11 @@ class WandbRun:
             self.run.summary[name] = value
         self.run.finish()
 
+    def abandon(self) -> None:
+        """After an error: nothing more is sent, at the end of the process neither."""
+        with contextlib.suppress(Exception):
+            self.wandb.teardown()
+
 
 class TensorboardRun:
     """Event files in the run folder's ``tensorboard``, for `tensorboard --logdir RUN`."""
@@ -171,6 +177,10 @@ class TensorboardRun:
         if summary:
             self.writer.add_text("summary", as_block(summary))
         self.writer.close()
+
+    def abandon(self) -> None:
+        """After an error: nothing more is written."""
+        self.writer = None
 
 
 def as_block(value: Any) -> str:

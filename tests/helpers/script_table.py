@@ -114,6 +114,8 @@ SHORT = {
     ),
 }
 
+TRAINED = [name for name, short in SHORT.items() if short.saved == "out.npz"]
+
 
 def training_scripts() -> list[str]:
     """The scripts at the top that make a run folder: those with --resume."""
