@@ -65,58 +65,7 @@ class PPOTrainer(PPOSteps):
             model.model.checkpoint_blocks()
         model.model.drop_nothing()  # no dropout, in rollouts and in updates
         model.eval()
-<<<<<<< HEAD
         self.set_up(config)
-=======
-        self._generated: dict[tuple, tuple[np.ndarray, np.ndarray, bool]] = {}
-        self._calls = 0  # of generate() since the last step
-        self.before_update: Callable[[], None] = lambda: None
-        self._warned: set[str] = set()
-
-    # ------------------------------------------------------------------ 1. generate
-
-    def generate(
-        self,
-        queries: Sequence[Sequence[int]],
-        *,
-        max_tokens: int | Sequence[int] | None = None,
-        should_stop: Callable[[list[int]], bool] | None = None,
-    ) -> list[list[int]]:
-        """Sample a response (token ids, EOS included) to each query, as the config says.
-
-        Log-probabilities and values are kept for the `step` that follows. A batch may be made in
-        several calls; each draws other random numbers.
-        """
-        config, queries = self.config, token_lists(queries)
-        # The first call of a step has the stream of the step itself.
-        call = (self._calls,) if self._calls else ()
-        if max_tokens is None:
-            max_tokens = self.response_limits(len(queries), *call)
-        sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
-        made = self._sample(
-            queries, max_tokens, sampling, should_stop, (SAMPLING, *call), self.model.value_head
-        )
-        rows = zip(queries, made.responses, made.logprobs, made.values, made.finished, strict=True)
-        self._generated |= {(tuple(q), tuple(r)): (lp, v, end) for q, r, lp, v, end in rows}
-        self._calls += 1
-        return made.responses
-
-    def sample_for_evaluation(
-        self,
-        queries: Sequence[Sequence[int]],
-        greedy: bool,
-        should_stop: Callable[[list[int]], bool] | None = None,
-        part: int = 0,
-    ) -> Generation:
-        """Responses, the most likely ones or sampled; nothing is kept, no random state moves.
-
-        `part` tells the batches of one evaluation apart, so that each draws other numbers.
-        """
-        temperature = 0.0 if greedy else self.config.temperature
-        limit = self.config.max_new_tokens
-        purpose = (EVALUATION, part)
-        return self._sample(queries, limit, Sampling(temperature), should_stop, purpose)
->>>>>>> main
 
     def _sample(
         self, queries, sampling, should_stop, purpose: tuple[int, ...], max_tokens=None, **options
@@ -137,89 +86,8 @@ class PPOTrainer(PPOSteps):
 
     # ------------------------------------------------------------------ 3. and 4.
 
-<<<<<<< HEAD
     def as_array(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.device)
-=======
-    def _random(self, *purpose: int) -> np.random.Generator:
-        """Random numbers that depend on seed, step and purpose alone, so a resumed run has them."""
-        return np.random.default_rng([self.config.seed, self.steps_done, *purpose])
-
-    # ------------------------------------------------------------------ the step
-
-    def step(
-        self,
-        queries: Sequence[Sequence[int]],
-        responses: Sequence[Sequence[int]],
-        scores: Sequence[float],
-        response_masks: Sequence[Sequence[int]] | None = None,
-    ) -> dict:
-        """One PPO update from a batch of queries, responses (token ids) and scores.
-
-        `response_masks` has a 0 for each response token that the policy did not choose. Returns
-        statistics under TRL's names. Raises UserError, naming the row, for what cannot be learned
-        from.
-        """
-        clock = StageClock()
-        rollout = self.prepare(queries, responses, scores, response_masks)
-        self.score_policy(rollout)
-        self.score_reference(rollout)
-        clock.lap("forward_pass")
-        self.compute_rewards(rollout)
-        clock.lap("compute_rewards")
-        self.compute_advantages(rollout)
-        clock.lap("compute_advantages")
-        self.before_update()
-        minibatches = self.optimise(rollout)
-        clock.lap("optimize_step")
-        stats = self.statistics(rollout, minibatches)
-        clock.lap("calc_stats")
-        unit = "kl_per_token" if self.config.use_dynamic_kl else "kl"
-        self.kl_controller.update(stats[f"objective/{unit}"], self.config.batch_size)
-        self.steps_done += 1
-        self._generated, self._calls = {}, 0
-        return stats | clock.times()
-
-    def prepare(self, queries, responses, scores, response_masks=None) -> Rollout:
-        """Checked arguments of `step` as a `Rollout` that holds shaped scores."""
-        scores = as_numbers(scores)
-        queries, responses = token_lists(queries), token_lists(responses)
-        size = self.config.batch_size
-        check_rollout(queries, responses, scores, response_masks, size, self.vocabulary)
-        if response_masks is None:
-            response_masks = [[1] * len(r) for r in responses]
-        masks = [np.asarray(m, dtype=bool) for m in response_masks]
-        ended = [self.has_ended(q, r) for q, r in zip(queries, responses, strict=True)]
-        shaped = torch.tensor(self.shape_scores(scores, responses, ended), device=self.device)
-        return Rollout(queries, responses, masks, ended, shaped)
-
-    def has_ended(self, query: list[int], response: list[int]) -> bool:
-        """Whether a response ended by itself: with EOS, or at a stop string while sampling."""
-        kept = self._generated.get((tuple(query), tuple(response)))
-        return response[-1] in self.eos_ids or (kept is not None and kept[2])
-
-    # ------------------------------------------------------------------ 2. scores
-
-    def shape_scores(
-        self, scores: Sequence[float], responses: Sequence[Sequence[int]], ended: Sequence[bool]
-    ) -> list[float]:
-        """Scores (B,) with penalties for length, then scaled by running moments, then clipped."""
-        config = self.config
-        penalties = length_penalties(
-            [len(r) for r in responses],
-            ended,
-            missing_eos_penalty=config.missing_eos_penalty,
-            max_length=config.max_new_tokens,
-            overlong_buffer=config.overlong_buffer,
-            overlong_penalty=config.overlong_penalty,
-        )
-        scores = [score + penalty for score, penalty in zip(scores, penalties, strict=True)]
-        if config.use_score_scaling:
-            scores = scale_scores(scores, self.running, subtract_mean=config.use_score_norm)
-        return scores if config.score_clip is None else clip_scores(scores, config.score_clip)
-
-    # ------------------------------------------------------------------ 3. policy
->>>>>>> main
 
     def score_policy(self, rollout: Rollout) -> None:
         """Fill in mask, logprobs and values: those kept from sampling, or a forward pass."""
