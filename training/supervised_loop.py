@@ -175,7 +175,7 @@ class Loop(Resumable):
         progress: Progress,
         notes: Mapping[str, float] | None = None,
     ) -> None:
-        """An update of `batches` was made, or skipped: count it, log it with `notes` of its rows."""
+        """An update of `batches` was made, or skipped: count it, log it; `notes` is of its rows."""
         self.step += 1
         weight = metrics.pop("weight")
         self.totals["tokens"] += metrics.get("num_tokens", tokens_of(batches, weight))
