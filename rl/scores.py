@@ -7,8 +7,10 @@ running moments are kept in double precision. No array library: the PyTorch twin
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from rl.ppo_config import PPOConfig
+if TYPE_CHECKING:
+    from rl.ppo_config import PPOConfig
 
 # ---- scores ------------------------------------------------------------------------------------
 
@@ -106,7 +108,7 @@ def clip_scores(scores: Sequence[float], limit: float) -> list[float]:
 # ---- KL coefficient -----------------------------------------------------------------------------
 
 
-def make_kl_controller(config: PPOConfig) -> "AdaptiveKLController | FixedKLController":
+def make_kl_controller(config: "PPOConfig") -> "AdaptiveKLController | FixedKLController":
     """The controller that `config` asks for."""
     target = config.kl_target if config.use_dynamic_kl else config.target
     if config.adap_kl_ctrl or config.use_dynamic_kl:

@@ -175,7 +175,8 @@ def test_no_file_imports_upward():
     assert upward({Path("training/memory.py"): {high}}), "training knows nothing of flags"
 
 
-TRAINERS = ("mlx_sft_trainer", "mlx_ppo_trainer", "mlx_group_trainer")
+# fewer than so many files of the project; the group trainer has statistics of two kinds
+TRAINERS = {"mlx_sft_trainer": 25, "mlx_ppo_trainer": 25, "mlx_group_trainer": 26}
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -187,7 +188,7 @@ def test_a_trainer_brings_in_few_files(trainer):
     )
     loaded = set(done.stdout.split())
     ours = {module_files()[name] for name in loaded & {*module_files()}}
-    assert 10 < len(ours) < 25, sorted(map(str, ours))
+    assert 10 < len(ours) < TRAINERS[trainer], sorted(map(str, ours))
     assert not {unit(file) for file in ours} & {"run_folder", "command_line", "reports", "rewards"}
     assert "wandb" not in loaded
 

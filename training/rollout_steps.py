@@ -6,11 +6,10 @@ forward passes, losses, GAE and KL are each backend's own. Group methods share `
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rl.ppo_config import PPOConfig
 from rl.ppo_statistics import (
     StageClock,
     logged_row,
@@ -36,6 +35,9 @@ from rl.scores import (
     make_kl_controller,
     scale_scores,
 )
+
+if TYPE_CHECKING:
+    from rl.ppo_config import PPOConfig
 
 
 class RolloutSteps:
@@ -160,7 +162,7 @@ class PPOSteps(RolloutSteps):
     not_finite = "ppo/not_finite"
     arithmetic: Any
 
-    def set_up(self, config: PPOConfig) -> None:
+    def set_up(self, config: "PPOConfig") -> None:
         """Controllers and moments, as before the first step."""
         self.kl_controller = make_kl_controller(config)
         self.running = RunningMoments()
