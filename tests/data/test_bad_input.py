@@ -115,7 +115,7 @@ BAD_ROWS = [
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
-        "only text parts",
+        "only text and thinking can be used",
     ),
     (
         {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
