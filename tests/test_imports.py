@@ -84,7 +84,7 @@ def test_the_page_s_table_is_what_is_imported():
 
 def test_imports_in_the_page_s_picture_go_down():
     level = levels()
-    assert {*page_imports()} - {*level} == {"data", "pytorch_baseline"}
+    assert {*page_imports()} - {*level} == {"adlf", "data", "pytorch_baseline"}
     for name, targets in page_imports().items():
         for target in targets - ({"data_loading"} if name == "data_utils" else set()):
             assert level.get(name, -1) < level[target], f"{name} imports {target}"
@@ -175,7 +175,7 @@ def test_no_file_imports_upward():
     assert upward({Path("training/memory.py"): {high}}), "training knows nothing of flags"
 
 
-TRAINERS = ("mlx_sft_trainer", "mlx_ppo_trainer")
+TRAINERS = ("mlx_sft_trainer", "mlx_ppo_trainer", "mlx_group_trainer")
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -192,9 +192,23 @@ def test_a_trainer_brings_in_few_files(trainer):
     assert "wandb" not in loaded
 
 
+def test_nothing_is_imported_from_a_test_file():
+    """What tests share stands in tests/helpers."""
+    line = re.compile(r"^ *(?:from|import) (conftest|test_\w+)", re.M)
+    assert line.findall("from test_chat import LORA\n    import conftest\n") == [
+        "test_chat",
+        "conftest",
+    ]
+    for file in (ROOT / "tests").rglob("*.py"):
+        assert not line.findall(file.read_text(encoding="utf-8")), file
+
+
 def test_nothing_imports_a_script():
     scripts = {f.stem for f in FILES if '__name__ == "__main__"' in (ROOT / f).read_text("utf-8")}
     assert {"sft", "ppo_training", "fuse", "pytorch_sft", "generate_digit_data"} <= scripts
+    # adlf/training.py has the name of a package, and is reached as adlf.training alone.
+    scripts -= {file.parts[0] for file in FILES if len(file.parts) > 1}
+    assert "training" not in scripts and not any("adlf" in roots(f) - {unit(f)} for f in FILES)
     for file in FILES:
         found = roots(file) & scripts
         if unit(file) == "benchmarks":  # they share helpers, and bench.py runs the others
