@@ -11,7 +11,7 @@ With answers that were rated in the chat:
     python preference_training.py --model MODEL --train --algorithm kto --train-file ratings.jsonl
 """
 
-import fast_blas  # noqa: F401
+import fast_blas
 
 from command_line.adapter_file import load_copy, make_tuning
 from command_line.curriculum_flags import difficulty, make_curriculum
@@ -159,6 +159,7 @@ def train(args, loaded, task, rows) -> None:
         name=args.algorithm,
         outputs=(NAME,),
         write_fused=write_fused,
+        blas=fast_blas.NAME,
     )
 
 

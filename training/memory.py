@@ -2,8 +2,6 @@
 
 import mlx.core as mx
 
-from errors import MEMORY_ADVICE, UserError
-
 GB = 1e9
 
 
@@ -12,15 +10,6 @@ def set_memory_limit(gigabytes: float | None) -> None:
     if gigabytes is not None:
         mx.set_memory_limit(int(gigabytes * GB))
         mx.set_cache_limit(int(gigabytes * GB) // 4)
-
-
-def check_memory(gigabytes: float | None) -> None:
-    """Raise ``UserError`` once the peak has passed a limit that MLX exceeds in silence."""
-    if gigabytes is not None and peak_memory() > gigabytes:
-        raise UserError(
-            f"--memory-limit: {peak_memory():.3g} GB were needed, {gigabytes:g} allowed; "
-            + MEMORY_ADVICE
-        )
 
 
 def peak_memory() -> float:

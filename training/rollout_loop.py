@@ -22,6 +22,7 @@ from run_folder.console import Progress
 from run_folder.manifest import Metric
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop
+from training.backend import Backend
 from training.checkpointed import Resumable
 from training.endings import SCORE, is_best, report_skipped, save_or_stop, skipped_steps
 from training.groups import Group
@@ -73,6 +74,7 @@ class RolloutLoop(Resumable):
     schedule: RolloutSchedule
     should_stop: Callable[[list[int]], bool] | None = None
     base: str | None = None  # fingerprint of the model that is trained
+    backend: Backend = field(kw_only=True)
     curriculum: Curriculum | None = None
     step: int = 0
     bad_in_a_row: int = 0

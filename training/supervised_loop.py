@@ -16,8 +16,8 @@ from run_folder.manifest import Metric
 from run_folder.resuming import check_whole_updates
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop
+from training.backend import Backend, Checkpoint
 from training.checkpointed import Resumable
-from training.checkpoints import Checkpoint, load_checkpoint
 from training.endings import report_skipped, save_or_stop
 from training.groups import Group
 
@@ -60,6 +60,7 @@ class Loop(Resumable):
     after_validation: Callable[[int], None] = lambda step: None
     watch: Callable[[Mapping[str, float]], Iterable[str]] = lambda metrics: ()  # warnings
     base: str | None = None  # fingerprint of the model that is trained
+    backend: Backend = field(kw_only=True)
     step: int = 0
     validated: int | None = None  # the step of the last validation
     best: float | None = None
@@ -94,20 +95,25 @@ class Loop(Resumable):
 
     def run(self, stop: GracefulStop, name: str) -> None:
         """Train. Ends with a checkpoint, also when `stop` was requested."""
-        plan = self.schedule
         with self.stopped_by(stop):
-            with Progress(plan.steps, done=self.step, name=name) as progress:
+            with Progress(self.schedule.steps, done=self.step, name=name) as progress:
                 if self.evaluation_due():  # at the start, or a signal gave it up
                     self.end_step(progress)
-                while self.step < plan.steps and not (
-                    stop.requested or self.stopped_early(progress)
-                ):
-                    with self.step_to_give_up():
-                        self.update(progress)
-                    self.end_step(progress)
+                self.make_updates(progress)
             if not stop.requested:
                 report_skipped(self, self.totals["skipped"], "loss or gradient")
             self.checkpoint()
+
+    def make_updates(self, progress: Progress) -> None:
+        """Updates until the last one, or a stop."""
+        while not self.ended(progress):
+            with self.step_to_give_up():
+                self.update(progress)
+            self.end_step(progress)
+
+    def ended(self, progress: Progress) -> bool:
+        done = self.step >= self.schedule.steps or self.stop.requested
+        return done or self.stopped_early(progress)
 
     def evaluation_due(self) -> bool:
         """Whether this step ends with a validation that has not been made."""
@@ -137,7 +143,7 @@ class Loop(Resumable):
             what = "no validation was better than the one before training"
             print(f"note: {what}; the last weights stay")
             return
-        saved = load_checkpoint(best)
+        saved = self.backend.load_checkpoint(best)
         for name, group in self.groups.items():
             group.put(saved.arrays[name])
         print(f"the best weights are those of step {saved.step}")
@@ -159,7 +165,17 @@ class Loop(Resumable):
             batches.append(next(self.batches))
             taken.extend(self.batches.taken)
         metrics = self.trainer.step(batches)
-        notes = self.batches.plan.notes(self.step, taken)
+        metrics["learning_rate"] = float(self.trainer.optimizer.learning_rate)
+        self.note(metrics, batches, progress, self.batches.plan.notes(self.step, taken))
+
+    def note(
+        self,
+        metrics: dict[str, float],
+        batches: Sequence,
+        progress: Progress,
+        notes: Mapping[str, float] | None = None,
+    ) -> None:
+        """An update of `batches` was made, or skipped: count it, log it; `notes` is of its rows."""
         self.step += 1
         weight = metrics.pop("weight")
         self.totals["tokens"] += metrics.get("num_tokens", tokens_of(batches, weight))
@@ -168,14 +184,12 @@ class Loop(Resumable):
         bad = metrics.pop("not_finite")
         self.totals["skipped"] += bad
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
-        rate = float(self.trainer.optimizer.learning_rate)
         row = {f"train/{key}": value for key, value in metrics.items()}
-        row |= {"train/learning_rate": rate, **self.totals_row(), **notes}
-        self.run_folder.log(self.step, row)
+        self.run_folder.log(self.step, row | self.totals_row() | dict(notes or {}))
         progress.advance()
         if self.step % self.schedule.report_every == 0:
             shown = {key: metrics[key] for key in SHOWN if key in metrics}
-            progress.report(self.step, {**shown, "lr": rate})
+            progress.report(self.step, {**shown, "lr": metrics["learning_rate"]})
         for warning in self.watch(metrics):
             progress.line(f"warning: {warning}")
         if bad:
@@ -184,7 +198,7 @@ class Loop(Resumable):
     def totals_row(self) -> dict[str, float]:
         return {f"train/{key}_total": value for key, value in self.totals.items()}
 
-    def set_aside(self, batches: list) -> None:
+    def set_aside(self, batches: Sequence) -> None:
         """Keep the token ids of rows that gave no finite gradient."""
         rows = [
             {"tokens": tokens[:length].tolist()}
