@@ -62,7 +62,7 @@ def sample_pairs(
 def make_pair(
     record: Record, prompt: PromptRow, response: list[int], ended: bool, tokenizer: Any
 ) -> Pair:
-    """A sampled response as a pair; the row that is written has it in place of the row's answers."""
+    """A sampled response as a pair; what is written has it in place of the row's own answers."""
     text = response_text(tokenizer, prompt.tokens, response)
     own = {*record.answer_fields, *record.prompt_fields}
     kept = {name: value for name, value in record.fields.items() if name not in own}
