@@ -195,7 +195,7 @@ def piped_lines() -> Iterator[str]:
 def chat(session) -> None:
     """Prompts and commands from the keyboard, until Ctrl-D or /quit."""
     from chat import commands
-    from chat.keyboard import LineEditor
+    from chat.keyboard import LineEditor, is_command
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may ignore it
     editor = LineEditor(commands.completions)
@@ -205,10 +205,10 @@ def chat(session) -> None:
     while True:
         try:
             line = editor.read()
-            if line.startswith("/") and not line.startswith("//"):
+            if is_command(line) and not line.startswith("//"):
                 commands.run(session, line)
             elif line.strip():
-                session.ask(line[1:] if line.startswith("//") else line, stoppable=True)
+                session.ask(line[1:] if is_command(line) else line, stoppable=True)
         except UserError as wrong:
             complain(str(wrong))
         except KeyboardInterrupt:

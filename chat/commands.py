@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from chat.conversation import Conversation
+from chat.keyboard import write_in_editor
 from chat.session import Session, check_system_prompt
 from chat.settings import Settings
 from errors import UserError
@@ -24,7 +25,8 @@ class Command:
 def run(session: Session, line: str) -> None:
     """Do what ``/name rest of the line`` asks for. Raises UserError, or Leave at the end."""
     name, _, rest = line[1:].partition(" ")
-    command = COMMANDS.get(name.lower())
+    name = name.lower()
+    command = COMMANDS.get(ALIASES.get(name, name))
     if command is None:
         raise UserError(f"/{name}: no such command; /help lists them, //{name} sends it as text")
     command.function(session, rest.strip())
@@ -33,7 +35,7 @@ def run(session: Session, line: str) -> None:
 def completions(line: str) -> list[str]:
     """What the tab key may complete the next word of `line` to."""
     if not line:
-        return [f"/{name}" for name in COMMANDS]
+        return [f"/{name}" for name in (*COMMANDS, *ALIASES)]
     return [field.name for field in fields(Settings)] if line == "/set " else []
 
 
@@ -47,8 +49,8 @@ def show_help(session: Session, _: str) -> None:
         else ("The model has no chat template: it continues each text by itself.")
     )
     session.screen.note(
-        f"{kind} A \\ at the end of a line goes on in the next. Ctrl-C stops a "
-        "reply, Ctrl-D leaves."
+        f'{kind} Pasted lines are one prompt; so is what stands between two """, or behind a line '
+        "that ends with \\. Ctrl-C stops a reply, Ctrl-D leaves."
     )
 
 
@@ -71,6 +73,15 @@ def retry(session: Session, _: str) -> None:
         raise UserError("/retry: nothing has been said yet")
     if session.settings.temp == 0:
         session.screen.note("at temp 0 the reply stays the same; /set temp 0.7 samples another")
+    session.ask(prompt, stoppable=True)
+
+
+def edit(session: Session, rest: str) -> None:
+    prompt = write_in_editor(rest)
+    if not prompt.strip():
+        session.screen.note("nothing was written")
+        return
+    session.screen.note(f"> {prompt}")
     session.ask(prompt, stoppable=True)
 
 
@@ -133,9 +144,11 @@ COMMANDS = {
     "reset": Command(reset, "/reset", "forget what was said; settings and system prompt stay"),
     "undo": Command(undo, "/undo", "take back the last prompt, its reply and its rating"),
     "retry": Command(retry, "/retry", "another reply to the last prompt; its rating stays"),
+    "edit": Command(edit, "/edit TEXT", "write a prompt in $EDITOR, beginning with TEXT"),
     "save": Command(save, "/save FILE", "write the conversation as one line of JSON"),
     "load": Command(load, "/load FILE", "go on with a saved conversation"),
     "set": Command(change_setting, "/set NAME VALUE", "as in /set temp 0.7; /set alone: all"),
     "system": Command(change_system, "/system TEXT", "the system prompt; off: none; alone: show"),
-    "quit": Command(leave, "/quit", "leave"),
+    "quit": Command(leave, "/quit", "leave; so do /exit and /bye"),
 }
+ALIASES = {"exit": "quit", "bye": "quit"}

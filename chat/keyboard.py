@@ -1,8 +1,12 @@
-"""The keyboard: a line with editing and history, a single key, and Ctrl-C that stops a reply."""
+"""The keyboard: prompts with history, an editor, a single key, and Ctrl-C that stops a reply."""
 
 import os
+import select
+import shlex
 import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,14 +14,20 @@ from errors import UserError
 
 HISTORY = Path("~/.mlx_rlhf_history")
 HISTORY_LINES = 1000
+BLOCK = '"""'
+PASTE_SECONDS = 0.02  # what comes sooner behind a line was not typed
 
 
 class LineEditor:
-    """Reads prompts with GNU readline or libedit, whichever Python was built with."""
+    """Reads prompts with GNU readline or libedit, whichever Python was built with.
+
+    A terminal marks a paste ("bracketed paste"), which GNU readline understands. With libedit,
+    lines that are there at once behind the first one are taken for the rest of a paste.
+    """
 
     def __init__(self, words: Callable[[str], Sequence[str]]):
         """`words(line so far)`: what the tab key may complete the word at the cursor to."""
-        self._readline = None
+        self._readline, self._brackets = None, False
         self._history = HISTORY.expanduser()
         # Python's input() edits lines only where it can also write to the terminal.
         self.in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -30,6 +40,9 @@ class LineEditor:
         self._readline = readline
         libedit = "libedit" in (readline.__doc__ or "")
         readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
+        if not libedit and os.environ.get("TERM", "dumb") != "dumb":
+            readline.parse_and_bind("set enable-bracketed-paste on")  # Python switches it off
+            self._brackets = True
         readline.set_completer_delims(" ")
         readline.set_completer(lambda text, n: self._complete(words, text, n))
         readline.set_history_length(HISTORY_LINES)
@@ -44,12 +57,33 @@ class LineEditor:
         return fits[n] if n < len(fits) else None
 
     def read(self, prompt: str = "> ") -> str:
-        r"""A line; one that ends with \ goes on in the next. EOFError at the end of input."""
+        r"""A prompt: a line, lines that were pasted, lines joined by \\ or between two \"\"\".
+
+        EOFError at the end of input. One line that begins with / is a command, // sends it as text.
+        """
+        typed_ahead = self._more_waits()
         lines = [self._line(prompt)]
-        while lines[-1].endswith("\\"):
-            lines[-1] = lines[-1][:-1]
+        if lines[0].lstrip().startswith(BLOCK):
+            text = self._block(lines[0].lstrip()[len(BLOCK) :])
+            return "/" * (is_command(text)) + text
+        while True:
+            if lines[-1].endswith("\\"):
+                lines[-1] = lines[-1][:-1]
+            elif self._brackets or typed_ahead or not self._more_waits(PASTE_SECONDS):
+                return "\n".join(lines)
             lines.append(self._line("… "))
-        return "\n".join(lines)
+
+    def _block(self, line: str) -> str:
+        """What stands before the next three quotes, beginning with `line`."""
+        lines = []
+        while BLOCK not in line:
+            lines.append(line)
+            line = self._line("… ")
+        before, _, behind = line.partition(BLOCK)
+        return "\n".join([*lines, before + behind]).strip("\n")
+
+    def _more_waits(self, seconds: float = 0) -> bool:
+        return bool(select.select([sys.stdin], [], [], seconds)[0])
 
     def _line(self, prompt: str) -> str:
         if self.in_terminal:
@@ -68,6 +102,29 @@ class LineEditor:
             os.chmod(self._history, 0o600)
         except OSError:  # a home that cannot be written to costs the history, nothing else
             pass
+
+
+def is_command(text: str) -> bool:
+    """Whether a prompt is a command: one line that begins with /."""
+    return text.startswith("/") and "\n" not in text
+
+
+def write_in_editor(text: str) -> str:
+    """What a person made of `text` in $VISUAL or $EDITOR (vi without both). Raises UserError."""
+    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+    with tempfile.TemporaryDirectory(prefix="chat-") as folder:  # for its owner alone
+        path = Path(folder, "prompt.md")
+        path.write_text(text, encoding="utf-8")
+        before = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is the editor's
+        try:
+            done = subprocess.run([*shlex.split(editor), str(path)], check=False)
+            if done.returncode:
+                raise UserError(f"/edit: {editor} ended with status {done.returncode}")
+            return path.read_text(encoding="utf-8").strip("\n")
+        except (OSError, ValueError) as wrong:  # not there; not UTF-8, an open quote
+            raise UserError(f"/edit: {editor}: {wrong}; set EDITOR to one that works") from None
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 class Keys:

@@ -41,8 +41,10 @@ class Screen:
         if self.err.isatty():
             print(f"\r\x1b[K{clean(text)}", end="", file=self.err, flush=True)
 
-    def reply_writer(self) -> "ReplyWriter":
-        return ReplyWriter(self.out, self.person_reads)
+    def reply_writer(self, *, continues: bool = False) -> "ReplyWriter":
+        """`continues`: the reply goes on with the prompt's text, so a blank in front counts."""
+        width = shutil.get_terminal_size().columns if self.person_reads else None
+        return ReplyWriter(self.out, width, continues=continues)
 
     def side_by_side(self, names: list[str], texts: list[str], notes: list[str]) -> None:
         """Two replies in columns in a terminal, one after the other elsewhere."""
@@ -67,12 +69,16 @@ class Screen:
 
 
 class ReplyWriter:
-    """Writes a reply as it comes, without the white space at its two ends."""
+    """Writes a reply as it comes, without the white space at its two ends.
 
-    def __init__(self, out: TextIO, person_reads: bool):
-        self._out, self._person_reads = out, person_reads
+    In a terminal of `width` columns lines are broken between words; elsewhere (None) nowhere. With
+    `continues` white space in front stays: it parts the reply from the text that it goes on with.
+    """
+
+    def __init__(self, out: TextIO, width: int | None, *, continues: bool = False):
+        self._out, self._wrap = out, WordWrap(width) if width else None
         self._held = ""  # white space that is the end, unless more text comes
-        self._begun = False
+        self._begun = continues
 
     def __call__(self, piece: str) -> None:
         text = self._held + piece
@@ -82,12 +88,52 @@ class ReplyWriter:
         self._held = text[len(kept) :]
         if kept:
             self._begun = True
-            self._out.write(printable(kept) if self._person_reads else kept)
-            self._out.flush()
+            self._write(self._wrap.add(printable(kept)) if self._wrap else kept)
 
     def end(self) -> None:
-        self._out.write("\n")
+        self._write((self._wrap.rest() if self._wrap else "") + "\n")
+
+    def _write(self, text: str) -> None:
+        self._out.write(text)
         self._out.flush()
+
+
+class WordWrap:
+    """Breaks lines between words while a text comes; a word is held until its end is known."""
+
+    def __init__(self, width: int):
+        self.width = width
+        self._column, self._gap, self._word = 0, "", ""
+
+    def add(self, text: str) -> str:
+        """What can be written, now that `text` has come."""
+        out = []
+        for character in text.expandtabs(4):
+            if character == "\n":
+                out.append(self.rest() + "\n")
+                self._column, self._gap = 0, ""
+            elif character.isspace():
+                out.append(self.rest())
+                self._gap += character
+            else:
+                self._word += character
+                # East Asian text has no blanks, and a word may be longer than a line.
+                if columns_of(character) > 1 or columns_of(self._word) >= self.width:
+                    out.append(self.rest())
+        return "".join(out)
+
+    def rest(self) -> str:
+        """The word that is held, on a line where it has room."""
+        if not self._word:
+            return ""
+        need, gap = columns_of(self._word), self._gap
+        if self._column and self._column + columns_of(gap) + need > self.width:
+            gap, self._column = "\n", 0
+        else:
+            self._column += columns_of(gap)
+        word, self._word, self._gap = self._word, "", ""
+        self._column += need
+        return gap + word
 
 
 def describe(reply: Reply, scores: dict[str, float]) -> str:

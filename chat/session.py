@@ -130,7 +130,7 @@ class Session:
     def _replies(self, messages: list[dict], stop) -> list[Reply]:
         if len(self.speakers) == 2:
             return self._two_replies(messages, stop)
-        writer = self.screen.reply_writer()
+        writer = self.screen.reply_writer(continues=not self.has_turns)
         reply = self.speakers[0].reply(
             messages, self.settings, extras=self.conversation.extras, show=writer, should_stop=stop
         )

@@ -91,10 +91,14 @@ class Speaker:
         write = self._beams if settings.num_beams > 1 else self._stream
         started = time.perf_counter()
         first = started
-        tokens, ended = [], "length"
+        tokens, ended, shown = [], "length", False
         for token, piece in write([*prefix, *prompt], settings, should_stop):
             first = time.perf_counter() if not tokens else first
             tokens.append(token)
+            if piece and not shown:  # detokenizers drop the blank before the first word
+                known = continuation(self.tokenizer, prompt, tokens, self.loaded.eos_ids)
+                piece = known[: len(known) - len(known.lstrip())] + piece.lstrip()
+            shown = shown or bool(piece)
             show(piece)
         if tokens and tokens[-1] in self.loaded.eos_ids:
             ended = "stop"

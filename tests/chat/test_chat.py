@@ -94,7 +94,7 @@ def greedy(loaded, text: str, count: int, prefix=()) -> str:
         tokens.append(int(mx.argmax(logits)))
         if tokens[-1] in loaded.eos_ids:
             break
-    return loaded.tokenizer.decode(tokens, skip_special_tokens=True)[len(text) :].strip()
+    return loaded.tokenizer.decode(tokens, skip_special_tokens=True)[len(text) :].rstrip()
 
 
 # ------------------------------------------------------------------------------ one-shot, pipe
@@ -144,7 +144,7 @@ def test_scores_of_a_reward_model_and_a_function(files):
     out, err = run(*words, "--reward-function", own, "--reward-function", own, "8 20 22")
     loaded = load_model()
     judge = load_reward_model(files / "reward.npz", loaded)
-    tokens = loaded.tokenizer.encode("8 20 22 " + out.strip())
+    tokens = loaded.tokenizer.encode("8 20 22" + out.rstrip())
     tokens += [loaded.tokenizer.eos_token_id] * ("cut at --max-tokens" not in err)
     count = len(out.split())
     score = judge.score([tokens])[0]
@@ -162,9 +162,9 @@ def test_compare_without_a_terminal_names_the_replies(files):
         9,
     )
     base = load_model()
-    after = f"[digits_model]\n{greedy(base, '8 20 22', 9)}\n"
+    after = f"[digits_model]\n{greedy(base, '8 20 22', 9).strip()}\n"
     randomised(attach(base.model, LORA))
-    assert out == f"[digits_model + lora.npz]\n{greedy(base, '8 20 22', 9)}\n" + after
+    assert out == f"[digits_model + lora.npz]\n{greedy(base, '8 20 22', 9).strip()}\n" + after
 
 
 @pytest.mark.parametrize(
@@ -214,8 +214,9 @@ def test_the_defaults_are_those_of_the_settings():
 class Keyboard:
     """A person at a terminal of 100 columns."""
 
-    def __init__(self, folder, *words):
+    def __init__(self, folder, *words, **variables):
         environment = {**os.environ, "HOME": str(folder), "TERM": "dumb", "NO_COLOR": "1"}
+        environment |= variables
         self.child = pexpect.spawn(
             sys.executable,
             [SCRIPT, *map(str, words)],
@@ -289,6 +290,43 @@ def test_a_conversation_with_commands(files, tmp_path):
     assert chat.leave("/quit" + ENTER) == 0
     history = (tmp_path / ".mlx_rlhf_history").read_text(encoding="utf-8")
     assert "what is the answer" in history
+
+
+PASTED = "def f(x):\n    return x\n/set is no command here\n"
+
+
+@pytest.mark.parametrize("kind", ["bracketed", "as fast as a paste"])
+def test_prompts_of_several_lines(files, tmp_path, kind):
+    brackets = kind == "bracketed"
+    editor = tmp_path / "editor.sh"
+    editor.write_text('#!/bin/sh\nprintf " and\nmore" >> "$1"\n', encoding="utf-8")
+    editor.chmod(0o700)
+    chat = Keyboard(
+        tmp_path,
+        *("--model", files / "chatty", "--max-tokens", 3),
+        TERM="xterm" if brackets else "dumb",
+        EDITOR=str(editor),
+        VISUAL="",
+    )
+    chat.see("> ")
+    chat.type(f"\x1b[200~{PASTED}\x1b[201~last" + ENTER if brackets else PASTED + "last" + ENTER)
+    chat.see("3 tokens")
+    chat.see("> ")
+    for line in ('"""/first', "second", 'third"""'):
+        chat.type(line + ENTER)
+        chat.see(line[-5:])
+    chat.see("3 tokens")
+    chat.see("> ")
+    chat.type("/edit some" + ENTER)
+    chat.see("3 tokens")
+    chat.see("> ")
+    chat.type("/save talk.json" + ENTER)
+    chat.see("saved 3 exchanges")
+    said = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))["messages"]
+    prompts = [m["content"] for m in said if m["role"] == "user"]
+    assert prompts == [PASTED + "last", "/first\nsecond\nthird", "some and\nmore"]
+    chat.see("> ")
+    assert chat.leave(("/bye" if brackets else "/exit") + ENTER) == 0
 
 
 def chat_reply(folder, messages, count):

@@ -14,7 +14,7 @@ from chat.conversation import Conversation
 from chat.keyboard import StopKey
 from chat.prompting import Prompting
 from chat.rating import Ratings, cannot_rate
-from chat.screen import ReplyWriter, columns, columns_of, wrap
+from chat.screen import ReplyWriter, WordWrap, columns, columns_of, wrap
 from chat.settings import Settings
 from chat.speaker import Speaker, continuation
 from chat.speakers import Loader
@@ -168,7 +168,7 @@ def test_what_is_shown_is_what_is_kept(tmp_path):
         reply = speaker.reply(
             user("hello"), Settings(max_tokens=20, num_beams=beams), show=shown.append
         )
-        assert "".join(shown).strip() == reply.text.strip() != ""
+        assert "".join(shown) == reply.text != ""
         assert len(reply.tokens) == 20 and reply.ended == "length"
 
 
@@ -330,13 +330,37 @@ class Terminal:
         pass
 
 
-def test_white_space_at_the_ends_of_a_reply_is_left_out():
+@pytest.mark.parametrize(("continues", "first"), [(False, ""), (True, " \n ")])
+def test_white_space_at_the_ends_of_a_reply(continues, first):
     terminal = Terminal()
-    writer = ReplyWriter(terminal, person_reads=True)
+    writer = ReplyWriter(terminal, width=80, continues=continues)
     for piece in (" ", "\n a", " ", "b\x1b[2J", "\n\n"):
         writer(piece)
     writer.end()
-    assert terminal.text == "a b[2J\n"  # and no escape sequence reaches the terminal
+    assert terminal.text == first.lstrip(" ") + "a b[2J\n"  # and no escape sequence gets there
+    plain = Terminal()
+    writer = ReplyWriter(plain, width=None, continues=continues)
+    writer(" 8 ")
+    writer.end()
+    assert plain.text == (" 8\n" if continues else "8\n")
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("one two three four", ["one two", "three four"]),
+        ("one two\n\n  three", ["one two", "", "  three"]),
+        ("abcdefghijklmnopq rs", ["abcdefghij", "klmnopq rs"]),
+        ("日本語日本語", ["日本語日本", "語"]),
+        ("exactly 10 columns", ["exactly 10", "columns"]),
+    ],
+)
+def test_a_stream_is_broken_between_words(text, lines, size):
+    wrap = WordWrap(10)
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    shown = "".join(wrap.add(piece) for piece in pieces) + wrap.rest()
+    assert shown.split("\n") == lines
 
 
 def test_columns_stand_under_each_other():
