@@ -16,7 +16,7 @@ A real one, rewards that can be checked:
 import fast_blas  # noqa: F401
 
 from command_line.adapter_file import make_tuning
-from command_line.group_flags import config_of, default_learning_rate, parse_arguments
+from command_line.group_flags import config_of, parse_arguments, settle_for_model
 from command_line.model_limits import check_rows, fit_lengths
 from command_line.parser import run_main
 from command_line.ppo_flags import ends, load_prompts, stop_at, validation_prompts
@@ -32,8 +32,10 @@ def main(words=None) -> int:
     from data_utils import columns_of
 
     loaded = start(args.seed, args.memory_limit, **model_options(args))
+    settle_for_model(args, loaded.weights)
     fit_lengths(args, loaded.limits, response=args.max_new_tokens)
-    prompts = load_prompts(args, loaded.tokenizer, config_of(args).prompts_per_step)
+    per_step = config_of(args).prompts_per_step
+    prompts = load_prompts(args, loaded.tokenizer, loaded.weights, per_step)
     policy, reference = make_policy(args, loaded)
     for split in prompts.values():
         check_rows(
@@ -55,15 +57,10 @@ def main(words=None) -> int:
 
 def make_policy(args, loaded):
     """(policy, reference model or None for "the policy without its adapter", or for no KL)."""
-    from mlx.utils import tree_flatten
-
     from models.load import load_model
     from models.policy import Policy
 
-    size = sum(array.size for _, array in tree_flatten(loaded.model.parameters()))
     tuning = make_tuning(args, loaded, args.resume_file, ignore=("lora_dropout",))
-    if args.learning_rate is None:
-        args.learning_rate = default_learning_rate(tuning.kind, size)
     reference = None
     if tuning.kind == "full" and config_of(args).beta:
         options = model_options(args) | {"quantize": args.reference_quantize}

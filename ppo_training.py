@@ -8,7 +8,7 @@ Within a minute on a laptop, on the embedded model:
     python ppo_training.py --ground_truth_reward
 A real one:
     python ppo_training.py --model ./my_sft_model --reward_model ./my_reward_model \\
-        --data my_folder --data-base "" --max-new-tokens 128 --batch-size 32 --learning-rate 1e-4
+        --data my_folder --data-base "" --max-new-tokens 128
 """
 
 import fast_blas  # noqa: F401
@@ -17,7 +17,14 @@ from command_line.adapter_file import make_tuning
 from command_line.dataclass_flags import dataclass_from_arguments
 from command_line.model_limits import check_rows, fit_lengths
 from command_line.parser import run_main
-from command_line.ppo_flags import ends, load_prompts, parse_arguments, stop_at, validation_prompts
+from command_line.ppo_flags import (
+    ends,
+    load_prompts,
+    parse_arguments,
+    settle_for_model,
+    stop_at,
+    validation_prompts,
+)
 from command_line.reward_flags import make_learned_reward, make_rewards
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
 from models.adapter_description import VALUE_HEAD
@@ -30,8 +37,9 @@ from training.launch import run_training, say_peak_memory, say_written, start
 def main(words=None) -> int:
     args = parse_arguments(words)
     loaded = start(args.seed, args.memory_limit, **model_options(args))
+    settle_for_model(args, loaded.weights)
     fit_lengths(args, loaded.limits, response=args.max_new_tokens)
-    prompts = load_prompts(args, loaded.tokenizer)
+    prompts = load_prompts(args, loaded.tokenizer, loaded.weights)
     policy, reference = make_policy(args, loaded)
     for split in prompts.values():
         check_rows(

@@ -36,6 +36,7 @@ class LoadedModel:
     name: str
     fingerprint: str | None = None  # of the folder's weights, for adapters (base_fingerprint.py)
     quantized: dict[str, int] | None = None  # {"bits", "group_size"} where `quantize` did it
+    weights: int = 0  # how many the model has, as they are before they are packed into bits
 
     @cached_property
     def limits(self) -> Limits:
@@ -84,7 +85,8 @@ def load_model(
     model.freeze()
     exponentials.use_in(model)
     mx.eval(model.parameters())
-    return LoadedModel(model, tokenizer, config, path, name, base_fingerprint(path), quantized)
+    fingerprint, weights = base_fingerprint(path), count_weights(model)
+    return LoadedModel(model, tokenizer, config, path, name, fingerprint, quantized, weights)
 
 
 def resolve_path(name: str, revision: str | None = None, *, with_code: bool = False) -> Path:
@@ -236,6 +238,18 @@ def cast(model: nn.Module, dtype: str) -> None:
     model.load_weights(
         [(name, a.astype(target)) for name, a in flat if wanted(name, a)], strict=False
     )
+
+
+def count_weights(model: nn.Module) -> int:
+    """Weights of a model; of packed ones as many as they stand for, without scales and biases."""
+    total = 0
+    for _, module in model.named_modules():
+        own = [a for a in dict.values(module) if isinstance(a, mx.array)]
+        if hasattr(module, "bits"):
+            own = [module.weight]
+            total += module.weight.size * 32 // module.bits - module.weight.size
+        total += sum(a.size for a in own)
+    return total
 
 
 def weight_bytes(*trees) -> int:

@@ -61,7 +61,9 @@ def main(words=None) -> int:
     check_free(args)
     seed_everything(args.seed)
     loaded = load_model(args.model, **loading(args))
-    prompts = ppo_flags.load_prompts(args, loaded.tokenizer)
+    weights = sum(array.numel() for array in loaded.model.parameters())
+    ppo_flags.settle_for_model(args, weights)
+    prompts = ppo_flags.load_prompts(args, loaded.tokenizer, weights)
     policy, reference = make_policy(args, loaded)
     learned = make_learned_reward(args, loaded) if args.reward_model else None
     rewards = make_rewards(args, learned)
