@@ -14,7 +14,7 @@ from command_line.rules import flag_of, shown_value
 SMALL = 5_000_000
 # Of methods on rollouts. Those of the digits recipe are the flags' own defaults.
 LARGE = {"batch_size": 16, "max_new_tokens": 64, "eval_samples": 1}
-# Work on a response, in units of sampling one: of the reference, and of an epoch of updates. Seen at
+# Work on a response, in units of sampling one: of the reference, and of an epoch of updates. At
 # SmolLM2's shape, LoRA on q and v, 4 epochs: sampling 28% of a step, reference 8%, updates 64%.
 REFERENCE, EPOCH = 0.3, 0.57
 EVALUATION = 0.1  # share of the work that evaluations may take
