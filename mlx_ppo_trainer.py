@@ -232,7 +232,8 @@ class PPOTrainer:
         clock, before = StageClock(), self.state_dict()
         rollout = self.prepare(rollout, scores, response_masks)
         self.score_policy(rollout)
-        self.score_reference(rollout)
+        with clock.part("reference"):
+            self.score_reference(rollout)
         clock.lap("forward_pass")
         self.compute_rewards(rollout)
         clock.lap("compute_rewards")

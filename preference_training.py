@@ -190,12 +190,12 @@ def finish(args, loaded, run, loop, rows) -> None:
     from run_folder.next_line import command
     from run_folder.run import read_rows
 
-    task, found = loop.trainer.task, {}
+    task, found, step = loop.trainer.task, {}, loop.step
     if args.save_best:
-        loop.take_best()
+        step = loop.take_best()
     written = save_adapter(args.save_file, task.tuning, loaded)
     if "valid" in rows:
-        found = loop.trainer.evaluate(validation(args, rows["valid"], least_rows(args))())
+        found = loop.validation_of(step)
         show("validation", found)
     logged = read_rows(run.folder)
     written.append(plot_losses(logged, run.plots / "loss.png", unit="loss"))

@@ -16,7 +16,13 @@ import fast_blas  # noqa: F401
 from command_line.adapter_file import make_tuning, refuse_other_pooling
 from command_line.model_limits import check_splits, fit_lengths
 from command_line.parser import run_main
-from command_line.sft_flags import load_rows, parse_arguments, training_length, validation
+from command_line.sft_flags import (
+    load_rows,
+    parse_arguments,
+    training_length,
+    validated,
+    validation,
+)
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
 from data_utils import BatchIterator, BatchPlan, epoch_batches
 from models.adapter_description import REWARD_HEAD
@@ -159,9 +165,9 @@ def finish(args, loaded, run, loop, rows) -> None:
     from run_folder.run import read_rows
     from training.samples import normalise_on_samples
 
-    task, found = loop.trainer.task, {}
+    task, found, step = loop.trainer.task, {}, loop.step
     if args.save_best:
-        loop.take_best()
+        step = loop.take_best()
     head = REWARD_HEAD if args.reward_model else None
     written = save_adapter(args.save_file, task.tuning, loaded, head=head)
     if args.reward_model:
@@ -170,11 +176,10 @@ def finish(args, loaded, run, loop, rows) -> None:
             normalise_on_samples(task, loaded, rows["train"].rows, args.normalize_samples)
             save_reward_head(args.save_file, task.reward_model)
         if "valid" in rows:
-            found = {
-                f"heldout/{k}": v for k, v in agreement(task, rows["valid"], run.plots).items()
-            }
+            report = agreement(task, validated(args, rows["valid"]), run.plots)
+            found = {f"heldout/{k}": v for k, v in report.items()}
     elif "valid" in rows:
-        found = loop.trainer.evaluate(validation(args, rows["valid"])())
+        found = loop.validation_of(step)
         print("validation: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
         found = {f"valid/{name}": value for name, value in found.items()}
     unit = "loss" if args.reward_model else "nats per token"
@@ -208,11 +213,14 @@ def flags_of_rows(args) -> list[str]:
 
 
 def agreement(task, rows, plots=None) -> dict[str, float]:
-    """How far a reward model's scores agree with rewards or preferences; with `plots`, drawn."""
+    """How far a reward model's scores agree with rewards or preferences; with `plots`, drawn.
+
+    `rows`: a list of rows.
+    """
     from reports.reward_evaluation import evaluate_scores
 
     model = task.reward_model
-    report = evaluate_scores(model.score, rows.rows, plots, gain=model.gain, offset=model.offset)
+    report = evaluate_scores(model.score, rows, plots, gain=model.gain, offset=model.offset)
     print(
         "held-out rows: "
         + "  ".join(f"{k} {v:,.0f}" if k == "pairs" else f"{k} {v:.3f}" for k, v in report.items())
@@ -228,7 +236,7 @@ def test(args, task, rows) -> None:
     metrics = evaluate(task, epoch_batches(rows.rows, plan))
     print("test: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     if args.reward_model:
-        agreement(task, rows)
+        agreement(task, rows.rows)
 
 
 if __name__ == "__main__":

@@ -98,12 +98,6 @@ LOOP_NEEDS = (
 NEEDS = (
     *LOOP_NEEDS,
     Needs("pooling centering margins normalize_samples", "reward_model"),
-    # A reward model is evaluated on all rows in the end, a language model on --val-batches.
-    Needs(
-        "val_batches",
-        met=lambda args: args.steps_per_eval or not args.reward_model,
-        why="at --steps-per-eval 0",
-    ),
 )
 
 
@@ -370,14 +364,21 @@ def validation(args, rows, least: int = 1):
     return lambda: itertools.islice(epoch_batches(rows.rows, plan), count)
 
 
+def validated(args, rows) -> list:
+    """The rows that a validation takes."""
+    plan = BatchPlan(rows.lengths, args.batch_size, shuffle=False)
+    count = None if args.val_batches < 0 else args.val_batches
+    return [rows.rows[i] for batch in itertools.islice(plan.epoch(0), count) for i in batch]
+
+
 def training_length(args, batches_per_epoch: int) -> tuple[int, int | None]:
     """(updates, batches in all or None): with --epochs the last update may get fewer batches."""
     each = args.gradient_accumulation_steps
     batches = math.ceil(args.epochs * batches_per_epoch) if args.epochs else None
     updates = math.ceil(batches / each) if batches else args.iters
-    if updates < args.steps_per_eval and (args.save_best or args.early_stopping_patience):
+    if updates <= args.steps_per_eval and args.early_stopping_patience:
         raise UserError(
-            f"--steps-per-eval {args.steps_per_eval}: {updates} updates have no "
-            "validation after the first, so none could be best"
+            f"--steps-per-eval {args.steps_per_eval}: {updates} updates have no validation between "
+            "the first and the last, so --early-stopping-patience could stop nothing"
         )
     return updates, batches

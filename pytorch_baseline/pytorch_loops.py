@@ -187,7 +187,8 @@ class SupervisedLoop(Loop):
         """Log, validate, checkpoint; whether to stop."""
         plan, metric = self.schedule, None
         self.note(metrics)
-        if self.validates and self.step % plan.eval_every == 0:
+        last = self.step == plan.steps
+        if self.validates and (last or self.step % plan.eval_every == 0):
             metric = self.validate(self.progress)
         best = metric is not None and self.state["since_best"] == 0
         due = plan.save_every and (best or self.step % plan.save_every == 0)

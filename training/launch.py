@@ -86,10 +86,9 @@ def run_training(
 
 
 def say_peak_memory() -> None:
-    from training.memory import peak_memory
+    from training.memory import peak_memory, say_gb
 
-    peak = peak_memory()
-    print(f"peak memory {peak:.2f} GB" if peak >= 0.1 else f"peak memory {peak * 1000:.1f} MB")
+    print(f"peak memory {say_gb(peak_memory())}")
 
 
 def say_written(run: Run, written: Iterable[Any], *commands: str) -> None:

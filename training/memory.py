@@ -26,3 +26,8 @@ def check_memory(gigabytes: float | None) -> None:
 def peak_memory() -> float:
     """The most memory that MLX has held in this process so far, in GB (1e9 bytes)."""
     return mx.get_peak_memory() / GB
+
+
+def say_gb(gigabytes: float) -> str:
+    """``1.23 GB``, or ``45.6 MB`` below a tenth of one."""
+    return f"{gigabytes:.2f} GB" if gigabytes >= 0.1 else f"{gigabytes * 1000:.1f} MB"
