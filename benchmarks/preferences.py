@@ -183,7 +183,8 @@ def run(name: str, seed: int) -> dict:
 
 def write(results: dict) -> None:
     aside = RESULTS.with_suffix(".writing")
-    aside.write_text(json.dumps(results, indent=1) + "\n")
+    lines = [f"{json.dumps(name)}: {json.dumps(runs)}" for name, runs in results.items()]
+    aside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     aside.replace(RESULTS)
 
 

@@ -208,6 +208,8 @@ def check_losses(args) -> None:
     weights = args.loss_weights
     if weights is not None and len(weights) != len(named):
         raise UserError(f"--loss-weights: {len(weights)} weights for {len(named)} losses")
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise UserError(f"--loss-type {twice[0]} is given twice; --loss-weights weighs losses")
     args.loss_type = named
     check_idle(args)
     own = OWN_DEFAULTS.get(algorithm, {}) | OWN_DEFAULTS.get(
@@ -263,6 +265,12 @@ def check_ranges(args) -> None:
     at_least(args, 0, "desirable_weight", "undesirable_weight", "cpo_alpha", "simpo_gamma")
     if args.loss_weights is not None and min(args.loss_weights) < 0:
         raise UserError("--loss-weights: a weight below 0 would train the opposite")
+    if args.loss_weights is not None and not any(args.loss_weights):
+        raise UserError("--loss-weights: all are 0, so nothing would be learned")
+    if args.algorithm == "kto" and not (args.desirable_weight or args.undesirable_weight):
+        raise UserError(
+            "--desirable-weight 0 --undesirable-weight 0: nothing would be learned; one may be 0"
+        )
     for name in ("beta", "discopop_tau"):
         if getattr(args, name) <= 0:
             raise UserError(f"{flag_of(name)}: give a number above 0")
@@ -334,7 +342,8 @@ def load_rows(args, tokenizer) -> dict[str, Any]:
         warn_of_digits_model(args, records)
     for split, records in found.items():
         kinds = set(records.kinds)
-        check_kinds(args, kinds)
+        judged = all(row.kind == "preference" or row.label is not None for row in records)
+        check_kinds(args, kinds, judged)
         if args.algorithm == "kto":
             rows[split] = tokenise_unpaired(
                 records, tokenizer, desirable_from=args.desirable_from, **tokenising(args)
@@ -357,14 +366,15 @@ def load_rows(args, tokenizer) -> dict[str, Any]:
     return rows
 
 
-def check_kinds(args, kinds: set[str]) -> None:
-    """Refuse rows that the algorithm cannot use, with what could."""
+def check_kinds(args, kinds: set[str], judged: bool) -> None:
+    """Refuse rows that the algorithm cannot use, with what could; `judged`: all have a label, or
+    are pairs."""
     if args.algorithm != "kto" and "unpaired" in kinds:
         raise UserError(
             f"--algorithm {args.algorithm} compares chosen with rejected answers, and "
             "these rows have a label each: use --algorithm kto"
         )
-    if "desirable_from" in args.changed and kinds <= {"preference", "unpaired"}:
+    if "desirable_from" in args.changed and judged:
         raise UserError("--desirable-from has no effect on rows with a label or with pairs")
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_utils import PreferenceRow, ScalarRow
+from data_utils import PreferenceRow, ScalarRow, ranked_pairs
 from reports.reward_plots import plot_preference_calibration, plot_rank_distributions
 from reports.reward_report import preference_report, regression_report
 from reports.training_plots import plot_calibration, plot_distributions
@@ -39,26 +39,12 @@ def evaluate_preferences(
 ) -> dict[str, float]:
     """The same for preferences: every pair of responses of different ranks counts."""
     scores = score([response for row in rows for response in row.responses])
-    pairs = ranked_pairs(rows)
-    better, worse, weights, margins = ([pair[k] for pair in pairs] for k in range(4))
+    pairs = ranked_pairs([row.ranks for row in rows])
+    better, worse, weights, places = ([pair[k] for pair in pairs] for k in range(4))
+    margins = [rows[place].margin or 0.0 for place in places]
     chosen, rejected = [scores[i] for i in better], [scores[i] for i in worse]
     if plots is not None:
         plot_preference_calibration(chosen, rejected, plots / "calibration.png", gain=gain)
         ranks = [rank for row in rows for rank in row.ranks]
         plot_rank_distributions(scores, ranks, plots / "scores.png")
     return preference_report(chosen, rejected, weights, margins, gain)
-
-
-def ranked_pairs(rows: Sequence[PreferenceRow]) -> list[tuple[int, int, float, float]]:
-    """(better, worse, weight, margin) of all pairs, by the place among all rows' responses.
-
-    The weights of a row's pairs sum to 1, as in the loss.
-    """
-    pairs, start = [], 0
-    for row in rows:
-        places = range(len(row.responses))
-        own = [(i, j) for i in places for j in places if row.ranks[i] < row.ranks[j]]
-        margin = row.margin or 0.0
-        pairs += [(start + i, start + j, 1 / len(own), margin) for i, j in own]
-        start += len(row.responses)
-    return pairs

@@ -102,6 +102,12 @@ def test_defaults_and_defaults_written_out(line, wanted):
         ("--algorithm kto --loss-type kto apo_zero_unpaired", "mixtures are for --algorithm dpo"),
         ("--loss-type sigmoid sft --loss-weights 1", "1 weights for 2 losses"),
         ("--loss-type sigmoid sft --loss-weights 1 -1", "would train the opposite"),
+        ("--loss-type sigmoid sft --loss-weights 0 0", "all are 0, so nothing would be learned"),
+        ("--loss-type sft sigmoid sft", "--loss-type sft is given twice"),
+        (
+            "--algorithm kto --desirable-weight 0 --undesirable-weight 0",
+            "nothing would be learned; one may be 0",
+        ),
         ("--loss-type sigmoid nca_pair --f-divergence-type forward_kl", "nca_pair has no such"),
         ("--f-alpha-divergence-coef 2", "needs --f-divergence-type alpha_divergence"),
         ("--loss-type aot --use-weighting", "--use-weighting weighs pairs"),
