@@ -27,6 +27,7 @@ from data_loading.collate import (
 )
 from data_loading.fields import extras_of  # tools, documents of a row, for a chat template
 from data_loading.formats import ALIASES, FORMATS, KNOWN_FORMATS  # names for --format
+from data_loading.messages import BadRow  # what is wrong with one row
 from data_loading.reading import read_dataset, read_records  # rows of a file, of a data set
 from data_loading.records import Record, Records  # one row; rows with what was refused
 from data_loading.report import data_report, histogram, preview, use_colour  # strings to print
@@ -37,6 +38,7 @@ from data_loading.rows import (
     TextRow,
     Tokenised,
     UnpairedRow,
+    ranked_pairs,  # (better, worse, weight, group) among the responses to each prompt
 )
 from data_loading.sources import (
     folder_file,  # the file of a split in a folder
@@ -72,6 +74,7 @@ __all__ = [
     "FORMATS",
     "KNOWN_FORMATS",
     "TOKEN_FORMATS",
+    "BadRow",
     "BatchIterator",
     "BatchPlan",
     "PreferenceBatch",
@@ -105,6 +108,7 @@ __all__ = [
     "pad_rows",
     "preview",
     "prompt_batch",
+    "ranked_pairs",
     "read_dataset",
     "read_date",
     "read_records",

@@ -20,8 +20,8 @@ from command_line.data_flags import (
     tokenising,
     warn_of_digits_model,
 )
+from command_line.option_files import begun_before
 from command_line.parser import Parser
-from command_line.resumed_options import begun_before
 from command_line.rules import Needs, flag_of, needs, refuse_idle
 from command_line.shared_flags import (
     add_adapter_arguments,
@@ -33,6 +33,7 @@ from command_line.shared_flags import (
 )
 from data_utils import (
     BatchPlan,
+    Records,
     data_report,
     encode_prompt,
     epoch_batches,
@@ -45,15 +46,15 @@ from data_utils import (
 )
 from errors import UserError
 from models.adapter_description import REWARD_HEAD, head_path, read_head_description
-from models.reading import Reading, trained_reading
-from rewards.reward_rows import tokenise_reward_rows
+from models.reading import Reading
+from rewards.reward_rows import reading_of_rows, tokenise_reward_rows
 from run_folder.output import own_text, printable
 from run_folder.run_config import run_folder_of
 
 DESCRIPTION = (
     "Supervised fine-tuning of a language model; with --reward-model, training of a reward model."
 )
-# May change when a run is resumed, beside what resumed_options.py lists: they train nothing.
+# May change when a run is resumed, beside what option_files.py lists: they train nothing.
 HARMLESS = ("test", "sample_prompts", "preview")
 AT_VALIDATIONS = ("early_stopping_patience", "save_best", "sample_prompts")
 LEARNING_RATES = {"lora": 2e-4, "dora": 2e-4, "full": 2e-5, "prompt": 1e-2}
@@ -269,7 +270,7 @@ def load_rows(args, tokenizer) -> dict:
             )
         else:
             if "reading" not in rows:
-                rows["reading"] = reading_of(args, tokenizer, set(records.kinds))
+                rows["reading"] = reading_of(args, tokenizer, records)
             rows[split] = tokenise_reward_rows(
                 records, tokenizer, rows["reading"], **tokenising(args)
             )
@@ -288,8 +289,8 @@ def load_rows(args, tokenizer) -> dict:
     return rows
 
 
-def reading_of(args, tokenizer, kinds: set[str]) -> Reading:
-    """How a reward model reads rows of these kinds.
+def reading_of(args, tokenizer, records: Records) -> Reading:
+    """How a reward model reads these rows.
 
     What was trained before that was recorded goes on as it was.
     """
@@ -304,9 +305,9 @@ def reading_of(args, tokenizer, kinds: set[str]) -> Reading:
             before = begun_before(args.resume, "template_date")
         if before:
             return Reading()
-    return trained_reading(
+    return reading_of_rows(
+        records,
         tokenizer,
-        plain=kinds == {"text"},
         prompt_template=args.prompt_template,
         token_format=args.token_format,
     )

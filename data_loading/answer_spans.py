@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_loading.chat_templates import MARK, ChatTemplate, Span, Turns, shared_length
+from data_loading.chat_templates import MARK, THOUGHTS, ChatTemplate, Span, Turns, shared_length
 from data_loading.messages import TRAIN_KEYS, BadRow, Message, is_trained
 from data_loading.values import shorten
 
@@ -14,7 +14,6 @@ OPENED = "the prompt of an answer ends in what the answer in the row does not fo
 
 Note = tuple[str, str]  # what the person should know, and an example of it
 
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys that hold an answer's thoughts
 KNOWN_KEYS = {"role", "content", "tool_call_id", *THOUGHTS, *TRAIN_KEYS}
 _TAG_BEGUN = re.compile(r"<[^<>\s]*\Z")
 _THOUGHT_OPENED = re.compile(r"<think>\s*(</think>\s*)?\Z")

@@ -21,6 +21,7 @@ Span = tuple[int, int]  # characters of a text, from and up to
 
 MARK = "@@the answer stands here@@"  # stands in for a content, to see what a template adds
 CALL = "name_of_the_call"  # likewise, for a tool call and its argument
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys that hold an answer's thoughts
 TURN = "turn_of_the_row"  # the key by which the copy of a template tells messages apart
 OPEN, CLOSE = "\ue000", "\ue001"  # around a mark; characters for private use
 _MARKS = re.compile(f"{OPEN}([^{CLOSE}]*){CLOSE}")
@@ -113,6 +114,10 @@ class ChatTemplate:
 
     def _suited(self, messages: list[Message], extras: dict[str, Any]) -> list[Message]:
         """The messages in the form that the template shows."""
+        if any(key in message for message in messages for key in THOUGHTS):
+            source = self.source(extras) or ""
+            read = [key for key in THOUGHTS if re.search(rf"""[.'"]{key}\b""", source)]
+            messages = [with_known_thoughts(message, read) for message in messages]
         if self._takes_parts:
             messages = [
                 {**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages
@@ -173,6 +178,14 @@ class ChatTemplate:
         except Exception as error:  # whatever the template's own code raises
             reason = shorten(str(error).partition("\n")[0], 120)
             raise BadRow(f"the chat template refuses the conversation: {reason}") from error
+
+
+def with_known_thoughts(message: Message, read: list[str]) -> Message:
+    """A message whose thoughts stand under the key that the template reads, if it reads one."""
+    own = [key for key in THOUGHTS if key in message]
+    if len(own) != 1 or not read or own[0] in read:
+        return message
+    return {read[0] if key == own[0] else key: value for key, value in message.items()}
 
 
 def with_calls(message: Message, content: Any, arguments: type) -> Message:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_loading.rows import PreferenceRow, ScalarRow, TextRow, UnpairedRow
+from data_loading.rows import PreferenceRow, ScalarRow, TextRow, UnpairedRow, ranked_pairs
 from errors import UserError
 from padding import pad_rows
 
@@ -86,22 +86,15 @@ def _preference_batch(
     tokens, lengths = pad_rows(flat, pad_id, pad_to_multiple)
     masks = [mask for row in rows for mask in row.masks]
     mask, _ = pad_rows(masks, 0, pad_to_multiple, np.float32)
-    pairs: list[tuple[int, int, float, float]] = []
-    start = 0
-    for row in rows:
-        n = len(row.responses)
-        own = [(i, j) for i in range(n) for j in range(n) if row.ranks[i] < row.ranks[j]]
-        margin = row.margin or 0.0
-        pairs += [(start + i, start + j, margin, 1 / len(own)) for i, j in own]
-        start += n
-    better, worse, margins, weights = zip(*pairs, strict=True)
+    pairs = ranked_pairs([row.ranks for row in rows])
+    better, worse, weights, places = zip(*pairs, strict=True)
     return PreferenceBatch(
         tokens,
         mask,
         lengths,
         np.array(better, np.int32),
         np.array(worse, np.int32),
-        np.array(margins, np.float32),
+        np.array([rows[place].margin or 0.0 for place in places], np.float32),
         np.array(weights, np.float32),
         _reference([r for row in rows for r in row.reference or [None]], tokens.shape[1]),
     )

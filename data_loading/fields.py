@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +18,12 @@ from data_loading.messages import (
     with_system,
 )
 from data_loading.records import Text
-from data_loading.values import shorten
+from data_loading.values import agreed, given, shorten
 
 PROMPT_FIELDS = ("prompt", "question", "instruction", "query")  # the first that is filled in
 CONVERSATION_FIELDS = ("messages", "conversation", "conversations")
 ADDED_FIELDS = ("context", "input")  # follow the prompt; the prompt itself where there is no other
+ANSWER_FIELDS = ("completion", "response", "answer", "output")  # beside messages that ask
 SYSTEM_FIELDS = ("system_prompt", "system")
 TEMPLATE_FIELDS = ("tools", "documents", "chat_template_kwargs")  # for the chat template
 QUOTED_WORDS = 5  # a context of so many words is not in a prompt by chance
@@ -34,14 +36,6 @@ class Prompt:
 
     text: Text = ""
     fields: list[str] = field(default_factory=list)
-
-
-def given(fields: dict[str, Any], name: str) -> bool:
-    """Whether an optional field is there and filled in (a CSV has an empty cell instead)."""
-    value = fields.get(name)
-    if isinstance(value, str):
-        return bool(value.strip())
-    return value is not None and not (isinstance(value, (list, tuple, dict)) and not value)
 
 
 def need(fields: dict[str, Any], name: str) -> Any:
@@ -74,8 +68,17 @@ def read_prompt(fields: dict[str, Any]) -> Prompt:
             made.text = added_text(fields, name)
         else:
             made.text = prompt_of(fields[name], name)
+        made.fields += said_again(fields, name, (*PROMPT_FIELDS, *CONVERSATION_FIELDS))
         break
     return with_surroundings(made, fields)
+
+
+def said_again(fields: dict[str, Any], name: str, names: Iterable[str]) -> list[str]:
+    """Which other fields of the same meaning hold what the field `name` holds.
+
+    One that holds something else is left for the report, which names it as used by nothing.
+    """
+    return [n for n in names if n != name and given(fields, n) and fields[n] == fields[name]]
 
 
 def with_surroundings(prompt: Prompt, fields: dict[str, Any]) -> Prompt:
@@ -181,7 +184,7 @@ def _history(fields: dict[str, Any]) -> list[Message] | str:
 
 def extras_of(fields: dict[str, Any]) -> dict[str, Any]:
     """What the chat template is given beside messages; lists and objects may be written as JSON."""
-    found = {}
+    found: dict[str, Any] = {}
     for name in TEMPLATE_FIELDS:
         if not given(fields, name):
             continue
@@ -199,6 +202,9 @@ def extras_of(fields: dict[str, Any]) -> dict[str, Any]:
         if kind is list and not all(isinstance(item, dict) for item in value):
             raise BadRow(f"{name} must be a list of objects, found {shorten(value)}")
         found[name] = value
+    for name, value in found.get("chat_template_kwargs", {}).items():
+        if found.get(name, value) != value:
+            raise BadRow(f"{name} and chat_template_kwargs say different things; remove one")
     return found
 
 
@@ -217,22 +223,21 @@ def prompt_of(value: Any, name: str) -> Text:
 
 def system_of(fields: dict[str, Any]) -> str:
     """The system prompt that a row has in a field of its own; "" where there is none."""
-    found = {text_of(fields[name], name) for name in SYSTEM_FIELDS if given(fields, name)}
-    if len(found) > 1:
-        raise BadRow("system_prompt and system say different things; remove one of them")
-    return found.pop() if found else ""
+    found = agreed(fields, SYSTEM_FIELDS, text_of)
+    return found[1] if found else ""
 
 
 def reward_of(fields: dict[str, Any]) -> float | None:
     """The number in `reward` or `meta_eval_score` (0 to 5); None where there is none."""
-    if given(fields, "reward"):
-        return number_of(fields["reward"], "reward")
-    if given(fields, "meta_eval_score"):
-        score = number_of(fields["meta_eval_score"], "meta_eval_score")
-        if not 0 <= score <= 5:
-            raise BadRow(f"meta_eval_score must lie between 0 and 5, found {score:g}")
-        return score
-    return None
+
+    def read(value: Any, name: str) -> float:
+        number = number_of(value, name)
+        if name == "meta_eval_score" and not 0 <= number <= 5:
+            raise BadRow(f"meta_eval_score must lie between 0 and 5, found {number:g}")
+        return number
+
+    found = agreed(fields, REWARDS, read)
+    return found[1] if found else None
 
 
 def number_of(value: Any, name: str) -> float:
@@ -250,12 +255,17 @@ def number_of(value: Any, name: str) -> float:
     return number
 
 
+def may_be_label(value: Any) -> bool:
+    """Whether a value says true or false, also as 1 or 0 and as a string."""
+    if isinstance(value, str):
+        return value.strip().lower() in ("true", "false", "1", "0")
+    return isinstance(value, (bool, int, float)) and value in (0, 1)
+
+
 def label_of(value: Any) -> bool:
     """True or false, also as 1 or 0 and as a string."""
-    if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0"):
-        return value.strip().lower() in ("true", "1")
-    if isinstance(value, bool) or (isinstance(value, (int, float)) and value in (0, 1)):
-        return bool(value)
+    if may_be_label(value):
+        return value.strip().lower() in ("true", "1") if isinstance(value, str) else bool(value)
     raise BadRow(
         f"label must be true or false, found {shorten(value)}; or give --format prompt_completion"
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from data_loading.fields import (
+    ANSWER_FIELDS,
     CONVERSATION_FIELDS,
     PROMPT_FIELDS,
     Prompt,
@@ -15,10 +16,12 @@ from data_loading.fields import (
     first_of,
     given,
     label_of,
+    may_be_label,
     need,
     read_prompt,
     response_of,
     reward_of,
+    said_again,
     with_surroundings,
 )
 from data_loading.messages import BadRow, Message, read_messages, text_of
@@ -67,6 +70,8 @@ def to_record(fields: dict[str, Any], format: str, where: str) -> Record:
     """Converts one row; BadRow where a field is missing, empty or of the wrong type."""
     record = FORMATS[format](fields, where)
     record.reward = reward_of(fields)
+    if record.kind in ("conversation", "prompt_completion") and may_be_label(fields.get("label")):
+        record.label = label_of(fields["label"])
     if record.kind != "text":
         record.extras = extras_of(fields)
         record.prompt_fields += record.extras
@@ -117,7 +122,7 @@ def _answered(
         prompt=asked,
         completion=completion,
         prompt_fields=prompt.fields,
-        answer_fields=[name],
+        answer_fields=[name, *said_again(fields, name, ANSWER_FIELDS)],
     )
 
 
@@ -152,11 +157,13 @@ def _conversation(fields: dict[str, Any], where: str) -> Record:
     name, value = first_of(fields, CONVERSATION_FIELDS)
     messages = read_messages(value, name)
     prompt = with_surroundings(Prompt(messages, [name]), fields)
-    answers = [name for name in ("completion", "response") if given(fields, name)]
+    answers = [name for name in ANSWER_FIELDS if given(fields, name)]
     if messages[-1]["role"] != "assistant" and answers:
         completion = response_of(fields[answers[0]], answers[0])
         return _answered(fields, where, prompt, completion, answers[0])
-    used = [*prompt.fields, *(n for n in PROMPT_FIELDS if _said(fields.get(n), prompt.text))]
+    used = [*prompt.fields, *said_again(fields, name, CONVERSATION_FIELDS)]
+    told = (*PROMPT_FIELDS, *ANSWER_FIELDS)
+    used += [n for n in told if _said(fields.get(n), prompt.text)]
     return Record("conversation", where, fields, messages=prompt.text, prompt_fields=used)
 
 

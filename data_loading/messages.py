@@ -1,12 +1,16 @@
 """Conversations in the shapes that tools write them, as one shape: [{"role", "content"}, ...]."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from data_loading.json_files import decode_json
-from data_loading.values import shorten
+from data_loading.values import BadRow, agreed, shorten
 
 Message = dict[str, Any]
+
+ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
+OWN_KEYS = (*ROLE_KEYS, *CONTENT_KEYS)
 
 ROLES = {
     "system": "system",
@@ -23,10 +27,6 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-
-
-class BadRow(Exception):
-    """What is wrong with one row; the reader adds the file and the line."""
 
 
 def text_of(value: Any, name: str) -> str:
@@ -91,16 +91,26 @@ def read_message(item: Any, name: str) -> Message:
     """
     if not isinstance(item, dict):
         raise BadRow(f"{name} must be an object with role and content, found {shorten(item)}")
-    named = item.get("role", item.get("from"))
-    role = ROLES.get(named.strip().lower()) if isinstance(named, str) else None
+
+    def read_role(named: Any, key: str) -> str:
+        role = ROLES.get(named.strip().lower()) if isinstance(named, str) else None
+        if role is None:
+            known = "system, user (human), assistant (gpt), tool"
+            raise BadRow(f"{name}: {key} {shorten(named)} is none of {known}")
+        return role
+
+    _, role = agreed(item, ROLE_KEYS, read_role, name) or ("role", None)
     if role is None:
-        known = "system, user (human), assistant (gpt), tool"
-        raise BadRow(f"{name}: role {shorten(named)} is none of {known}")
-    content = item.get("content", item.get("value"))
-    if isinstance(content, list):
-        content = _joined_parts(content, name)
-    own = ("role", "from", "content", "value")
-    extra = {k: v for k, v in item.items() if k not in own and v is not None}
+        read_role(item.get("role", item.get("from")), "role")  # says what is wrong
+    contents = [item[key] for key in CONTENT_KEYS if item.get(key) is not None]
+    _, content = agreed(item, CONTENT_KEYS, lambda value, _: value, name) or ("", None)
+    content = contents[0] if content is None and contents else content
+    extra = {k: v for k, v in item.items() if k not in OWN_KEYS and v is not None}
+    if isinstance(content, (list, tuple)):
+        content, thoughts = read_parts(content, name)
+        for key, thought in thoughts.items():
+            if extra.setdefault(key, thought) != thought:
+                raise BadRow(f"{name}: {key} and its parts say different things; remove one")
     if calls := _read_calls(extra.pop("tool_calls", None), extra.pop("function_call", None), name):
         extra["tool_calls"] = calls
     if calls and (content is None or content == ""):
@@ -120,8 +130,13 @@ def _read_calls(calls: Any, single: Any, name: str) -> list[Any]:
 
     `single` is the one call of OpenAI's older function_call.
     """
-    if single and not calls:
-        calls = [{"type": "function", "function": single}]
+    if single:
+        alone = _read_calls([{"type": "function", "function": single}], None, name)
+        if calls and [call.get("function", call) for call in _read_calls(calls, None, name)] != [
+            call["function"] for call in alone
+        ]:
+            raise BadRow(f"{name}: tool_calls and function_call say different things; remove one")
+        return alone if not calls else _read_calls(calls, None, name)
     if isinstance(calls, str):
         calls = list_of(calls, f"{name}: tool_calls")
     if calls is not None and not isinstance(calls, (list, tuple)):
@@ -147,42 +162,92 @@ TRAIN_KEYS = ("weight", "train", "training", "loss")
 
 def is_trained(message: Message, name: str = "a message") -> bool:
     """Whether a message is to be trained: not with weight 0, or train or loss false."""
-    for key in TRAIN_KEYS:
-        if key in message:
-            if message[key] not in (0, 1):  # False and True are equal to these
-                raise BadRow(f"{name}: {key} must be 0 or 1, found {shorten(message[key])}")
-            if not message[key]:
-                return False
-    return True
+
+    def read(value: Any, key: str) -> bool:
+        if value not in (0, 1):  # False and True are equal to these
+            raise BadRow(f"{name}: {key} must be 0 or 1, found {shorten(value)}")
+        return bool(value)
+
+    found = agreed(message, TRAIN_KEYS, read, name)
+    return found is None or found[1]
 
 
-def _joined_parts(parts: list[Any], name: str) -> str:
+# Contents that are lists of parts --------------------------------------------------------------
+
+TEXT_PARTS = (None, "text", "input_text", "output_text")
+# Thoughts by the type of a part: the key of a message that holds them.
+THOUGHT_PARTS = {"thinking": "thinking", "reasoning": "reasoning_content"}
+MEDIA = ("image", "image_url", "audio", "input_audio", "video", "video_url", "file", "document")
+
+
+def read_parts(parts: Sequence[Any], name: str) -> tuple[str, dict[str, str]]:
+    """The text of a content in parts, and its thoughts by the message's key for them.
+
+    BadRow for a part of another type, such as an image.
+    """
+    text, thoughts = "", {}
     for part in parts:
-        if not (isinstance(part, dict) and isinstance(part.get("text"), str)):
-            raise BadRow(f"{name}: only text parts can be used, found {shorten(part)}")
-    return "".join(part["text"] for part in parts)
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(part, dict):
+            raise BadRow(f"{name}: a part must be an object with a text, found {shorten(part)}")
+        if kind in THOUGHT_PARTS:
+            known = [part[key] for key in (kind, "text") if isinstance(part.get(key), str)]
+            if not known:
+                raise BadRow(f"{name}: a part of type {kind} without text, {shorten(part)}")
+            key = THOUGHT_PARTS[kind]
+            thoughts[key] = thoughts.get(key, "") + known[0]
+            continue
+        media = next((key for key in MEDIA if part.get(key) is not None), None)
+        if kind not in TEXT_PARTS or media is not None:
+            what = shorten(kind if kind not in TEXT_PARTS else media)
+            raise BadRow(f"{name}: a part of type {what}; only text and thinking can be used")
+        if not isinstance(part.get("text"), str):
+            raise BadRow(f"{name}: only parts with a text can be used, found {shorten(part)}")
+        text += part["text"]
+    return text, thoughts
 
 
 # hh-rlhf dialogues --------------------------------------------------------------------------
 
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+# Who may speak in a dialogue, but not between Human and Assistant.
+OTHER_SPEAKERS = "System|Developer|User|Bot|AI|GPT|ChatGPT|Prompter|Tool|Observation"
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_DIALOGUE = re.compile(r"\s*(?:System:(.*?)\n\n)?(?=Human:)", re.DOTALL)
+_OTHER_TURN = re.compile(rf"\n\n({OTHER_SPEAKERS}):")
 
 
 def is_dialogue(text: Any) -> bool:
-    """Whether a string is a dialogue as in hh-rlhf: `Human: ...` and later `Assistant:`."""
+    """Whether a string is a dialogue as in hh-rlhf: `Human: ...` and later `Assistant:`.
+
+    `System: ...` may stand before it.
+    """
     if not isinstance(text, str):
         return False
-    return bool(re.match(r"\s*Human:", text)) and "\n\nAssistant:" in text
+    return bool(_DIALOGUE.match(text)) and "\n\nAssistant:" in text
 
 
 def read_dialogue(text: str, name: str) -> list[Message]:
-    """Messages of a dialogue; an empty last assistant turn (the place to answer) is left out."""
-    parts = _TURN.split(text)[1:]  # [name, words, name, words, ...]
+    """Messages of a dialogue; an empty last assistant turn (the place to answer) is left out.
+
+    BadRow for a third speaker, whose words would be part of somebody else's turn.
+    """
+    begin = _DIALOGUE.match(text)
+    system = (begin[1] or "").strip()
+    if other := _OTHER_TURN.search(text[begin.end() :] if begin[1] is not None else text):
+        raise BadRow(
+            f"{name}: {other[1]} speaks in a dialogue of Human and Assistant; "
+            "give messages, or begin with System"
+        )
+    parts = _TURN.split(text[begin.end() :])[1:]  # [name, words, name, words, ...]
     turns = list(zip(parts[::2], parts[1::2], strict=True))
     if turns and turns[-1][0] == "Assistant" and not turns[-1][1].strip():
         turns.pop()
-    role = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": role[who], "content": text_of(words, f"{name}: turn {i} of the dialogue").strip()}
+    messages = [
+        {
+            "role": SPEAKERS[who],
+            "content": text_of(words, f"{name}: turn {i} of the dialogue").strip(),
+        }
         for i, (who, words) in enumerate(turns, 1)
     ]
+    return with_system(messages, system, name)

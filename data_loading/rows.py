@@ -1,6 +1,7 @@
 """Tokenised rows, ready for batches."""
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -56,6 +57,21 @@ class PreferenceRow:
     def rejected(self) -> list[int]:
         """The worst response."""
         return self.responses[-1]
+
+
+def ranked_pairs(groups: Iterable[Sequence[int]]) -> list[tuple[int, int, float, int]]:
+    """(better, worse, weight, group) of all pairs of responses of a group whose ranks differ.
+
+    `groups` are the ranks of each prompt's responses, 0 the best; a place counts through all
+    groups. The weights of a group's pairs sum to 1, so that prompts count alike.
+    """
+    pairs, start = [], 0
+    for group, ranks in enumerate(groups):
+        places = range(len(ranks))
+        own = [(i, j) for i in places for j in places if ranks[i] < ranks[j]]
+        pairs += [(start + i, start + j, 1 / len(own), group) for i, j in own]
+        start += len(ranks)
+    return pairs
 
 
 @dataclass

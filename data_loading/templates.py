@@ -81,6 +81,12 @@ class Template:
         added = self.tokenizer.added_tokens_decoder
         return ids[0] if ids and ids[0] in added and added[ids[0]].special else None
 
+    def writes(self, record: Record) -> bool:
+        """Whether the chat template writes the text of a row that has an answer."""
+        if not self.uses_chat_template or self.prompt_template is not None:
+            return False
+        return record.kind == "conversation" or (record.kind != "text" and bool(record.prompt))
+
     def note(self, record: Record, rendered: Rendered) -> None:
         """Remember what was noted of a row, for the report."""
         self.notes += [(record.where, *note) for note in dict.fromkeys(rendered.notes)]
@@ -212,8 +218,10 @@ class Template:
 
 
 def as_turn(answer: Text) -> Message:
-    """An answer as an assistant message."""
-    return {"role": "assistant", "content": answer} if isinstance(answer, str) else answer[-1]
+    """An answer as an assistant message; blanks around a text belong to texts that are joined."""
+    if isinstance(answer, list):
+        return answer[-1]
+    return {"role": "assistant", "content": answer.strip()}
 
 
 def plain_text(answer: Text) -> str:

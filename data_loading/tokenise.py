@@ -86,12 +86,14 @@ def tokenise_scalar(
     too_long: str = "refuse",
     prompt_template: str | None = None,
     token_format: str = "standard",
-    add_eos: bool = True,
+    add_eos: bool | None = None,
     skip_bad_rows: bool = False,
 ) -> Tokenised[ScalarRow]:
     """Rows with `reward` or `meta_eval_score` as tokens and a number.
 
-    Unpaired rows count as 1 (label true) and 0. A row without a reward is a UserError.
+    Unpaired rows count as 1 (label true) and 0. A row without a reward is a UserError. With
+    `add_eos` EOS ends every text; by default, as in TRL's RewardTrainer, those that no chat
+    template wrote.
     """
     encoder = Encoder(Template(tokenizer, prompt_template, token_format), max_length, too_long)
 
@@ -103,14 +105,15 @@ def tokenise_scalar(
             reward = float(record.label)
         if reward is None:
             raise BadRow("no reward: the field reward or meta_eval_score is needed")
-        ends = add_eos and _ends_with_answer(record)
+        ends = _ends_in_eos(encoder.template, record, add_eos) and _ends_with_answer(record)
         rendered = encoder.template.record(record)
         tokens, _ = encoder.encode(rendered, ends, record.kind, bare_end=True)
         tokens, was_cut = encoder.fit(tokens)
         encoder.template.note(record, rendered)
         return ScalarRow(tokens, reward, record.where), was_cut
 
-    return each(records, convert, skip_bad_rows, encoder.template, REWARDS)
+    used = (*REWARDS, "label")
+    return each(records, convert, skip_bad_rows, encoder.template, used)
 
 
 def tokenise_preferences(
@@ -121,12 +124,13 @@ def tokenise_preferences(
     too_long: str = "refuse",
     prompt_template: str | None = None,
     token_format: str = "standard",
-    add_eos: bool = True,
+    add_eos: bool | None = None,
     skip_bad_rows: bool = False,
 ) -> Tokenised[PreferenceRow]:
     """Preference rows as the tokens of every response, each after the same prompt.
 
-    Rows whose responses are the same (after a cut, too) are refused: they prefer nothing.
+    Rows whose responses are the same (after a cut, too) are refused: they prefer nothing. `add_eos`
+    as in `tokenise_scalar`.
     """
     encoder = Encoder(Template(tokenizer, prompt_template, token_format), max_length, too_long)
 
@@ -136,9 +140,10 @@ def tokenise_preferences(
         if not record.prompt and prompt_template is None:
             raise BadRow(NO_PROMPT)
         responses, masks, was_cut = [], [], False
+        ends = _ends_in_eos(encoder.template, record, add_eos)
         for answer in record.responses:
             rendered = encoder.template.answered(record, answer)
-            tokens, mask = encoder.encode(rendered, add_eos, record.kind, bare_end=True)
+            tokens, mask = encoder.encode(rendered, ends, record.kind, bare_end=True)
             encoder.template.note(record, rendered)
             tokens, one_cut = encoder.fit(tokens)
             responses.append(tokens)
@@ -299,3 +304,8 @@ def best_answer(record: Record) -> Record:
 def _ends_with_answer(record: Record) -> bool:
     """Whether the row ends where the model should stop."""
     return record.kind != "conversation" or record.messages[-1]["role"] == "assistant"
+
+
+def _ends_in_eos(template: Template, record: Record, add_eos: bool | None) -> bool:
+    """Whether EOS is put behind the text of a reward model's row."""
+    return not template.writes(record) if add_eos is None else add_eos

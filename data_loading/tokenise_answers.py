@@ -11,7 +11,7 @@ from os.path import commonprefix
 from typing import Any
 
 from data_loading.encoding import Encoder, Refused
-from data_loading.fields import REWARDS
+from data_loading.fields import REWARDS, given, label_of
 from data_loading.messages import BadRow, is_trained
 from data_loading.records import Record, Text
 from data_loading.rows import PreferenceRow, Tokenised, UnpairedRow
@@ -68,8 +68,9 @@ def tokenise_unpaired(
 ) -> Tokenised[UnpairedRow]:
     """Rows with a label as single answers, each wanted or not.
 
-    A preference row becomes two or more: its best responses are wanted, all others are not. A row
-    with a reward is wanted from `desirable_from` on.
+    A preference row becomes two or more: its best responses are wanted, all others are not. Of a
+    conversation what follows the last user or tool turn is the answer. A row with a reward is
+    wanted from `desirable_from` on.
 
     Raises:
         UserError: rows without a label (or a reward and `desirable_from`), no row left.
@@ -81,12 +82,14 @@ def tokenise_unpaired(
             with_prompt(record)  # says why it could not be split
         if record.kind in ("text", "prompt"):
             raise BadRow(f"a row of kind {record.kind}, which has no prompt and answer")
+        if record.kind == "conversation":
+            record = last_answer(record)
         label = wanted(record, desirable_from)
         (tokens, mask), was_cut = answer_tokens(encoder, record, record.completion)
         return UnpairedRow(tokens, mask, label, record.where, max_length), was_cut
 
     singles = [single for record in records for single in split_ranks(record)]
-    used = () if desirable_from is None else REWARDS
+    used = ("label",) if desirable_from is None else ("label", *REWARDS)
     return each(singles, convert, skip_bad_rows, encoder.template, used)
 
 
@@ -94,6 +97,8 @@ def wanted(record: Record, desirable_from: float | None) -> bool:
     """Whether the answer of a row is a good one. BadRow where nothing says so."""
     if record.label is not None:
         return record.label
+    if given(record.fields, "label"):
+        label_of(record.fields["label"])  # says what is wrong with it
     if record.reward is None:
         raise BadRow(f"a row of kind {record.kind} without a label: true or false is needed")
     if desirable_from is None:
@@ -101,6 +106,16 @@ def wanted(record: Record, desirable_from: float | None) -> bool:
             "the row has a reward and no label: --desirable-from says which reward is good"
         )
     return record.reward >= desirable_from
+
+
+def last_answer(record: Record) -> Record:
+    """A conversation as a prompt and the turns that answer it."""
+    turns = record.messages
+    asks = max((i for i, turn in enumerate(turns) if turn["role"] in ("user", "tool")), default=-1)
+    if asks < 0 or asks == len(turns) - 1:
+        raise BadRow("the conversation does not end with an answer to a user turn")
+    prompt, answer = turns[: asks + 1], turns[asks + 1 :]
+    return replace(record, kind="prompt_completion", prompt=prompt, completion=answer)
 
 
 def split_ranks(record: Record) -> list[Record]:
@@ -167,8 +182,7 @@ def answer_tokens(
 ) -> tuple[tuple[list[int], list[int]], bool]:
     """((tokens, mask), whether they were cut) of a prompt and an answer, which ends with EOS."""
     template = encoder.template
-    talk = record.kind == "conversation"
-    rendered = template.record(record) if talk else template.answered(record, answer)
+    rendered = template.answered(record, answer)
     tokens, mask = encoder.encode(rendered, True, record.kind)
     template.note(record, rendered)
     tokens, was_cut = encoder.fit(tokens)

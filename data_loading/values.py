@@ -1,6 +1,7 @@
 """What is common to all readers: a raw row, and what makes a value unusable in any of them."""
 
 import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 MAX_DEPTH = 64  # nested lists and objects; records need 4
@@ -12,6 +13,36 @@ class RawRow(NamedTuple):
     where: str
     fields: dict[str, Any] | None
     problem: str | None = None
+
+
+class BadRow(Exception):
+    """What is wrong with one row; the reader adds the file and the line."""
+
+
+def given(fields: Mapping[str, Any], name: str) -> bool:
+    """Whether an optional field is there and filled in (a CSV has an empty cell instead)."""
+    value = fields.get(name)
+    if isinstance(value, str):
+        return bool(value.strip())
+    return value is not None and not (isinstance(value, (list, tuple, dict)) and not value)
+
+
+def agreed(
+    fields: Mapping[str, Any],
+    names: Sequence[str],
+    read: Callable[[Any, str], Any],
+    where: str = "",
+) -> tuple[str, Any] | None:
+    """(name, what `read` makes of its value) of the first of several names for one thing.
+
+    None where none is filled in; BadRow where two of them say different things.
+    """
+    found = [(name, read(fields[name], name)) for name in names if given(fields, name)]
+    for name, value in found[1:]:
+        if value != found[0][1]:
+            begin = f"{where}: " if where else ""
+            raise BadRow(f"{begin}{found[0][0]} and {name} say different things; remove one")
+    return found[0] if found else None
 
 
 def shorten(value: Any, limit: int = 60) -> str:

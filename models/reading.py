@@ -23,10 +23,13 @@ class Reading:
     prompt_template: str | None = None
     token_format: str = "standard"
     plain: bool = False  # texts as they are, although the tokenizer has a chat template
+    turns: bool = False  # a text that asks is a user turn, although no chat template writes it
+    joint: str = ""  # the blank between prompt and answer where both are texts
 
     def description(self) -> dict[str, Any]:
         """The entries that differ from the defaults, JSON-able."""
         found = {"prompt_template": self.prompt_template, "plain": self.plain or None}
+        found |= {"turns": self.turns or None, "joint": self.joint or None}
         found["ending"] = None if self.ending is None else list(self.ending)
         found["token_format"] = self.token_format if self.token_format != "standard" else None
         return {name: value for name, value in found.items() if value is not None}
@@ -40,6 +43,8 @@ class Reading:
             description.get("prompt_template"),
             description.get("token_format", "standard"),
             bool(description.get("plain", False)),
+            bool(description.get("turns", False)),
+            str(description.get("joint", "")),
         )
 
 
@@ -47,10 +52,13 @@ def trained_reading(
     tokenizer: Any,
     *,
     plain: bool = False,
+    turns: bool = False,
+    joint: str = "",
     prompt_template: str | None = None,
     token_format: str = "standard",
 ) -> Reading:
     """What a reward model is trained with; `plain`: on rows that are texts, without a template.
+    `turns`: on rows that are all made of turns; `joint`: what answers that are texts begin with.
 
     As TRL 1.16's RewardTrainer: a conversation ends as the chat template writes it, with nothing
     more; any other text ends in EOS.
@@ -60,7 +68,8 @@ def trained_reading(
     if plain or prompt_template is not None or token_format != "standard" or tail is None:
         # `plain` is worth recording only where a template could have been used.
         plain = plain and tail is not None
-        return Reading((end_id(tokenizer),), prompt_template, token_format, plain)
+        turns = turns and not plain and prompt_template is None
+        return Reading((end_id(tokenizer),), prompt_template, token_format, plain, turns, joint)
     return Reading(tuple(tail))
 
 

@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 from string import Formatter
 from typing import Any
 
-from data_utils import Record, extras_of, tokenise_scalar, use_date
-from models.reading import Ending, Reading, template_tail
+from data_utils import BadRow, Record, Template, extras_of, tokenise_scalar, use_date
+from models.reading import MARK, Ending, Reading, template_tail
 from rewards.digits import count_numbers, digits_score
 from rewards.reward_set import Reward
 from rewards.texts import Prompt, plain
@@ -73,7 +73,12 @@ def learned_reward(
     else:
         own = model.source.tokenizer if tokenizer is None else tokenizer
         template = (prompt_template, token_format.replace("-", "_"))
-        read = Reader(own, model.reading, as_given=_reads_alike(policy, own, template, model))
+        read = Reader(
+            own,
+            model.reading,
+            as_given=_reads_alike(policy, own, template, model),
+            opening=opening_of(policy, *template),
+        )
 
     def reward_model(
         prompts: Sequence[Prompt],
@@ -153,6 +158,22 @@ def _reads_alike(policy: Any, own: Any, template: tuple[str | None, str], model:
     return not reading.plain and template == (reading.prompt_template, reading.token_format)
 
 
+def opening_of(policy: Any, prompt_template: str | None, token_format: str) -> str | None:
+    """What a policy's chat template writes between a prompt and its answer, such as a blank.
+
+    None where no chat template writes its texts.
+    """
+    template = Template(policy, prompt_template, token_format)
+    if prompt_template is not None or not template.uses_chat_template:
+        return None
+    record = Record("prompt_completion", "a row", {}, prompt="a", completion=MARK)
+    try:
+        asked, text = template.prompt(record).text, template.record(record).text
+    except BadRow:  # it wants something else; rows will say it
+        return ""
+    return text[len(asked) :].partition(MARK)[0] if text.startswith(asked) else ""
+
+
 def _read_pairs(prompts, responses, token_ids, ended, columns) -> list[tuple[str, str]]:
     """(prompt, response) as texts, for encoders."""
     return [(plain(p), r) for p, r in zip(prompts, responses, strict=True)]
@@ -161,11 +182,16 @@ def _read_pairs(prompts, responses, token_ids, ended, columns) -> list[tuple[str
 class Reader:
     """Makes the token lists that a reward model scores.
 
-    `as_given`: of the policy's tokens; else it renders prompt and response by its own template.
+    `as_given`: of the policy's tokens; else it renders prompt and response by its own template, and
+    they are the tokens of a training row with the same prompt and answer. `opening`: what the
+    policy's template writes before an answer; None where a blank joins it to its prompt instead.
     """
 
-    def __init__(self, tokenizer: Any, reading: Reading, *, as_given: bool):
+    def __init__(
+        self, tokenizer: Any, reading: Reading, *, as_given: bool, opening: str | None = ""
+    ):
         self.tokenizer, self.reading, self.as_given = tokenizer, reading, as_given
+        self.opening = opening
         self.ending = Ending(tokenizer, reading)
 
     def __call__(
@@ -201,11 +227,20 @@ class Reader:
         where = f"row {row}"
         if self.reading.plain:
             return Record("text", where, fields, text=plain(prompt) + response, reward=0.0)
-        if isinstance(prompt, list):
-            answer = [{"role": "assistant", "content": response.strip()}]
+        if self.reading.turns and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        standard = self.reading.token_format == "standard"
+        chat = standard and template_tail(self.tokenizer) is not None
+        turn = self.reading.prompt_template is None and (chat or isinstance(prompt, list))
+        answer = response
+        if self.opening is None:
+            answer = response.strip() if turn else response
         else:
-            chat = template_tail(self.tokenizer) is not None
-            answer = response.strip() if chat else response
+            answer = response.removeprefix(self.opening)
+            if not turn and not answer[:1].isspace():
+                answer = self.reading.joint + answer
+        if isinstance(prompt, list):
+            answer = [{"role": "assistant", "content": answer}]
         kind = "prompt_completion"
         made = Record(kind, where, fields, prompt=prompt, completion=answer, reward=0.0)
         made.extras = extras_of(fields)

@@ -11,7 +11,24 @@ from data_utils import (
     tokenise_scalar,
 )
 from errors import UserError
-from models.reading import Ending, Reading
+from models.reading import Ending, Reading, trained_reading
+
+
+def reading_of_rows(records: Records, tokenizer: Any, **options: Any) -> Reading:
+    """How a reward model reads texts that is trained on these rows.
+
+    `options`: prompt_template and token_format.
+    """
+    answers = [answer for row in records for answer in (row.completion, *row.responses) if answer]
+    texts = [answer for answer in answers if isinstance(answer, str)]
+    blanks = {text[: len(text) - len(text.lstrip())] for text in texts}
+    return trained_reading(
+        tokenizer,
+        plain=set(records.kinds) == {"text"},
+        turns=all(row.messages or isinstance(row.prompt, list) for row in records),
+        joint=blanks.pop() if len(blanks) == 1 else "",
+        **options,
+    )
 
 
 def tokenise_reward_rows(
@@ -23,7 +40,7 @@ def tokenise_reward_rows(
     no ending. Raises UserError where no row is left.
     """
     tokenise = tokenise_preferences if set(records.kinds) == {"preference"} else tokenise_scalar
-    done = tokenise(records, tokenizer, **options)
+    done = tokenise(records, tokenizer, add_eos=reading.ending is None or None, **options)
     if reading.ending is None:
         return done
     ending, longest = Ending(tokenizer, reading), options["max_length"]

@@ -11,13 +11,15 @@ from data_utils import (
     Record,
     Records,
     ScalarRow,
+    Template,
     Tokenised,
     columns_of,
+    ranked_pairs,
     tokenise_prompts,
     tokenise_scalar,
 )
 from errors import UserError
-from models.reading import Ending, Reading
+from models.reading import Ending, Reading, end_id
 from reports.reward_report import pearson, preference_report, ranks, spearman
 from rewards.texts import Prompt, plain, reward_columns
 
@@ -32,7 +34,7 @@ class Pair:
 
     record: Record
     whole: Record
-    tokens: list[int]  # prompt and response, EOS included where it ended
+    tokens: list[int]  # prompt and response, up to the token that ends it where it ended
     prompt: Prompt  # as it was written
     prompt_text: str  # as a model is given it
     response: str
@@ -67,12 +69,16 @@ def make_pairs(
     done = tokenise_scalar([single for single, _, _ in singles], tokenizer, **options)
     ending, left = Ending(tokenizer, Reading()), iter(done.rows)
     row = next(left, None)
+    form = {key: options[key] for key in ("prompt_template", "token_format") if key in options}
+    template = Template(tokenizer, **form)
+    stop = template.turn_end_id() or end_id(tokenizer)  # at which a policy stops
     pairs = []
     for single, whole, rank in singles:
         if row is None or row.where != single.where:
             continue  # refused, in done.refused
         ended = ending.ends(row.tokens)
-        pairs.append(Pair(single, whole, row.tokens, prompt_of(single), "", "", ended, rank))
+        tokens = [*ending.bare(row.tokens), stop] if ended else row.tokens
+        pairs.append(Pair(single, whole, tokens, prompt_of(single), "", "", ended, rank))
         row = next(left, None)
     done.refused = bad + done.refused
     _add_texts(pairs, tokenizer, options, ending)
@@ -114,7 +120,7 @@ def _add_texts(pairs: list[Pair], tokenizer: Any, options: dict[str, Any], endin
     asked = [pair for pair in pairs if pair.record.kind == "conversation" or pair.record.prompt]
     longest = max((len(pair.tokens) for pair in pairs), default=2)
     options = {**options, "max_length": max(longest, options["max_length"])}
-    records = [pair.record for pair in asked]
+    records = [with_last_answer(pair.record) for pair in asked]
     prompts = tokenise_prompts(records, tokenizer, **options).rows if asked else []
     for pair, prompt in zip(asked, prompts, strict=True):
         start = len(prompt.tokens)
@@ -123,12 +129,22 @@ def _add_texts(pairs: list[Pair], tokenizer: Any, options: dict[str, Any], endin
             answer = ending.bare(pair.tokens[start:])
             pair.response = response_text(tokenizer, prompt.tokens, answer)
         else:  # a tokenizer that joins them differently
-            pair.response = plain(answer_of(pair.record))
+            pair.response = plain(answer_of(with_last_answer(pair.record)))
     for pair in pairs:
         if pair.record.kind == "text":
             pair.response = pair.record.text
         elif not pair.prompt_text:
             pair.response = plain(answer_of(pair.record))
+
+
+def with_last_answer(record: Record) -> Record:
+    """Of an answer of several turns those up to the last that asks belong to its prompt."""
+    turns = record.completion
+    if record.kind == "conversation" or not isinstance(turns, list) or len(turns) == 1:
+        return record
+    asks = max((i for i, turn in enumerate(turns) if turn["role"] in ("user", "tool")), default=-1)
+    prompt = [*record.prompt, *turns[: asks + 1]]
+    return replace(record, prompt=prompt, completion=turns[asks + 1 :] or turns[-1:])
 
 
 def answer_of(record: Record) -> Any:
@@ -208,11 +224,13 @@ def _ordered(pairs: Sequence[Pair]) -> tuple[list[int], list[int], list[float]]:
     for place, pair in enumerate(pairs):
         if pair.rank is not None:
             groups.setdefault(id(pair.whole), []).append(place)
-    found: list[tuple[int, int, float]] = []
-    for places in groups.values():
-        own = [(i, j) for i in places for j in places if pairs[i].rank < pairs[j].rank]
-        found += [(i, j, 1 / len(own)) for i, j in own]
-    return tuple(list(column) for column in zip(*found, strict=True)) if found else ([], [], [])
+    places = [place for own in groups.values() for place in own]
+    found = ranked_pairs([[pairs[i].rank for i in own] for own in groups.values()])
+    return (
+        [places[i] for i, *_ in found],
+        [places[j] for _, j, *_ in found],
+        [weight for _, _, weight, _ in found],
+    )
 
 
 def _separation(scores: np.ndarray, good: np.ndarray) -> float:

@@ -15,16 +15,16 @@ Level = Literal["token", "sequence"]
 
 # Infinity is a value of some of these, and means none; NaN is not.
 ABOVE_0 = (
-    "epsilon delta max_grad_norm sapo_temperature_pos sapo_temperature_neg vespo_k_pos "
-    "vespo_lambda_pos vespo_k_neg vespo_lambda_neg temperature"
+    "epsilon epsilon_high delta max_grad_norm sapo_temperature_pos sapo_temperature_neg "
+    "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg temperature"
 ).split()
 NOT_BELOW_0 = (
     "beta entropy_coef entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target "
-    "missing_eos_penalty overlong_penalty pad_to_multiple top_k max_resample"
+    "missing_eos_penalty overlong_penalty pad_to_multiple top_k"
 ).split()
 AT_LEAST_1 = (
     "num_steps batch_size mini_batch_size gradient_accumulation_steps ppo_epochs max_new_tokens "
-    "ref_model_sync_steps"
+    "ref_model_sync_steps max_resample"
 ).split()
 # The KL coefficients that TRL starts from.
 BETAS = {"rloo": 0.05, "online_dpo": 0.1}

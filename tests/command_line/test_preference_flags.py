@@ -9,7 +9,8 @@ from reliable_runs import ROOT, words
 import preference_training
 from command_line import preference_flags
 from command_line.preference_flags import CPO_READS, DPO_READS, KTO_OPTIONS, READS
-from rl.preference_losses import CPO_LOSSES, DPO_LOSSES, KTO_LOSSES, kto, odds_ratio, scores, simpo
+from rl.preference_losses import DPO_LOSSES, KTO_LOSSES, kto, scores
+from rl.reference_free_losses import CPO_LOSSES, odds_ratio, simpo
 
 PAIR = {"prompt": "8 20", "chosen": " 22 30", "rejected": " 21 7"}
 SINGLE = {"prompt": "8 20", "completion": " 22 30", "label": True}
@@ -102,6 +103,12 @@ def test_defaults_and_defaults_written_out(line, wanted):
         ("--algorithm kto --loss-type kto apo_zero_unpaired", "mixtures are for --algorithm dpo"),
         ("--loss-type sigmoid sft --loss-weights 1", "1 weights for 2 losses"),
         ("--loss-type sigmoid sft --loss-weights 1 -1", "would train the opposite"),
+        ("--loss-type sigmoid sft --loss-weights 0 0", "all are 0, so nothing would be learned"),
+        ("--loss-type sft sigmoid sft", "--loss-type sft is given twice"),
+        (
+            "--algorithm kto --desirable-weight 0 --undesirable-weight 0",
+            "nothing would be learned; one may be 0",
+        ),
         ("--loss-type sigmoid nca_pair --f-divergence-type forward_kl", "nca_pair has no such"),
         ("--f-alpha-divergence-coef 2", "needs --f-divergence-type alpha_divergence"),
         ("--loss-type aot --use-weighting", "--use-weighting weighs pairs"),

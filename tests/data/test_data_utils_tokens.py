@@ -313,7 +313,9 @@ def test_preference_rows_share_the_prompt_of_ppo():
     prompt = tokenise_prompts([BETTER], tokenizer)[0].tokens
     assert all(tokens[: len(prompt)] == prompt for tokens in row.responses)
     answers = [tokenizer.decode(tokens[len(prompt) :]) for tokens in row.responses]
-    assert answers == [f"{x}<|im_end|></s>" for x in (" yes", " maybe", " no")]
+    assert answers == [f"{x}<|im_end|>\n" for x in ("yes", "maybe", "no")]
+    old = tokenise_preferences([BETTER], tokenizer, add_eos=True)[0].responses[0]
+    assert tokenizer.decode(old[len(prompt) :]) == "yes<|im_end|></s>"
     assert row.ranks == [0, 1, 1] and row.chosen == row.responses[0]
     assert row.rejected == row.responses[-1]
 

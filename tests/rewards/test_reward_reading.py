@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 import sft
 from data_loading.formats import to_record
-from data_utils import Records, tokenise_prompts
+from data_utils import Records, tokenise_preferences, tokenise_prompts
 from models.load import load_model
 from models.reading import Ending, Reading, imported_reading, template_tail, trained_reading
 from models.reward_model import RewardModel, load_reward_model, retokeniser, save_reward_head
@@ -286,6 +286,9 @@ def test_texts_that_a_policy_rendered_are_rendered_anew(loaded, policy, judge):
     encode, reading = retokeniser(theirs, own), trained_reading(own)
     prompts = tokenise_prompts(records([{"prompt": r["prompt"]} for r in PAIRS], "prompt"), theirs)
     done = tokenise_reward_rows(records(PAIRS), own, reading, max_length=100)
+    # Ends as training rows do, whoever tokenises them.
+    alone = tokenise_preferences(records(PAIRS), own)
+    assert [row.responses for row in alone.rows] == [row.responses for row in done.rows]
     texts = [
         prompt.text + (" " if judge == "plain" else "") + row["chosen"]
         for prompt, row in zip(prompts.rows, PAIRS, strict=True)

@@ -115,6 +115,18 @@ def test_a_loaded_adapter_stays_as_the_reference(tmp_path):
     assert (last / "reference.safetensors").exists()
 
 
+@pytest.mark.parametrize("algorithm", ["dpo", "kto"])
+def test_a_quantised_base_with_a_loaded_adapter_begins_at_no_margin(tmp_path, algorithm):
+    line = f"--algorithm {algorithm} --quantize 4 --iters 2 --save-every 0 --steps-per-eval 2"
+    first = train(tmp_path / "first", line)
+    loaded = train(
+        tmp_path / "second", f"{line} --resume-adapter-file {tmp_path / 'first' / 'out.npz'}"
+    )
+    assert not same(first, loaded)
+    zero = next(row for row in rows_of(tmp_path / "second") if "valid/loss" in row)
+    assert zero["valid/rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.long
 def test_full_fine_tuning_has_a_frozen_copy(tmp_path):
     train(tmp_path, "--fine-tune-type full --reference-quantize 8")

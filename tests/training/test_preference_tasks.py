@@ -19,7 +19,8 @@ from models.lora import LoraConfig, add_lora
 from models.reference import adapter_as_it_is, adapter_off, frozen_copy
 from models.soft_prompt import SoftPrompt
 from models.tuning import FullTuning
-from rl.preference_losses import cpo_loss, dpo_loss, orpo_loss
+from rl.preference_losses import dpo_loss
+from rl.reference_free_losses import cpo_loss, orpo_loss
 
 KINDS = ("lora", "dora", "prompt", "full")
 MIXTURE = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}
@@ -76,7 +77,7 @@ def move(tuning, seed: int = 0) -> None:
 
 def make_task(loss: str = "dpo", kind: str = "lora", *, shaken: bool = True, **options):
     """A task on a model that differs from its reference, unless not `shaken`."""
-    model = tiny_model()
+    model = options.pop("model", None) or tiny_model()
     tuning = tune(kind, model, options.pop("dropout", 0.0))
     kept = options.pop("as_loaded", False)
     if kept:
@@ -218,6 +219,33 @@ def test_the_adapter_as_it_was_loaded_is_the_reference(kind):
 def test_the_adapter_that_is_off_needs_no_copy():
     assert make_task().reference.kept is None
     assert set(make_task().groups({})) == {"adapters"}
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto", "orpo"])
+@pytest.mark.parametrize("as_loaded", [False, True])
+def test_a_quantised_base_is_held_once_and_stays_as_it_is(loss, as_loaded):
+    model = tiny_model()
+    nn.quantize(model, group_size=32, bits=4)
+    base = {name: np.array(array) for name, array in flat(model).items()}
+    task = make_task(loss, model=model, as_loaded=as_loaded, shaken=False)
+    kept = task.reference.kept if task.reference else None
+    held = sum(array.size for array in (kept or {}).values())
+    assert held == as_loaded * (loss != "orpo") * sum(a.size for a in task.tuning.arrays().values())
+    if loss == "dpo":
+        first = task.reference_logprobs(make_batch(pair_rows()))
+    gradient, metrics = gradient_of(task, rows_for(loss))
+    assert max(np.abs(g).max() for g in gradient.values()) > 1e-6
+    assert set(gradient) == set(task.tuning.arrays())  # nothing but the adapter moves
+    assert_same_bits(base, base_of(task))
+    if loss == "dpo":
+        assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        np.testing.assert_array_equal(first, task.reference_logprobs(make_batch(pair_rows())))
+
+
+def base_of(task) -> dict:
+    """The arrays of a task's model with its adapter off."""
+    with task.tuning.disabled():
+        return {name: np.array(array) for name, array in flat(task.model).items()}
 
 
 def test_ranked_lists_count_like_one_pair_each():
