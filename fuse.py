@@ -12,7 +12,6 @@ for mlx-lm or PEFT, a GGUF file, a reward model as transformers' sequence classi
 
 import fast_blas
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -126,8 +125,7 @@ def main(words=None) -> None:
     from models.model_folders import check_free
     from publishing.hub import check_repo_name
 
-    if notice := fast_blas.notice():
-        print(notice, file=sys.stderr)
+    fast_blas.tell_of_slowness()
     if args.upload_repo:
         check_repo_name(args.upload_repo)
     if args.save_path is None:
@@ -138,7 +136,7 @@ def main(words=None) -> None:
 
     # ------ what goes in, and what it computes before anything is fused
     from models.parts import load_parts
-    from publishing.checks import Check
+    from publishing.export import Check
 
     parts = load_parts(
         args.model,

@@ -15,14 +15,21 @@ A real one, rewards that can be checked:
 
 import fast_blas  # noqa: F401
 
-from command_line.adapter_file import make_tuning
+from command_line.adapter_file import load_copy, make_tuning
 from command_line.group_flags import config_of, parse_arguments, settle_for_model
-from command_line.model_limits import check_rows, fit_lengths
+from command_line.model_limits import check_splits, fit_lengths
 from command_line.parser import run_main
 from command_line.ppo_flags import ends, load_prompts, stop_at, validation_prompts
 from command_line.reward_flags import make_learned_reward, make_rewards
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
-from training.launch import run_training, say_peak_memory, say_written, start
+from training.launch import (
+    count_trained,
+    finish_rollouts,
+    rollout_loop,
+    run_training,
+    say_peak_memory,
+    start,
+)
 
 # ------------------------------------------------------------------------------ main
 
@@ -37,13 +44,7 @@ def main(words=None) -> int:
     per_step = config_of(args).prompts_per_step
     prompts = load_prompts(args, loaded.tokenizer, loaded.weights, per_step)
     policy, reference = make_policy(args, loaded)
-    for split in prompts.values():
-        check_rows(
-            split.rows,
-            loaded.limits,
-            prefix=len(policy.tuning.prefix),
-            response=args.max_new_tokens,
-        )
+    check_splits(prompts, loaded.limits, policy.tuning, response=args.max_new_tokens)
     learned = make_learned_reward(args, loaded, policy.tuning)
     rewards = make_rewards(args, learned, unscored=True)
     rewards.check_columns([*columns_of(prompts["train"].rows), "group_ids"])
@@ -57,14 +58,11 @@ def main(words=None) -> int:
 
 def make_policy(args, loaded):
     """(policy, reference model or None for "the policy without its adapter", or for no KL)."""
-    from models.load import load_model
     from models.policy import Policy
 
     tuning = make_tuning(args, loaded, args.resume_file, ignore=("lora_dropout",))
-    reference = None
-    if tuning.kind == "full" and config_of(args).beta:
-        options = model_options(args) | {"quantize": args.reference_quantize}
-        reference = load_model(options.pop("model"), **options).model
+    compared = tuning.kind == "full" and config_of(args).beta
+    reference = load_copy(args).model if compared else None
     return Policy(loaded.model, tuning), reference
 
 
@@ -74,12 +72,10 @@ def make_policy(args, loaded):
 def train(args, loaded, policy, reference, rewards, prompts) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_group_trainer import GroupTrainer
-    from models.adapter_files import describe
-    from publishing.trained import write_fused
+    from publishing.export import write_fused
     from training.group_loop import GroupLoop
-    from training.groups import Group, adapter_group
+    from training.groups import Group
     from training.optimizers import build_optimizer
-    from training.rollout_loop import RolloutSchedule
 
     config = config_of(args)
     updates = config.num_steps * config.updates_per_step
@@ -92,36 +88,25 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         eos_ids=ends(args, loaded.tokenizer),
         grad_checkpoint=args.grad_checkpoint,
     )
-    groups = {"adapters": adapter_group(policy.tuning, describe(policy.tuning, loaded))}
+    groups = {}
     if trainer.blend is not None:  # the blended reference is a part of checkpoints
         groups["reference"] = Group(trainer.blend.arrays, trainer.blend.load_arrays)
-    schedule = RolloutSchedule(
-        steps=config.num_steps,
-        eval_every=args.eval_every,
-        eval_samples=args.eval_samples,
-        samples_per_step=args.samples_per_step,
-        **schedule_options(args),
+    make_loop = rollout_loop(
+        GroupLoop,
+        args,
+        loaded,
+        trainer,
+        rewards,
+        prompts,
+        validation_prompts(args, prompts),
+        schedule_options(args),
+        stop_at(args.stop, loaded.tokenizer),
+        **groups,
     )
-
-    def make_loop(run) -> GroupLoop:
-        return GroupLoop(
-            run,
-            trainer,
-            rewards,
-            loaded.tokenizer,
-            prompts["train"].rows,
-            validation_prompts(args, prompts),
-            groups,
-            schedule,
-            stop_at(args.stop, loaded.tokenizer),
-            loaded.fingerprint,
-        )
-
     said = (
         f"{config.num_steps} steps of {config.prompts_per_step} prompts x "
         f"{config.num_generations} responses, {config.updates_per_step} updates each; "
-        f"{sum(a.size for a in policy.tuning.arrays().values()):,} weights trained; "
-        f"rewards: {rewards}"
+        f"{count_trained(policy.tuning)}; rewards: {rewards}"
     )
     if config.updates_per_step == 1 and not config.online_dpo:
         said += (
@@ -143,30 +128,11 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
 
 def finish(args, loaded, run, loop) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
-    from models.adapter_files import save_adapter
-    from reports.training_plots import plot_groups, plot_learned_and_true
-    from rewards.learned import GROUND_TRUTH, LEARNED
-    from run_folder.next_line import command
+    from reports.training_plots import plot_groups
     from run_folder.run import read_rows
 
-    tuning = loop.trainer.model.tuning
-    written = save_adapter(args.save_file, tuning, loaded)
-    rows = read_rows(run.folder)
-    written.append(plot_groups(rows, run.plots / "group.png"))
-    if args.reward_model and args.true_score:
-        written.append(
-            plot_learned_and_true(
-                rows,
-                run.plots / "learned_and_true.png",
-                learned=f"rewards/{LEARNED}/mean",
-                true=f"rewards/{GROUND_TRUTH}/mean",
-            )
-        )
-    evaluations = {"first": loop.evaluations[:1], "last": loop.evaluations[-1:]}
-    run.finish({"steps": loop.step, "evaluation": evaluations})
-    talk = command("talk_to_model.py", model=args.model, resume_file=args.save_file)
-    fuse = command("fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/")
-    say_written(run, written, *([] if tuning.kind == "prompt" or args.fused_dir else [fuse]), talk)
+    plot = plot_groups(read_rows(run.folder), run.plots / "group.png")
+    finish_rollouts(args, loaded, run, loop, plot, metric="rewards/{name}/mean")
 
 
 if __name__ == "__main__":

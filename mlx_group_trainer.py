@@ -20,9 +20,7 @@ Papers: Shao et al. 2024 (GRPO), Ahmadian et al. 2024 (RLOO), Hu 2025 (REINFORCE
 import fast_blas  # noqa: F401
 
 import contextlib
-import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
@@ -31,22 +29,12 @@ import mlx.optimizers as optim
 import numpy as np
 
 from errors import UserError
-from models.decoding import Sampling
-from models.gradients import checkpointed_blocks, loss_and_gradient
-from models.last_block import allow_short_last_block
 from models.packing import Packed
 from models.policy import Policy
-from models.trunk import vocabulary_size
+from models.reference import ReferenceBlend
 from rl.group_advantages import ESTIMATORS, group_stds, reward_metrics, weighted_sum
 from rl.group_config import GroupConfig
-from rl.group_losses import (
-    Pass,
-    group_loss,
-    mean_of,
-    online_dpo_loss,
-    rloo_loss,
-    surrogate_options,
-)
+from rl.group_losses import Pass, group_loss, mean_of, surrogate_options
 from rl.group_statistics import (
     completion_metrics,
     config_warnings,
@@ -54,31 +42,20 @@ from rl.group_statistics import (
     warnings_for,
 )
 from rl.ppo_statistics import sampling_warnings
-from rl.rollout_checks import check_rollout
+from rl.response_losses import online_dpo_loss, rloo_loss
 from rl.rollouts import Rollout
-from rl.shaping import length_penalties
-from training.optimizers import build_optimizer
-from training.reference_blend import ReferenceBlend
 from training.rollout_stages import (
-    EVALUATION,
     SAMPLING,
     fit_columns,
     minibatch_order,
-    pack_rows,
-    sample,
     score_reference,
-    scored,
-    set_mask,
-    stream,
-    token_lists,
-    use_sampled,
 )
-from training.update import added, all_finite, apply_update
+from training.rollout_trainer import RolloutTrainer
 
 __all__ = ["GroupConfig", "GroupTrainer"]
 
 
-class GroupTrainer:
+class GroupTrainer(RolloutTrainer):
     """A group method on a `Policy`.
 
     The reference is the model with its adapter off, or `ref_model` (needed for full fine-tuning
@@ -103,37 +80,14 @@ class GroupTrainer:
                 "full fine-tuning with a KL needs a reference model: a frozen copy of "
                 "the policy; --beta 0 needs none"
             )
-        if eos_ids is None and tokenizer is None:
-            raise UserError("GroupTrainer needs a tokenizer, or eos_ids")
-        if ref_model is not None:
-            allow_short_last_block(ref_model)
-        self.config, self.model, self.reference = config, model, ref_model
-        self.tokenizer = tokenizer
-        self.eos_ids = set(eos_ids if eos_ids is not None else tokenizer.eos_token_ids)
-        self.vocabulary = vocabulary_size(model.model)
-        self.optimizer = optimizer or build_optimizer("adam", config.learning_rate)
-        self.optimizer.init(model.trainable_parameters())
-        self.grad_checkpoint = grad_checkpoint
-        self.steps_done = self.updates_done = self.equal_steps = self.num_tokens = 0
+        super().__init__(config, model, ref_model, tokenizer, optimizer, eos_ids, grad_checkpoint)
+        self.updates_done = self.equal_steps = self.num_tokens = 0
         self.entropy_coef, self.last_entropy = config.entropy_coef, float("inf")
         self.blend = None
         if config.sync_ref_model:
             alpha = config.ref_model_mixup_alpha
             self.blend = ReferenceBlend(model.model, model.tuning, ref_model, alpha)
-        self._warned: set[str] = set()
-        self._set_up_gradient()
-        self.before_update: Callable[[], None] = lambda: None  # called before weights move
-        model.eval()  # no dropout, in rollouts and in updates
         self._warn(**sampling_warnings(config), **config_warnings(config))
-
-    def _set_up_gradient(self) -> None:
-        on_gpu = mx.default_device().type == mx.DeviceType.gpu
-        config = self.config
-        self.compiled = on_gpu if config.compile is None else config.compile
-        # Compiled code is made anew for every shape, so there lengths come in steps of 16.
-        self.pad_to_multiple = config.pad_to_multiple or (16 if on_gpu or self.compiled else 1)
-        loss = self._pair_loss if config.online_dpo else self._loss
-        self._loss_and_grad = loss_and_gradient(self.model, loss, self.compiled)
 
     # ------------------------------------------------------------------ 1. generate
 
@@ -149,38 +103,9 @@ class GroupTrainer:
         `should_stop(tokens)` ends a response early. `part` tells several calls in one step apart,
         so that each draws other numbers.
         """
-        config = self.config
-        sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
         purpose = (SAMPLING, part) if part else (SAMPLING,)
-        return self._sample(prompts, sampling, should_stop, purpose, config.num_generations)
-
-    def sample_for_evaluation(
-        self,
-        queries: Sequence[Sequence[int]],
-        greedy: bool,
-        should_stop: Callable[[list[int]], bool] | None = None,
-        part: int = 0,
-    ) -> Rollout:
-        """A response to each query, the most likely one or a sampled one.
-
-        `part` tells the batches of one evaluation apart, so that each draws other numbers.
-        """
-        sampling = Sampling(0.0 if greedy else self.config.temperature)
-        return self._sample(queries, sampling, should_stop, (EVALUATION, part), 1)
-
-    def _sample(self, queries, sampling, should_stop, purpose, samples: int) -> Rollout:
-        return sample(
-            self.model.model,
-            self.model.tuning.prefix,  # ids from V on, which no query may have
-            queries,
-            max_tokens=self.config.max_new_tokens,
-            sampling=sampling,
-            eos_ids=self.eos_ids,
-            vocabulary=self.vocabulary,
-            random=stream(self.config.seed, self.steps_done, *purpose),
-            should_stop=should_stop,
-            samples=samples,
-        )
+        samples = self.config.num_generations
+        return self._sample(prompts, self.sampling, should_stop, purpose, samples=samples)
 
     # ------------------------------------------------------------------ the step
 
@@ -194,14 +119,6 @@ class GroupTrainer:
         """`update` for responses (token ids) that were written elsewhere, groups adjoining."""
         rollout = self.as_rollout(queries, responses)
         return self.update(rollout, rewards, response_masks=response_masks)
-
-    def as_rollout(
-        self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-    ) -> Rollout:
-        """Responses that were written elsewhere; they have ended where they end with EOS."""
-        responses = token_lists(responses)
-        ended = [bool(response) and response[-1] in self.eos_ids for response in responses]
-        return Rollout(token_lists(queries), responses, ended)
 
     def update(
         self,
@@ -235,11 +152,6 @@ class GroupTrainer:
         self.finish(stats)
         return stats | {"step_time": time.perf_counter() - start}
 
-    def skip(self) -> dict:
-        """A step without an update, for a batch that cannot be learned from; its statistics."""
-        self.steps_done += 1
-        return {"not_finite": 1.0}
-
     # ------------------------------------------------------------------ 2. prepare
 
     def prepare(
@@ -248,51 +160,21 @@ class GroupTrainer:
         """Check a batch, set its masks; rewards (N, F) and weights with the length's penalties."""
         config = self.config
         scores = np.nan_to_num(rewards, nan=0.0, posinf=np.inf, neginf=-np.inf).sum(axis=1)
-        check_rollout(
-            rollout.queries,
-            rollout.responses,
-            scores,
-            response_masks,
-            config.batch_size,
-            self.vocabulary,
-        )
+        self.check(rollout, scores, response_masks)
         check_groups(rollout.queries, config.num_generations)
-        if response_masks is not None:
-            rollout.masks = [np.asarray(mask, dtype=bool) for mask in response_masks]
         if config.mask_truncated_completions:
             rollout.masks = [
                 mask if ended else np.zeros_like(mask)
                 for mask, ended in zip(rollout.masks, rollout.ended, strict=True)
             ]
-        penalties = length_penalties(
-            [len(r) for r in rollout.responses],
-            rollout.ended,
-            missing_eos_penalty=config.missing_eos_penalty,
-            max_length=config.max_new_tokens,
-            overlong_buffer=config.overlong_buffer,
-            overlong_penalty=config.overlong_penalty,
-        )
+        penalties = self.penalties(rollout.responses, rollout.ended)
         if not any(penalties):
             return rewards, weights
         unscored = np.isnan(weighted_sum(rewards, weights))
         column = np.where(unscored, np.nan, penalties)[:, None]
         return np.hstack([rewards, column]), np.append(weights, 1.0)
 
-    # ------------------------------------------------------------------ 3. and 4. score
-
-    def score_policy(self, rollout: Rollout) -> None:
-        """Fill in mask and logprobs: those kept from sampling, or a forward pass."""
-        set_mask(rollout)
-        if self.config.rollout_logprobs and use_sampled(rollout):
-            return
-        temperature = self.config.temperature
-        (rollout.logprobs, _) = scored(
-            rollout,
-            lambda packed: self.model(packed, temperature=temperature),
-            self.config.mini_batch_size,
-            self.model.tuning.prefix,
-            self.pad_to_multiple,
-        )
+    # ------------------------------------------------------------------ 4. score
 
     def score_reference(self, rollout: Rollout) -> None:
         """Fill in ref_logprobs, unless the KL has no weight."""
@@ -305,9 +187,7 @@ class GroupTrainer:
                 self.model.model,
                 self.model.tuning,
                 reference,
-                size=self.config.mini_batch_size,
-                temperature=self.config.temperature,
-                pad_to_multiple=self.pad_to_multiple,
+                **self._passes,
             )
 
     # ------------------------------------------------------------------ 5. advantages
@@ -346,51 +226,15 @@ class GroupTrainer:
         """A permutation of the batch (N,), fresh for each epoch; of online DPO, pairs adjoin."""
         config = self.config
         if not config.online_dpo:
-            return minibatch_order(config.batch_size, config.seed, self.steps_done, epoch)
+            return super().minibatch_order(epoch)
         pairs = minibatch_order(config.batch_size // 2, config.seed, self.steps_done, epoch)
         return np.stack([2 * pairs, 2 * pairs + 1], axis=1).reshape(-1)
-
-    def optimise(self, rollout: Rollout) -> list[dict[str, float]]:
-        """Epochs of updates; returns the metrics of each forward pass."""
-        config, metrics = self.config, []
-        for epoch in range(config.ppo_epochs):
-            order = self.minibatch_order(epoch)
-            for start in range(0, config.batch_size, config.backward_batch_size):
-                metrics += self._update(rollout, order[start : start + config.backward_batch_size])
-        return metrics
-
-    def _update(self, rollout: Rollout, rows: np.ndarray) -> list[dict[str, float]]:
-        """One optimizer update, from the passes that `rows` fall into."""
-        config, total, metrics = self.config, None, []
-        for start in range(0, len(rows), config.mini_batch_size):
-            gradient, found = self._gradient(rollout, rows[start : start + config.mini_batch_size])
-            metrics.append(found)
-            if gradient is not None:
-                total = added(total, gradient)
-        if total is None:
-            return metrics
-        norm = apply_update(
-            self.model,
-            self.optimizer,
-            total,
-            config.gradient_accumulation_steps,
-            config.max_grad_norm,
-            before=self.before_update,
-        )
-        metrics[-1]["grad_norm"] = norm
-        if not math.isfinite(norm):  # of numbers that were finite themselves
-            metrics[-1] |= {"not_finite": 1.0, "skipped": 1.0}
-            return metrics
-        self._after_update(metrics)
-        return metrics
 
     def _gradient(self, rollout: Rollout, rows: np.ndarray) -> tuple[dict | None, dict]:
         """The gradient of one pass, None where it must not move the weights; its metrics."""
         if not any(rollout.masks[row].any() for row in rows):
             return None, {"skipped": 1.0}
-        prefix = self.model.tuning.prefix
-        packed = pack_rows(rollout, rows.tolist(), prefix, self.pad_to_multiple)
-        index, width = mx.array(rows), packed.mask.shape[1]
+        packed, index, width = self._packed(rollout, rows)
         advantages = rollout.advantages[index]
         if rollout.advantages.shape[1] > 1 or rollout.mask.shape[1] == 1:
             advantages = fit_columns(advantages, width)
@@ -399,17 +243,13 @@ class GroupTrainer:
             columns.append(fit_columns(rollout.ref_logprobs[index], width))
         passes = self.config.batch_size / self.config.mini_batch_size
         scalars = [rollout.mask.sum() / passes, mx.array(self.entropy_weight)]
-        with checkpointed_blocks(self.model.model, self.grad_checkpoint):
-            (_, metrics), gradient = self._loss_and_grad(packed.arrays(), columns, scalars)
-        finite = all_finite(gradient)
-        mx.eval(metrics, gradient, finite)
-        metrics = {name: value.item() for name, value in metrics.items()}
-        bad = not (finite.item() and np.isfinite(metrics["loss"]))
-        metrics |= {"not_finite": float(bad), "skipped": float(bad)}
-        return (None if bad else gradient), metrics
+        gradient, metrics = self._pass(packed.arrays(), columns, scalars)
+        return (None if metrics["skipped"] else gradient), metrics
 
     def _loss(self, packed, columns, scalars) -> tuple[mx.array, dict]:
         """Loss of one pass, and its metrics."""
+        if self.config.online_dpo:
+            return self._pair_loss(packed, columns)
         config, packed = self.config, Packed(*packed)
         with_bonus = bool(config.entropy_coef or config.use_adaptive_entropy)
         logprobs, entropy = self.model(
@@ -434,7 +274,7 @@ class GroupTrainer:
             options=surrogate_options(config),
         )
 
-    def _pair_loss(self, packed, columns, scalars) -> tuple[mx.array, dict]:
+    def _pair_loss(self, packed, columns) -> tuple[mx.array, dict]:
         """The DPO loss of one pass, whose rows are pairs, and its metrics."""
         config, packed = self.config, Packed(*packed)
         logprobs, entropy = self.model(packed, temperature=config.temperature, gradient=True)
@@ -452,7 +292,7 @@ class GroupTrainer:
         )
         return 0.0 if resting else self.entropy_coef
 
-    def _after_update(self, passes: Sequence[dict[str, float]]) -> None:
+    def after_update(self, passes: list[dict[str, float]]) -> None:
         """Move what follows the updates: the entropy coefficient, the reference."""
         config = self.config
         self.updates_done += 1
@@ -484,12 +324,6 @@ class GroupTrainer:
     def finish(self, stats: dict) -> None:
         """Count the step."""
         self.steps_done += 1
-
-    def _warn(self, **messages: str) -> None:
-        for name, message in messages.items():
-            if name not in self._warned:
-                self._warned.add(name)
-                warnings.warn(message, stacklevel=3)
 
     # ------------------------------------------------------------------ resume
 

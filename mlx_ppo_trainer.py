@@ -20,8 +20,6 @@ reward), Huang et al. 2024 (the implementation details that matter).
 
 import fast_blas  # noqa: F401
 
-import math
-import warnings
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
@@ -31,49 +29,34 @@ import numpy as np
 
 from errors import UserError
 from models.actor_critic import ActorCritic
-from models.decoding import Sampling
-from models.gradients import checkpointed_blocks, loss_and_gradient
-from models.last_block import allow_short_last_block
 from models.packing import Packed
-from models.trunk import vocabulary_size
 from rl.advantages import gae
 from rl.kl import AdaptiveKLController, FixedKLController, kl_penalty
 from rl.losses import masked_mean, masked_whiten, policy_loss, value_loss
 from rl.ppo_config import PPOConfig
 from rl.ppo_statistics import logged_row, sampling_warnings, step_statistics, warnings_for
-from rl.rollout_checks import as_numbers, check_rollout
+from rl.rollout_checks import as_numbers
 from rl.rollouts import Rollout
 from rl.shaping import (
     RunningMoments,
     clip_scores,
-    length_penalties,
     per_token_rewards,
     scale_scores,
 )
 from training.clock import StageClock
-from training.optimizers import build_optimizer
 from training.rollout_stages import (
-    EVALUATION,
     SAMPLING,
     fit_columns,
-    minibatch_order,
-    pack_rows,
     response_limits,
-    sample,
     score_reference,
-    scored,
-    set_mask,
-    stream,
-    token_lists,
-    use_sampled,
     whole_kl,
 )
-from training.update import added, all_finite, apply_update
+from training.rollout_trainer import RolloutTrainer
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 
 
-class PPOTrainer:
+class PPOTrainer(RolloutTrainer):
     """PPO on an `ActorCritic`.
 
     The reference is the model with its adapter off, or `ref_model` (needed for full fine-tuning).
@@ -81,6 +64,9 @@ class PPOTrainer:
     `eos_ids` end a response; by default they are the tokenizer's. `log_stats` calls
     `log(step, row)`.
     """
+
+    not_finite = "ppo/not_finite"
+    scored_as = ("logprobs", "values")
 
     def __init__(
         self,
@@ -96,37 +82,15 @@ class PPOTrainer:
     ):
         if ref_model is None and model.tuning.kind == "full":
             raise UserError("full fine-tuning needs a reference model: a frozen copy of the policy")
-        if eos_ids is None and tokenizer is None:
-            raise UserError("PPOTrainer needs a tokenizer, or eos_ids")
-        if ref_model is not None:
-            allow_short_last_block(ref_model)
-        self.config, self.model, self.reference = config, model, ref_model
-        self.tokenizer, self.log = tokenizer, log
-        self.eos_ids = set(eos_ids if eos_ids is not None else tokenizer.eos_token_ids)
-        self.vocabulary = vocabulary_size(model.model)
-        self.optimizer = optimizer or build_optimizer("adam", config.learning_rate)
-        self.optimizer.init(model.trainable_parameters())
+        super().__init__(config, model, ref_model, tokenizer, optimizer, eos_ids, grad_checkpoint)
+        self.log = log
         self.kl_controller = (
             AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
             if config.adap_kl_ctrl
             else FixedKLController(config.init_kl_coef)
         )
         self.running = RunningMoments()
-        self.steps_done = 0
-        self.grad_checkpoint = grad_checkpoint
-        self._set_up_gradient()
-        self._warned: set[str] = set()
-        self.before_update: Callable[[], None] = lambda: None  # called before weights move
-        model.eval()  # no dropout, in rollouts and in updates
         self._warn(**sampling_warnings(config))
-
-    def _set_up_gradient(self) -> None:
-        on_gpu = mx.default_device().type == mx.DeviceType.gpu
-        config = self.config
-        self.compiled = on_gpu if config.compile is None else config.compile
-        # Compiled code is made anew for every shape, so there lengths come in steps of 16.
-        self.pad_to_multiple = config.pad_to_multiple or (16 if on_gpu or self.compiled else 1)
-        self._loss_and_grad = loss_and_gradient(self.model, self._loss, self.compiled)
 
     # ------------------------------------------------------------------ 1. generate
 
@@ -155,42 +119,9 @@ class PPOTrainer:
                 self.steps_done,
                 *parts,
             )
-        sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
-        value_head = self.model.value_head
+        purpose, head = (SAMPLING, *parts), self.model.value_head
         return self._sample(
-            queries, max_tokens, sampling, should_stop, (SAMPLING, *parts), value_head
-        )
-
-    def sample_for_evaluation(
-        self,
-        queries: Sequence[Sequence[int]],
-        greedy: bool,
-        should_stop: Callable[[list[int]], bool] | None = None,
-        part: int = 0,
-    ) -> Rollout:
-        """Responses, the most likely ones or sampled; without values.
-
-        `part` tells the batches of one evaluation apart, so that each draws other numbers.
-        """
-        temperature = 0.0 if greedy else self.config.temperature
-        limit = self.config.max_new_tokens
-        purpose = (EVALUATION, part)
-        return self._sample(queries, limit, Sampling(temperature), should_stop, purpose)
-
-    def _sample(
-        self, queries, max_tokens, sampling, should_stop, purpose: tuple[int, ...], value_head=None
-    ) -> Rollout:
-        return sample(
-            self.model.model,
-            self.model.tuning.prefix,  # ids from V on, which no query may have
-            queries,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            eos_ids=self.eos_ids,
-            vocabulary=self.vocabulary,
-            random=stream(self.config.seed, self.steps_done, *purpose),
-            value_head=value_head,
-            should_stop=should_stop,
+            queries, self.sampling, should_stop, purpose, max_tokens, value_head=head
         )
 
     # ------------------------------------------------------------------ the step
@@ -207,14 +138,6 @@ class PPOTrainer:
         They are scored in a forward pass of their own, and have ended where they end with EOS.
         """
         return self.update(self.as_rollout(queries, responses), scores, response_masks)
-
-    def as_rollout(
-        self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-    ) -> Rollout:
-        """Responses that were written elsewhere."""
-        responses = token_lists(responses)
-        ended = [bool(response) and response[-1] in self.eos_ids for response in responses]
-        return Rollout(token_lists(queries), responses, ended)
 
     def update(
         self,
@@ -249,24 +172,10 @@ class PPOTrainer:
             self.running.load_state_dict(before["running"])
         return stats | clock.times()
 
-    def skip(self) -> dict:
-        """A step without an update, for a batch that cannot be learned from; its statistics."""
-        self.steps_done += 1
-        return {"ppo/not_finite": 1.0}
-
     def prepare(self, rollout: Rollout, scores, response_masks=None) -> Rollout:
         """What `update` is given, checked; the rollout with shaped scores."""
         scores = as_numbers(scores)
-        check_rollout(
-            rollout.queries,
-            rollout.responses,
-            scores,
-            response_masks,
-            self.config.batch_size,
-            self.vocabulary,
-        )
-        if response_masks is not None:
-            rollout.masks = [np.asarray(mask, dtype=bool) for mask in response_masks]
+        self.check(rollout, scores, response_masks)
         shaped = self.shape_scores(scores, rollout.responses, rollout.ended)
         rollout.scores = mx.array(shaped, dtype=mx.float32)
         return rollout
@@ -278,35 +187,11 @@ class PPOTrainer:
     ) -> list[float]:
         """Scores (B,) with penalties for length, then scaled by running moments, then clipped."""
         config = self.config
-        penalties = length_penalties(
-            [len(r) for r in responses],
-            ended,
-            missing_eos_penalty=config.missing_eos_penalty,
-            max_length=config.max_new_tokens,
-            overlong_buffer=config.overlong_buffer,
-            overlong_penalty=config.overlong_penalty,
-        )
+        penalties = self.penalties(responses, ended)
         scores = [score + penalty for score, penalty in zip(scores, penalties, strict=True)]
         if config.use_score_scaling:
             scores = scale_scores(scores, self.running, subtract_mean=config.use_score_norm)
         return scores if config.score_clip is None else clip_scores(scores, config.score_clip)
-
-    # ------------------------------------------------------------------ 3. policy
-
-    @property
-    def _passes(self) -> dict:
-        """How rows go through a model, for the shared stages."""
-        return {"size": self.config.mini_batch_size, "pad_to_multiple": self.pad_to_multiple}
-
-    def score_policy(self, rollout: Rollout) -> None:
-        """Fill in mask, logprobs and values: those kept from sampling, or a forward pass."""
-        set_mask(rollout)
-        if self.config.rollout_logprobs and use_sampled(rollout):
-            return
-        temperature, prefix = self.config.temperature, self.model.tuning.prefix
-        rollout.logprobs, rollout.values = scored(
-            rollout, lambda p: self.model(p, temperature=temperature), prefix=prefix, **self._passes
-        )
 
     # ------------------------------------------------------------------ 4. reference
 
@@ -314,10 +199,9 @@ class PPOTrainer:
         """Fill in ref_logprobs and kls, nats per token."""
         mode, policy = self.config.kl_penalty, self.model
         models = (policy.model, policy.tuning, self.reference)
-        options = {"temperature": self.config.temperature, **self._passes}
-        score_reference(rollout, *models, **options)
+        score_reference(rollout, *models, **self._passes)
         if mode == "full":
-            rollout.kls = whole_kl(rollout, *models, **options)
+            rollout.kls = whole_kl(rollout, *models, **self._passes)
         else:
             rollout.kls = kl_penalty(rollout.logprobs, rollout.ref_logprobs, mode)
 
@@ -344,65 +228,24 @@ class PPOTrainer:
 
     # ------------------------------------------------------------------ 7. optimise
 
-    def minibatch_order(self, epoch: int) -> np.ndarray:
-        """A permutation of the batch (B,), fresh for each epoch of each step."""
+    def far_enough(self, metrics: list[dict[str, float]]) -> bool:
+        """Whether the policy has moved beyond the KL that --early-stopping allows."""
         config = self.config
-        return minibatch_order(config.batch_size, config.seed, self.steps_done, epoch)
-
-    def optimise(self, rollout: Rollout) -> list[dict[str, float]]:
-        """Epochs of updates; returns the metrics of each minibatch."""
-        config, metrics = self.config, []
-        for epoch in range(config.ppo_epochs):
-            order = self.minibatch_order(epoch)
-            for start in range(0, config.batch_size, config.backward_batch_size):
-                metrics += self._update(rollout, order[start : start + config.backward_batch_size])
-            if config.early_stopping and metrics[-1]["policy/policykl"] > 1.5 * config.target_kl:
-                break
-        return metrics
-
-    def _update(self, rollout: Rollout, rows: np.ndarray) -> list[dict[str, float]]:
-        """One optimizer update, from the minibatches that `rows` fall into."""
-        config, total, metrics = self.config, None, []
-        for start in range(0, len(rows), config.mini_batch_size):
-            gradient, found = self._gradient(rollout, rows[start : start + config.mini_batch_size])
-            metrics.append(found)
-            if gradient is not None:
-                total = added(total, gradient)
-        if total is None:
-            return metrics
-        norm = apply_update(
-            self.model,
-            self.optimizer,
-            total,
-            config.gradient_accumulation_steps,
-            config.max_grad_norm,
-            before=self.before_update,
-        )
-        metrics[-1]["grad_norm"] = norm
-        if not math.isfinite(norm):  # of numbers that were finite themselves
-            metrics[-1] |= {"not_finite": 1.0, "skipped": 1.0}
-        return metrics
+        return config.early_stopping and metrics[-1]["policy/policykl"] > 1.5 * config.target_kl
 
     def _gradient(self, rollout: Rollout, rows: np.ndarray) -> tuple[dict | None, dict]:
         """The gradient of one minibatch, None where it must not move the weights; its metrics."""
-        packed = pack_rows(rollout, rows, self.model.tuning.prefix, self.pad_to_multiple)
-        index, width = mx.array(rows), packed.mask.shape[1]
+        packed, index, width = self._packed(rollout, rows)
         columns = (rollout.logprobs, rollout.values, rollout.advantages, rollout.returns)
         columns = [fit_columns(column[index], width) for column in columns]  # (b, r)
-        with checkpointed_blocks(self.model.model, self.grad_checkpoint):
-            (_, metrics), gradient = self._loss_and_grad(packed.arrays(), columns)
-        finite = all_finite(gradient)
-        mx.eval(metrics, gradient, finite)
-        metrics = {name: value.item() for name, value in metrics.items()}
-        bad = not (finite.item() and np.isfinite(metrics["loss/total"]))
-        runaway = metrics["policy/ratio"] > self.config.ratio_threshold
-        if runaway:
+        gradient, metrics = self._pass(packed.arrays(), columns, total="loss/total")
+        if metrics["policy/ratio"] > self.config.ratio_threshold:
             self._warn(
                 ratio=f"mean ratio {metrics['policy/ratio']:.2f} is above --ratio-threshold "
                 f"{self.config.ratio_threshold:g}: minibatch skipped; a lower learning rate helps"
             )
-        metrics |= {"not_finite": float(bad), "skipped": float(bad or runaway)}
-        return (None if bad or runaway else gradient), metrics
+            metrics["skipped"] = 1.0
+        return (None if metrics["skipped"] else gradient), metrics
 
     def _loss(self, packed: list[mx.array], columns: list[mx.array]) -> tuple[mx.array, dict]:
         """Loss of one minibatch, and its metrics."""
@@ -441,12 +284,6 @@ class PPOTrainer:
         """Move beta and count the step."""
         self.kl_controller.update(stats["objective/kl"], self.config.batch_size)
         self.steps_done += 1
-
-    def _warn(self, **messages: str) -> None:
-        for name, message in messages.items():
-            if name not in self._warned:
-                self._warned.add(name)
-                warnings.warn(message, stacklevel=3)
 
     def log_stats(self, stats: dict, batch: dict, scores: Sequence[float]) -> None:
         """Hand a step's scalars to `log`, with env/reward_mean and env/reward_std of the scores.

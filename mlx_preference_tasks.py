@@ -19,21 +19,19 @@ import numpy as np
 
 from data_utils import PreferenceBatch, UnpairedBatch
 from mlx_sft_trainer import PASS_TOKENS, Sums, Task, by_length
-from models.last_block import allow_short_last_block, picked_hidden
 from models.packing import Layout, lay_out, left_justified
 from models.reference import Reference
-from models.trunk import token_logprobs
+from models.trunk import picked_hidden, token_logprobs
 from models.tuning import Tuning
 from rl.preference_losses import (
     Pairs,
-    cpo_loss,
     dpo_loss,
     kto_baseline,
     kto_loss,
-    orpo_loss,
     pair_sums,
     sequence_weights,
 )
+from rl.reference_free_losses import cpo_loss, orpo_loss
 from training.groups import Group, adapter_group
 
 EXTRAS = ("entropy", "top1", "mean_logit")
@@ -55,7 +53,6 @@ class PreferenceTask(Task):
         self.reference, self.pad_to_multiple = reference, pad_to_multiple
         on_gpu = mx.default_device().type == mx.DeviceType.gpu  # every new shape is traced anew
         self.pass_tokens = (0 if on_gpu else PASS_TOKENS) if pass_tokens is None else pass_tokens
-        allow_short_last_block(model)
         # As in TRL: with it, policy and reference would differ from the start.
         for module in model.modules():
             if isinstance(module, nn.Dropout):

@@ -17,15 +17,13 @@ from mlx.utils import tree_map
 
 from data_loading.collate import PreferenceBatch, ScalarBatch, TextBatch, UnpairedBatch
 from models.adapter_description import REWARD_HEAD
-from models.gradients import checkpointed_blocks, loss_and_gradient
-from models.last_block import allow_short_last_block, picked_hidden
 from models.packing import pick_targets, round_up
 from models.reward_network import RewardModel
-from models.trunk import find_trunk, token_logprobs
+from models.trunk import find_trunk, picked_hidden, token_logprobs
 from models.tuning import Tuning
 from rl.losses import pairwise_loss, regression_loss
 from training.groups import Group, adapter_group
-from training.update import added, apply_update
+from training.update import added, apply_update, checkpointed_blocks, loss_and_gradient
 
 Batch = TextBatch | ScalarBatch | PreferenceBatch | UnpairedBatch
 # Sums over a batch. "weight" is what each of them is divided by, but for those that are pairs of a
@@ -51,7 +49,6 @@ class LanguageModelTask(Task):
     def __init__(self, model: nn.Module, tuning: Tuning, pad_to_multiple: int = 1):
         self.model, self.trained, self.tuning = model, model, tuning
         self.pad_to_multiple = pad_to_multiple
-        allow_short_last_block(model)
 
     def groups(self, adapter: dict) -> dict[str, Group]:
         """What a checkpoint holds of this task; `adapter`: what it says of the adapter."""

@@ -13,20 +13,26 @@ With answers that were rated in the chat:
 
 import fast_blas  # noqa: F401
 
-from command_line.adapter_file import make_tuning
+from command_line.adapter_file import load_copy, make_tuning
 from command_line.model_limits import check_splits, fit_lengths
 from command_line.parser import run_main
-from command_line.preference_flags import (
-    WITH_REFERENCE,
-    load_rows,
-    make_plan,
-    parse_arguments,
-    task_options,
-)
+from command_line.preference_flags import WITH_REFERENCE, parse_arguments, task_options
+from command_line.preference_rows import least_rows, load_rows, make_plan
 from command_line.sft_flags import training_length, validation
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
-from data_utils import BatchIterator, epoch_batches, make_batch
-from training.launch import run_training, say_peak_memory, say_written, shape_multiple, start
+from data_utils import epoch_batches
+from training.launch import (
+    count_trained,
+    fuse_command,
+    run_training,
+    say_peak_memory,
+    say_written,
+    shape_multiple,
+    show,
+    start,
+    supervised_loop,
+    talk_command,
+)
 
 # ------------------------------------------------------------------------------ main
 
@@ -37,7 +43,7 @@ def main(words=None) -> int:
     fit_lengths(args, loaded.limits)
     rows = load_rows(args, loaded.tokenizer)
     task = None if args.preview else make_task(args, loaded)
-    check_splits(rows, loaded.limits, prefix=len(task.tuning.prefix) if task else 0)
+    check_splits(rows, loaded.limits, task and task.tuning)
     if args.preview:
         return 0
     if args.train:
@@ -72,7 +78,6 @@ def make_task(args, loaded):
 def make_reference(args, loaded, tuning):
     """What the policy is compared with, or None for losses that need nothing."""
     from models.adapter_files import load_adapter
-    from models.load import load_model
     from models.reference import adapter_as_it_is, adapter_off, frozen_copy
 
     if args.algorithm not in WITH_REFERENCE:
@@ -80,8 +85,7 @@ def make_reference(args, loaded, tuning):
     as_loaded = args.resume_adapter_file is not None and args.reference == "loaded"
     if tuning.kind != "full":
         return (adapter_as_it_is if as_loaded else adapter_off)(loaded.model, tuning)
-    options = model_options(args) | {"quantize": args.reference_quantize}
-    other = load_model(options.pop("model"), **options)
+    other = load_copy(args)
     if as_loaded:
         load_adapter(other, args.resume_adapter_file, any_base=args.any_base)
         other.model.freeze()
@@ -90,22 +94,15 @@ def make_reference(args, loaded, tuning):
 
 def precompute(args, loaded, task, rows, folder) -> None:
     """The reference's log-probabilities of the rows of both splits, into the rows."""
-    from training.reference_cache import NAME, describe_arrays, fill_in, key_of
+    from training.reference_cache import describe_arrays, fill_in_split
 
-    if not args.precompute_ref_log_probs:
-        return
     kept = task.reference.kept
     about = describe_arrays(kept) if kept is not None else f"{args.resume_adapter_file}"
     model = f"{loaded.fingerprint} {args.dtype} {args.quantize} {args.reference_quantize} {about}"
-    for split in ("train", "valid"):
-        if split not in rows:
-            continue
-        every = rows[split].rows
+    for split in (name for name in ("train", "valid") if name in rows):
         plan = make_plan(args, rows[split], shuffle=False)
-        batches = ((numbers, make_batch([every[i] for i in numbers])) for numbers in plan.epoch(0))
-        file = folder / NAME / f"{key_of(every, model)}.npy"
-        known = fill_in(every, batches, task.reference_logprobs, file)
-        print(f"{split}: reference log-probabilities {'read from' if known else 'kept in'} {file}")
+        said = fill_in_split(rows[split].rows, plan, task.reference_logprobs, folder, model)
+        print(f"{split}: reference log-probabilities {said}")
 
 
 # ------------------------------------------------------------------------------ loop
@@ -114,13 +111,10 @@ def precompute(args, loaded, task, rows, folder) -> None:
 def train(args, loaded, task, rows) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_sft_trainer import SupervisedTrainer
-    from models.adapter_files import describe
-    from publishing.trained import write_fused
+    from publishing.export import write_fused
     from training.optimizers import build_optimizer
     from training.preference_warnings import PreferenceWatch
     from training.reference_cache import NAME
-    from training.samples import write_samples
-    from training.supervised_loop import Loop, Schedule
 
     plan = make_plan(args, rows["train"], seed=args.seed, pad_to_multiple=shape_multiple())
     steps, batches = training_length(args, len(plan))
@@ -130,38 +124,26 @@ def train(args, loaded, task, rows) -> None:
         max_grad_norm=args.max_grad_norm,
         grad_checkpoint=args.grad_checkpoint,
     )
-    schedule = Schedule(
-        steps=steps,
-        eval_every=args.steps_per_eval,
-        accumulation=args.gradient_accumulation_steps,
-        batches=batches,
-        patience=args.early_stopping_patience,
-        **schedule_options(args),
+    make_loop = supervised_loop(
+        args,
+        loaded,
+        trainer,
+        rows,
+        plan,
+        (steps, batches),
+        schedule_options(args),
+        validation=validation(args, rows.get("valid"), least_rows(args)),
+        watch=PreferenceWatch(
+            log_2={*args.loss_type} <= {"sigmoid", "sigmoid_norm"} and args.algorithm == "dpo",
+            reference=task.reference is not None,
+        ),
     )
 
-    def make_loop(run) -> Loop:
-        return Loop(
-            run,
-            trainer,
-            task.groups(describe(task.tuning, loaded)),
-            BatchIterator(rows["train"].rows, plan),
-            schedule,
-            validation=validation(args, rows.get("valid"), least_rows(args)),
-            after_validation=lambda step: write_samples(
-                run, step, loaded, task, args.sample_prompts, rows.get("samples")
-            ),
-            base=loaded.fingerprint,
-            watch=PreferenceWatch(
-                log_2={*args.loss_type} <= {"sigmoid", "sigmoid_norm"} and args.algorithm == "dpo",
-                reference=task.reference is not None,
-            ),
-        )
-
-    def said(loop: Loop) -> str:
-        precompute(args, loaded, task, rows, loop.run_folder.folder)
-        count = sum(a.size for a in task.tuning.arrays().values())
+    def said(loop) -> str:
+        if args.precompute_ref_log_probs:
+            precompute(args, loaded, task, rows, loop.run_folder.folder)
         size = f"{args.batch_size} x {args.gradient_accumulation_steps}"
-        return f"{steps} updates of {size} rows, {count:,} weights trained"
+        return f"{steps} updates of {size} rows, {count_trained(task.tuning)}"
 
     run_training(
         args,
@@ -175,11 +157,6 @@ def train(args, loaded, task, rows) -> None:
     )
 
 
-def least_rows(args) -> int:
-    """Of a batch: KTO compares the rows of one."""
-    return 2 if args.algorithm == "kto" else 1
-
-
 # ------------------------------------------------------------------------------ save
 
 
@@ -187,7 +164,6 @@ def finish(args, loaded, run, loop, rows) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
     from models.adapter_files import save_adapter
     from reports.training_plots import plot_losses, plot_preferences
-    from run_folder.next_line import command
     from run_folder.run import read_rows
 
     task, found, step = loop.trainer.task, {}, loop.step
@@ -202,14 +178,8 @@ def finish(args, loaded, run, loop, rows) -> None:
     written.append(plot_preferences(logged, run.plots / "preferences.png"))
     valid = {f"valid/{name}": value for name, value in found.items()}
     run.finish({"steps": loop.step, "best_valid_loss": loop.best, **loop.totals, **valid})
-    fuse = command("fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/")
-    talk = command("talk_to_model.py", model=args.model, resume_file=args.save_file)
-    say_written(run, written, *([] if args.fused_dir else [fuse]), talk)
-
-
-def show(what: str, metrics: dict[str, float]) -> None:
-    """One line of metrics."""
-    print(f"{what}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    fuse = [] if args.fused_dir else [fuse_command(args)]
+    say_written(run, written, *fuse, talk_command(args))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ A real one, rejection sampling: the best of several samples a prompt, for sft.py
 import fast_blas
 
 import json
-import sys
 from pathlib import Path
 
 from command_line.data_flags import settle_date, tokenising
@@ -33,10 +32,9 @@ def main(words=None) -> int:
     # MLX and what stands on it come after the command line: help and mistakes answer at once.
     from data_utils import columns_of, data_report
     from rewards.scored_rows import make_pairs, refuse_promptless, score_pairs
-    from run_folder.console import Progress
+    from run_folder.console import Wait
 
-    if notice := fast_blas.notice():
-        print(notice, file=sys.stderr)
+    fast_blas.tell_of_slowness()
     pairs, tokenizer = sample(args, records) if args.prompts else (None, None)
     tokenizer, reward_model = load(args, tokenizer)
     rewards = make_rewards(args, make_learned_reward(args, tokenizer, reward_model))
@@ -47,8 +45,8 @@ def main(words=None) -> int:
     if args.best_of:
         refuse_promptless(pairs)
     rewards.check_columns(columns_of(pair.whole for pair in pairs))
-    with Progress(len(pairs), name="score") as progress:
-        score_pairs(rewards, pairs, args.batch_size, progress.advance)
+    with Wait("scoring", len(pairs)) as wait:
+        score_pairs(rewards, pairs, args.batch_size, wait.advance)
     print_summary(pairs)
     if args.output is not None:
         write(args, pairs)
@@ -70,7 +68,7 @@ def sample(args, records):
     from models.decoding import Sampling
     from models.load import load_model
     from rewards.sampled_rows import sample_pairs
-    from run_folder.console import Progress
+    from run_folder.console import Wait
 
     loaded = load_model(
         args.model,
@@ -84,7 +82,7 @@ def sample(args, records):
     prompts = tokenise_prompts(records, loaded.tokenizer, **tokenising(args))
     print(data_report("prompts", records, prompts))
     check_rows(prompts.rows, loaded.limits, response=args.max_new_tokens)
-    with Progress(len(prompts) * args.samples, name="sample") as progress:
+    with Wait("sampling", len(prompts) * args.samples) as wait:
         pairs = sample_pairs(
             loaded,
             records,
@@ -95,7 +93,7 @@ def sample(args, records):
             sampling=Sampling(args.temperature, args.top_k, args.top_p, args.min_p),
             batch_size=args.batch_size,
             seed=args.seed,
-            advance=progress.advance,
+            advance=wait.advance,
         )
     return pairs, loaded.tokenizer
 
@@ -162,7 +160,7 @@ def print_summary(pairs) -> None:
 def write(args, pairs) -> None:
     """All rows with their scores, or the best of each prompt; aside, then renamed."""
     from rewards.scored_rows import best_of, best_rows, scored_rows
-    from run_folder.next_line import command, next_lines
+    from run_folder.console import command, next_lines
     from safe_files import plain, write_atomically
 
     rows = scored_rows(pairs)

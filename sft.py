@@ -14,6 +14,7 @@ A real one:
 import fast_blas  # noqa: F401
 
 from command_line.adapter_file import make_tuning, refuse_other_pooling
+from command_line.data_flags import flags_of_rows
 from command_line.model_limits import check_splits, fit_lengths
 from command_line.parser import run_main
 from command_line.sft_flags import (
@@ -24,27 +25,18 @@ from command_line.sft_flags import (
     validation,
 )
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
-from data_utils import BatchIterator, BatchPlan, epoch_batches
+from data_utils import BatchPlan, epoch_batches
 from models.adapter_description import REWARD_HEAD
-from training.launch import run_training, say_peak_memory, say_written, shape_multiple, start
-
-# Flags that say which rows are read, for the next script's prompts.
-ROWS = (
-    "data",
-    "data_base",
-    "train_file",
-    "validation_file",
-    "dataset",
-    "dataset_config",
-    "split",
-    "streaming",
-    "max_rows",
-    "data_weights",
-    "format",
-    "skip_bad_rows",
-    "validation_split_percentage",
-    "prompt_template",
-    "token_format",
+from training.launch import (
+    count_trained,
+    fuse_command,
+    run_training,
+    say_peak_memory,
+    say_written,
+    shape_multiple,
+    show,
+    start,
+    supervised_loop,
 )
 
 # ------------------------------------------------------------------------------ main
@@ -56,7 +48,7 @@ def main(words=None) -> int:
     fit_lengths(args, loaded.limits)
     rows = load_rows(args, loaded.tokenizer)
     task = None if args.preview else make_task(args, loaded)
-    check_splits(rows, loaded.limits, prefix=len(task.tuning.prefix) if task else 0)
+    check_splits(rows, loaded.limits, task and task.tuning)
     if args.preview:
         return 0
     if args.reward_model:
@@ -93,11 +85,8 @@ def make_task(args, loaded):
 def train(args, loaded, task, rows) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_sft_trainer import SupervisedTrainer
-    from models.adapter_files import describe
-    from publishing.trained import write_fused
+    from publishing.export import write_fused
     from training.optimizers import build_optimizer
-    from training.samples import write_samples
-    from training.supervised_loop import Loop, Schedule
 
     plan = BatchPlan(
         rows["train"].lengths, args.batch_size, seed=args.seed, pad_to_multiple=shape_multiple()
@@ -110,36 +99,24 @@ def train(args, loaded, task, rows) -> None:
         max_grad_norm=args.max_grad_norm,
         grad_checkpoint=args.grad_checkpoint,
     )
-    schedule = Schedule(
-        steps=steps,
-        eval_every=args.steps_per_eval,
-        accumulation=args.gradient_accumulation_steps,
-        batches=batches,
-        patience=args.early_stopping_patience,
-        **schedule_options(args),
+    make_loop = supervised_loop(
+        args,
+        loaded,
+        trainer,
+        rows,
+        plan,
+        (steps, batches),
+        schedule_options(args),
+        validation=validation(args, rows.get("valid")),
     )
 
-    def make_loop(run) -> Loop:
-        return Loop(
-            run,
-            trainer,
-            task.groups(describe(task.tuning, loaded)),
-            BatchIterator(rows["train"].rows, plan),
-            schedule,
-            validation=validation(args, rows.get("valid")),
-            after_validation=lambda step: write_samples(
-                run, step, loaded, task, args.sample_prompts, rows.get("samples")
-            ),
-            base=loaded.fingerprint,
-        )
-
-    def said(loop: Loop) -> str:
+    def said(_) -> str:
         passes = task.passes if args.reward_model else None
         return (
-            f"{steps} updates of {args.batch_size} x {schedule.accumulation} rows "
+            f"{steps} updates of {args.batch_size} x {args.gradient_accumulation_steps} rows "
             f"({epochs:.1f} epochs), padding efficiency "
             f"{plan.padding_efficiency(rows['train'].sequences, passes):.2f}, "
-            f"{sum(a.size for a in task.tuning.arrays().values()):,} weights trained"
+            f"{count_trained(task.tuning)}"
         )
 
     kind = "reward_model" if args.reward_model else "sft"
@@ -161,7 +138,7 @@ def finish(args, loaded, run, loop, rows) -> None:
     from models.adapter_files import save_adapter
     from models.reward_model import save_reward_head
     from reports.training_plots import plot_losses
-    from run_folder.next_line import command
+    from run_folder.console import command
     from run_folder.run import read_rows
     from training.samples import normalise_on_samples
 
@@ -180,7 +157,7 @@ def finish(args, loaded, run, loop, rows) -> None:
             found = {f"heldout/{k}": v for k, v in report.items()}
     elif "valid" in rows:
         found = loop.validation_of(step)
-        print("validation: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        show("validation", found)
         found = {f"valid/{name}": value for name, value in found.items()}
     unit = "loss" if args.reward_model else "nats per token"
     written.append(plot_losses(read_rows(run.folder), run.plots / "loss.png", unit=unit))
@@ -193,23 +170,8 @@ def finish(args, loaded, run, loop, rows) -> None:
             reward_model=args.save_file,
         )
     else:
-        going_on = command(
-            "fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/"
-        )
+        going_on = fuse_command(args)
     say_written(run, written, going_on)
-
-
-def flags_of_rows(args) -> list[str]:
-    """The flags that say which rows of the user's own were read, for the next script's prompts."""
-    if not args.changed & {"data", "train_file", "dataset"}:
-        return []
-    words = []
-    for name in ROWS:
-        if name in args.changed:
-            value = getattr(args, name)
-            many = value if isinstance(value, list) else [value]
-            words += ["--" + name.replace("_", "-"), *map(str, many)]
-    return words
 
 
 def agreement(task, rows, plots=None) -> dict[str, float]:
@@ -234,7 +196,7 @@ def test(args, task, rows) -> None:
 
     plan = BatchPlan(rows.lengths, args.batch_size, shuffle=False)
     metrics = evaluate(task, epoch_batches(rows.rows, plan))
-    print("test: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    show("test", metrics)
     if args.reward_model:
         agreement(task, rows.rows)
 

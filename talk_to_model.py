@@ -102,7 +102,7 @@ def make_session(args):
     from chat.scoring import Scorer
     from chat.screen import Screen
     from chat.session import Session, check_system_prompt, distinct_names
-    from chat.speakers import Loader
+    from chat.speaker import Loader
 
     if mx.default_device().type == mx.DeviceType.cpu:
         mx.disable_compile()  # else mlx-lm's samplers run g++, which need not be there
@@ -224,8 +224,7 @@ def chat(session) -> None:
 
 def main(words: list[str] | None = None) -> None:
     args = parse_arguments(words)
-    if notice := fast_blas.notice():
-        print(notice, file=sys.stderr)
+    fast_blas.tell_of_slowness()
     session = make_session(args)
     try:
         if not args.prompt and sys.stdin.isatty():

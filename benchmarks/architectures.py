@@ -2,7 +2,7 @@
 
 Tiny random models are saved by transformers 5, read here, given a LoRA adapter on every linear
 layer, fused by fuse.py's own code and read by transformers again. Needs the environment of
-`make test-baseline`; takes some minutes. Names of cases (tests/baseline/transformers_models.py)
+`make test-baseline`; takes some minutes. Names of cases (tests/helpers/transformers_models.py)
 measure those alone:
 
     .venv-baseline/bin/python benchmarks/architectures.py
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "baseline")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 import fast_blas  # noqa: E402, F401, I001  before MLX
 

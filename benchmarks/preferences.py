@@ -132,7 +132,7 @@ def arguments(name: str, seed: int):
 @functools.cache
 def rows_of(seed: int, kto: bool):
     """Tokenised rows, once for all losses that read them."""
-    from command_line.preference_flags import load_rows
+    from command_line.preference_rows import load_rows
     from models.load import load_model
 
     args = arguments("kto" if kto else "sigmoid", seed)
@@ -142,7 +142,8 @@ def rows_of(seed: int, kto: bool):
 
 def run(name: str, seed: int) -> dict:
     """Train one variant by the script's own task, without a run folder; what came out."""
-    from command_line.preference_flags import WITH_REFERENCE, make_plan, task_options
+    from command_line.preference_flags import WITH_REFERENCE, task_options
+    from command_line.preference_rows import make_plan
     from command_line.shared_flags import adapter_description, optimizer_options
     from data_utils import BatchIterator
     from mlx_preference_tasks import make_task

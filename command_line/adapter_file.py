@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line.rules import flag_of, shown_value
-from command_line.shared_flags import LORA_ONLY, adapter_description
+from command_line.shared_flags import LORA_ONLY, adapter_description, model_options
 from errors import UserError
 from models.adapter_description import FILE_SUFFIXES, VALUE_HEAD, head_path, read_description
 
@@ -84,6 +84,14 @@ def make_tuning(args: argparse.Namespace, loaded: Any, file: str | None, ignore:
     blocks = len(loaded.model.layers)
     refuse_other_adapter(args, file, tuning.description(blocks), blocks=blocks, ignore=ignore)
     return tuning
+
+
+def load_copy(args: argparse.Namespace):
+    """The model once more, for full fine-tuning to be compared with; --reference-quantize."""
+    from models.load import load_model
+
+    options = model_options(args) | {"quantize": args.reference_quantize}
+    return load_model(options.pop("model"), **options)
 
 
 def differences(args: argparse.Namespace, asked: Mapping, there: Mapping, blocks: int | None):

@@ -25,6 +25,26 @@ from run_folder.secrets import tell
 NEEDS = (Needs("dataset_config split streaming", "dataset", valued=False),)
 
 
+# Flags that say which rows are read, for the next script's prompts.
+ROWS = (
+    "data",
+    "data_base",
+    "train_file",
+    "validation_file",
+    "dataset",
+    "dataset_config",
+    "split",
+    "streaming",
+    "max_rows",
+    "data_weights",
+    "format",
+    "skip_bad_rows",
+    "validation_split_percentage",
+    "prompt_template",
+    "token_format",
+)
+
+
 def add_data_arguments(parser: Parser, *, max_length: int = 2048, test_rows: bool = False) -> None:
     """Where rows come from, and their form; `test_rows`: of a script that reads such."""
     add = parser.add_argument_group("data").add_argument
@@ -136,3 +156,16 @@ def tokenising(args: argparse.Namespace) -> dict[str, Any]:
         "token_format": args.token_format,
         "skip_bad_rows": args.skip_bad_rows,
     }
+
+
+def flags_of_rows(args) -> list[str]:
+    """The flags that say which rows of the user's own were read, for the next script's prompts."""
+    if not args.changed & {"data", "train_file", "dataset"}:
+        return []
+    words = []
+    for name in ROWS:
+        if name in args.changed:
+            value = getattr(args, name)
+            many = value if isinstance(value, list) else [value]
+            words += ["--" + name.replace("_", "-"), *map(str, many)]
+    return words

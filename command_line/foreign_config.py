@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from command_line.setting import Setting, refuse_doubles
+from command_line.values import Setting, refuse_doubles
 from errors import UserError
 
 # Our flag names for each of theirs, in order of preference; a script has one of them or none.

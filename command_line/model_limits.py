@@ -63,10 +63,16 @@ def check_rows(rows: Iterable[Any], limits: Limits, *, prefix: int = 0, response
             limits.check_one(ids, where, prefix + response)
 
 
-def check_splits(rows: dict[str, Any], limits: Limits, *, prefix: int = 0) -> None:
-    """`check_rows` of every split of a supervised script, and of its --sample-prompts."""
+def check_splits(
+    rows: dict[str, Any], limits: Limits, tuning: Any = None, *, response: int = 0
+) -> None:
+    """`check_rows` of every split that a script reads, and of its --sample-prompts.
+
+    The virtual tokens of `tuning` come first; None: nothing is trained.
+    """
+    prefix = 0 if tuning is None else len(tuning.prefix)
     for split in ("train", "valid", "test"):
         if split in rows:
-            check_rows(rows[split].rows, limits, prefix=prefix)
+            check_rows(rows[split].rows, limits, prefix=prefix, response=response)
     for ids in rows.get("samples", ()):
         limits.check_one(ids, "--sample-prompts", prefix + 1)

@@ -16,17 +16,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from command_line.config_files import read_config
-from command_line.resumed_options import (
+from command_line.option_files import (
     check_script,
+    read_config,
     read_run_options,
     redacted_options,
     refuse_lost_paths,
 )
-from command_line.setting import Setting
 from command_line.values import (
     LONGEST_SHOWN,
     HelpFormatter,
+    Setting,
     boolean,
     number,
     shown,

@@ -1,21 +1,14 @@
-"""The command line of preference training, and the rows it asks for. Loads no MLX."""
+"""The command line of preference training: its losses and what they read. Loads no MLX."""
 
-import sys
 from typing import Any
-
-import numpy as np
 
 from command_line.adapter_file import settle_adapter
 from command_line.data_flags import (
     add_data_arguments,
-    data_sources,
-    settle_date,
-    tokenising,
-    warn_of_digits_model,
 )
 from command_line.parser import Parser
 from command_line.rules import Needs, flag_of, needs, shown_value
-from command_line.sft_flags import HARMLESS, LOOP_NEEDS, add_loop_arguments, encode_samples
+from command_line.sft_flags import HARMLESS, LOOP_NEEDS, add_loop_arguments
 from command_line.shared_flags import (
     add_adapter_arguments,
     add_any_base,
@@ -24,23 +17,13 @@ from command_line.shared_flags import (
     add_run_arguments,
     at_least,
 )
-from data_utils import (
-    BatchPlan,
-    Tokenised,
-    data_report,
-    load_data,
-    preview,
-    tokenise_pairs,
-    tokenise_unpaired,
-    use_colour,
-)
 from errors import UserError
-from run_folder.secrets import tell
 
 DESCRIPTION = "Preference training: DPO and its family, KTO, ORPO, CPO, SimPO, AlphaPO."
 LEARNING_RATES = {"lora": 1e-4, "dora": 1e-4, "full": 1e-6, "prompt": 1e-3}
 
-# Which options each loss reads; tests compare it with the functions of rl/preference_losses.py.
+# Which options each loss reads; tests compare it with the functions of rl/preference_losses.py and
+# rl/reference_free_losses.py.
 DIVERGENCE = ("f_divergence_type", "f_alpha_divergence_coef")
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 DPO_READS = {
@@ -105,7 +88,6 @@ OWN_DEFAULTS = {
     "alphapo": {"beta": 2.0, "cpo_alpha": 0.0},
     "exo_pair": {"label_smoothing": 1e-3},
 }
-LONGER = 4 / 3  # chosen answers longer than the rejected ones by this factor are worth a word
 
 
 # ------------------------------------------------------------------------------ arguments
@@ -328,104 +310,3 @@ def task_options(args) -> dict[str, Any]:
         "ld_alpha": args.ld_alpha,
         "use_weighting": args.use_weighting,
     }
-
-
-# ------------------------------------------------------------------------------ data
-
-
-def load_rows(args, tokenizer) -> dict[str, Any]:
-    """Tokenised rows by split: train and valid when training, test when testing."""
-    settle_date(args, tokenizer)
-    splits = (["train", "valid"] if args.train or args.preview else []) + ["test"] * args.test
-    rows, found = {}, load_data(splits=splits, **data_sources(args))
-    for records in found.values():
-        warn_of_digits_model(args, records)
-    for split, records in found.items():
-        kinds = set(records.kinds)
-        judged = all(row.kind == "preference" or row.label is not None for row in records)
-        check_kinds(args, kinds, judged)
-        if args.algorithm == "kto":
-            rows[split] = tokenise_unpaired(
-                records, tokenizer, desirable_from=args.desirable_from, **tokenising(args)
-            )
-        else:
-            rows[split] = tokenise_pairs(records, tokenizer, **tokenising(args))
-        print(data_report(split, records, rows[split]))
-        if args.algorithm == "kto" and "preference" in kinds:
-            print("  note: of pairs, the chosen answers are wanted and the rejected ones are not")
-        check_rows(args, split, rows[split])
-        if split == "train":
-            for warning in (kto_warnings if args.algorithm == "kto" else pair_warnings)(
-                args, rows[split]
-            ):
-                tell(f"warning: {warning}")
-            if args.sample_prompts:
-                rows["samples"] = encode_samples(args, tokenizer, False)
-    if args.preview:
-        print(preview(rows["train"][0], tokenizer, use_colour(sys.stdout)))
-    return rows
-
-
-def check_kinds(args, kinds: set[str], judged: bool) -> None:
-    """Refuse rows that the algorithm cannot use, with what could; `judged`: all have a label, or
-    are pairs."""
-    if args.algorithm != "kto" and "unpaired" in kinds:
-        raise UserError(
-            f"--algorithm {args.algorithm} compares chosen with rejected answers, and "
-            "these rows have a label each: use --algorithm kto"
-        )
-    if "desirable_from" in args.changed and judged:
-        raise UserError("--desirable-from has no effect on rows with a label or with pairs")
-
-
-def check_rows(args, split: str, rows: Tokenised) -> None:
-    """Refuse rows that the chosen loss is not defined for."""
-    if args.algorithm == "kto":
-        if len(rows) < 2:
-            raise UserError(f"{rows[0].where}: KTO needs two or more {split} rows")
-        return
-    lists = [row for row in rows.rows if len(row.responses) > 2]
-    if lists and {"aot", "aot_unpaired"} & {*args.loss_type}:
-        raise UserError(
-            f"{lists[0].where}: aot sorts the pairs of a batch, which of ranked lists "
-            "do not count alike; give pairs, or another --loss-type"
-        )
-
-
-def pair_warnings(args, rows: Tokenised) -> list[str]:
-    """What the data will teach besides what it is meant to."""
-    lengths = np.array([[sum(row.masks[0]), sum(row.masks[-1])] for row in rows.rows]).mean(axis=0)
-    if lengths[0] < LONGER * lengths[1]:
-        return []
-    return [
-        f"chosen answers have {lengths[0]:.1f} tokens, rejected ones {lengths[1]:.1f}: length "
-        "may be what is learned; --loss-type sigmoid_norm, --ld-alpha or --algorithm simpo "
-        "weaken that"
-    ]
-
-
-def kto_warnings(args, rows: Tokenised) -> list[str]:
-    """Weights far from the labels' balance (Ethayarajh et al. 2024, eq. 9: 1 to 4/3)."""
-    good = sum(row.label for row in rows.rows)
-    bad = len(rows) - good
-    if not good or not bad:
-        return [
-            f"all {len(rows)} rows are {'' if good else 'un'}wanted: KTO has nothing to compare"
-        ]
-    if good == bad:
-        return []
-    ratio = args.desirable_weight * good / max(args.undesirable_weight * bad, 1e-12)
-    if 1 <= ratio <= 4 / 3:
-        return []
-    low = args.undesirable_weight * bad / good
-    return [
-        f"{good} wanted and {bad} unwanted rows: with these weights the wanted ones count "
-        f"{ratio:.3g} times as much; --desirable-weight {low:.3g} to {low * 4 / 3:.3g} would "
-        "balance them"
-    ]
-
-
-def make_plan(args, rows: Tokenised, **options: Any) -> BatchPlan:
-    """Batches of rows; KTO's have two or more, so that there is another row to compare with."""
-    least = 2 if args.algorithm == "kto" else 1
-    return BatchPlan(rows.lengths, args.batch_size, least=least, **options)

@@ -20,8 +20,8 @@ from command_line.data_flags import (
     tokenising,
     warn_of_digits_model,
 )
+from command_line.option_files import begun_before
 from command_line.parser import Parser
-from command_line.resumed_options import begun_before
 from command_line.rules import Needs, flag_of, needs, refuse_idle
 from command_line.shared_flags import (
     add_adapter_arguments,
@@ -54,7 +54,7 @@ from run_folder.run_config import run_folder_of
 DESCRIPTION = (
     "Supervised fine-tuning of a language model; with --reward-model, training of a reward model."
 )
-# May change when a run is resumed, beside what resumed_options.py lists: they train nothing.
+# May change when a run is resumed, beside what option_files.py lists: they train nothing.
 HARMLESS = ("test", "sample_prompts", "preview")
 AT_VALIDATIONS = ("early_stopping_patience", "save_best", "sample_prompts")
 LEARNING_RATES = {"lora": 2e-4, "dora": 2e-4, "full": 2e-5, "prompt": 1e-2}

@@ -1,9 +1,16 @@
-"""What the value of a flag may look like, and how help shows it. Loads no MLX."""
+"""What the value of a flag may look like, how help shows it, and one option as a file has it.
+
+Loads no MLX.
+"""
 
 import argparse
 import contextlib
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from errors import UserError
 
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
@@ -80,3 +87,28 @@ class HelpFormatter(argparse.HelpFormatter):
 
 class LongHelpFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The same with the lines of the description as they are."""
+
+
+# ------------------------------------------------------------------------------ options of files
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One option of a file: its name there, its value, and where it stands (``FILE:LINE``)."""
+
+    key: str
+    value: Any
+    where: str
+    optional: bool = False  # True: skipped in silence by a script that has no such flag
+
+
+def refuse_doubles(settings: list[Setting]) -> list[Setting]:
+    """The same settings; raises ``UserError`` when a key stands there twice."""
+    seen: dict[str, str] = {}
+    for setting in settings:
+        name = setting.key.replace("-", "_")
+        if name in seen:
+            first = seen[name].rpartition(":")[2]
+            raise UserError(f"{setting.where}: {setting.key!r} stands in line {first} already")
+        seen[name] = setting.where
+    return settings

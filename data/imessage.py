@@ -27,12 +27,15 @@ from datetime import timedelta  # noqa: E402
 
 from command_line.parser import Parser, run_main  # noqa: E402
 from errors import UserError  # noqa: E402
-from histories.canaries import QUESTIONS, as_row, make_canaries  # noqa: E402
-from histories.conversations import Limits, Rows, make_rows, prompts_of, ratings_of  # noqa: E402
+from histories.conversations import ME, History, Limits, Rows, make_rows, prompts_of, ratings_of  # noqa: E402  # noqa: E402
 from histories.exporter import read_export  # noqa: E402
 from histories.imessage import read_database  # noqa: E402
-from histories.masking import Masker  # noqa: E402
-from histories.messages import ME, History  # noqa: E402
+from histories.privacy import (  # noqa: E402
+    QUESTIONS,
+    Masker,  # noqa: E402
+    as_row,
+    make_canaries,
+)
 from histories.telegram import read_telegram  # noqa: E402
 from histories.whatsapp import ORDERS, read_whatsapp  # noqa: E402
 from safe_files import write_atomically, writing  # noqa: E402
@@ -220,7 +223,7 @@ def make_replier(args: argparse.Namespace) -> Callable[[list[dict]], str]:
 
     import mlx.core as mx
 
-    from chat.prompting import Prompting
+    from chat.conversation import Prompting
     from models.decoding import generate
     from models.load import load_model
 

@@ -251,8 +251,7 @@ def check_sizes(args: argparse.Namespace) -> None:
 
 def main(words: list[str] | None = None) -> None:
     args = make_parser().parse_args(words)
-    if notice := fast_blas.notice():
-        print(notice, file=sys.stderr)
+    fast_blas.tell_of_slowness()
     start = time.perf_counter()
     mx.random.seed(args.seed)
     tokenizer = make_tokenizer()

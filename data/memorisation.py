@@ -22,7 +22,7 @@ import json  # noqa: E402
 
 from command_line.parser import Parser, run_main  # noqa: E402
 from errors import UserError  # noqa: E402
-from histories.canaries import Grams, exposure, longest_overlap, others  # noqa: E402
+from histories.privacy import Grams, exposure, longest_overlap, others  # noqa: E402
 from run_folder.console import Progress  # noqa: E402
 
 LONG_OVERLAP = 8  # words; shorter runs are phrases that anybody writes
@@ -69,7 +69,7 @@ class Model:
     """A model with its adapter: how likely it makes answers, and answers of its own."""
 
     def __init__(self, args: argparse.Namespace):
-        from chat.prompting import Prompting
+        from chat.conversation import Prompting
         from models.adapter_files import load_adapter
         from models.load import load_model
 

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from errors import UserError
-from histories.messages import ME, History, Message, clean
+from histories.conversations import ME, History, Message, clean
 
 START = re.compile(r"([A-Z][a-z]{2} \d{2}, \d{4} +\d{1,2}:\d{2}:\d{2} [AP]M)( \(.*\))?$")
 REPLY = "This message responded to an earlier message."

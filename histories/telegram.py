@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from histories.messages import ME, History, Message, clean
+from histories.conversations import ME, History, Message, clean
 
 ONE_PERSON = ("personal_chat", "saved_messages", "bot_chat")
 

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from errors import UserError
-from histories.messages import ME, History, Message, clean
+from histories.conversations import ME, History, Message, clean
 
 ORDERS = ("dmy", "mdy", "ymd")
 MARKS = "\u200e\u200f\u202a\u202b\u202c"  # directions of writing, which iPhones put before lines

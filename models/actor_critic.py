@@ -6,9 +6,8 @@ Legend: B batch, R longest response, D width, V vocabulary, N response tokens pi
 import mlx.core as mx
 import mlx.nn as nn
 
-from models.last_block import allow_short_last_block, picked_hidden
 from models.packing import Packed
-from models.trunk import logits_from_hidden, token_logprobs
+from models.trunk import logits_from_hidden, picked_hidden, token_logprobs
 from models.tuning import Tuning
 
 
@@ -41,7 +40,6 @@ class ActorCritic(nn.Module):
         self.model = model
         self.value_head = value_head
         self._tuning = tuning
-        allow_short_last_block(model)
 
     @property
     def tuning(self) -> Tuning:

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from errors import UserError
 from models.adapter_description import read_json
-from models.array_files import write_json
+from models.array_files import save_weights, write_json
 from models.file_checks import safetensors_header
 from models.load import (
     DTYPES,
@@ -31,7 +31,6 @@ from models.repairs import repair
 from models.reward_network import RewardModel
 from models.transformers_config import unnested
 from models.trunk import find_trunk
-from models.written_arrays import save_weights
 
 ENDING = "ForSequenceClassification"
 HEAD_NAMES = ("score.weight", "score.bias")

@@ -7,6 +7,8 @@ not depend on when the others finish.
 Legend: B rows, b rows still alive, V vocabulary.
 """
 
+from fast_blas import exp
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,7 +18,6 @@ import mlx.nn as nn
 import numpy as np
 
 from errors import UserError
-from models.exponentials import exp
 from models.limits import find_limits
 from models.trunk import find_trunk, hidden_states, logits_from_hidden
 

@@ -15,12 +15,11 @@ import mlx.nn as nn
 from errors import UserError
 from models.adapter_description import CONFIG_FILE as CONFIG
 from models.adapter_description import PEFT_FILES, path_in_block, read_json
-from models.array_files import read_arrays, write_json
+from models.array_files import read_arrays, save_arrays, write_json
 from models.file_checks import safetensors_header
 from models.lora import Adapter, LoraConfig, add_lora
 from models.soft_prompt import SoftPrompt
 from models.tuning import Tuning
-from models.written_arrays import save_arrays
 from safe_files import check_inside
 
 WEIGHTS, PICKLED = PEFT_FILES

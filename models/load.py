@@ -1,5 +1,7 @@
 """A name or a folder becomes a model, its tokenizer and its configuration (mlx-lm underneath)."""
 
+import fast_blas
+
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,12 +12,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from errors import UserError
-from models import exponentials
 from models.base_fingerprint import base_fingerprint
-from models.file_checks import check_depth, check_model_files
+from models.file_checks import check_depth, check_memory, check_model_files
 from models.hub_files import download, looks_like_hub_name
 from models.limits import Limits, find_limits
-from models.memory_needed import check_memory
 from models.repairs import model_classes, repair
 from models.transformers_config import unnested
 
@@ -83,7 +83,7 @@ def load_model(
     if dtype != "stored":
         cast(model, dtype)
     model.freeze()
-    exponentials.use_in(model)
+    fast_blas.use_in(model)
     mx.eval(model.parameters())
     fingerprint, weights = base_fingerprint(path), count_weights(model)
     return LoadedModel(model, tokenizer, config, path, name, fingerprint, quantized, weights)

@@ -12,9 +12,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from errors import UserError
+from models.array_files import save_weights
 from models.family_names import family_weights
 from models.load import LoadedModel
-from models.written_arrays import save_weights
 from safe_files import (
     check_inside,
     copy_file,

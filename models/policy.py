@@ -6,9 +6,8 @@ Legend: B batch, R longest response, N response tokens picked.
 import mlx.core as mx
 import mlx.nn as nn
 
-from models.last_block import allow_short_last_block, picked_hidden
 from models.packing import Packed
-from models.trunk import token_logprobs
+from models.trunk import picked_hidden, token_logprobs
 from models.tuning import Tuning
 
 
@@ -19,7 +18,6 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self._tuning = tuning
-        allow_short_last_block(model)
 
     @property
     def tuning(self) -> Tuning:

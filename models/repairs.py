@@ -10,8 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from errors import UserError
-from models.positions import ATTENTION_NAMES, give_positions
-from models.transformers_config import FULL, SLIDING, layer_types
+from models.transformers_config import ATTENTION_NAMES, FULL, SLIDING, give_positions, layer_types
 
 # Models of mlx-lm that give their layers windows by themselves.
 HAVE_WINDOWS = ("gemma3_text", "cohere2", "gpt_oss", "olmo3", "llama", "smollm3")

@@ -13,10 +13,9 @@ import mlx.nn as nn
 import numpy as np
 
 from errors import UserError
-from models.last_block import allow_short_last_block, picked_hidden
 from models.limits import find_limits
 from models.reading import Reading
-from models.trunk import hidden_size, hidden_states
+from models.trunk import hidden_size, hidden_states, picked_hidden
 from models.tuning import Tuning, check_arrays
 from padding import pad_rows
 
@@ -53,7 +52,6 @@ class RewardModel(nn.Module):
         }
         self.pooling, self.gain, self.offset = pooling, gain, offset
         self._tuning, self.reading = tuning, reading or Reading()
-        allow_short_last_block(model)
         self._prefix: tuple[int, ...] = ()  # of a soft prompt that is fused into the vocabulary
         self._pad_id: int | None = None  # where given, the "last" token is the last that is not it
         self.source: Any = None  # LoadedModel: where it was loaded from, with its tokenizer

@@ -7,6 +7,8 @@ logits are not kept: the gradient is made beside them, or they are made again in
 Legend: B batch, L padded length, D width, V vocabulary, N positions picked from B x L.
 """
 
+from fast_blas import exp
+
 import math
 
 import mlx.core as mx
@@ -14,7 +16,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from errors import UserError
-from models.exponentials import exp
 
 TRUNK_NAMES = ("model", "transformer", "backbone", "gpt_neox")
 # Logits held at once, in elements: 64 MiB in float32.
@@ -45,6 +46,12 @@ def hidden_states(model: nn.Module, tokens: mx.array, cache=None) -> mx.array:
     """tokens (B, L) -> hidden states after the final norm (B, L, D)."""
     owner, name = find_trunk(model)
     return getattr(owner, name)(tokens, cache=cache)
+
+
+def picked_hidden(model: nn.Module, tokens: mx.array, index: mx.array, cache=None) -> mx.array:
+    """tokens (B, L), index (N,) into the flattened B x L -> hidden states after the norm (N, D)."""
+    hidden = hidden_states(model, tokens, cache)
+    return hidden.reshape(-1, hidden.shape[-1])[index]
 
 
 def hidden_size(model: nn.Module) -> int:

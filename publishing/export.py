@@ -1,26 +1,129 @@
-"""Writes what fuse.py makes: one function for each form, each checked before it gets its name."""
+"""Writes what fuse.py makes: one function for each form, each checked before it gets its name.
+
+A training script leaves the same beside its adapter (`write_fused`).
+"""
 
 import shlex
 import shutil
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from errors import UserError
-from models.comparing import all_logits, compare_logits, compare_scores
+from models.adapter_description import REWARD_HEAD
+from models.adapter_files import is_single_file, read_adapter, save_adapter
+from models.comparing import Difference, all_logits, check_sequences, compare_logits, compare_scores
 from models.family_names import about_transformers, check_names
 from models.load import DEFAULT_MODEL, load_model
-from models.model_folders import new_file, new_folder, stored_dtype, write_model
-from models.parts import Parts
+from models.model_folders import check_free, new_file, new_folder, stored_dtype, write_model
+from models.parts import Parts, load_parts
 from models.reward_model import load_reward_model, save_reward_head
-from models.soft_tokenizer import add_soft_prompt
-from models.soft_vocabulary import FusedPrompt
-from publishing.adapter_export import export_adapter, export_peft
+from models.soft_prompt import find_embedding
+from models.soft_vocabulary import FusedPrompt, add_soft_prompt
 from publishing.card import write_card
 from publishing.card_facts import CardChoices, facts_of_parts
-from publishing.checks import Check, Exported, refuse_broken
 from publishing.scoring_code import scoring_code, write_bos
-from run_folder.next_line import command
+from run_folder.console import command
+from safe_files import sweep
+
+# ------------------------------------------------------------------------------ the comparison that
+
+
+# In float32 a fused model is its unfused one up to the order of sums; more is a fault.
+TOLERANCE = 1e-3
+
+
+@dataclass
+class Exported:
+    """What was written and what can be done with it."""
+
+    messages: list[str] = field(default_factory=list)
+    next_commands: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Check:
+    """The sequences that the unfused model was run on, and what it gave."""
+
+    sequences: list[list[int]]
+    expected: list
+
+    @classmethod
+    def of(cls, parts: Parts) -> Self:
+        """What `parts` compute before they are fused."""
+        vocabulary = find_embedding(parts.base.model)[2].weight.shape[0]
+        sequences = check_sequences(parts.base.tokenizer, vocabulary)
+        return cls(sequences, parts.outputs(sequences))
+
+
+def refuse_broken(difference: Difference, what: str, expected: Sequence, exact: bool) -> None:
+    """Raise UserError where a result is not finite or, if `exact`, not what was expected."""
+    size = max(1.0, max(float(np.abs(part).max()) for part in expected))
+    if not np.isfinite(difference.largest) or (exact and difference.largest > TOLERANCE * size):
+        raise UserError(
+            f"the result does not compute what the unfused model does: {what} differ "
+            f"by {difference.largest:.1e}; nothing was written"
+        )
+
+
+# ------------------------------------------------------------------------------ adapters on their o
+
+
+def export_adapter(parts: Parts, path: Path, card: CardChoices, force: bool) -> Exported:
+    (tuning,) = parts.tunings
+    if is_single_file(path):
+        check_free(path, force, suffix=path.suffix)
+        sweep(path)
+        head = REWARD_HEAD if parts.reward_model is not None else None
+        save_adapter(path, tuning, parts.base, head=head)
+        if parts.reward_model is not None:
+            save_reward_head(path, parts.reward_model)
+        return Exported([_arrays_changed(path, tuning)])
+    with new_folder(path, force=force) as folder:
+        save_adapter(folder, tuning, parts.base)
+        if parts.reward_model is not None:
+            save_reward_head(folder, parts.reward_model)
+        message = _arrays_changed(folder, tuning)
+        write_card(folder, facts_of_parts("adapter", parts, card))
+    command = f"mlx_lm.generate --model {parts.base.path} --adapter-path {path} --prompt Hello"
+    usable = tuning.kind != "prompt" and parts.reward_model is None
+    return Exported([message], [command] if usable else [])
+
+
+def _arrays_changed(path: Path, tuning) -> str:
+    """Read an adapter back and say how far its arrays are from those in memory."""
+    written, _ = read_adapter(path)
+    expected = tuning.arrays()
+    if written.keys() != expected.keys():
+        raise UserError(f"{path}: was not written whole")
+    changes = [float(abs(written[name] - array).max()) for name, array in expected.items()]
+    return f"largest change of a weight in the adapter: {max(changes):.1e}"
+
+
+def export_peft(parts, path: Path, check: Check, card: CardChoices, force: bool) -> Exported:
+    from models.interop import load_peft_adapter, save_peft_adapter
+
+    if parts.reward_model is not None:
+        raise UserError("a PEFT adapter has no place for a reward head; --format classifier does")
+    (tuning,) = parts.tunings
+    base = parts.base.name
+    with new_folder(path, force=force) as folder:
+        save_peft_adapter(folder, tuning, base, parts.base.path)
+        loaded = load_peft_adapter(parts.base.model, folder)
+        logits = all_logits(parts.base.model, check.sequences, loaded.prefix)
+        loaded.deactivate()
+        difference = compare_logits(check.expected, logits)
+        refuse_broken(difference, "logits", check.expected, parts.bits is None)
+        write_card(folder, facts_of_parts("peft", parts, card))
+    return Exported([f"largest difference in logits, PEFT's form against ours: {difference}"])
+
+
+# ------------------------------------------------------------------------------ models
+
 
 GGUF_NAME = "model.gguf"
 LIKELY = 1e-6  # a virtual token this probable is worth a warning
@@ -188,3 +291,28 @@ def _compare(folder: Path, parts: Parts, check: Check, prompt, exact: bool) -> s
         difference, what = compare_logits(check.expected, logits), "logits"
     refuse_broken(difference, what, check.expected, exact)
     return f"largest difference in {what}, fused against unfused: {difference}"
+
+
+# ------------------------------------------------------------------------------ for training script
+
+
+def write_fused(args: Namespace, run: Path) -> list[str]:
+    """Fuse what a run saved to --save-file into --fused-dir, as fuse.py does; print what it says.
+
+    The base is read once more, so that the result has the types it is stored in. Returns commands
+    to go on with. Raises UserError, with --fused-dir not written, where the result is not what was
+    trained.
+    """
+    path = Path(args.fused_dir).expanduser()
+    parts = load_parts(
+        args.model,
+        [args.save_file],
+        [1.0],
+        quantize=args.quantize,
+        trust_remote_code=args.trust_remote_code,
+        any_base=args.any_base,
+    )
+    force = bool(args.resume or args.overwrite)  # which was checked when the run began
+    done = export(parts, path, "model", Check.of(parts), CardChoices(path.name, run), force=force)
+    print("\n".join([*done.messages, f"wrote {args.fused_dir}"]))
+    return done.next_commands

@@ -27,8 +27,7 @@ from run_folder.resuming import (
 )
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop
-from training.endings import not_finite, report_skipped, save_or_stop
-from training.ppo_steps import SCORE, is_best, skipped_steps
+from training.endings import SCORE, is_best, not_finite, report_skipped, save_or_stop, skipped_steps
 
 NUMBERS = "loss or gradient"
 

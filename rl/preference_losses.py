@@ -1,12 +1,10 @@
-"""The losses of preference training: DPO's family, KTO, CPO's family with SimPO, and ORPO.
+"""The losses of preference training that compare with a reference: DPO's family and KTO.
 
-A loss of a family is a function of one signature; its name is the choice, its keyword parameters
-are the flags:
+Those without one are in rl/reference_free_losses.py. A loss of a family is a function of one
+signature; its name is the choice, its keyword parameters are the flags:
 
 - DPO (`DPO_LOSSES`): ``f(pairs, *, beta, ...) -> losses (P,)``; `dpo_loss` mixes and weighs them.
 - KTO (`KTO_LOSSES`): ``f(log_ratios, label, baseline, *, beta, ...) -> losses (N,)``.
-- CPO and ORPO (`CPO_LOSSES`, `odds_ratio`): ``f(chosen, rejected, *, beta, ...) -> (losses,
-  chosen rewards, rejected rewards)``, all (P,), without a reference.
 
 Formulas, names and defaults are TRL 1.16's. What stands at a masked place, NaN included, changes
 nothing. Metrics are (sum, weight) pairs, each of them divided by its own weight, so that those of
@@ -125,7 +123,7 @@ def _mean_difference(pairs: Pairs, divergence: Mapping[str, Any]) -> mx.array:
     )
 
 
-def _smoothed(x: mx.array, label_smoothing: float) -> mx.array:
+def smoothed(x: mx.array, label_smoothing: float) -> mx.array:
     """-log sigmoid(x), and with probability `label_smoothing` that of the swapped pair."""
     if not label_smoothing:
         return -nn.log_sigmoid(x)
@@ -136,7 +134,7 @@ def sigmoid(
     pairs: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0, **divergence: Any
 ) -> mx.array:
     """DPO (Rafailov et al. 2023, eq. 7); smoothed, as TRL 0.11 has it, cDPO (Mitchell 2023)."""
-    return _smoothed(beta * _difference(pairs, divergence), label_smoothing)
+    return smoothed(beta * _difference(pairs, divergence), label_smoothing)
 
 
 def hinge(pairs: Pairs, *, beta: float = 0.1, **divergence: Any) -> mx.array:
@@ -197,13 +195,13 @@ def aot(pairs: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> mx.
     """AOT (Melnyk et al. 2024): margins of policy and reference compared rank by rank in a pass."""
     margins = _sorted(pairs.chosen - pairs.rejected)
     reference = _sorted(pairs.ref_chosen - pairs.ref_rejected)
-    return _smoothed(beta * (margins - reference), label_smoothing)
+    return smoothed(beta * (margins - reference), label_smoothing)
 
 
 def aot_unpaired(pairs: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> mx.array:
     """AOT without pairs: chosen and rejected log ratios compared rank by rank in a pass."""
     difference = _sorted(pairs.chosen_ratio) - _sorted(pairs.rejected_ratio)
-    return _smoothed(beta * difference, label_smoothing)
+    return smoothed(beta * difference, label_smoothing)
 
 
 def apo_zero(pairs: Pairs, *, beta: float = 0.1) -> mx.array:
@@ -276,8 +274,8 @@ def dpo_loss(
         losses = DPO_LOSSES[name](pairs, **(options or {}).get(name, {}))
         loss = loss + weight * pairs.mean(losses if weighting is None else losses * weighting)
     rewards = beta * pairs.chosen_ratio, beta * pairs.rejected_ratio
-    metrics = _pair_metrics(pairs.weights, rewards, (pairs.chosen, pairs.rejected))
-    return loss, metrics | _nll_metrics(pairs, "sft" in loss_type and len(loss_type) > 1)
+    metrics = pair_metrics(pairs.weights, rewards, (pairs.chosen, pairs.rejected))
+    return loss, metrics | nll_metrics(pairs, "sft" in loss_type and len(loss_type) > 1)
 
 
 def sequence_weights(logprobs: mx.array, log_sum_sq: mx.array, mask: mx.array) -> mx.array:
@@ -337,121 +335,19 @@ def kto_loss(
     losses = KTO_LOSSES[loss_type](ratios, label, baseline, beta=beta, **options)
     rows = float(label.size)
     metrics = {
-        "rewards/chosen": _weighed(beta * ratios, label),
-        "rewards/rejected": _weighed(beta * ratios, 1 - label),
-        "logps/chosen": _weighed(logps, label),
-        "logps/rejected": _weighed(logps, 1 - label),
+        "rewards/chosen": weighed_sum(beta * ratios, label),
+        "rewards/rejected": weighed_sum(beta * ratios, 1 - label),
+        "logps/chosen": weighed_sum(logps, label),
+        "logps/rejected": weighed_sum(logps, 1 - label),
         "kl": (baseline * rows, mx.array(rows)),
     }
-    return losses.mean(), _detached(metrics)
-
-
-# ---- CPO, SimPO, AlphaPO, ORPO -----------------------------------------------------------------
-
-
-def cpo_sigmoid(
-    chosen: mx.array, rejected: mx.array, *, beta: float = 0.1, label_smoothing: float = 0.0
-):
-    """CPO (Xu et al. 2024, eq. 3) on log-probabilities."""
-    losses = _smoothed(beta * (chosen - rejected), label_smoothing)
-    return losses, beta * chosen, beta * rejected
-
-
-def cpo_hinge(chosen: mx.array, rejected: mx.array, *, beta: float = 0.1):
-    """SLiC (Zhao et al. 2023) on log-probabilities."""
-    return mx.maximum(1 - beta * (chosen - rejected), 0), beta * chosen, beta * rejected
-
-
-def cpo_ipo(chosen: mx.array, rejected: mx.array, *, beta: float = 0.1):
-    """IPO (Azar et al. 2023, eq. 17) on log-probabilities per token."""
-    return mx.square(chosen - rejected - 1 / (2 * beta)), beta * chosen, beta * rejected
-
-
-def simpo(
-    chosen: mx.array,
-    rejected: mx.array,
-    *,
-    beta: float = 2.0,
-    simpo_gamma: float = 0.5,
-    label_smoothing: float = 0.0,
-):
-    """SimPO (Meng et al. 2024, eq. 6): -log sigmoid(beta (a_c - a_r) - gamma), a per token."""
-    losses = _smoothed(beta * (chosen - rejected) - simpo_gamma, label_smoothing)
-    return losses, beta * chosen, beta * rejected
-
-
-def alphapo(chosen: mx.array, rejected: mx.array, *, alpha: float = 0.25, **options: float):
-    """AlphaPO (Gupta et al. 2025, eq. 6): SimPO on (1 - p^-alpha) / alpha in place of log p.
-
-    `alpha` 0 is its limit, SimPO. p is the geometric mean of a response's probabilities.
-    """
-    if alpha:
-        chosen, rejected = ((1 - mx.exp(-alpha * a)) / alpha for a in (chosen, rejected))
-    return simpo(chosen, rejected, **options)
-
-
-CPO_LOSSES = {
-    "sigmoid": cpo_sigmoid,
-    "hinge": cpo_hinge,
-    "ipo": cpo_ipo,
-    "simpo": simpo,
-    "alphapo": alphapo,
-}
-PER_TOKEN = ("ipo", "simpo", "alphapo")  # these compare means over tokens, not sums
-
-
-def cpo_loss(
-    pairs: Pairs, *, loss_type: str = "sigmoid", cpo_alpha: float = 1.0, **options: float
-) -> tuple[mx.array, Sums]:
-    """A loss of `CPO_LOSSES` + `cpo_alpha` times the nats per token of the chosen responses."""
-    logps = _per_token(pairs) if loss_type in PER_TOKEN else (pairs.chosen, pairs.rejected)
-    losses, *rewards = CPO_LOSSES[loss_type](*logps, **options)
-    loss = pairs.mean(losses)
-    if cpo_alpha:
-        loss = loss + cpo_alpha * pairs.mean_nll()
-    metrics = _pair_metrics(pairs.weights, tuple(rewards), logps)
-    return loss, metrics | _nll_metrics(pairs, bool(cpo_alpha))
-
-
-def log1mexp(a: mx.array) -> mx.array:
-    """log(1 - e^a) for a <= 0, accurate on both ends; at 0 that of the nearest a below it."""
-    a = mx.minimum(a, -1e-7)
-    near, far = mx.maximum(a, -1.0), mx.minimum(a, -0.5)  # no infinity in the branch not taken
-    return mx.where(a > -math.log(2), mx.log(-mx.expm1(near)), mx.log1p(-mx.exp(far)))
-
-
-def odds_ratio(chosen: mx.array, rejected: mx.array, *, beta: float = 0.1):
-    """ORPO (Hong et al. 2024, eq. 7): -beta log sigmoid of the log odds ratio, a per token."""
-    losses = -beta * nn.log_sigmoid(_log_odds(chosen, rejected))
-    return losses, beta * chosen, beta * rejected
-
-
-def _log_odds(chosen: mx.array, rejected: mx.array) -> mx.array:
-    return (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
-
-
-def orpo_loss(pairs: Pairs, *, beta: float = 0.1) -> tuple[mx.array, Sums]:
-    """`odds_ratio` + nats per token of the chosen side, whose `nll` has the prompt in it."""
-    logps = _per_token(pairs)
-    losses, *rewards = odds_ratio(*logps, beta=beta)
-    odds = _log_odds(*logps)
-    metrics = _pair_metrics(pairs.weights, tuple(rewards), logps) | _detached(
-        {
-            "log_odds_ratio": _weighed(nn.log_sigmoid(odds), pairs.weights),
-            "log_odds_chosen": _weighed(odds, pairs.weights),
-        }
-    )
-    return pairs.mean(losses) + pairs.mean_nll(), metrics | _nll_metrics(pairs)
-
-
-def _per_token(pairs: Pairs) -> tuple[mx.array, mx.array]:
-    return pairs.chosen / pairs.chosen_tokens, pairs.rejected / pairs.rejected_tokens
+    return losses.mean(), detached(metrics)
 
 
 # ---- metrics -----------------------------------------------------------------------------------
 
 
-def _pair_metrics(
+def pair_metrics(
     weights: mx.array,
     rewards: tuple[mx.array, mx.array],
     logps: tuple[mx.array, mx.array],
@@ -466,20 +362,20 @@ def _pair_metrics(
         "logps/chosen": logps[0],
         "logps/rejected": logps[1],
     }
-    return _detached({name: _weighed(column, weights) for name, column in columns.items()})
+    return detached({name: weighed_sum(column, weights) for name, column in columns.items()})
 
 
-def _nll_metrics(pairs: Pairs, used: bool = True) -> Sums:
+def nll_metrics(pairs: Pairs, used: bool = True) -> Sums:
     """Nats per token of the chosen sides, where a loss has a part for them."""
     if not used:
         return {}
     sums = (pairs.nll * pairs.weights).sum(), (pairs.nll_tokens * pairs.weights).sum()
-    return _detached({"nll_loss": sums})
+    return detached({"nll_loss": sums})
 
 
-def _weighed(x: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+def weighed_sum(x: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
     return (x * weights).sum(), weights.sum()
 
 
-def _detached(metrics: Sums) -> Sums:
+def detached(metrics: Sums) -> Sums:
     return {k: tuple(mx.stop_gradient(part) for part in v) for k, v in metrics.items()}

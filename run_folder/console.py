@@ -1,8 +1,11 @@
-"""What a person sees of a run: a live bar in a terminal, one aligned line per report in a log."""
+"""What a person sees of a run: a live bar in a terminal, one aligned line per report in a log, and
+commands to go on with, as a shell takes them.
+"""
 
+import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
@@ -189,3 +192,20 @@ def short(value: Any) -> str:
         return str(value)
     size = abs(value)
     return f"{value:.3e}" if size and (size < 1e-3 or size >= 1e5) else f"{value:.4g}"
+
+
+# ------------------------------------------------------------------------------ commands to go on w
+
+
+def command(script: str, *flags: str, **named: object) -> str:
+    """``python SCRIPT --name VALUE ...`` with every value quoted; None leaves a flag out."""
+    words = ["python", script]
+    for name, value in named.items():
+        if value is not None:
+            words += ["--" + name.replace("_", "-"), str(value)]
+    return shlex.join([*words, *flags])
+
+
+def next_lines(commands: Sequence[str]) -> str:
+    """The commands below each other, behind ``next:``."""
+    return "next: " + "\n      ".join(commands)

@@ -1,13 +1,13 @@
 import fast_blas  # noqa: F401, I001  before anything imports mlx.core
 
+from files import ROOT
 import re
 import signal
 import sys
-from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # No test looks at the clock: a busy machine is no fault.
@@ -35,3 +35,8 @@ def pytest_sessionfinish(session):
         if not any(pattern.match(reason) for pattern in agreed):
             reporter.write_line(f"{file} does not list: {report.nodeid}: {reason}", red=True)
             session.exitstatus = 1
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)

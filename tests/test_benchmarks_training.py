@@ -6,7 +6,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT
+from files import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import reward_training  # noqa: E402

@@ -13,4 +13,4 @@ def test_every_training_script_is_in_the_table(table):
     there = training_scripts()
     assert {"sft.py", "ppo_training.py"} <= {*there}
     missing = {*there} - table
-    assert not missing, f"add a run of {missing} to RUNS and to SHORT of tests/script_table.py"
+    assert not missing, f"add a run of {missing} to RUNS and SHORT (tests/helpers/script_table.py)"

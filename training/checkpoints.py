@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from errors import UserError
 from models.adapter_description import CONFIG_FILE, CONFIG_KEY
-from models.written_arrays import save_arrays
+from models.array_files import save_arrays
 from run_folder.checkpoint_folder import (
     disk_refused,
     write_checkpoint,

@@ -1,13 +1,28 @@
 """The end of a step, on either backend: a checkpoint, or the end of a run that cannot go on."""
 
 import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from errors import UserError
 from run_folder.checkpoint_folder import list_checkpoints
 from run_folder.manifest import Metric, problem
-from run_folder.run import Run
+from run_folder.run import Run, read_rows
 from run_folder.secrets import tell
+
+SCORE = "eval/sampled/score"  # of held-out prompts; what makes one checkpoint the best
+
+
+def skipped_steps(run_folder: Path, not_finite: str = "ppo/not_finite") -> int:
+    """How many steps of the run, resumed ones included, moved no weight: their metric is 1."""
+    return sum(row.get(not_finite) == 1 for row in read_rows(run_folder))
+
+
+def is_best(evaluations: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last evaluation has the best score so far."""
+    *earlier, last = [row[SCORE] for row in evaluations]
+    return all(last > other for other in earlier if other is not None)
 
 
 def save_or_stop(

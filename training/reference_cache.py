@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from data_utils import BatchPlan, make_batch
 from safe_files import write_atomically, writing
 
 NAME = "reference"  # of the folder in the run folder
@@ -39,6 +40,23 @@ def responses_of(row) -> list[tuple[list[int], list[int]]]:
     if hasattr(row, "responses"):
         return list(zip(row.responses, row.masks, strict=True))
     return [(row.tokens, row.mask)]
+
+
+def fill_in_split(
+    rows: Sequence,
+    plan: BatchPlan,
+    score: Callable[[object], np.ndarray],
+    folder: Path,
+    model: str,
+) -> str:
+    """`fill_in` for all rows of a split, in the batches of `plan`; says where they come from.
+
+    `folder` is the run's; `model` describes the reference.
+    """
+    batches = ((numbers, make_batch([rows[i] for i in numbers])) for numbers in plan.epoch(0))
+    file = folder / NAME / f"{key_of(rows, model)}.npy"
+    known = fill_in(rows, batches, score, file)
+    return f"{'read from' if known else 'kept in'} {file}"
 
 
 def fill_in(

@@ -25,10 +25,9 @@ from run_folder.manifest import Metric
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop
 from training.checkpointed import Resumable
-from training.endings import report_skipped, save_or_stop
+from training.endings import SCORE, is_best, report_skipped, save_or_stop, skipped_steps
 from training.groups import Group
 from training.memory import peak_memory, say_gb
-from training.ppo_steps import SCORE, is_best, skipped_steps
 
 NUMBERS = "score, loss or gradient"
 

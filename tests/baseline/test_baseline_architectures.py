@@ -5,7 +5,7 @@ import re
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT
+from files import ROOT
 
 pytest.importorskip("torch")
 from transformers_models import CASES, MORE, SIBLINGS, TOKENS, write  # noqa: E402

@@ -8,7 +8,7 @@ import json
 
 import numpy as np
 import pytest
-from baseline_setup import ORACLES, close, torch
+from baseline_setup import ORACLES, close, numpy, torch
 from pytorch_actor_critic import ActorCritic, ValueHead, token_logprobs
 from pytorch_losses import (
     masked_mean,
@@ -32,6 +32,7 @@ from pytorch_rewards import (
     scale_scores,
 )
 from safetensors.torch import load_file
+from trl_steps import CASES, STEPS, check_stages, check_stats, given, names_under, step_config
 
 pytestmark = pytest.mark.torch
 PPO = dict(np.load(ORACLES / "ppo_arithmetic.npz", allow_pickle=False))
@@ -199,38 +200,11 @@ def test_pairwise_loss(name, margin, centering):
 
 # ---- whole steps -------------------------------------------------------------------------------
 
-STEPS = np.load(ORACLES / "ppo_step.npz", allow_pickle=False)
-CASES = json.loads(str(STEPS["meta"]))["cases"]
-TRL_DEFAULTS = dict(
-    adap_kl_ctrl=True,
-    init_kl_coef=0.2,
-    target=6.0,
-    horizon=10000.0,
-    gamma=1.0,
-    lam=0.95,
-    cliprange=0.2,
-    cliprange_value=0.2,
-    vf_coef=0.1,
-    max_grad_norm=None,
-    kl_penalty="kl",
-    rollout_logprobs=False,
-)
-# Arrays that TRL logs for its histograms, where the baseline logs scalars.
-ARRAYS = {
-    "objective/logprobs",
-    "objective/ref_logprobs",
-    "ppo/policy/advantages",
-    "ppo/policy/ratio",
-    "tokens/queries_dist",
-    "tokens/responses_dist",
-}
-
 
 def make_trainer(case: str) -> PPOTrainer:
-    settings = CASES[case]
     policy = load_model(str(ORACLES / "ppo_step_model")).model
     reference = None
-    if settings["extra"].get("lora"):
+    if CASES[case]["extra"].get("lora"):
         model = Tuned(policy, peft_description(ORACLES / "ppo_step_lora"))
         arrays = load_file(ORACLES / "ppo_step_lora" / "adapter_model.safetensors")
         model.load_arrays({mlx_name(k): v.T for k, v in arrays.items()}, "oracle")
@@ -243,7 +217,7 @@ def make_trainer(case: str) -> PPOTrainer:
         reference = Tuned(reference, {"fine_tune_type": "full"})
     head, saved = ValueHead(32), np.load(ORACLES / "ppo_step_value_head.npz", allow_pickle=False)
     head.load_state_dict({name: torch.from_numpy(saved[name]) for name in saved.files})
-    config = PPOConfig(**{**TRL_DEFAULTS, **settings["config"]})
+    config = PPOConfig(**step_config(case))
     return PPOTrainer(config, ActorCritic(model, head), reference, eos_ids={2})
 
 
@@ -281,20 +255,16 @@ def test_step_equals_trl(case):
     gradients = record_first_gradient(trainer)
     for k in range(CASES[case]["steps"]):
         root = f"{case}/step{k}"
-        queries, responses = (
-            [[int(t) for t in row if t >= 0] for row in STEPS[f"{root}/in/{name}"]]
-            for name in ("queries", "responses")
-        )
-        scores = STEPS[f"{root}/in/scores"].tolist()
-        check_stages(trainer, root, queries, responses, scores)
+        queries, responses, scores = given(root)
+        check_stages(trainer, trainer.prepare(queries, responses, scores), root, close, numpy)
         gradients.clear()
         trainer.minibatch_order = lambda epoch, root=root: STEPS[f"{root}/out/perm"][epoch]
         stats = trainer.step(queries, responses, scores)
-        check_stats(stats, root)
+        check_stats(stats, root, close, relative=2e-5)
         close(trainer.kl_controller.value, STEPS[f"{root}/out/kl_coef_after"], "kl_coef_after")
         check_gradients(gradients, f"{root}/out/grad_first_optstep/")
     prefix = f"{case}/final/"
-    names = [name for name in STEPS.files if name.startswith(prefix)]
+    names = names_under(prefix)
     assert len(names) == len(trainer.parameters)
     for name in names:
         # Adam divides by the root of the squared gradient: a gradient near 0 costs digits.
@@ -315,38 +285,7 @@ def record_first_gradient(trainer) -> dict:
 
 
 def check_gradients(gradients: dict, prefix: str) -> None:
-    names = [name for name in STEPS.files if name.startswith(prefix)]
+    names = names_under(prefix)
     assert {our_name(name[len(prefix) :]) for name in names} == set(gradients)
     for name in names:
         close(gradients[our_name(name[len(prefix) :])], STEPS[name], name, absolute=1e-6)
-
-
-def check_stages(trainer, root, queries, responses, scores) -> None:
-    """The arrays before the update, at response tokens."""
-    rollout = trainer.prepare(queries, responses, scores)
-    trainer.score_policy(rollout)
-    trainer.score_reference(rollout)
-    trainer.compute_rewards(rollout)
-    trainer.compute_advantages(rollout)
-    mask = STEPS[f"{root}/out/masks"].astype(bool)
-    counted = rollout.mask > 0
-    for ours, theirs in (
-        ("logprobs", "fwd_logprobs"),
-        ("values", "values"),
-        ("kls", "kls"),
-        ("rewards", "rewards"),
-        ("non_score_rewards", "non_score"),
-        ("advantages", "advantages"),
-        ("returns", "returns"),
-    ):
-        close(getattr(rollout, ours)[counted], STEPS[f"{root}/out/{theirs}"][mask], ours)
-    close(rollout.scores, STEPS[f"{root}/out/scores_used"], "scores")
-
-
-def check_stats(stats: dict, root: str) -> None:
-    prefix = f"{root}/out/stats/"
-    names = {name[len(prefix) :] for name in STEPS.files if name.startswith(prefix)}
-    assert names - ARRAYS <= set(stats)
-    for name in names - ARRAYS:
-        absolute = 1e-5 if name == "objective/kl" else 1e-6  # differences that cancel in sums
-        close(stats[name], STEPS[prefix + name], name, relative=2e-5, absolute=absolute)

@@ -10,11 +10,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from baseline_setup import DIGITS, ROOT, torch
+from files import tree
 from pytorch_checkpoints import load_checkpoint
 from pytorch_files import write_arrays
 from pytorch_ppo_training import main as ppo_main
 from pytorch_sft import main as sft_main
-from test_scripts_errors import tree
 
 import sft
 from errors import UserError

@@ -11,16 +11,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from baseline_setup import DIGITS, ROOT, close, torch
+from files import tree
+from flag_check import unread_flags
 from pytorch_files import load_adapter as load_torch_adapter
 from pytorch_flags import BaselineParser, parse
 from pytorch_models import load_model as load_torch
 from pytorch_ppo_training import main as ppo_main
 from pytorch_reward_model import load_reward_model as load_torch_reward_model
 from pytorch_sft import main as sft_main
-from test_scripts_errors import tree
 
 from command_line import ppo_flags, sft_flags
-from command_line.flag_check import unread_flags
 from errors import UserError
 from models.adapter_files import load_adapter, read_adapter, save_adapter
 from models.base_fingerprint import KEY, base_fingerprint

@@ -11,7 +11,8 @@ import sys
 import mlx.core as mx
 import pexpect
 import pytest
-from conftest import ROOT
+from adapters import LORA, PROMPT, randomised, write_adapter
+from files import ROOT
 from tiny import tiny_model_folder
 
 import ppo_training
@@ -26,12 +27,6 @@ from models.reward_model import RewardModel, load_reward_model
 from talk_to_model import parse_arguments
 
 SCRIPT = str(ROOT / "talk_to_model.py")
-LORA = {
-    "fine_tune_type": "lora",
-    "num_layers": -1,
-    "lora_parameters": {"rank": 4, "scale": 4.0, "dropout": 0.0},
-}
-PROMPT = {"fine_tune_type": "prompt", "num_prompt_tokens": 3}
 ENTER, CTRL_C, CTRL_D, UP, LEFT = "\r", "\x03", "\x04", "\x1b[A", "\x1b[D"
 
 
@@ -51,25 +46,6 @@ def files(tmp_path_factory):
     code = "def words(prompts, responses):\n    return [len(r.split()) for r in responses]\n"
     (folder / "rewards.py").write_text(code, encoding="utf-8")
     return folder
-
-
-def randomised(tuning, scale: float = 0.15):
-    """A fresh LoRA changes nothing, so every array gets random numbers."""
-    arrays = tuning.arrays()
-    keys = mx.random.split(mx.random.key(5), len(arrays))
-    tuning.load_arrays(
-        {
-            n: mx.random.normal(a.shape, scale=scale, key=k)
-            for (n, a), k in zip(arrays.items(), keys, strict=True)
-        },
-        "test",
-    )
-    return tuning
-
-
-def write_adapter(path, description):
-    loaded = load_model()
-    save_adapter(path, randomised(attach(loaded.model, description)), loaded)
 
 
 def run(*words, stdin=subprocess.DEVNULL, text=None, cwd=None):

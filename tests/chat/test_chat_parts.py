@@ -6,18 +6,16 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from test_chat import LORA, PROMPT, randomised, write_adapter
+from adapters import LORA, PROMPT, randomised, write_adapter
 from tiny import tiny_model_folder
 from tiny_tokenizers import tiny_tokenizer
 
-from chat.conversation import Conversation
+from chat.conversation import Conversation, Prompting
 from chat.keyboard import StopKey
-from chat.prompting import Prompting
 from chat.rating import Ratings, cannot_rate
 from chat.screen import ReplyWriter, WordWrap, columns, columns_of, wrap
 from chat.settings import Settings
-from chat.speaker import Speaker, continuation
-from chat.speakers import Loader
+from chat.speaker import Loader, Speaker, continuation
 from data_utils import read_records
 from errors import UserError
 from models.adapter_files import attach

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from test_defaults import LINES, SCRIPTS, parse, parser_of
+from parsers import LINES, SCRIPTS, parse, parser_of
 
-from command_line.config_files import read_config
+from command_line.option_files import read_config
 from errors import UserError
 from run_folder.output import printable
 

@@ -5,7 +5,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_training_options import DATA, SMALL, TRAIN, Run, in_tmp, run, same  # noqa: F401
+from short_runs import DATA, SMALL, TRAIN, Run, run, same
 
 import ppo_training
 import sft
@@ -13,6 +13,8 @@ import talk_to_model
 from models.adapter_description import read_description
 from models.adapter_files import load_adapter
 from models.load import load_model
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
 @pytest.mark.parametrize(

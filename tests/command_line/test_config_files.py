@@ -4,7 +4,7 @@ import re
 import textwrap
 
 import pytest
-from test_arguments import parse, refused, write
+from small_parser import parse, refused, write
 
 import ppo_training
 import sft
@@ -172,7 +172,7 @@ def test_an_unknown_key_is_not_mapped_to_anything(tmp_path, capsys, script, word
 def test_a_trained_model_comes_before_the_base_that_a_conf_names(
     tmp_path, capsys, name, keys, model, adapter
 ):
-    from command_line.config_files import read_config
+    from command_line.option_files import read_config
     from command_line.parser import Parser
 
     parser = Parser()

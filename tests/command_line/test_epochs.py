@@ -3,12 +3,14 @@
 import json
 
 import pytest
-from test_training_options import in_tmp, run  # noqa: F401
+from short_runs import run
 
 import group_training
 import ppo_training
 from command_line.group_flags import parse_arguments as group_arguments
 from command_line.ppo_flags import parse_arguments as ppo_arguments
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
 
 REWARD = "def length(prompts, responses):\n    return [float(len(r)) for r in responses]\n"
 COMMON = [

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from files import ROOT
+from flag_check import unread_flags
 
 import fuse
 import group_training
@@ -14,7 +15,6 @@ import preference_training
 import score
 import sft
 import talk_to_model
-from command_line.flag_check import unread_flags
 from command_line.parser import Parser
 
 TRAINING = [

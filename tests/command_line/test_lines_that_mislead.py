@@ -16,7 +16,7 @@ import sft
 from command_line.ppo_flags import parse_arguments as ppo_arguments
 from command_line.sft_flags import parse_arguments as sft_arguments
 from publishing.card import METHODS
-from run_folder.next_line import command
+from run_folder.console import command
 from run_folder.run_config import MADE_BY
 
 PAIRS = [{"prompt": f"q {i}", "chosen": f"the a{i}", "rejected": f"no {i}"} for i in range(6)]

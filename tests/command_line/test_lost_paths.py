@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_training_options import run
+from short_runs import run
 from tiny import tiny_model_folder
 
 import fuse

@@ -9,7 +9,8 @@ from reliable_runs import ROOT, words
 import preference_training
 from command_line import preference_flags
 from command_line.preference_flags import CPO_READS, DPO_READS, KTO_OPTIONS, READS
-from rl.preference_losses import CPO_LOSSES, DPO_LOSSES, KTO_LOSSES, kto, odds_ratio, scores, simpo
+from rl.preference_losses import DPO_LOSSES, KTO_LOSSES, kto, scores
+from rl.reference_free_losses import CPO_LOSSES, odds_ratio, simpo
 
 PAIR = {"prompt": "8 20", "chosen": " 22 30", "rejected": " 21 7"}
 SINGLE = {"prompt": "8 20", "completion": " 22 30", "label": True}

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from files import tree
 from reliable_runs import ROOT, Ended, command, shared_server, words
 
 SFT, PPO = "sft.py --train", "ppo_training.py --ground_truth_reward"
@@ -42,14 +43,6 @@ def folder(tmp_path) -> Path:
         (tmp_path / f"{name}_valid.jsonl").write_text(lines(FINE))
     (tmp_path / "no_model").mkdir()
     return tmp_path
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
-        for path in folder.rglob("*")
-        if path.name != ".lock"
-    }
 
 
 def check(start, line: str, folder: Path, said: str) -> None:

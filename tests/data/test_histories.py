@@ -7,15 +7,22 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from conftest import ROOT
+from files import ROOT
 from hypothesis import given
 from hypothesis import strategies as some
 
 from errors import UserError
-from histories.conversations import Limits, make_rows, prompts_of, trained_turns
+from histories.conversations import (
+    ME,
+    History,
+    Limits,
+    Message,
+    make_rows,
+    prompts_of,
+    trained_turns,
+)
 from histories.exporter import read_export
-from histories.masking import Masker
-from histories.messages import ME, History, Message
+from histories.privacy import Masker
 from histories.telegram import read_telegram
 from histories.whatsapp import read_whatsapp
 

@@ -8,13 +8,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from files import ROOT
 from message_database import MessageDatabase, archive, edits, retracted
 
 from errors import UserError
-from histories.imessage import read_database
-from histories.imessage_text import apple_time, archived_text, message_text
-from histories.messages import ME
+from histories.conversations import ME
+from histories.imessage import apple_time, archived_text, message_text, read_database
 
 SCRIPT = [sys.executable, str(ROOT / "data" / "imessage.py")]
 

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from files import ROOT
 from message_database import MessageDatabase, archive
 
-from histories.canaries import Grams, exposure, longest_overlap, make_canaries, others
+from histories.privacy import Grams, exposure, longest_overlap, make_canaries, others
 
 
 def test_exposure_is_the_log_of_the_rank():

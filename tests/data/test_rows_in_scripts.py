@@ -7,8 +7,7 @@ from tiny import tiny_model_folder
 from tiny_tokenizers import tiny_tokenizer
 
 import sft
-from chat.conversation import Conversation
-from chat.prompting import Prompting
+from chat.conversation import Conversation, Prompting
 from command_line.sft_flags import load_rows, parse_arguments
 from data_loading.formats import to_record
 from data_utils import Records

@@ -6,8 +6,8 @@ import warnings
 import mlx.core as mx
 import numpy as np
 import pytest
+from adapters import peft_arrays, write_peft
 from fuse_setup import fuse, largest, logits, make_adapter, make_tuning
-from test_interop import peft_arrays, write_peft
 
 from errors import UserError
 from models.adapter_files import load_adapter, read_adapter, read_head, save_adapter, save_head

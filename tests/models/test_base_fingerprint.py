@@ -8,16 +8,16 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from files import tree
 from fuse_setup import fuse, make_adapter
 from reliable_runs import DATA, shared_server, words
-from test_scripts_errors import tree
 
 import fuse as fuse_script
 import ppo_training
 import score
 import sft
 import talk_to_model
-from chat.speakers import Loader
+from chat.speaker import Loader
 from errors import UserError
 from models import base_fingerprint as module
 from models.adapter_files import (

@@ -6,7 +6,7 @@ from functools import cache
 
 import mlx.core as mx
 import pytest
-from conftest import ROOT
+from files import ROOT
 from mlx_lm.sample_utils import make_repetition_penalty
 from mlx_lm.utils import load_model
 

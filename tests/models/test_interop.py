@@ -5,6 +5,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from adapters import peft_arrays, write_peft
 from fuse_setup import fuse, fuse_process, largest, logits, make_adapter, make_tuning
 from mlx.utils import tree_flatten
 from tiny import tiny_model_folder
@@ -18,28 +19,6 @@ from models.reward_model import RewardModel, load_reward_model, save_reward_head
 from padding import pad_rows
 
 TEXTS = ("2 4 6 8", "5 3", "0 1 2 3 5 8 13", "8")
-
-
-def write_peft(folder, arrays, **config):
-    """A PEFT adapter folder as another program would write it."""
-    folder.mkdir()
-    described = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, **config}
-    (folder / "adapter_config.json").write_text(json.dumps(described))
-    mx.save_safetensors(
-        str(folder / "adapter_model.safetensors"), arrays, metadata={"format": "pt"}
-    )
-    return folder
-
-
-def peft_arrays(shapes, seed=0):
-    """{layer: (rank, in, out)} -> random lora_A and lora_B under PEFT's names."""
-    mx.random.seed(seed)
-    found = {}
-    for layer, (rank, width, height) in shapes.items():
-        name = f"base_model.model.model.layers.{layer}"
-        found[f"{name}.lora_A.weight"] = 0.1 * mx.random.normal((rank, width))
-        found[f"{name}.lora_B.weight"] = 0.1 * mx.random.normal((height, rank))
-    return found
 
 
 # ------------------------------------------------------------------------------ PEFT

@@ -5,7 +5,7 @@ from mlx.utils import tree_flatten
 from tiny import tiny_model_folder
 
 from errors import UserError
-from models import memory_needed
+from models import file_checks
 from models.file_checks import safetensors_header
 from models.load import load_model
 
@@ -17,7 +17,7 @@ def folder(tmp_path):
 
 def needed(folder, dtype, quantize=None) -> float:
     header = safetensors_header(folder / "model.safetensors")
-    return memory_needed.weights_bytes(list(header.values()), dtype, quantize)
+    return file_checks.weights_bytes(list(header.values()), dtype, quantize)
 
 
 @pytest.mark.parametrize("quantize, bits", [(None, 32), (8, 8.5), (4, 4.5)])
@@ -41,7 +41,7 @@ def test_bytes_are_those_of_the_loaded_model(folder, quantize, bits):
 )
 def test_what_would_fit_is_said(folder, share, fits, not_said, monkeypatch):
     limit = int(share * needed(folder, "float32"))
-    monkeypatch.setattr(memory_needed, "machine_memory", lambda: limit)
+    monkeypatch.setattr(file_checks, "machine_memory", lambda: limit)
     monkeypatch.setattr("models.load._load", None)  # nothing is read
     with pytest.raises(UserError, match="its weights need") as caught:
         load_model(folder, dtype="float32")
@@ -49,4 +49,4 @@ def test_what_would_fit_is_said(folder, share, fits, not_said, monkeypatch):
 
 
 def test_memory_of_this_machine():
-    assert 1e8 < memory_needed.machine_memory() < 1e14
+    assert 1e8 < file_checks.machine_memory() < 1e14

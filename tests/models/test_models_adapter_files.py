@@ -6,7 +6,7 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_models_lora import TOKENS, shake
+from adapters import TOKENS, shake
 from tiny import bare, flat, tiny_model, tiny_model_folder
 
 from errors import UserError

@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from adapters import TOKENS, shake
 from mlx.utils import tree_flatten
 from tiny import flat, tiny_model
 
@@ -11,14 +12,6 @@ from errors import UserError
 from models.load import weight_bytes
 from models.lora import LoraConfig, add_lora, linear_keys, path_in_block
 from models.tuning import FullTuning
-
-TOKENS = mx.array([[5, 9, 60, 3, 17], [8, 8, 2, 33, 40]])
-
-
-def shake(adapter, seed: int = 0, size: float = 0.3) -> None:
-    """Random numbers into an adapter, so that it has an effect."""
-    for i, layer in enumerate(adapter.layers.values()):
-        layer.lora_b = mx.random.normal(layer.lora_b.shape, key=mx.random.key(seed + i)) * size
 
 
 def module_types(model) -> set[str]:

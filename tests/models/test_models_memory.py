@@ -5,7 +5,7 @@ import sys
 
 import mlx.core as mx
 import pytest
-from conftest import ROOT
+from files import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import memory  # noqa: E402

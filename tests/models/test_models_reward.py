@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_models_lora import shake
+from adapters import shake
 from tiny import flat, tiny_model, tiny_model_folder
 
 from errors import UserError

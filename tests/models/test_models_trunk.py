@@ -16,9 +16,11 @@ from models.trunk import (
     hidden_size,
     hidden_states,
     logits_from_hidden,
+    picked_hidden,
     token_logprobs,
     vocabulary_size,
 )
+from training.update import checkpointed_blocks
 
 TOKENS = mx.array([[5, 9, 60, 3, 17], [8, 8, 2, 33, 40]])
 
@@ -30,6 +32,29 @@ def plain(model, hidden, targets, temperature=1.0) -> tuple[mx.array, mx.array, 
     picked = mx.take_along_axis(logprobs, targets[:, None], axis=-1).squeeze(-1)
     entropy = -(mx.exp(logprobs) * logprobs).sum(axis=-1)
     return picked, entropy, (logits.argmax(axis=-1) == targets).astype(mx.float32)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "mamba"])
+def test_picked_states_are_those_of_their_positions(architecture):
+    model, index = tiny_model(architecture), mx.array([1, 4, 5, 8])
+    hidden = hidden_states(model, TOKENS)
+    picked = picked_hidden(model, TOKENS, index)
+    np.testing.assert_array_equal(picked, [hidden[i // 5, i % 5] for i in index.tolist()])
+
+
+def test_picked_states_have_one_gradient_checkpointed_or_not():
+    model = tiny_model()
+    add_lora(model, LoraConfig(rank=2))
+
+    def loss():
+        return mx.sin(picked_hidden(model, TOKENS, mx.array([1, 4, 5, 8]))).sum()
+
+    _, plain = nn.value_and_grad(model, loss)()
+    with checkpointed_blocks(model):
+        _, checkpointed = nn.value_and_grad(model, loss)()
+    assert flat(plain)
+    for (name, a), (_, b) in zip(tree_flatten(plain), tree_flatten(checkpointed), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "gemma3", "mixtral"])

@@ -9,10 +9,9 @@ from tiny import tiny_model_folder
 
 from errors import UserError
 from models.decoding import generate
-from models.last_block import picked_hidden
 from models.load import load_model
 from models.packing import pack
-from models.trunk import token_logprobs
+from models.trunk import picked_hidden, token_logprobs
 
 TOKENS = mx.array([list(range(20, 60))])
 LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e4}

@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT
+from files import ROOT
 from make_old_runs import ADAPTERS, RUNS, machine
 
 import fuse

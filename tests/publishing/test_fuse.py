@@ -22,8 +22,7 @@ from models.parts import load_parts
 from models.reward_model import RewardModel, load_reward_model, save_reward_head
 from publishing import export as export_module
 from publishing.card_facts import CardChoices
-from publishing.checks import Check
-from publishing.export import export
+from publishing.export import Check, export
 
 FILES = {
     "lora": "lora.npz",

@@ -15,8 +15,7 @@ from tokenizers import Tokenizer
 from errors import UserError
 from models.decoding import Sampling, generate
 from models.load import load_model
-from models.soft_tokenizer import with_prefix, with_tokens
-from models.soft_vocabulary import repelling_row, token_names
+from models.soft_vocabulary import repelling_row, token_names, with_prefix, with_tokens
 
 COUNT = 5
 

@@ -8,12 +8,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from script_table import DATA, SHORT, training_scripts
-from test_training_options import in_tmp, run  # noqa: F401
+from short_runs import run
 
 import fuse
 import sft
 from models.load import load_model
 from models.reward_model import load_reward_model
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
 def script_of(name):

@@ -13,7 +13,7 @@ from reliable_runs import Server, differences, left_by, shared_server
 from script_table import words
 
 import sft
-from command_line import resumed_options
+from command_line import option_files
 from errors import UserError
 from run_folder import checkpoint_folder, resuming, run_config
 from run_folder import rows as rows_module
@@ -97,7 +97,7 @@ ROWS: dict[Path, dict] = {}  # what the newest checkpoint says of a file of rows
 def flip(run: Path, monkeypatch, pick: random.Random | None) -> Counter:
     """(file, outcome) of every flip, or of 40 a file that `pick` chooses."""
     told: list[str] = []
-    for module in (checkpoint_folder, resumed_options, resuming, rows_module):
+    for module in (checkpoint_folder, option_files, resuming, rows_module):
         monkeypatch.setattr(module, "tell", told.append)
     folder, counts, silent = run / "run", Counter(), []
     state = load_checkpoint(list_checkpoints(folder / "checkpoints")[-1]).state

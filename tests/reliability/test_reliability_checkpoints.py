@@ -6,8 +6,8 @@ import signal
 
 import mlx.core as mx
 import pytest
+from files import tree
 from reliable_runs import DATA, RUNS, Server, differences, left_by, shared_server, whole
-from test_scripts_errors import tree
 
 from errors import UserError
 from run_folder import checkpoint_folder as checkpoint_folders
@@ -198,7 +198,7 @@ def test_a_base_that_is_not_known_is_not_compared():
 
 def test_a_broken_option_file_is_no_run(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    from command_line.resumed_options import read_run_options
+    from command_line.option_files import read_run_options
 
     with pytest.raises(UserError, match="not the config.json of a run"):
         read_run_options(tmp_path)

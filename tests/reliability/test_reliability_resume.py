@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from files import tree
 from reliable_runs import (
     KILLS,
     RUNS,
@@ -23,7 +24,6 @@ from reliable_runs import (
     whole,
     words,
 )
-from test_scripts_errors import tree
 
 import group_training
 import ppo_training

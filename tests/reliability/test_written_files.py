@@ -16,7 +16,7 @@ from hub_server import TOKEN, Hub
 
 import safe_files
 from errors import UserError
-from models import written_arrays
+from models import array_files
 from models.adapter_files import load_adapter, read_adapter, save_adapter, save_head
 from models.load import DEFAULT_MODEL, load_model
 from models.model_folders import new_folder
@@ -129,9 +129,9 @@ def test_text_and_copies_are_read_back(tmp_path, monkeypatch):
 def test_what_was_written_whole_is_taken_for_it(tmp_path, dtype):
     arrays = {"x": mx.ones((3, 5)).astype(dtype), "one": mx.array(1).astype(dtype)}
     arrays |= {"none": mx.zeros((0, 4), dtype=dtype), "turned": arrays["x"].T}
-    written_arrays.save_arrays(tmp_path / "x.safetensors", arrays, {"format": "mlx"})
+    array_files.save_arrays(tmp_path / "x.safetensors", arrays, {"format": "mlx"})
     if dtype != mx.bfloat16:
-        written_arrays.save_arrays(tmp_path / "x.npz", arrays, {})
+        array_files.save_arrays(tmp_path / "x.npz", arrays, {})
 
 
 # ------------------------------------------------------------------------------ links

@@ -4,7 +4,7 @@ import importlib.util
 import json
 
 import pytest
-from conftest import ROOT
+from files import ROOT
 from tiny_tokenizers import tiny_tokenizer
 
 from errors import UserError

@@ -8,11 +8,12 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from test_reward_functions import PROMPTS, RESPONSES
 
 from errors import UserError
 from rewards.reward_set import Reward, RewardSet
 from rewards.service import HTTPReward
+
+PROMPTS, RESPONSES = ["one", "two", "three"], ["uno", "dos", "tres"]
 
 
 class Service:

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT
+from files import ROOT
 from tiny import tiny_model_folder
 
 import score as score_script

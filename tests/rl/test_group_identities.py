@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from rl.group_advantages import ESTIMATORS, reward_metrics, weighted_sum
-from rl.group_losses import LOSSES, Pass, entropy_mask, group_loss, rloo_loss
+from rl.group_losses import LOSSES, Pass, entropy_mask, group_loss
+from rl.response_losses import rloo_loss
 
 N, T, G = 8, 5, 4
 ONE = np.array([1.0])

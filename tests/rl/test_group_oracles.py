@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from rl.group_advantages import ESTIMATORS, reward_metrics
-from rl.group_losses import Pass, group_loss, rloo_loss
+from rl.group_losses import Pass, group_loss
+from rl.response_losses import rloo_loss
 
 ORACLES = Path(__file__).resolve().parents[1] / "oracles"
 GROUP = dict(np.load(ORACLES / "group.npz", allow_pickle=False))

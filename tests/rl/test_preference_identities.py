@@ -8,25 +8,20 @@ import numpy as np
 import pytest
 
 from rl.preference_losses import (
-    CPO_LOSSES,
     DPO_LOSSES,
     KTO_LOSSES,
     Pairs,
     aot,
-    cpo_loss,
     discopop,
     dpo_loss,
     ipo,
     kto_baseline,
     kto_loss,
-    log1mexp,
-    odds_ratio,
-    orpo_loss,
     pair_sums,
     scores,
     sigmoid,
-    simpo,
 )
+from rl.reference_free_losses import CPO_LOSSES, cpo_loss, log1mexp, odds_ratio, orpo_loss, simpo
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 

@@ -11,17 +11,16 @@ import numpy as np
 import pytest
 
 from rl.preference_losses import (
-    CPO_LOSSES,
     DPO_LOSSES,
     KTO_LOSSES,
     Pairs,
     dpo_loss,
     kto_baseline,
     kto_loss,
-    odds_ratio,
     pair_sums,
     sequence_weights,
 )
+from rl.reference_free_losses import CPO_LOSSES, odds_ratio
 
 ORACLES = Path(__file__).resolve().parents[1] / "oracles"
 TOKENS = dict(np.load(ORACLES / "preference_tokens.npz", allow_pickle=False))

@@ -5,9 +5,9 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from batches import make_batch, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rl_identities import make_batch, seeds
 
 from rl.kl import KL_MODES, AdaptiveKLController, FixedKLController, full_kl, kl_penalty
 from rl.losses import (

@@ -13,8 +13,8 @@ from tiny_ppo import assert_close, assert_same_bits, movement, shaken, weights
 import training.rollout_stages
 from errors import UserError
 from models.packing import pack
+from models.reference import without_effect
 from rl.group_statistics import STEPS_OF_EQUAL_REWARDS
-from training.reference_blend import without_effect
 
 PROMPTS = [[5, 6, 7], [8]]
 KINDS = ["lora", "dora", "prompt", "full"]

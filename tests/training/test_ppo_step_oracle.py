@@ -4,12 +4,19 @@ Tolerance: 1e-5 of each array's largest number, float32, with the trainer's own 
 statistics that are sums around 0 have a rounding of their terms on top.
 """
 
-import json
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
 import pytest
+from trl_steps import (
+    CASES,
+    ORACLES,
+    STEPS,
+    check_stages,
+    check_stats,
+    given,
+    names_under,
+    step_config,
+)
 
 from mlx_ppo_trainer import PPOConfig, PPOTrainer
 from models.actor_critic import ActorCritic, ValueHead
@@ -17,30 +24,11 @@ from models.interop import load_peft_adapter
 from models.load import load_model
 from models.tuning import FullTuning
 
-ORACLES = Path(__file__).resolve().parents[1] / "oracles"
-DATA = np.load(ORACLES / "ppo_step.npz", allow_pickle=False)
-CASES = json.loads(str(DATA["meta"]))["cases"]
-TRL_DEFAULTS = dict(
-    adap_kl_ctrl=True,
-    init_kl_coef=0.2,
-    target=6.0,
-    horizon=10000.0,
-    gamma=1.0,
-    lam=0.95,
-    cliprange=0.2,
-    cliprange_value=0.2,
-    vf_coef=0.1,
-    max_grad_norm=None,
-    kl_penalty="kl",
-    rollout_logprobs=False,
-)
-
 
 def make_trainer(case: str) -> PPOTrainer:
-    settings = CASES[case]
     policy = load_model(ORACLES / "ppo_step_model").model
     reference = None
-    if settings["extra"].get("lora"):
+    if CASES[case]["extra"].get("lora"):
         tuning = load_peft_adapter(policy, ORACLES / "ppo_step_lora")
     else:
         tuning = FullTuning(policy)
@@ -49,7 +37,7 @@ def make_trainer(case: str) -> PPOTrainer:
     head = ValueHead(32)
     saved = np.load(ORACLES / "ppo_step_value_head.npz", allow_pickle=False)
     head.weight, head.bias = mx.array(saved["weight"]), mx.array(saved["bias"])
-    config = PPOConfig(**{**TRL_DEFAULTS, **settings["config"]})
+    config = PPOConfig(**step_config(case))
     return PPOTrainer(config, ActorCritic(policy, head, tuning), reference, eos_ids={2})
 
 
@@ -96,76 +84,29 @@ def test_step_equals_trl(case):
     recorder = Recorder(trainer)
     for k in range(CASES[case]["steps"]):
         root = f"{case}/step{k}"
-        queries, responses = (
-            [[int(t) for t in row if t >= 0] for row in DATA[f"{root}/in/{name}"]]
-            for name in ("queries", "responses")
-        )
-        scores = DATA[f"{root}/in/scores"].tolist()
-        check_stages(trainer, root, queries, responses, scores)
-        recorder.use(DATA[f"{root}/out/perm"])
+        queries, responses, scores = given(root)
+        rollout = trainer.prepare(trainer.as_rollout(queries, responses), scores)
+        check_stages(trainer, rollout, root, close, np.array)
+        recorder.use(STEPS[f"{root}/out/perm"])
         stats = trainer.step(queries, responses, scores)
-        check_stats(stats, root)
-        close(trainer.kl_controller.value, DATA[f"{root}/out/kl_coef_after"], "kl_coef_after")
+        check_stats(stats, root, close)
+        close(trainer.kl_controller.value, STEPS[f"{root}/out/kl_coef_after"], "kl_coef_after")
         prefix = f"{root}/out/grad_first_optstep/"
-        names = [name for name in DATA.files if name.startswith(prefix)]
+        names = names_under(prefix)
         assert {our_name(n[len(prefix) :]) for n in names} == set(recorder.first)
         for name in names:
             ours = recorder.first[our_name(name[len(prefix) :])]
-            theirs = DATA[name].T if "lora_" in name else DATA[name]
+            theirs = STEPS[name].T if "lora_" in name else STEPS[name]
             # A gradient is a sum of terms of the largest gradient's size.
             close(ours, theirs, name)
     check_weights(trainer, case)
 
 
-def check_stages(trainer, root, queries, responses, scores) -> None:
-    """The arrays before the update, at response tokens."""
-    rollout = trainer.prepare(trainer.as_rollout(queries, responses), scores)
-    trainer.score_policy(rollout)
-    trainer.score_reference(rollout)
-    trainer.compute_rewards(rollout)
-    trainer.compute_advantages(rollout)
-    mask = DATA[f"{root}/out/masks"].astype(bool)
-    counted = np.array(rollout.mask, dtype=bool)
-    for ours, theirs in (
-        ("logprobs", "fwd_logprobs"),
-        ("values", "values"),
-        ("kls", "kls"),
-        ("rewards", "rewards"),
-        ("non_score_rewards", "non_score"),
-        ("advantages", "advantages"),
-        ("returns", "returns"),
-    ):
-        close(np.array(getattr(rollout, ours))[counted], DATA[f"{root}/out/{theirs}"][mask], ours)
-    close(rollout.scores, DATA[f"{root}/out/scores_used"], "scores")
-
-
-# Arrays that TRL logs for its histograms, where we log scalars.
-ARRAYS = {
-    "objective/logprobs",
-    "objective/ref_logprobs",
-    "ppo/policy/advantages",
-    "ppo/policy/ratio",
-    "tokens/queries_dist",
-    "tokens/responses_dist",
-}
-
-
-def check_stats(stats: dict, root: str) -> None:
-    prefix = f"{root}/out/stats/"
-    names = {name[len(prefix) :] for name in DATA.files if name.startswith(prefix)}
-    assert names - ARRAYS <= set(stats)
-    for name in names - ARRAYS:
-        # Signed numbers around 0 cancel in sums: what is left is the rounding of the terms, which
-        # for the KL are log-probabilities of size 5, summed over a response.
-        absolute = 1e-5 if name == "objective/kl" else 1e-6
-        close(stats[name], DATA[prefix + name], name, absolute=absolute)
-
-
 def check_weights(trainer, case) -> None:
     prefix = f"{case}/final/"
     ours = flat(trainer.model.trainable_parameters())
-    names = [name for name in DATA.files if name.startswith(prefix)]
+    names = names_under(prefix)
     assert len(names) == len(ours)
     for name in names:
-        theirs = DATA[name].T if "lora_" in name else DATA[name]
+        theirs = STEPS[name].T if "lora_" in name else STEPS[name]
         close(ours[our_name(name[len(prefix) :])], theirs, name)

@@ -12,6 +12,7 @@ from tiny_ppo import (
     make_trainer,
     movement,
     random_batch,
+    rollout_of,
     shaken,
     weights,
 )
@@ -23,19 +24,6 @@ from rl.rollouts import join_rollouts
 from training.rollout_stages import reference_of
 
 KINDS = ["lora", "dora", "prompt", "full"]
-
-
-def rollout_of(trainer, queries, responses, scores, masks=None):
-    """All that `step` computes before the update; `responses` may be a rollout."""
-    rollout = responses
-    if isinstance(responses, list):
-        rollout = trainer.as_rollout(queries, responses)
-    trainer.prepare(rollout, scores, masks)
-    trainer.score_policy(rollout)
-    trainer.score_reference(rollout)
-    trainer.compute_rewards(rollout)
-    trainer.compute_advantages(rollout)
-    return rollout
 
 
 # ------------------------------------------------------------------------------ ratio and KL

@@ -8,13 +8,13 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from test_ppo_trainer import rollout_of
 from tiny import flat, tiny_model
 from tiny_ppo import (
     EOS,
     assert_same_bits,
     make_trainer,
     random_batch,
+    rollout_of,
     shaken,
     weights,
 )

@@ -22,7 +22,8 @@ from models.load import load_model
 from models.reference import adapter_off, frozen_copy
 from models.tuning import FullTuning
 from padding import pad_rows
-from rl.preference_losses import cpo_loss, dpo_loss, orpo_loss
+from rl.preference_losses import dpo_loss
+from rl.reference_free_losses import cpo_loss, orpo_loss
 from training.optimizers import build_optimizer
 
 ORACLES = Path(__file__).resolve().parents[1] / "oracles"

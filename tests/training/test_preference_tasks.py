@@ -19,7 +19,8 @@ from models.lora import LoraConfig, add_lora
 from models.reference import adapter_as_it_is, adapter_off, frozen_copy
 from models.soft_prompt import SoftPrompt
 from models.tuning import FullTuning
-from rl.preference_losses import cpo_loss, dpo_loss, orpo_loss
+from rl.preference_losses import dpo_loss
+from rl.reference_free_losses import cpo_loss, orpo_loss
 
 KINDS = ("lora", "dora", "prompt", "full")
 MIXTURE = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}

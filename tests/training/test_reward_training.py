@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT
+from files import ROOT
 from tiny import tiny_model
 
 import fuse
@@ -20,7 +20,7 @@ from mlx_sft_trainer import RewardModelTask
 from models.load import load_model
 from models.reward_model import load_reward_model
 from models.tuning import Tuning
-from reports import reward_plots
+from reports import reward_evaluation
 from reports import training_plots as plots
 from reports.reward_evaluation import evaluate_scores
 from reports.reward_report import preference_report, ranks, regression_report
@@ -349,7 +349,7 @@ def test_the_preference_report():
 
 def test_held_out_rows_of_ranked_lists_count_every_pair(tmp_path, monkeypatch):
     drawn = {}
-    for module, name in ((reward_plots, "plot_distributions"),):
+    for module, name in ((reward_evaluation, "plot_distributions"),):
         monkeypatch.setattr(module, name, lambda groups, path, **_: drawn.update(groups) or path)
     ranked = [PreferenceRow([[0], [1], [2]], [0, 1, 2]), PreferenceRow([[3], [4]], [0, 1])]
     values = [0.3, -0.2, 0.5, 1.0, -1.0]
@@ -365,7 +365,7 @@ def test_held_out_rows_of_ranked_lists_count_every_pair(tmp_path, monkeypatch):
 def test_calibration_of_pairs_groups_by_how_sure_it_is(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(
-        reward_plots,
+        reward_evaluation,
         "save",
         lambda figure, path: figures.append(figure) or plots.save(figure, path),
     )
@@ -373,7 +373,9 @@ def test_calibration_of_pairs_groups_by_how_sure_it_is(tmp_path, monkeypatch):
     difference = np.array([0.01] * 40 + [odds] * 40)
     difference[:20] *= -1
     difference[40:50] *= -1
-    reward_plots.plot_preference_calibration(difference, 0 * difference, tmp_path / "c.png", bins=2)
+    reward_evaluation.plot_preference_calibration(
+        difference, 0 * difference, tmp_path / "c.png", bins=2
+    )
     line = figures[0].axes[0].containers[0].lines[0]
     assert line.get_xdata() == pytest.approx([0.5025, 0.75], abs=1e-4)
     assert line.get_ydata() == pytest.approx([0.5, 0.75])

@@ -5,8 +5,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from adapters import shake
 from mlx.utils import tree_flatten
-from test_models_lora import shake
 from tiny import flat, tiny_model
 from tiny_ppo import assert_close, assert_same_bits
 

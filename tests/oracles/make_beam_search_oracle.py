@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 MODELS = ("tests/oracles/ppo_step_model", "tests/oracles/ppo_step_reference")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def cases() -> list[dict]:

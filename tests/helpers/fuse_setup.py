@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT
+from files import ROOT
 
 import fuse as fuse_script
 from command_line.parser import run_main

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="make test-baseline installs PyTorch")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "pytorch_baseline"))
-ORACLES = Path(__file__).parent / "oracles"
+ORACLES = ROOT / "tests" / "oracles"
 DIGITS = ROOT / "data" / "digits_model"
 torch.set_num_threads(1)
 

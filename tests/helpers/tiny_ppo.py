@@ -103,3 +103,16 @@ def shaken(trainer: PPOTrainer, size: float = 0.2) -> PPOTrainer:
         moved.append((name, array + size * mx.random.normal(array.shape, key=sub)))
     model.load_weights(moved, strict=False)
     return trainer
+
+
+def rollout_of(trainer, queries, responses, scores, masks=None):
+    """All that `step` computes before the update; `responses` may be a rollout."""
+    rollout = responses
+    if isinstance(responses, list):
+        rollout = trainer.as_rollout(queries, responses)
+    trainer.prepare(rollout, scores, masks)
+    trainer.score_policy(rollout)
+    trainer.score_reference(rollout)
+    trainer.compute_rewards(rollout)
+    trainer.compute_advantages(rollout)
+    return rollout
