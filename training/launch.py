@@ -212,7 +212,7 @@ def finish_rollouts(
     from rewards.learned import GROUND_TRUTH, LEARNED
 
     policy = loop.trainer.model
-    written = save_adapter(args.save_file, policy.tuning, loaded, head=head)
+    written = save_adapter(args.save_file, policy.tuning, loaded, head=head, run=run.recorded)
     if head is not None:
         written.append(save_head(args.save_file, head, policy.value_head.arrays(), {}))
     written.append(plot)
