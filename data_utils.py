@@ -26,6 +26,7 @@ from data_loading.collate import (
     pack_rows,  # several rows into rows of constant length
 )
 from data_loading.fields import extras_of  # tools, documents of a row, for a chat template
+from data_loading.files import DATA_SUFFIXES  # names of files that hold rows
 from data_loading.formats import ALIASES, FORMATS, KNOWN_FORMATS  # names for --format
 from data_loading.messages import BadRow  # what is wrong with one row
 from data_loading.reading import read_dataset, read_records  # rows of a file, of a data set
@@ -71,6 +72,7 @@ from padding import pad_rows  # token lists to (B, L) and lengths
 
 __all__ = [
     "ALIASES",
+    "DATA_SUFFIXES",
     "FORMATS",
     "KNOWN_FORMATS",
     "TOKEN_FORMATS",

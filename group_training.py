@@ -20,6 +20,7 @@ from command_line.group_flags import config_of, parse_arguments, settle_for_mode
 from command_line.model_limits import check_splits, fit_lengths
 from command_line.parser import run_main
 from command_line.ppo_flags import ends, load_prompts, stop_at, validation_prompts
+from command_line.prompt_preview import show_prompts
 from command_line.reward_flags import make_learned_reward, make_rewards
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
 from training.launch import (
@@ -47,8 +48,13 @@ def main(words=None) -> int:
     check_splits(prompts, loaded.limits, policy.tuning, response=args.max_new_tokens)
     learned = make_learned_reward(args, loaded, policy.tuning)
     rewards = make_rewards(args, learned, unscored=True)
+    for split in prompts.values():
+        rewards.check_prompts(split.rows, args.max_new_tokens)
     rewards.check_columns([*columns_of(prompts["train"].rows), "group_ids"])
-    train(args, loaded, policy, reference, rewards, prompts)
+    if args.preview:
+        show_prompts(args, loaded.tokenizer, prompts["train"].rows, rewards)
+    else:
+        train(args, loaded, policy, reference, rewards, prompts)
     say_peak_memory()
     return 0
 

@@ -1,8 +1,9 @@
 """Preference training as tasks of mlx_sft_trainer: DPO, CPO and ORPO on pairs, KTO on single rows.
 
 Both sides of all pairs of a batch go through the model together: in one forward pass, on a CPU in
-one for about every PASS_TOKENS tokens, rows of like lengths together. The reference has a pass of
-its own, without a gradient, unless its log-probabilities were computed before.
+passes of rows of like lengths, so that little is padding; where a prompt is long, it is read once
+for the responses to it. The reference has passes of its own, without a gradient, unless its
+log-probabilities were computed before.
 
 Legend: N rows (responses after their prompts), P pairs, R longest response, L padded length.
 """
@@ -18,9 +19,10 @@ import mlx.nn as nn
 import numpy as np
 
 from data_utils import PreferenceBatch, UnpairedBatch
-from mlx_sft_trainer import PASS_TOKENS, Sums, Task, by_length
-from models.packing import Layout, lay_out, left_justified
+from mlx_sft_trainer import Sums, Task
+from models.packing import Layout, lay_out, least_padding, left_justified
 from models.reference import Reference
+from models.shared_prompts import can_share_prompts, hidden_after
 from models.trunk import picked_hidden, token_logprobs
 from models.tuning import Tuning
 from rl.preference_losses import (
@@ -34,6 +36,9 @@ from rl.preference_losses import (
 from rl.reference_free_losses import cpo_loss, orpo_loss
 from training.groups import Group, adapter_group
 
+# On a CPU: the most tokens of a pass, beyond which its arrays outgrow the caches, and the tokens
+# that one more pass is worth.
+PASS_TOKENS, A_PASS = 1024, 64
 EXTRAS = ("entropy", "top1", "mean_logit")
 
 
@@ -53,6 +58,7 @@ class PreferenceTask(Task):
         self.reference, self.pad_to_multiple = reference, pad_to_multiple
         on_gpu = mx.default_device().type == mx.DeviceType.gpu  # every new shape is traced anew
         self.pass_tokens = (0 if on_gpu else PASS_TOKENS) if pass_tokens is None else pass_tokens
+        self.share_prompts = bool(self.pass_tokens) and can_share_prompts(model)
         # As in TRL: with it, policy and reference would differ from the start.
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -69,19 +75,37 @@ class PreferenceTask(Task):
             groups["reference"] = Group(lambda: self.reference.kept, put)
         return groups
 
-    def passes(self, lengths: np.ndarray, width: int) -> list[tuple[np.ndarray, int]]:
-        """(rows, padded length) of each forward pass over rows of these lengths."""
+    def passes(
+        self, lengths: np.ndarray, width: int, shared: Sequence[tuple[np.ndarray, int]] = ()
+    ) -> list[tuple[np.ndarray, int, int]]:
+        """(rows, padded length, shared tokens) of each forward pass over rows of these lengths.
+
+        `shared`: rows with tokens in front that they share. They have a pass of their own where
+        that saves more than it costs.
+        """
         if not self.pass_tokens:
-            return [(np.arange(len(lengths)), width)]
-        groups = by_length(lengths + len(self.tuning.prefix), self.pass_tokens)
-        return [(rows, int(lengths[rows].max())) for rows in groups]
+            return [(np.arange(len(lengths)), width, 0)]
+        rest, passes = np.ones(len(lengths), dtype=bool), []
+        for rows, count in shared:
+            if (len(rows) - 1) * (count + len(self.tuning.prefix)) > 2 * A_PASS:
+                passes.append((rows, int(lengths[rows].max()), count))
+                rest[rows] = False
+        (rest,) = np.nonzero(rest)
+        whole = lengths[rest] + len(self.tuning.prefix)
+        groups = least_padding(whole, self.pass_tokens, A_PASS) if len(rest) else []
+        return passes + [(rest[rows], int(lengths[rest[rows]].max()), 0) for rows in groups]
+
+    def shared(self, batch, picked: np.ndarray) -> list[tuple[np.ndarray, int]]:
+        """Rows of a batch that share their first tokens, and how many; none by default."""
+        return []
 
     def _layout(self, batch, rows: slice, picked: np.ndarray, prefix: Sequence[int]) -> Layout:
         tokens, lengths = batch.tokens[rows], batch.lengths[rows]
+        shared = self.shared(batch, picked) if self.share_prompts else []
         return lay_out(
             tokens,
             picked,
-            self.passes(lengths, tokens.shape[1]),
+            self.passes(lengths, tokens.shape[1], shared),
             prefix=prefix,
             pad_to_multiple=self.pad_to_multiple,
         )
@@ -91,7 +115,13 @@ class PreferenceTask(Task):
     ) -> list[mx.array]:
         """Log-probabilities and `extras` of the picked tokens, each (N, R), 0 where none is."""
         passes, targets, slot, mask = arrays
-        hidden = mx.concatenate([picked_hidden(self.model, *inputs) for inputs in passes])
+        hidden = [
+            hidden_after(self.model, *prompt, inputs, index)
+            if prompt
+            else picked_hidden(self.model, inputs, index)
+            for inputs, index, *prompt in passes
+        ]
+        hidden = mx.concatenate(hidden)
         columns = token_logprobs(self.model, hidden, targets, extras=extras, gradient=gradient)
         return [mx.where(mask > 0, column[slot], 0.0) for column in columns]
 
@@ -184,6 +214,19 @@ class PairTask(PreferenceTask):
             picked = picked.copy()
             picked[rows] = np.arange(picked.shape[1]) < batch.lengths[rows, None]
         return picked
+
+    def shared(self, batch: PreferenceBatch, picked: np.ndarray) -> list[tuple[np.ndarray, int]]:
+        """The responses to each prompt, and how many tokens come before any that is predicted."""
+        group = np.arange(len(batch.tokens))
+        for one, other in zip(batch.better, batch.worse, strict=True):
+            group[group == group[other]] = group[one]
+        found = []
+        for number in np.unique(group):
+            (rows,) = np.nonzero(group == number)
+            alike = (batch.tokens[rows] == batch.tokens[rows[0]]).all(axis=0)
+            first = picked[rows, 1:].any(axis=0).argmax()  # is predicted from this place
+            found.append((rows, int(min(first, alike.argmin() if not alike.all() else first))))
+        return found
 
     def arrays(self, batch: PreferenceBatch, tokens_per_pair: float | None = None) -> list:
         """What of a batch goes into `loss`."""

@@ -38,6 +38,8 @@ PASS_TOKENS = 512
 class Task:
     """What the trainer asks of a task, beside `trained`, `groups`, `arrays`, `loss`, `summary`."""
 
+    share_prompts = False  # a prompt may go through the model once for several responses
+
     def inputs(self, batches: Iterable[Batch]) -> Iterator[Sequence]:
         """What goes into `loss` for each batch of an update, made when its turn comes."""
         return map(self.arrays, batches)
@@ -192,6 +194,8 @@ class SupervisedTrainer:
     ):
         self.task, self.optimizer = task, optimizer
         self.max_grad_norm, self.grad_checkpoint = max_grad_norm, grad_checkpoint
+        if grad_checkpoint:  # which makes blocks anew without the prompt's keys and values
+            task.share_prompts = False
         optimizer.init(task.trained.trainable_parameters())
         on_gpu = mx.default_device().type == mx.DeviceType.gpu
         compiled = on_gpu if compile is None else compile

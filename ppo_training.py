@@ -25,6 +25,7 @@ from command_line.ppo_flags import (
     stop_at,
     validation_prompts,
 )
+from command_line.prompt_preview import show_prompts
 from command_line.reward_flags import make_learned_reward, make_rewards
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
 from models.adapter_description import VALUE_HEAD
@@ -51,7 +52,12 @@ def main(words=None) -> int:
     check_splits(prompts, loaded.limits, policy.tuning, response=args.max_new_tokens)
     learned = make_learned_reward(args, loaded, policy.tuning)
     rewards = make_rewards(args, learned, unscored=True)
-    train(args, loaded, policy, reference, rewards, prompts)
+    for split in prompts.values():
+        rewards.check_prompts(split.rows, args.max_new_tokens)
+    if args.preview:
+        show_prompts(args, loaded.tokenizer, prompts["train"].rows, rewards)
+    else:
+        train(args, loaded, policy, reference, rewards, prompts)
     say_peak_memory()
     return 0
 

@@ -169,7 +169,7 @@ def finish(args, loaded, run, loop, rows) -> None:
     task, found, step = loop.trainer.task, {}, loop.step
     if args.save_best:
         step = loop.take_best()
-    written = save_adapter(args.save_file, task.tuning, loaded)
+    written = save_adapter(args.save_file, task.tuning, loaded, run=run.recorded)
     if "valid" in rows:
         found = loop.validation_of(step)
         show("validation", found)

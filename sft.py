@@ -146,7 +146,7 @@ def finish(args, loaded, run, loop, rows) -> None:
     if args.save_best:
         step = loop.take_best()
     head = REWARD_HEAD if args.reward_model else None
-    written = save_adapter(args.save_file, task.tuning, loaded, head=head)
+    written = save_adapter(args.save_file, task.tuning, loaded, head=head, run=run.recorded)
     if args.reward_model:
         written.append(save_reward_head(args.save_file, task.reward_model))
         if args.normalize_samples:  # may fail, and what was trained lies there already

@@ -19,6 +19,8 @@ import pexpect
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import fast_blas  # noqa: E402, F401  before MLX
+
 from rewards.digits import digits_score  # noqa: E402
 
 FOLDER = ROOT / "runs/feedback"
@@ -46,6 +48,9 @@ def main() -> None:
         print(f"{last}\n({time.monotonic() - started:.0f} s)")
     for name in ("ppo", "ppo_2", "label_ppo"):
         print(f"{name}: {course(FOLDER / name / 'metrics.jsonl')}")
+    for name in (None, "policy", "policy_2", "dpo", "label_policy", "kto"):
+        score, numbers = true_score(FOLDER / f"{name}.npz" if name else None)
+        print(f"{name or 'embedded model'}: true score {score:.2f}, {numbers:.1f} tokens")
 
 
 def start(command: str) -> pexpect.spawn:
@@ -96,6 +101,34 @@ def choice(prompt: str, shown: str) -> str:
     rows = [line.split("│") for line in shown.splitlines() if "│" in line]
     left, right = (digits_score(f"{prompt} {cell}") for cell in rows[1])
     return "s" if left == right else "l" if left > right else "r"
+
+
+def true_score(adapter: Path | None) -> tuple[float, float]:
+    """(mean true score, mean tokens) of 8 sampled replies to each prompt of the test set."""
+    import mlx.core as mx
+
+    from models.adapter_files import load_adapter
+    from models.decoding import generate
+    from models.load import load_model
+
+    loaded = load_model()
+    if adapter is not None:
+        load_adapter(loaded, str(adapter))
+    loaded.model.eval()
+    prompts = (FOLDER / "test_prompts.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    made = generate(
+        loaded.model,
+        [loaded.tokenizer.encode(prompt) for prompt in prompts],
+        max_tokens=32,
+        eos_ids=loaded.eos_ids,
+        key=mx.random.key(0),
+        samples=8,
+    )
+    texts = [loaded.tokenizer.decode(r, skip_special_tokens=True) for r in made.responses]
+    rows = [prompt for prompt in prompts for _ in range(8)]
+    scores = [digits_score(f"{p} {text}") for p, text in zip(rows, texts, strict=True)]
+    lengths = [len(r) for r in made.responses]
+    return sum(scores) / len(scores), sum(lengths) / len(lengths)
 
 
 def course(file: Path) -> str:

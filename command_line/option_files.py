@@ -107,9 +107,10 @@ def read_yaml(path: Path, text: str) -> list[Setting]:
 # ------------------------------------------------------------------------------ --resume
 
 
-FILES = ("train_file", "validation_file", "test_file", "reward_function")
-# Options that may be relative paths; a model and a reward model may be hub names as well.
-PATHS = ("model", "reward_model", "resume_file", "resume_adapter_file", *FILES)
+FILES = ("train_file", "validation_file", "test_file", "reward_function", "json_reward")
+# Options that may be relative paths; models and data sets may be hub names as well.
+PATHS = ("model", "reward_model", "resume_file", "resume_adapter_file", "data", "dataset", *FILES)
+WRITTEN = ("save_file", "fused_dir")
 
 
 def check_script(path: str | Path, script: str) -> None:
@@ -138,12 +139,15 @@ def read_run_options(path: str | Path) -> list[Setting]:
 def refuse_lost_paths(path: str | Path, options: Mapping[str, Any]) -> None:
     """UserError for a relative path among a run's `options` that leads nowhere from here.
 
-    It says which folder it is relative to; a version that did not record that names this one.
+    It says which folder it is relative to; a version that did not record that names this one. What
+    is going to be written in another folder than the run began in is said.
     """
     here, machine = Path.cwd(), read_run_config(path).get("machine")
     began = machine.get("folder") if isinstance(machine, dict) else None
     began = began if isinstance(began, str) else None
     for name in PATHS:
+        if name == "data" and any(options.get(n, True) for n in ("train_file", "dataset")):
+            continue  # rows come from those, or from what this start was given
         value = options.get(name)
         for item in value if isinstance(value, list) else [value]:
             if not isinstance(item, str) or not is_lost(name, item, began):
@@ -153,11 +157,19 @@ def refuse_lost_paths(path: str | Path, options: Mapping[str, Any]) -> None:
                 f"{flag_of(name)} {item}: is not in {here}; it is relative to {where} started: "
                 "resume it from there"
             )
+    for name in WRITTEN:
+        value = options.get(name)
+        if isinstance(value, str) and began and not Path(value).expanduser().is_absolute():
+            if Path(began).resolve() != here.resolve():
+                tell(
+                    f"note: {flag_of(name)} {value} is written in {here}; the run began in {began}"
+                )
 
 
 def is_lost(name: str, value: str, began: str | None) -> bool:
     """Whether `value` is a path that is not here and was there, or that can be nothing but one."""
-    from models.adapter_description import FILE_SUFFIXES  # not with the parser: it needs numpy
+    from data_utils import DATA_SUFFIXES  # not with the parser: these need numpy
+    from models.adapter_description import FILE_SUFFIXES
 
     value = value.partition(":")[0] if name == "reward_function" else value
     path = Path(value).expanduser()
@@ -165,7 +177,8 @@ def is_lost(name: str, value: str, began: str | None) -> bool:
         return False
     if began and Path(began, path).exists():
         return True
-    return not began and (name in FILES or path.suffix in FILE_SUFFIXES)
+    data = name == "data" or (name == "dataset" and path.suffix in DATA_SUFFIXES)
+    return not began and (name in FILES or data or path.suffix in FILE_SUFFIXES)
 
 
 def begun_before(path: str | Path, option: str) -> bool:

@@ -38,7 +38,7 @@ DESCRIPTION = "PPO on a language model, against a ground-truth reward, a learned
 SMALL_RATES = {"lora": 3e-3, "dora": 3e-3, "full": 3e-4, "prompt": 1e-1}
 LARGE_RATES = {"lora": 1e-4, "dora": 1e-4, "full": 1e-6, "prompt": 1e-2}
 SHARED = ("seed", "learning_rate", "max_grad_norm")  # fields of PPOConfig with a flag elsewhere
-HARMLESS = ("eval_every", "eval_prompts", "eval_samples", "samples_per_step")
+HARMLESS = ("eval_every", "eval_prompts", "eval_samples", "samples_per_step", "preview")
 NEEDS_OF_ROLLOUTS = (
     Needs("overlong_penalty", "overlong_buffer"),
     Needs("overlong_buffer", "overlong_penalty"),
@@ -113,6 +113,7 @@ def add_task_arguments(parser: Parser, *, save_file: str) -> None:
     )
     add("--samples-per-step", type=int, default=2, help="responses a step into samples.jsonl")
     add("--steps-per-report", type=int, default=5, help="steps between lines of metrics")
+    add("--preview", type=bool, default=False, help="show prompts as they are given, and stop")
     parser.alternatives.append({"num_steps", "epochs"})
 
 

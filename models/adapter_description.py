@@ -1,6 +1,7 @@
 """What an adapter file says of itself, read without MLX: on the command line, and in PyTorch."""
 
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safe_files import check_inside
 
 CONFIG_KEY = "adapter_config"  # safetensors metadata entry; in .npz an array of UTF-8 bytes
 FILE_SUFFIXES = (".npz", ".safetensors")
+RUN = "run"  # entry of a description: the run's folder, from where the adapter lies
 HEADS = REWARD_HEAD, VALUE_HEAD = "reward_head", "value_head"
 CONFIG_FILE = "adapter_config.json"
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -25,6 +27,14 @@ def is_single_file(path: str | Path) -> bool:
 
 def is_peft_adapter(path: str | Path) -> bool:
     return any((Path(path) / name).is_file() for name in PEFT_FILES)
+
+
+def recorded_run(path: str | Path, run: str | Path | None) -> dict[str, str]:
+    """The entry of a description that says which run made the adapter at `path`; {} for None."""
+    if run is None:
+        return {}
+    beside = Path(path).parent if is_single_file(path) else Path(path)
+    return {RUN: os.path.relpath(Path(run).resolve(), beside.resolve())}
 
 
 def head_path(adapter_path: str | Path, name: str) -> Path:

@@ -23,6 +23,7 @@ from models.adapter_description import (
     is_peft_adapter,
     is_single_file,
     read_json,
+    recorded_run,
     remove_old_heads,
 )
 from models.array_files import fill, read_arrays, write_arrays, write_text
@@ -44,14 +45,20 @@ def describe(tuning: Tuning, base: LoadedModel) -> dict:
 
 
 def save_adapter(
-    path: str | Path, tuning: Tuning, base: LoadedModel, *, head: str | None = None
+    path: str | Path,
+    tuning: Tuning,
+    base: LoadedModel,
+    *,
+    head: str | None = None,
+    run: str | Path | None = None,
 ) -> list[Path]:
     """Write the arrays of `tuning` with their description; returns the files written.
 
-    `head`: name of the head that the caller saves beside it; those of an older adapter go.
+    `head`: name of the head that the caller saves beside it; those of an older adapter go. `run`:
+    the folder of the run that trained it, for its model card.
     """
     path = Path(path)
-    config, arrays = describe(tuning, base), tuning.arrays()
+    config, arrays = {**describe(tuning, base), **recorded_run(path, run)}, tuning.arrays()
     if is_single_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         written = [path]

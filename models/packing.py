@@ -98,7 +98,7 @@ class Layout:
     Arrays that come back from the tokens are (B, R): those of each row together on the left.
     """
 
-    passes: list[list[mx.array]]  # [inputs (b, l), index (n,)] of each
+    passes: list[list[mx.array]]  # [inputs (b, l), index (n,)] of each, and a prompt (1, k) or none
     targets: mx.array  # (N,) the picked tokens of all passes
     slot: mx.array  # (B, R) which of the N belongs here; 0 where nothing does
     mask: mx.array  # (B, R) float32, 1 where a token belongs
@@ -110,26 +110,28 @@ class Layout:
 def lay_out(
     tokens: np.ndarray,
     picked: np.ndarray,
-    groups: Sequence[tuple[np.ndarray, int]],
+    groups: Sequence[tuple[np.ndarray, int, int]],
     *,
     prefix: Sequence[int] = (),
     pad_to_multiple: int = 1,
 ) -> Layout:
     """tokens (B, L), picked (B, L), of which column 0 never counts, -> a `Layout`.
 
-    `groups`: (row numbers, padded length) of each pass, every row in one of them. `prefix` goes in
-    front of every row. With `pad_to_multiple` > 1, R and N are rounded up, so that shapes repeat.
+    `groups`: (row numbers, padded length, shared tokens) of each pass, every row in one of them.
+    Tokens that the rows of a pass share are its prompt; none of them, nor the one after them, is
+    picked. `prefix` goes in front of every row. With `pad_to_multiple` > 1, R
+    and N are rounded up, so that shapes repeat.
     """
     picked = picked[:, 1:] > 0
     counts = picked.sum(axis=1)
-    order = np.concatenate([rows for rows, _ in groups])
+    order = np.concatenate([rows for rows, *_ in groups])
     starts = np.zeros(len(tokens), dtype=np.int64)
     starts[order] = np.cumsum(counts[order]) - counts[order]
     mask = np.arange(round_up(int(counts.max()), pad_to_multiple)) < counts[:, None]  # (B, R)
     slot = np.where(mask, starts[:, None] + np.arange(mask.shape[1]), 0)
     passes, targets = [], []
     front = np.array(prefix, dtype=tokens.dtype)
-    for rows, width in groups:
+    for rows, width, shared in groups:
         shape = (len(rows), len(front))
         whole = np.concatenate([np.broadcast_to(front, shape), tokens[rows, :width]], axis=1)
         # The first token of a row follows a prefix, if there is one, and still does not count.
@@ -137,6 +139,8 @@ def lay_out(
         marks[:, len(front) + 1 :] = picked[rows, : width - 1]
         inputs, index, found = pick_targets(whole, marks)
         passes.append([inputs, index])
+        if shared:
+            passes[-1] = split_prompt(inputs, index, len(front) + shared)
         targets.append(found)
     spare = 0
     if pad_to_multiple > 1:
@@ -144,11 +148,40 @@ def lay_out(
         spare = round_up(count, 8 * pad_to_multiple) - count
         passes[-1][1] = np.pad(passes[-1][1], (0, spare))
     return Layout(
-        [[mx.array(inputs), mx.array(index)] for inputs, index in passes],
+        [[mx.array(array) for array in arrays] for arrays in passes],
         mx.array(np.pad(np.concatenate(targets), (0, spare))),
         mx.array(slot.astype(np.int32)),
         mx.array(mask.astype(np.float32)),
     )
+
+
+def split_prompt(inputs: np.ndarray, index: np.ndarray, count: int) -> list[np.ndarray]:
+    """[inputs (B, L - count), index into them, the first `count` tokens of all rows (1, count)]."""
+    width = inputs.shape[1]
+    row, place = index // width, index % width
+    index = (row * (width - count) + place - count).astype(np.int32)
+    return [inputs[:, count:], index, inputs[:1, :count]]
+
+
+def least_padding(lengths: np.ndarray, most: int, a_pass: int) -> list[np.ndarray]:
+    """Row numbers in groups of like lengths, so that passes over them cost least.
+
+    A pass costs its rows times the longest of them, and `a_pass` tokens more; it has at most `most`
+    tokens, or one row. Every row is in one group, shortest first.
+    """
+    order = np.argsort(lengths, kind="stable")
+    ordered = np.asarray(lengths)[order].astype(np.int64)
+    best, start = np.zeros(len(order) + 1), [0] * (len(order) + 1)
+    for end, longest in enumerate(ordered, 1):
+        first = max(0, min(end - 1, end - int(most // longest)))  # of the largest group that fits
+        costs = best[first:end] + np.arange(end - first, 0, -1) * longest + a_pass
+        start[end] = first + int(costs.argmin())
+        best[end] = costs.min()
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[start[end] : end])
+        end = start[end]
+    return groups[::-1]
 
 
 def left_justified(values: np.ndarray, picked: np.ndarray, width: int) -> np.ndarray:

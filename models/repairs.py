@@ -54,15 +54,17 @@ def repair(model: nn.Module, config: dict) -> None:
         trunk = (model.language_model if "language_model" in model else model).model
         trunk.__class__ = _exact_scale(type(trunk))
     if kind == "qwen2_moe" and text.get("norm_topk_prob"):
-        _swap(model, "mlp", _normalised_experts)
+        _swap(model, "mlp", _normalised_experts, having="switch_mlp")
     if kind == "mamba2" and text.get("n_groups", 1) > 1:
         for block in model.layers:
             block.mixer.norm.__class__ = _grouped_norm(type(block.mixer.norm))
             block.mixer.norm._groups = text["n_groups"]
 
 
-def _swap(model: nn.Module, name: str, repaired) -> None:
+def _swap(model: nn.Module, name: str, repaired, having: str | None = None) -> None:
     for block in model.layers:
+        if having is not None and having not in block[name]:
+            continue
         block[name].__class__ = repaired(type(block[name]))
 
 
@@ -218,9 +220,43 @@ def model_classes(config: dict):
         return opt.Model, opt.ModelArgs
     model, arguments = _get_classes(config)
     repaired = {"gpt_oss": _reads_plain_experts, "gpt2": _reads_nested_names}
+    if config["model_type"] == "qwen2_moe" and (dense := _dense_layers(config)):
+        model = _mixed_layers(model, dense)
     if (change := repaired.get(config["model_type"])) is not None:
         model = change(model)
     return model, arguments
+
+
+def _dense_layers(config: dict) -> tuple[int, ...]:
+    """Layers without experts (Qwen2MoeDecoderLayer of transformers)."""
+    count, step = config["num_hidden_layers"], config.get("decoder_sparse_step") or 1
+    alone = config.get("mlp_only_layers") or ()
+    return tuple(i for i in range(count) if i in alone or (i + 1) % step)
+
+
+@cache
+def _mixed_layers(kind: type, dense: tuple[int, ...]) -> type:
+    """Qwen 2's mixture of experts with MLPs in some layers, which mlx-lm gives experts too."""
+
+    class MixedLayers(kind):
+        def __init__(self, args):
+            from mlx_lm.models.qwen2_moe import MLP
+
+            super().__init__(args)
+            for i in dense:
+                self.layers[i].mlp = MLP(args.hidden_size, args.intermediate_size)
+
+        def sanitize(self, weights: dict) -> dict:
+            if any(".switch_mlp." in name for name in weights):
+                return weights
+            for i in sorted({*range(len(self.layers))} - {*dense}):
+                root, experts = f"model.layers.{i}.mlp", range(self.args.num_experts)
+                for name in ("gate_proj", "up_proj", "down_proj"):
+                    arrays = [weights.pop(f"{root}.experts.{e}.{name}.weight") for e in experts]
+                    weights[f"{root}.switch_mlp.{name}.weight"] = mx.stack(arrays)
+            return weights
+
+    return _named_as(MixedLayers, kind)
 
 
 @cache

@@ -5,7 +5,8 @@ and a head on a base that others share; the adapter goes in for scoring and out 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -75,13 +76,25 @@ class RewardModel(nn.Module):
 
     def score(self, sequences: Sequence[Sequence[int]], batch_size: int = 64) -> list[float]:
         """Normalised scores of whole texts (token ids, prompt and response), in their order."""
+        with self._scoring():
+            return self._score_sorted(sequences, batch_size)
+
+    def check(self, sequence: Sequence[int], *, where: str, room: int = 0) -> None:
+        """Raise UserError, before anything is scored, for a text that has a token without a row in
+        the embedding, or more positions, `room` for a response included, than the model."""
+        with self._scoring():
+            find_limits(self.model).check_one(self._prepared(sequence), where, room)
+
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """The model as it scores: its adapter in, no dropout."""
         tuning, was_training = self._tuning, self.training
         was_active = tuning is None or tuning.active
         if not was_active:
             tuning.activate()
-        self.eval()  # no dropout; after the adapter is in, whose layers have a mode of their own
+        self.eval()  # after the adapter is in, whose layers have a mode of their own
         try:
-            return self._score_sorted(sequences, batch_size)
+            yield
         finally:
             self.train(was_training)
             if not was_active:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from models.adapter_description import RUN, is_single_file, read_description
 from run_folder.run import read_rows
+from run_folder.run_config import config_of_run
 from run_folder.secrets import redact
 from safe_files import copy_file, refuse_links
 
@@ -71,8 +73,15 @@ def read_run(folder: str | Path) -> RunFacts:
 
 
 def find_run(adapter: str | Path, runs: str | Path = "runs") -> Path | None:
-    """The newest run whose result was saved as `adapter`, among the folders in `runs`."""
+    """The run that made `adapter`: the one that it records, one that it lies in, or else the newest
+    among the folders in `runs` whose result was saved as it."""
     target = Path(adapter).resolve()
+    for folder in _recorded(target):
+        config = config_of_run(folder)
+        saved = config["options"].get("save_file") if config else None
+        # Another adapter's, where the folder has been used for a run again.
+        if isinstance(saved, str) and Path(saved).name == target.name:
+            return folder
     found = []
     for file in Path(runs).glob("*/config.json"):
         try:
@@ -82,6 +91,16 @@ def find_run(adapter: str | Path, runs: str | Path = "runs") -> Path | None:
         if isinstance(saved, str) and Path(saved).resolve() == target:
             found.append((file.stat().st_mtime, file.parent))
     return max(found)[1] if found else None
+
+
+def _recorded(adapter: Path) -> list[Path]:
+    """Folders that may be the run of an adapter, by what it says and where it lies."""
+    beside = adapter.parent if is_single_file(adapter) else adapter
+    try:
+        said = read_description(adapter).get(RUN)
+    except UserError:  # whoever reads its arrays says what is wrong
+        said = None
+    return [*([beside / said] if isinstance(said, str) else []), *adapter.parents[:2]]
 
 
 def copy_plots(facts: RunFacts, folder: Path) -> list[str]:

@@ -36,6 +36,7 @@ from command_line import ppo_flags
 from command_line.adapter_file import refuse_other_adapter
 from command_line.dataclass_flags import dataclass_from_arguments
 from command_line.parser import run_main
+from command_line.prompt_preview import show_prompts
 from command_line.reward_flags import make_rewards
 from command_line.shared_flags import adapter_description, optimizer_options
 from data_utils import Template
@@ -67,7 +68,10 @@ def main(words=None) -> int:
     policy, reference = make_policy(args, loaded)
     learned = make_learned_reward(args, loaded) if args.reward_model else None
     rewards = make_rewards(args, learned)
-    train(args, loaded, policy, reference, rewards, prompts)
+    if args.preview:
+        show_prompts(args, loaded.tokenizer, prompts["train"].rows, rewards)
+    else:
+        train(args, loaded, policy, reference, rewards, prompts)
     print(f"peak memory {peak_memory(loaded.device):.2f} GB")
     return 0
 

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from string import Formatter
 from typing import Any
 
-from data_utils import BadRow, Record, Template, extras_of, tokenise_scalar, use_date
+from data_utils import BadRow, PromptRow, Record, Template, extras_of, tokenise_scalar, use_date
 from models.reading import MARK, Ending, Reading, template_tail
 from rewards.digits import count_numbers, digits_score
 from rewards.reward_set import Reward
 from rewards.texts import Prompt, plain
 
 GROUND_TRUTH, NUMBERS, LEARNED = "ground_truth", "numbers", "reward_model"
+LOOKED_AT = 500  # prompts rendered before training
 NO_LIMIT = 1 << 40  # tokens; how long a text may be is the policy's affair
 
 
@@ -68,6 +70,7 @@ def learned_reward(
         off: a context in which the policy's adapter is off.
         prompt_template, token_format: how the policy's prompts are written.
     """
+    check = None
     if getattr(model, "reads_pairs", False):
         read = _read_pairs
     else:
@@ -79,6 +82,7 @@ def learned_reward(
             as_given=_reads_alike(policy, own, template, model),
             opening=opening_of(policy, *template),
         )
+        check = partial(_check_prompts, model, read, off)
 
     def reward_model(
         prompts: Sequence[Prompt],
@@ -91,7 +95,27 @@ def learned_reward(
         with off():
             return model.score(texts, batch_size)
 
-    return Reward(LEARNED, reward_model, weight)
+    return Reward(LEARNED, reward_model, weight, check=check)
+
+
+def _check_prompts(
+    model: Any,
+    read: "Reader",
+    off: Callable[[], AbstractContextManager],
+    rows: Sequence[PromptRow],
+    response: int,
+) -> None:
+    """Raise UserError for a prompt that the reward model has no rows or positions for.
+
+    Of prompts that it renders itself the first are looked at: they show its template's tokens.
+    """
+    with off():
+        for row in rows if read.as_given else rows[:LOOKED_AT]:
+            columns = {name: [value] for name, value in row.columns.items()}
+            [ids] = read([row.prompt], ["a"], [row.tokens], [True], columns)
+            # Where one ended, its last token gave way to the recorded ending.
+            room = max(0, response - (1 if read.as_given else 2))
+            model.check(ids, where=f"{row.where} for the reward model", room=room)
 
 
 def score_texts(model: Any, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:

@@ -4,10 +4,11 @@ import inspect
 import math
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from data_utils import PromptRow
 from errors import UserError
 from rewards.texts import GIVEN
 from rewards.user_function import (
@@ -29,6 +30,8 @@ class Reward:
     weight: float = 1.0
     timeout: float | None = None  # seconds for one call, all rows together; None: no limit
     columns: tuple[str, ...] = ()  # of the data that it reads, beside those its signature names
+    # Looks at prompts, and how many tokens a response may have, before any is scored.
+    check: Callable[[Sequence[PromptRow], int], None] | None = None
 
 
 class RewardSet:
@@ -92,6 +95,12 @@ class RewardSet:
             return math.nan
         total = math.fsum(found) if found or not any(self.weights) else math.nan
         return math.nan if self.unscored and no_float32(total) else total
+
+    def check_prompts(self, rows: Sequence[PromptRow], response: int) -> None:
+        """Raise UserError where a reward cannot read prompts, or responses of `response` tokens."""
+        for reward in self.rewards:
+            if reward.check is not None:
+                reward.check(rows, response)
 
     def check_columns(self, given: Iterable[str]) -> None:
         """Raise UserError where a reward needs a column of the data that is not among `given`."""

@@ -206,6 +206,15 @@ class Run:
         remove(self.folder / "summary.json")
         self.cut_back(state)
 
+    @property
+    def recorded(self) -> Path | None:
+        """The folder, for what the run makes to record; None for one that is named by the time.
+
+        Those lie in ``runs/``, where a model card looks anyway; the same command twice makes the
+        same files.
+        """
+        return None if self.folder.resolve().parent == Path(RUNS).resolve() else self.folder
+
     # ----------------------------------------------------------------- the end
 
     def finish(self, summary: Mapping[str, Any] | None = None) -> None:

@@ -164,6 +164,9 @@ def run_training(
         if resuming:
             last = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
             loop.resume(last, force=args.force_resume)
+            print(
+                f"going on after step {loop.step}" if loop.step else "no checkpoint: from the start"
+            )
         print(f"{run.folder}: {said(loop)}")
         loop.run(stop, name or kind)
         if not stop.requested:
@@ -173,7 +176,16 @@ def run_training(
                     finish(run, loop)
                 if write_fused is not None and args.fused_dir is not None:
                     print(next_lines(write_fused(args, run.folder)))
-    stop.exit_if_requested(MADE_BY[kind], run.folder)
+    stop.exit_if_requested(MADE_BY[kind], run.folder, checkpoint_is_adapter(args, run))
+
+
+def checkpoint_is_adapter(args: Namespace, run: Run) -> str:
+    """For a run that was stopped: what its last checkpoint is good for, and the command."""
+    last = latest_checkpoint(run.checkpoints)
+    if last is None or args.fine_tune_type == "full":
+        return ""
+    talk = command("talk_to_model.py", model=args.model, resume_file=last)
+    return f"its last checkpoint is an adapter as well:\n  {talk}"
 
 
 # ------------------------------------------------------------------------------ what is left
@@ -200,7 +212,7 @@ def finish_rollouts(
     from rewards.learned import GROUND_TRUTH, LEARNED
 
     policy = loop.trainer.model
-    written = save_adapter(args.save_file, policy.tuning, loaded, head=head)
+    written = save_adapter(args.save_file, policy.tuning, loaded, head=head, run=run.recorded)
     if head is not None:
         written.append(save_head(args.save_file, head, policy.value_head.arrays(), {}))
     written.append(plot)

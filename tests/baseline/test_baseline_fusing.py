@@ -10,8 +10,9 @@ pytest.importorskip("torch")
 from transformers_models import CASES, SIBLINGS, TOKENS, logits, write  # noqa: E402
 
 pytestmark = pytest.mark.torch
-SOON = ("mixtral", "olmoe", "qwen2_moe", "mamba2", "gemma3")
-EVERY = [pytest.param(c, marks=() if c in SOON else pytest.mark.long) for c in CASES]
+DENSE = ("qwen2_moe-dense", "qwen3_moe-first_dense")  # MLPs in some layers
+SOON = ("mixtral", "olmoe", "qwen2_moe", "mamba2", "gemma3", *DENSE)
+EVERY = [pytest.param(c, marks=() if c in SOON else pytest.mark.long) for c in (*CASES, *DENSE)]
 
 
 def check_fused(tmp_path, base) -> None:

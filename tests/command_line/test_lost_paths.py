@@ -44,6 +44,12 @@ def first(tmp_path_factory):
             "a.npz",
         )
         run(sft, *words, folder / "base", "--train-file", "numbers.jsonl", "--output-dir", "rows")
+        more = ["--output-dir", "folder", "--data", "sets/mine", "--data-base", ""]
+        (folder / "sets" / "mine").mkdir(parents=True)
+        (folder / "sets" / "mine" / "train.jsonl").write_text('{"text": "8 20 22"}\n' * 4)
+        run(sft, *words, folder / "base", *more)
+        more = ["--output-dir", "dataset", "--dataset", "sets/mine/train.jsonl", rows]
+        run(sft, *words, folder / "base", *more, "--data", "gone", "--save-file", folder / "d.npz")
         run(
             sft,
             *words,
@@ -88,6 +94,8 @@ def elsewhere(tmp_path, monkeypatch):
     [
         (sft, "model", "--model base"),
         (sft, "rows", "--train-file numbers.jsonl"),
+        (sft, "folder", "--data sets/mine"),
+        (sft, "dataset", "--dataset sets/mine/train.jsonl"),
         (ppo_training, "reward", "--reward-function mine.py:one"),
     ],
 )
@@ -101,14 +109,30 @@ def test_a_resumed_run_says_where_its_paths_begin(
     run(script, "--resume", name)
 
 
-def test_a_run_of_before_says_so_too(first, tmp_path):
-    file = first / "rows" / "config.json"
+def test_what_is_written_elsewhere_than_the_run_began_is_said(first, tmp_path, monkeypatch, capsys):
+    rows = ["--train-file", str(first / "numbers.jsonl"), "--force-resume"]
+    words = ["--resume", str(first / "rows"), *rows]
+    args = sft.parse_arguments(words)
+    said = capsys.readouterr().err
+    assert args.save_file == "peft_weights.npz"
+    assert (
+        f"--save-file peft_weights.npz is written in {tmp_path}; the run began in {first}" in said
+    )
+    sft.parse_arguments([*words, "--save-file", "here.npz"])
+    monkeypatch.chdir(first)
+    sft.parse_arguments(["--resume", "rows"])
+    assert "is written in" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["rows", "folder", "dataset"])
+def test_a_run_of_before_says_so_too(first, tmp_path, name):
+    file = first / name / "config.json"
     before = file.read_text(encoding="utf-8")
     config = json.loads(before)
     del config["machine"]["folder"]
     file.write_text(json.dumps(config), encoding="utf-8")
     try:
-        said = run(sft, "--resume", first / "rows", status=2)
+        said = run(sft, "--resume", first / name, status=2)
     finally:
         file.write_text(before, encoding="utf-8")
     assert f"is not in {tmp_path}; it is relative to where the run was started" in said

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 
 import pytest
 from tiny import tiny_model_folder
@@ -19,6 +20,8 @@ from errors import UserError
 from models.decoding import generate
 from models.limits import Limits, find_limits
 from models.load import load_model
+from models.reading import trained_reading
+from models.reward_model import RewardModel, save_reward_head
 
 TURNS = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -208,6 +211,32 @@ def test_rewards_read_no_further_either(places, tmp_path):
         status=2,
     )
     assert "a text to score: has" in said and "48 positions" in said
+
+
+@pytest.mark.parametrize("script", [ppo_training, group_training])
+@pytest.mark.parametrize(
+    "judge, wrong",
+    [("rows", "rows for 0 to 295"), ("gpt2", "32 positions"), ("unused", None)],
+)
+def test_what_the_reward_model_alone_cannot_read_is_refused_before_training(
+    script, judge, wrong, places, tmp_path
+):
+    """Its own template has tokens without a row; it has fewer positions; or neither."""
+    folder = tmp_path / "judge"
+    loaded = load_model(places / ("gpt2_48" if judge == "unused" else judge))
+    model = RewardModel(loaded.model)
+    model.reading = trained_reading(loaded.tokenizer)
+    shutil.copytree(loaded.path, folder)
+    save_reward_head(folder, model)
+    options = ROLLOUT.replace("--reward_function reward.py:length", f"--reward-model {folder}")
+    options += " --num_generations 2" if script is group_training else " --mini_batch_size 2"
+    words = f"{options} --train-file short.jsonl --max-new-tokens 30 --model gpt2_64"
+    words = words.replace("runs/x", str(tmp_path / "run"))
+    tiny_model_folder(places / "gpt2_64", architecture="gpt2", n_positions=64, n_ctx=64)
+    said = run(script, places, words, status=2 if wrong else 0)
+    if wrong:
+        assert "short.jsonl:1 for the reward model: has" in said and wrong in said
+        assert not (tmp_path / "run").exists()
 
 
 def test_the_rows_in_front_of_opts_positions_do_not_count(tmp_path):

@@ -178,6 +178,12 @@ MORE |= {
         {**rope(), "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
     ),
     "qwen2_moe-normalised": ("qwen2_moe", {**ANY["qwen2_moe"], **rope(), "norm_topk_prob": True}),
+    "qwen2_moe-dense": ("qwen2_moe", {**ANY["qwen2_moe"], **rope(), "mlp_only_layers": [0, 2]}),
+    "qwen2_moe-every_other": (
+        "qwen2_moe",
+        {**ANY["qwen2_moe"], **rope(), "decoder_sparse_step": 2, "norm_topk_prob": True},
+    ),
+    "qwen3_moe-first_dense": ("qwen3_moe", {**ANY["qwen3_moe"], **rope(), "mlp_only_layers": [0]}),
     "qwen3_moe-dense": (
         "qwen3_moe",
         {**ANY["qwen3_moe"], **rope(), "mlp_only_layers": [1], "norm_topk_prob": True},

@@ -1,12 +1,14 @@
 """Which hidden state predicts which token, and how rows are laid out."""
 
+import itertools
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.packing import pack, pick_targets, round_up
+from models.packing import least_padding, pack, pick_targets, round_up
 
 
 def test_the_exact_targets_that_count():
@@ -109,3 +111,28 @@ def test_padded_places_take_nothing_along():
     column = mx.array([1.0, 2.0, mx.nan])
     assert packed.spread(mx.array([mx.nan, 2.0, 3.0])).tolist()[1] == [3.0, 0.0]
     assert mx.isnan(packed.spread(column)).tolist() == [[False, False], [True, False]]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("most", [1, 40, 200])
+def test_least_padding_is_the_cheapest_of_all_ways_to_cut(seed, most):
+    lengths = np.random.default_rng(seed).integers(1, 60, 9)
+    groups = least_padding(lengths, most, 10)
+    assert sorted(np.concatenate(groups).tolist()) == list(range(9))
+
+    def cost(parts) -> float:
+        fits = all(len(part) == 1 or len(part) * max(part) <= most for part in parts)
+        return sum(len(part) * max(part) + 10 for part in parts) if fits else float("inf")
+
+    ordered = sorted(lengths.tolist())
+    ways = []
+    for cuts in itertools.product([0, 1], repeat=8):
+        places = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), 9]
+        ways.append(cost([ordered[a:b] for a, b in itertools.pairwise(places)]))
+    assert cost([lengths[group].tolist() for group in groups]) == min(ways)
+
+
+def test_two_kinds_of_lengths_do_not_share_a_pass():
+    """Cut by equal tokens, these would be one pass, half of it padding."""
+    groups = least_padding(np.array([195, 16, 195, 16, 195, 16, 195, 16]), 1024, 64)
+    assert [group.tolist() for group in groups] == [[1, 3, 5, 7], [0, 2, 4, 6]]

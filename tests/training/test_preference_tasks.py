@@ -17,6 +17,7 @@ from mlx_preference_tasks import PairTask, UnpairedTask
 from mlx_sft_trainer import SupervisedTrainer, evaluate
 from models.lora import LoraConfig, add_lora
 from models.reference import adapter_as_it_is, adapter_off, frozen_copy
+from models.shared_prompts import can_share_prompts
 from models.soft_prompt import SoftPrompt
 from models.tuning import FullTuning
 from rl.preference_losses import dpo_loss
@@ -219,6 +220,36 @@ def test_the_adapter_as_it_was_loaded_is_the_reference(kind):
 def test_the_adapter_that_is_off_needs_no_copy():
     assert make_task().reference.kept is None
     assert set(make_task().groups({})) == {"adapters"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("responses", [2, 3])
+def test_a_long_prompt_is_read_once_and_changes_nothing(kind, responses):
+    prompts = [list(range(3, 63)) * 3, [7, 8, 9], list(range(63, 3, -1)) * 3]
+    rng, rows = np.random.default_rng(3), []
+    for prompt in prompts:
+        tokens, masks = zip(*(answer(rng, prompt) for _ in range(responses)), strict=True)
+        rows.append(PreferenceRow(list(tokens), list(range(responses)), masks=list(masks)))
+    options = {"kind": kind, "as_loaded": kind == "prompt"}
+    shared, plain = make_task(**options), make_task(**options)
+    assert shared.share_prompts
+    plain.share_prompts = False
+    passes = shared.arrays(make_batch(rows))[0][0]
+    prefix = len(shared.tuning.prefix)
+    assert [found[2].size - prefix for found in passes if len(found) == 3] == [179, 179]
+    assert all(len(found) == 2 for found in plain.arrays(make_batch(rows))[0][0])
+    one, other = gradient_of(shared, rows), gradient_of(plain, rows)
+    same(one[0], other[0])
+    for name, value in other[1].items():
+        assert one[1][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_prompts_are_not_shared_where_layers_keep_something_else_or_are_computed_again():
+    task = make_task()
+    SupervisedTrainer(task, optim.SGD(1.0), grad_checkpoint=True)
+    assert not task.share_prompts
+    assert not can_share_prompts(tiny_model("gemma3_text"))  # windows
+    assert not make_task("orpo").shared(make_batch(pair_rows()), np.ones((12, 15), bool))[0][1]
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto", "orpo"])
