@@ -24,6 +24,7 @@ from data_loading.collate import (
     UnpairedBatch,  # answers with labels, and each prompt with another row's answer
     make_batch,  # rows of one kind to padded arrays
     pack_rows,  # several rows into rows of constant length
+    wrap_rows,  # all rows as one text, cut into such
 )
 from data_loading.fields import extras_of  # tools, documents of a row, for a chat template
 from data_loading.files import DATA_SUFFIXES  # names of files that hold rows
@@ -123,4 +124,5 @@ __all__ = [
     "tokenise_unpaired",
     "use_colour",
     "use_date",
+    "wrap_rows",
 ]

@@ -40,6 +40,7 @@ def parse_arguments(words=None):
     add("--model", help="base: local folder or hub name (default: the one the adapter names)")
     add("--adapter-file", nargs="+", default=[], help=".npz, .safetensors, or adapter folder(s)")
     add("--adapter-weights", nargs="+", type=float, help="a factor for each adapter (default: 1)")
+    add("--tokenizer", help="folder or hub name of its tokenizer (default: the model's own)")
     add("--trust-remote-code", type=bool, default=False, help="run code that the model brings")
     text = "round the base to so many bits first, as --quantize did in training"
     add("--quantize", type=int, choices=(4, 8), help=text)
@@ -146,6 +147,7 @@ def main(words=None) -> None:
         quantize=args.quantize,
         trust_remote_code=args.trust_remote_code,
         any_base=args.any_base,
+        tokenizer=args.tokenizer,
     )
     if path.resolve() == parts.base.path.resolve():
         raise UserError(f"--save-path {path}: is the base model itself; give another folder")

@@ -103,6 +103,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         grad_checkpoint=args.grad_checkpoint,
     )
     head, stop_test = policy.value_head, stop_at(args.stop, loaded.tokenizer)
+    told = {"compare_steps": args.compare_steps, "reference_samples": args.reference_samples}
     make_loop = rollout_loop(
         RolloutLoop,
         args,
@@ -111,7 +112,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         rewards,
         prompts,
         validation_prompts(args, prompts),
-        schedule_options(args),
+        schedule_options(args) | told,
         stop_test,
         **{VALUE_HEAD: Group(head.arrays, lambda a: head.load_weights(list(a.items())))},
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 from command_line.data_flags import settle_date, tokenising
 from command_line.parser import run_main
 from command_line.reward_flags import make_rewards
+from command_line.rules import refuse_idle
 from command_line.score_flags import parse_arguments, read_input, refuse_overwriting
 from errors import UserError
 
@@ -72,6 +73,7 @@ def sample(args, records):
 
     loaded = load_model(
         args.model,
+        tokenizer=args.tokenizer,
         dtype=args.dtype,
         quantize=args.quantize,
         trust_remote_code=args.trust_remote_code,
@@ -114,17 +116,18 @@ def load(args, tokenizer=None):
     path = Path(args.reward_model or "")
     if args.reward_model and path.exists() and not (path / "config.json").exists():
         base = args.model or recorded_base(args.reward_model, read_adapter(path)[1])
-        loaded = load_model(base, quantize=args.quantize, **options)
+        loaded = load_model(base, quantize=args.quantize, tokenizer=args.tokenizer, **options)
         return loaded.tokenizer, load_reward_model(path, loaded, any_base=args.any_base, **options)
     if args.quantize and not args.prompts:
         raise UserError("--quantize is for the base of an adapter in --reward-model")
     reward_model = load_reward_model(args.reward_model, **options) if args.reward_model else None
     own = reward_model is not None and not getattr(reward_model, "reads_pairs", False)
     if own and args.model is None:
+        refuse_idle(args, "tokenizer", "without --model: the reward model brings its own")
         return reward_model.source.tokenizer, reward_model
     if tokenizer is not None:
         return tokenizer, reward_model
-    return load_model(args.model, **options).tokenizer, reward_model
+    return load_model(args.model, tokenizer=args.tokenizer, **options).tokenizer, reward_model
 
 
 def make_learned_reward(args, tokenizer, reward_model):

@@ -167,6 +167,7 @@ def finish(args, loaded, run, loop, rows) -> None:
             "ppo_training.py",
             *flags_of_rows(args),
             model=args.model,
+            tokenizer=args.tokenizer,
             reward_model=args.save_file,
         )
     else:

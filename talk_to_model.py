@@ -87,7 +87,6 @@ def parse_arguments(words: list[str] | None = None):
 def check_arguments(args) -> None:
     """Refuse what contradicts itself."""
     args.settings = dataclass_from_arguments(Settings, args)
-    args.settings.check()
 
 
 # ------------------------------------------------------------------------------ set-up
@@ -112,6 +111,7 @@ def make_session(args):
     loader = Loader(
         dtype=args.dtype,
         quantize=args.quantize,
+        tokenizer=args.tokenizer,
         trust_remote_code=args.trust_remote_code,
         token_format=args.token_format,
         prompt_template=args.prompt_template,

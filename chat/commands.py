@@ -115,7 +115,6 @@ def change_setting(session: Session, rest: str) -> None:
         raise UserError("/set: a name and a value are needed, as in /set temp 0.7")
     name = Settings.full_name(name)
     settings = session.settings.changed(name, value.strip())
-    settings.check()
     session.settings = settings
     if name == "seed":
         session.use_seed()

@@ -5,6 +5,7 @@ And how it becomes the tokens that the model is given, as in training.
 
 import itertools
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,30 @@ class Prompting:
             token_format=self.token_format,
         )
         return rows[0].tokens, rows[0].text
+
+    def recent(
+        self, messages: list[dict], extras: dict | None, most: int | None
+    ) -> tuple[list[int], str]:
+        """As `tokens`, with the oldest exchanges, or of a text its beginning, left out until the
+        prompt has at most `most` tokens.
+
+        Raises UserError where the last prompt alone has more.
+        """
+        tokens, text = self.tokens(messages, extras)
+        if most is None or len(tokens) <= most:
+            return tokens, text
+        warnings.warn(f"--max-context {most}: what is older is left out", stacklevel=2)
+        if not self.has_turns:
+            bos = tokens[:1] if tokens[0] == self.tokenizer.bos_token_id else []
+            tokens = [*bos, *tokens[len(tokens) - most + len(bos) :]]
+            return tokens, self.tokenizer.decode(tokens, skip_special_tokens=True)
+        head = messages[:1] if messages[0]["role"] == "system" else []
+        asks = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        for start in asks[1:]:
+            tokens, text = self.tokens([*head, *messages[start:]], extras)
+            if len(tokens) <= most:
+                return tokens, text
+        raise UserError(f"--max-context {most}: the last prompt alone has {len(tokens)} tokens")
 
     def said(self, messages: list[dict]) -> str | list[dict]:
         """The prompt as it was said: a text, or the conversation where there is one."""

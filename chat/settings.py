@@ -7,28 +7,32 @@ from command_line.values import number, whole_number
 from errors import UserError
 
 
-def option(default, text: str):
-    return field(default=default, metadata={"help": text})
+def option(default, text: str, *aliases: str):
+    return field(default=default, metadata={"help": text, "aliases": aliases})
 
 
 @dataclass(frozen=True)
 class Settings:
     """Checked values; each field is a flag of talk_to_model.py and a name for ``/set``."""
 
-    max_tokens: int = option(256, "longest reply, in tokens")
+    max_tokens: int = option(256, "longest reply, in tokens", "-m")
+    max_context: int | None = option(
+        None, "tokens of the conversation that are read; the oldest go first (default: all)", "-c"
+    )
     temp: float = option(0.0, "sampling temperature; 0 takes the likeliest token")
     top_p: float = option(1.0, "sample from the likeliest tokens that make up this probability")
     top_k: int = option(0, "sample from this many likeliest tokens; 0: all")
     min_p: float = option(0.0, "drop tokens less likely than this share of the likeliest")
     repetition_penalty: float = option(1.0, "above 1: makes tokens that occurred less likely")
     repetition_context_size: int = option(20, "how many tokens back the penalty looks")
-    num_beams: int = option(1, "beams of a beam search, which needs --temp 0; 1: none")
+    num_beams: int = option(1, "beams of a beam search, sampled where --temp is above 0; 1: none")
     length_penalty: float = option(1.0, "beam search: above 0 favours long replies, below short")
     seed: int | None = option(None, "makes sampled replies repeatable (default: a new one)")
 
     def __post_init__(self):
         for name, fits, wanted in (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("max_context", self.max_context is None or self.max_context >= 1, "at least 1"),
             ("temp", self.temp >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 or more"),
@@ -60,11 +64,6 @@ class Settings:
             return replace(self, **{name: convert(text)})
         except ArgumentTypeError as wrong:
             raise UserError(f"/set {name}: {wrong}") from None
-
-    def check(self) -> None:
-        """Refuse values that contradict each other."""
-        if self.num_beams > 1 and self.temp > 0:
-            raise UserError("--num-beams: beam search does not sample; leave --temp at 0")
 
     def describe(self) -> str:
         """Every setting with its value and meaning, a line each."""

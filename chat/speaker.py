@@ -12,7 +12,7 @@ from chat.conversation import Prompting
 from chat.settings import Settings
 from models.adapter_files import load_adapter, read_adapter
 from models.beam_search import beam_search
-from models.decoding import make_cache
+from models.decoding import Sampling, make_cache
 from models.limits import find_limits
 from models.load import DEFAULT_MODEL, LoadedModel, load_model, resolve_path
 from models.parts import refuse_lost_base
@@ -86,7 +86,7 @@ class Speaker:
         `extras` are tools and documents for the chat template.
         """
         self.step_forward()
-        prompt, prompt_text = self.prompting.tokens(messages, extras)
+        prompt, prompt_text = self.prompting.recent(messages, extras, settings.max_context)
         said = self.prompting.said(messages)
         prefix = self.tuning.prefix if self.tuning is not None else ()
         settings = self._fitting([*prefix, *prompt], settings)
@@ -199,6 +199,7 @@ class Speaker:
             max_tokens=settings.max_tokens,
             eos_ids=self.loaded.eos_ids,
             length_penalty=settings.length_penalty,
+            sampling=Sampling(settings.temp, settings.top_k, settings.top_p, settings.min_p),
             processor=processor,
             should_stop=should_stop,
         )[0]

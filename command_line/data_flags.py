@@ -54,6 +54,7 @@ def add_data_arguments(parser: Parser, *, max_length: int = 2048, test_rows: boo
     add("--validation-file", help="validation file, in place of the folder's")
     if test_rows:
         add("--test-file", help="test file, in place of the folder's")
+        add("--test-batches", type=int, default=-1, help="batches of test rows; -1: all of them")
     add("--validation-split-percentage", type=float, help="validate on this share of the rows")
     add("--dataset", nargs="+", help="names or paths that the datasets library opens")
     add("--dataset-config", help="configuration of --dataset")
@@ -72,6 +73,8 @@ def add_data_arguments(parser: Parser, *, max_length: int = 2048, test_rows: boo
 
     def check(args: argparse.Namespace) -> None:
         at_least(args, 1, "max_rows", "max_length")
+        if getattr(args, "test_batches", -1) == 0 or getattr(args, "test_batches", -1) < -1:
+            raise UserError("--test-batches: give a number of batches, or -1 for all rows")
         share = getattr(args, "validation_split_percentage", None)  # score.py has no such flag
         if share is not None and not 0 < share < 100:
             raise UserError(
@@ -124,6 +127,12 @@ def has_validation(args: argparse.Namespace) -> bool:
     if args.train_file or args.dataset:
         return False
     return folder_file(args.data, args.data_base, "valid", required=False) is not None
+
+
+def cut_test_rows(args: argparse.Namespace, rows: Any) -> None:
+    """Leave the rows of the first --test-batches batches."""
+    if args.test_batches > 0:
+        del rows.rows[args.test_batches * args.batch_size :]
 
 
 def data_sources(args: argparse.Namespace) -> dict[str, Any]:

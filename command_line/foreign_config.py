@@ -127,7 +127,7 @@ def choose_flag(setting: Setting, keys: set[str], flags: Mapping[str, Action]) -
     if setting.key in TRAINED:
         wanted = (TRAINED[setting.key],)
         if is_adapter_file(setting):
-            wanted = ("resume-file", "resume-adapter-file")
+            wanted = ("resume-adapter-file", "resume-file")
     if "experience_batch_size" in keys and wanted == ("batch-size",):
         # In their PPO the experience is our batch, and their batch is our minibatch. Elsewhere
         # there is no experience, and a batch is a batch.

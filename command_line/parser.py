@@ -109,7 +109,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         sys.stdout.flush()
-        raise SystemExit(complain(re.sub(r"^argument (--\S+?)(/--\S+)*: ", r"\1: ", message)))
+        raise SystemExit(complain(re.sub(r"^argument (--\S+?)(/-\S+)*: ", r"\1: ", message)))
 
     def format_help(self) -> str:
         # The list of all flags stands below anyway; twenty lines of usage say no more.
@@ -136,7 +136,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             for name in action.option_strings:
                 found[name] = action
-                if action.type is bool:
+                if action.type is bool and name.startswith("--"):
                     found.setdefault(f"--no-{name[2:]}", action)
         return found
 
@@ -165,6 +165,7 @@ class Parser(argparse.ArgumentParser):
         while position < len(words):
             word = words[position]
             position += 1
+            word = self._in_full(word)
             if word == "--":
                 return out + words[position - 1 :], given
             if not word.startswith("--"):
@@ -182,6 +183,14 @@ class Parser(argparse.ArgumentParser):
                 word = action.option_strings[0] + equals + value
             out.append(word)
         return out, given
+
+    def _in_full(self, word: str) -> str:
+        """``-m 5``, ``-m5`` or ``-m=5`` with the flag's long name; any other word as it is."""
+        short, value = word[:2], word[2:].removeprefix("=")
+        action = self._flags().get(short)
+        if action is None or word.startswith("--") or action.dest == "help":
+            return word
+        return action.option_strings[0] + (f"={value}" if value else "")
 
     def _is_value(self, word: str) -> bool:
         """Whether the word after a boolean flag is its value and not a positional argument."""

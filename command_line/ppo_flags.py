@@ -4,6 +4,7 @@ Shared by ppo_training.py and its PyTorch twin.
 """
 
 import math
+import shlex
 from pathlib import Path
 
 from command_line.adapter_file import check_save_file, refuse_other_head, settle_adapter
@@ -32,11 +33,13 @@ from command_line.shared_flags import (
 from data_utils import Template, data_report, load_data, tokenise_prompts
 from errors import UserError
 from rl.ppo_config import PPOConfig
+from run_folder.private import marked_above
 
 DESCRIPTION = "PPO on a language model, against a ground-truth reward, a learned one, or your own."
 # By kind of training: of models under 5 million weights, as measured on the digits task; of others.
 SMALL_RATES = {"lora": 3e-3, "dora": 3e-3, "full": 3e-4, "prompt": 1e-1}
 LARGE_RATES = {"lora": 1e-4, "dora": 1e-4, "full": 1e-6, "prompt": 1e-2}
+MESSAGES = "my_messages"  # the folder of docs/imessage_bot.md
 SHARED = ("seed", "learning_rate", "max_grad_norm")  # fields of PPOConfig with a flag elsewhere
 HARMLESS = ("eval_every", "eval_prompts", "eval_samples", "samples_per_step", "preview")
 NEEDS_OF_ROLLOUTS = (
@@ -50,6 +53,11 @@ NEEDS_OF_ROLLOUTS = (
         why=NO_VALIDATION,
     ),
     Needs("eval_samples eval_prompts", met=has_validation, why=NO_VALIDATION),
+    Needs(
+        "stop missing_eos_penalty",
+        met=lambda args: not args.ignore_eos,
+        why="with --ignore-eos: responses end at their length alone",
+    ),
 )
 NEEDS = (
     Needs("target horizon", "adap_kl_ctrl"),
@@ -68,11 +76,18 @@ def parse_arguments(words=None):
     add_reward_arguments(parser)
     add_task_arguments(parser, save_file="ppo_weights.npz")
     add_dataclass_arguments(parser, PPOConfig, title="PPO", exclude=SHARED)
+    add = parser.add_argument_group("looked at").add_argument
+    text = "steps between comparisons of the mean score with the best so far, whose checkpoint is "
+    text += "kept as the best; 0: that of the best evaluation"
+    add("--compare-steps", type=int, default=0, help=text)
+    text = "responses of the reference to a step's first prompts, scored and logged beside"
+    add("--reference-samples", type=int, default=0, help=text)
     add_shared_arguments(
         parser,
         learning_rate_note="default for models below 5 million weights: lora 3e-3, full 3e-4, "
         "prompt 0.1, found on the digits task; else lora 1e-4, full 1e-6, prompt 1e-2",
     )
+    parser.checks.append(lambda args: at_least(args, 0, "compare_steps", "reference_samples"))
     parser.checks += [check_arguments, needs(NEEDS), settle_arguments]
     return parser.parse_args(words)
 
@@ -94,9 +109,18 @@ def add_task_arguments(parser: Parser, *, save_file: str) -> None:
         choices=(4, 8),
         help="bits of the reference copy in full fine-tuning (default: as the policy)",
     )
+    text = "answer messages: prompts of the folder that data/imessage.py wrote (--data, or "
+    text += "my_messages)"
+    add("--me-chatbot", type=bool, default=False, help=text)
     add("--epochs", type=float, help="passes over the prompts, in place of --num-steps")
     add("--prompt-words", type=int, default=2, help="of a plain text, how many words are a prompt")
     add("--stop", nargs="+", help="texts that end a response")
+    add(
+        "--ignore-eos",
+        type=bool,
+        default=False,
+        help="EOS ends no response: each has the length that was drawn, or --max-new-tokens",
+    )
     add("--eval-every", type=int, default=20, help="steps between evaluations; 0: none")
     add(
         "--eval-prompts",
@@ -115,6 +139,7 @@ def add_task_arguments(parser: Parser, *, save_file: str) -> None:
     add("--steps-per-report", type=int, default=5, help="steps between lines of metrics")
     add("--preview", type=bool, default=False, help="show prompts as they are given, and stop")
     parser.alternatives.append({"num_steps", "epochs"})
+    parser.checks.append(settle_me_chatbot)
 
 
 def add_shared_arguments(parser: Parser, *, learning_rate_note: str) -> None:
@@ -175,6 +200,26 @@ def settle_for_model(args, weights: int) -> None:
     dataclass_from_arguments(PPOConfig, args)
 
 
+def settle_me_chatbot(args) -> None:
+    """--me-chatbot: the prompts of one's own messages, where --data-base says no others."""
+    if not args.me_chatbot:
+        return
+    if args.train_file or args.dataset:
+        raise UserError(
+            "--me-chatbot reads the folder --data; leave out --train-file and --dataset"
+        )
+    if "data" not in args.changed and not args.resume:
+        args.data = MESSAGES
+    if "data_base" not in args.changed:
+        args.data_base = "prompts_"
+    folder = Path(args.data)
+    if marked_above(folder) is None or not (folder / f"{args.data_base}train.jsonl").is_file():
+        raise UserError(
+            f"--me-chatbot: {folder} is no folder of messages: "
+            f"python data/imessage.py ... --output-dir {shlex.quote(str(folder))} makes it"
+        )
+
+
 def settle_arguments(args) -> None:
     """Fill in what follows from other flags, and make sure of PPO's own options."""
     settle_tuning(args)
@@ -230,6 +275,8 @@ def load_prompts(args, tokenizer, weights: int, per_step: int | None = None) -> 
 
 def ends(args, tokenizer) -> set[int]:
     """Token ids that end a response: the tokenizer's EOS, and its chat template's end of turn."""
+    if args.ignore_eos:
+        return set()
     turn_end = Template(tokenizer, args.prompt_template, args.token_format).turn_end_id()
     return set(tokenizer.eos_token_ids) | ({turn_end} if turn_end is not None else set())
 

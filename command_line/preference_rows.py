@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from command_line.data_flags import (
+    cut_test_rows,
     data_sources,
     settle_date,
     tokenising,
@@ -56,6 +57,8 @@ def load_rows(args, tokenizer) -> dict[str, Any]:
                 tell(f"warning: {warning}")
             if args.sample_prompts:
                 rows["samples"] = encode_samples(args, tokenizer, False)
+    if args.test:
+        cut_test_rows(args, rows["test"])
     if args.preview:
         print(preview(rows["train"][0], tokenizer, use_colour(sys.stdout)))
     return rows

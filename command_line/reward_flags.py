@@ -2,6 +2,7 @@
 
 import argparse
 from typing import Any, get_args
+from urllib.parse import urlsplit
 
 from command_line.parser import Parser
 from command_line.rules import Needs, needs
@@ -19,7 +20,9 @@ from rewards.learned import digits_rewards, reward_beside
 from rewards.reward_set import Reward, RewardSet
 from rewards.service import HTTPReward
 from rewards.user_function import load_function
+from run_folder.private import private_folder
 
+THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 LONGEST_TIMEOUT = 1e6  # seconds; what the system's timers take ends at about 1e9
 
 RULES = (
@@ -55,6 +58,7 @@ def add_reward_arguments(parser: Parser) -> None:
     add("--ground-truth-reward", type=bool, default=False, help="the digits task's true score")
     add(
         "--reward-model",
+        "--reward-model-dir",
         help="fused reward model, *ForSequenceClassification model, or adapter "
         "with a reward head on --model; an encoder (BERT) needs PyTorch",
     )
@@ -114,6 +118,24 @@ def check_rewards(args: argparse.Namespace) -> None:
         raise UserError(f"--reward-timeout: give seconds above 0, up to {LONGEST_TIMEOUT:g}")
 
 
+def refuse_sending(args: argparse.Namespace) -> None:
+    """UserError for a service elsewhere where the rows, or the model, are private."""
+    elsewhere = [url for url in args.reward_url or () if host_of(url) not in THIS_MACHINE]
+    if elsewhere and (folder := private_folder(vars(args))):
+        raise UserError(
+            f"--reward-url {elsewhere[0]}: {folder} is private, so its texts go to no other "
+            "machine; a service on http://localhost may have them"
+        )
+
+
+def host_of(url: str) -> str | None:
+    """The host of an address; None where it is none, which is told when it is used."""
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
+
+
 def make_learned_reward(args: argparse.Namespace, loaded: Any, tuning: Any) -> Reward | None:
     """--reward-model as a reward beside a policy, or None where none is asked for.
 
@@ -134,6 +156,7 @@ def make_learned_reward(args: argparse.Namespace, loaded: Any, tuning: Any) -> R
         template_date=args.template_date,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
+        tokenizer=args.tokenizer,
     )
 
 
@@ -144,6 +167,7 @@ def make_rewards(
 
     `unscored`: rows may be left without a score.
     """
+    refuse_sending(args)
     rewards = []
     rule = {
         "increasing": args.increasing or not args.decreasing,

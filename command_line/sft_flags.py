@@ -14,6 +14,7 @@ from command_line.adapter_file import check_save_file, settle_adapter
 from command_line.data_flags import (
     NO_VALIDATION,
     add_data_arguments,
+    cut_test_rows,
     data_sources,
     has_validation,
     settle_date,
@@ -21,6 +22,8 @@ from command_line.data_flags import (
     warn_of_digits_model,
 )
 from command_line.option_files import begun_before
+from command_line.packing import NEEDS as OF_PACKING
+from command_line.packing import add_packing_arguments, pack, row_limit
 from command_line.parser import Parser
 from command_line.rules import Needs, flag_of, needs, refuse_idle
 from command_line.shared_flags import (
@@ -39,7 +42,6 @@ from data_utils import (
     epoch_batches,
     load_data,
     not_for_sft,
-    pack_rows,
     preview,
     tokenise_sft,
     use_colour,
@@ -85,7 +87,7 @@ LOOP_NEEDS = (
     Needs(
         OF_TRAINING, met=lambda args: args.train or args.preview, why="without --train", typed=True
     ),
-    Needs("test_file", "test"),
+    Needs("test_file test_batches", "test"),
     Needs(
         "steps_per_eval",
         met=lambda args: not (args.train and args.steps_per_eval) or has_validation(args),
@@ -98,6 +100,7 @@ LOOP_NEEDS = (
 
 NEEDS = (
     *LOOP_NEEDS,
+    *OF_PACKING,
     Needs("pooling centering margins normalize_samples", "reward_model"),
 )
 
@@ -112,12 +115,7 @@ def parse_arguments(words=None):
     add("--reward-model", type=bool, default=False, help="a reward model, not a language model")
     add("--mask-prompt", type=bool, default=False, help="train on answers alone")
     add("--chosen", type=bool, default=False, help="of preference rows, train the best answer")
-    add(
-        "--packing",
-        type=bool,
-        default=False,
-        help="whole rows in packs of up to --max-length tokens; attention crosses rows",
-    )
+    add_packing_arguments(add)
     add = parser.add_argument_group("reward model").add_argument
     add("--pooling", choices=("mean", "last"), default="mean", help="of hidden states")
     add("--centering", type=float, default=0.0, help="weight of (chosen + rejected)^2 in the loss")
@@ -149,7 +147,7 @@ def add_loop_arguments(parser: Parser) -> Callable:
     add("--test", type=bool, default=False, help="evaluate on the test rows, after any training")
     add("--preview", type=bool, default=False, help="show the data as it is trained on, and stop")
     add("--save-file", default="peft_weights.npz", help=".npz, .safetensors, or a folder to write")
-    add("--resume-adapter-file", help="adapter to start from, or to test")
+    add("--resume-adapter-file", "--resume-file", help="adapter to start from, or to test")
     add("--batch-size", type=int, default=4, help="rows per gradient")
     add("--iters", "--steps", type=int, default=1000, help="updates of the weights")
     add("--epochs", type=float, help="passes over the data, in place of --iters")
@@ -266,7 +264,7 @@ def load_rows(args, tokenizer) -> dict:
                 tokenizer,
                 mask_prompt=args.mask_prompt,
                 chosen=args.chosen,
-                **tokenising(args),
+                **tokenising(args) | row_limit(args),
             )
         else:
             if "reading" not in rows:
@@ -276,14 +274,11 @@ def load_rows(args, tokenizer) -> dict:
             )
         print(data_report(split, records, rows[split]))
         if args.packing:
-            rows[split].rows = pack_rows(rows[split].rows, args.max_length)
-            fill = sum(rows[split].lengths) / (len(rows[split]) * args.max_length)
-            print(
-                f"  packed into {len(rows[split])} rows of up to {args.max_length} tokens, "
-                f"{fill:.0%} full"
-            )
+            pack(args, rows[split], tokenizer)
         if args.sample_prompts and split == "train":
             rows["samples"] = encode_samples(args, tokenizer, set(records.kinds) == {"text"})
+    if args.test:
+        cut_test_rows(args, rows["test"])
     if args.preview:
         show(rows["train"][0], tokenizer)
     return rows

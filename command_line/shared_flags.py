@@ -100,6 +100,7 @@ def add_model_arguments(parser: Parser) -> None:
         help="of the base weights; auto: float32 on the CPU, bfloat16 on Metal and CUDA",
     )
     add("--quantize", type=int, choices=(4, 8), help="bits per base weight (default: as stored)")
+    add("--tokenizer", help="folder or hub name of its tokenizer (default: the model's own)")
     add(
         "--trust-remote-code",
         type=bool,
@@ -110,7 +111,7 @@ def add_model_arguments(parser: Parser) -> None:
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `models.load.load_model` takes, the name or folder as ``model``."""
-    names = ("model", "dtype", "quantize", "trust_remote_code")
+    names = ("model", "dtype", "quantize", "trust_remote_code", "tokenizer")
     return {name: getattr(args, name) for name in names}
 
 

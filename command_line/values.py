@@ -66,7 +66,8 @@ class HelpFormatter(argparse.HelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if action.option_strings and action.type is bool:
             first = action.option_strings[0]
-            return f"{first}, --no-{first[2:]}"
+            short = [name for name in action.option_strings if not name.startswith("--")]
+            return ", ".join([first, *short, f"--no-{first[2:]}"])
         return super()._format_action_invocation(action)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:

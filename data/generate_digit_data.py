@@ -185,10 +185,10 @@ def make_rows(task: Task, kind: str, split: str, count: int, seed: int) -> list[
 def make_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=LongHelpFormatter)
     add = parser.add_argument
-    add("--increasing", type=bool, default=False, help="each number is greater than the last")
-    add("--decreasing", type=bool, default=False, help="each number is smaller than the last")
+    add("--increasing", "-i", type=bool, default=False, help="each number is greater than the last")
+    add("--decreasing", "-d", type=bool, default=False, help="each number is smaller than the last")
     add("--multiple-of", type=int, default=1, help="of what every number is a multiple")
-    add("--num-samples", type=int, default=100, help="rows to train on")
+    add("--num-samples", "-n", type=int, default=100, help="rows to train on")
     add("--num-valid", type=int, help="rows to validate on (a fifth of --num-samples, at least 10)")
     add("--num-test", type=int, help="rows to test on (the same)")
     add(
@@ -211,10 +211,19 @@ def make_parser() -> Parser:
         help="text rows: fraction of the positions that get a random number",
     )
     add("--kind", nargs="+", choices=list(KINDS), default=["text"], help="what to write")
+    add("--dpo-data", type=bool, default=False, help="the same as --kind preference")
     add("--seed", type=int, default=0, help="the same seed gives the same files")
     add("--output-dir", type=Path, default=HERE, help="where to write (the folder of this script)")
-    parser.checks += [check_rule, check_sizes]
+    parser.checks += [check_rule, check_sizes, settle_kind]
     return parser
+
+
+def settle_kind(args: argparse.Namespace) -> None:
+    """--dpo-data, as the first scripts had it, is one of the kinds."""
+    if args.dpo_data:
+        if "kind" in args.changed:
+            raise UserError("--dpo-data is --kind preference; leave one of them out")
+        args.kind = ["preference"]
 
 
 def check_rule(args: argparse.Namespace) -> None:

@@ -38,6 +38,7 @@ from histories.privacy import (  # noqa: E402
 )
 from histories.telegram import read_telegram  # noqa: E402
 from histories.whatsapp import ORDERS, read_whatsapp  # noqa: E402
+from run_folder.private import mark_private  # noqa: E402
 from safe_files import write_atomically, writing  # noqa: E402
 
 
@@ -71,6 +72,7 @@ def make_parser() -> Parser:
         help="turns that a row takes over from the one before, not trained again",
     )
     add(
+        "--canary",
         "--canaries",
         type=int,
         default=0,
@@ -78,7 +80,7 @@ def make_parser() -> Parser:
     )
     add("--negatives", help="model whose replies stand against yours as preference pairs")
     add("--max-tokens", type=int, default=100, help="longest reply of --negatives")
-    add("--seed", type=int, default=0, help="of --negatives and --canaries")
+    add("--seed", type=int, default=0, help="of --negatives and --canary")
     parser.checks.append(check)
     return parser
 
@@ -87,8 +89,8 @@ def check(args: argparse.Namespace) -> None:
     for name, least in (("min_messages", 2), ("max_length", 2), ("context_turns", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')}: at least {least}")
-    if not 0 <= args.canaries <= len(QUESTIONS):
-        raise UserError(f"--canaries: from 0 to {len(QUESTIONS)}")
+    if not 0 <= args.canary <= len(QUESTIONS):
+        raise UserError(f"--canary: from 0 to {len(QUESTIONS)}")
     if not 0 < args.gap < 24 * 365:
         raise UserError("--gap: hours between 0 and a year")
     needs = (
@@ -96,7 +98,7 @@ def check(args: argparse.Namespace) -> None:
         ("date_order", "--whatsapp", args.whatsapp),
         ("mask_words", "--names", args.names),
         ("max_tokens", "--negatives", args.negatives),
-        ("seed", "--negatives or --canaries", args.negatives or args.canaries),
+        ("seed", "--negatives or --canary", args.negatives or args.canary),
     )
     for flag, other, there in needs:
         if flag in args.changed and not there:
@@ -159,6 +161,7 @@ def private_folder(folder: Path) -> None:
             "name another folder"
         )
     write_private(folder / ".gitignore", "*\n")
+    mark_private(folder)
 
 
 def write_private(path: Path, text: str) -> None:
@@ -182,7 +185,7 @@ def write_rows(path: Path, rows: Iterable[dict]) -> int:
 def write_all(args: argparse.Namespace, history: History, rows: Rows) -> None:
     folder = args.output_dir
     private_folder(folder)
-    canaries = make_canaries(args.canaries, args.seed)
+    canaries = make_canaries(args.canary, args.seed)
     if canaries:
         write_private(folder / "canaries.json", json.dumps(canaries, indent=2) + "\n")
     for split, made in (("train", rows.train), ("valid", rows.valid)):

@@ -3,7 +3,7 @@
 
     python data/memorisation.py --data my_messages --model MODEL --resume-file me.npz
 
-For each planted code (data/imessage.py --canaries) the exposure in bits: how much likelier the
+For each planted code (data/imessage.py --canary) the exposure in bits: how much likelier the
 model makes it than codes that it never saw. And of sampled answers the longest run of words that
 stands in the training rows.
 """
@@ -19,6 +19,7 @@ import fast_blas  # noqa: E402, F401  before MLX
 import argparse  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
+import math  # noqa: E402
 
 from command_line.parser import Parser, run_main  # noqa: E402
 from errors import UserError  # noqa: E402
@@ -116,7 +117,7 @@ class Model:
 def report_canaries(args: argparse.Namespace, model: Model) -> None:
     path = args.data / "canaries.json"
     if not path.exists():
-        print("no planted codes: data/imessage.py --canaries 5 plants some before training")
+        print("no planted codes: data/imessage.py --canary 5 plants some before training")
         return
     canaries = json.loads(path.read_text(encoding="utf-8"))
     print(
@@ -130,7 +131,8 @@ def report_canaries(args: argparse.Namespace, model: Model) -> None:
         for start in range(0, len(rest) + 1, args.batch_size):
             texts = [canary["answer"], *rest][start : start + args.batch_size]
             found += model.logprobs(messages, texts)
-        print(f"  {exposure(found[0], found[1:]):5.1f}  {canary['question']}")
+        chance = f"probability {math.exp(found[0]):.1e}"
+        print(f"  {exposure(found[0], found[1:]):5.1f}  {chance}  {canary['question']}")
 
 
 def report_overlap(args: argparse.Namespace, model: Model, rows: list[dict]) -> None:

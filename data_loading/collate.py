@@ -1,6 +1,6 @@
 """Rows of one kind to padded arrays, and packing."""
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -151,6 +151,33 @@ def pack_rows(rows: Sequence[TextRow], length: int) -> list[TextRow]:
         if left > need:
             insort(room, (left - need, pack))
     return [_packed([rows[i] for i in sorted(pack)]) for pack in packs]
+
+
+def wrap_rows(rows: Sequence[TextRow], length: int, eos: int) -> list[TextRow]:
+    """All rows as one text, in their order, cut into rows of exactly `length` tokens.
+
+    `eos` parts them where a row does not end with it. Every token stands in one row; the last one
+    is shorter. As in `pack_rows`, attention crosses rows, and neither the first token of a document
+    nor that of a cut row is a target. Rows in which nothing is a target are left out. TRL's
+    SFTTrainer calls this packing "wrapped".
+    """
+    tokens: list[int] = []
+    mask: list[int] = []
+    starts: list[tuple[int, str]] = []  # where each document begins
+    for row in rows:
+        starts.append((len(tokens), row.where))
+        tokens += row.tokens
+        mask += (0, *row.mask[1:])
+        if row.tokens[-1] != eos:
+            tokens.append(eos)
+            mask.append(0)
+    made = []
+    for at in range(0, len(tokens), length):
+        targets = [0, *mask[at + 1 : at + length]]
+        if any(targets):
+            _, where = starts[bisect_right(starts, at, key=lambda start: start[0]) - 1]
+            made.append(TextRow(tokens[at : at + length], targets, where))
+    return made
 
 
 def _packed(rows: list[TextRow]) -> TextRow:

@@ -176,7 +176,7 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
 def columns(database: sqlite3.Connection, table: str) -> set[str]:
     found = {row["name"] for row in database.execute(f"PRAGMA table_info({table})")}
     if not found:
-        raise UserError(f"not a message database: it has no table {table!r}")
+        raise sqlite3.DatabaseError(f"it has no table {table!r}")
     return found
 
 

@@ -1,8 +1,9 @@
 """Beam search: the likeliest reply among those that a fixed number of beams can find.
 
 Follows transformers 5 (`GenerationMixin._beam_search` with early_stopping=False, batch of one), so
-that the same model gives the same text and score there and here. Legend: K beams, V vocabulary,
-C candidates kept in a step.
+that the same model gives the same text and score there and here. With a temperature it samples as
+that one does with do_sample: continuations are drawn, without replacement, by the softmax of their
+sums. Legend: K beams, V vocabulary, C candidates kept in a step.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from models.decoding import keep_rows, make_cache
+from models.decoding import Sampling, filtered, keep_rows, make_cache
 from models.trunk import hidden_states, logits_from_hidden
 
 
@@ -33,14 +34,16 @@ def beam_search(
     max_tokens: int,
     eos_ids: set[int],
     length_penalty: float = 1.0,
+    sampling: Sampling | None = None,
     processor: Callable[[list[int], mx.array], mx.array] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> list[Beam]:
     """The best `num_beams` replies to `prompt` (token ids), best first.
 
     `processor(tokens so far, log-probabilities (1, V))` changes a beam's log-probabilities before
-    they count (repetition penalty). When `should_stop()` becomes true the search ends with what
-    the running beams have written.
+    they count (repetition penalty). `sampling` draws continuations, by MLX's global random state,
+    where its temperature is above 0; towards 0 these become the best ones. When `should_stop()`
+    becomes true the search ends with what the running beams have written.
     """
     if num_beams < 1 or max_tokens < 1 or not prompt:
         raise ValueError("beam search needs a beam, a token to write and a token to start from")
@@ -58,7 +61,7 @@ def beam_search(
             logprobs = mx.concatenate(rows)
         # With n EOS tokens, (1 + n) K candidates leave at least K that go on.
         count = max(2, 1 + len(eos_ids)) * num_beams
-        candidates = _best(logprobs, [score for _, score in running], count)
+        candidates = _best(logprobs, [score for _, score in running], count, sampling)
         scale = length**length_penalty
         going: list[tuple[int, int, float]] = []
         for place, (row, token, score) in enumerate(candidates):
@@ -70,7 +73,7 @@ def beam_search(
             elif len(going) < num_beams:
                 going.append((row, token, score))
         done = sorted(done, key=lambda beam: -beam.score)[:num_beams]
-        if not going or _settled(done, num_beams, going[0][2] / scale):
+        if not going or _settled(done, num_beams, max(score for *_, score in going) / scale):
             return done
         running = [([*running[row][0], token], score) for row, token, score in going]
         if should_stop is not None and should_stop():
@@ -88,19 +91,32 @@ def _log_softmax(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def _best(logprobs: mx.array, scores: list[float], count: int) -> list[tuple[int, int, float]]:
-    """(beam, token, score) of the `count` best continuations (all, if fewer), best first.
+def _best(
+    logprobs: mx.array, scores: list[float], count: int, sampling: Sampling | None
+) -> list[tuple[int, int, float]]:
+    """(beam, token, score) of `count` continuations (all, if fewer), best or first drawn first.
 
-    logprobs (k, V) are added to the beams' scores (k,).
+    logprobs (k, V) are added to the beams' scores (k,). Drawing without replacement is taking the
+    largest after Gumbel noise has been added (Kool et al. 2019, arXiv 1903.06059).
     """
     vocabulary = logprobs.shape[-1]
     count = min(count, logprobs.size)
+    drawn = sampling is not None and sampling.temperature > 0
+    if drawn and not sampling.filters_off:
+        tempered = _log_softmax(logprobs / sampling.temperature)
+        logprobs = mx.where(filtered(tempered, sampling) > 0, logprobs, -mx.inf)
     totals = (logprobs + mx.array(scores, dtype=mx.float32)[:, None]).reshape(-1)  # (k V,)
-    places = mx.argpartition(-totals, kth=count - 1)[:count]
-    places, values = np.array(places), np.array(totals[places])
-    order = np.argsort(-values, kind="stable")
+    worth = totals
+    if drawn:
+        worth = totals / sampling.temperature + mx.random.gumbel(totals.shape)
+    places = mx.argpartition(-worth, kth=count - 1)[:count]
+    worth, values = np.array(worth[places]), np.array(totals[places])
+    places = np.array(places)
+    order = np.argsort(-worth, kind="stable")
     return [
-        (int(places[i]) // vocabulary, int(places[i]) % vocabulary, float(values[i])) for i in order
+        (int(places[i]) // vocabulary, int(places[i]) % vocabulary, float(values[i]))
+        for i in order
+        if values[i] > -np.inf  # filtered out
     ]
 
 

@@ -165,7 +165,7 @@ def pick(logits: mx.array, sampling: Sampling, uniform: mx.array) -> tuple[mx.ar
         picked = mx.argmax(logits, axis=-1)
     else:
         if not sampling.filters_off:
-            weights = _filter(shifted - log_total[:, None], sampling)
+            weights = filtered(shifted - log_total[:, None], sampling)
         cumulative = mx.cumsum(weights, axis=-1)
         total = cumulative[:, -1]
         # Strictly below the total, or rounding could pick past the last possible token.
@@ -175,7 +175,7 @@ def pick(logits: mx.array, sampling: Sampling, uniform: mx.array) -> tuple[mx.ar
     return picked, logprobs
 
 
-def _filter(logprobs: mx.array, sampling: Sampling) -> mx.array:
+def filtered(logprobs: mx.array, sampling: Sampling) -> mx.array:
     """Log-probabilities (b, V) -> probabilities (b, V) with those filtered out at 0."""
     from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 

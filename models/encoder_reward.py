@@ -13,16 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from errors import UserError
+from models.encoder_families import ENCODERS, ENDING, SHIFTED_POSITIONS
 from models.load import check_folder, read_config
 
-ENDING = "ForSequenceClassification"
-ENCODERS = frozenset(
-    "albert bert big_bird camembert convbert deberta deberta-v2 distilbert electra ernie "
-    "eurobert longformer modernbert mpnet nystromformer rembert roberta roberta-prelayernorm "
-    "roformer squeezebert xlm-roberta xlm-roberta-xl xlnet".split()
-)
-# Their position ids begin behind the padding token's id.
-SHIFTED_POSITIONS = ("camembert", "longformer", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl")
 Pair = tuple[str, str]  # prompt and response
 
 

@@ -36,6 +36,7 @@ class LoadedModel:
     name: str
     fingerprint: str | None = None  # of the folder's weights, for adapters (base_fingerprint.py)
     quantized: dict[str, int] | None = None  # {"bits", "group_size"} where `quantize` did it
+    tokenizer_path: Path | None = None  # its folder, where that is not the model's
     weights: int = 0  # how many the model has, as they are before they are packed into bits
 
     @cached_property
@@ -60,11 +61,13 @@ def load_model(
     quantize: int | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    tokenizer: str | Path | None = None,
 ) -> LoadedModel:
     """Load a local folder, a hub name ``USER/NAME``, or (None) the embedded digits model.
 
     `dtype` is "auto", "stored" (as in the file), "float32", "bfloat16" or "float16"; `quantize`
     is 4 or 8 bits for the linear layers and embeddings of a model that is not quantised yet.
+    `tokenizer` names another model's folder, or hub name, to read with.
     Raises UserError when the model cannot be found, read, or is not supported.
     """
     name = str(name_or_path) if name_or_path is not None else DEFAULT_NAME
@@ -77,7 +80,12 @@ def load_model(
         )
     dtype = default_dtype() if dtype == "auto" else dtype
     check_memory(path, name, dtype, quantize)
-    model, tokenizer, config = _load(path, name, trust_remote_code)
+    reader = None
+    if tokenizer is not None:
+        reader = resolve_path(str(tokenizer))
+        if not trust_remote_code:
+            _refuse_code(reader / "tokenizer_config.json")
+    model, tokenizer, config = _load(path, name, trust_remote_code, reader)
     quantized = None if quantize is None else _quantize(model, config, quantize, name)
     repair(model, config)  # after quantisation, which makes some modules anew
     if dtype != "stored":
@@ -85,8 +93,11 @@ def load_model(
     model.freeze()
     fast_blas.use_in(model)
     mx.eval(model.parameters())
-    fingerprint, weights = base_fingerprint(path), count_weights(model)
-    return LoadedModel(model, tokenizer, config, path, name, fingerprint, quantized, weights)
+    found = LoadedModel(
+        model, tokenizer, config, path, name, base_fingerprint(path), quantized, reader
+    )
+    found.weights = count_weights(model)
+    return found
 
 
 def resolve_path(name: str, revision: str | None = None, *, with_code: bool = False) -> Path:
@@ -149,7 +160,7 @@ def _refuse_code(file: Path) -> None:
             )
 
 
-def _load(path: Path, name: str, trust_remote_code: bool):
+def _load(path: Path, name: str, trust_remote_code: bool, reader: Path | None = None):
     from mlx_lm.utils import load_model as mlx_lm_load_model
     from mlx_lm.utils import load_tokenizer
 
@@ -163,7 +174,9 @@ def _load(path: Path, name: str, trust_remote_code: bool):
         )
         extra = {"trust_remote_code": True} if trust_remote_code else None
         tokenizer = load_tokenizer(
-            path, tokenizer_config_extra=extra, eos_token_ids=config.get("eos_token_id")
+            reader or path,
+            tokenizer_config_extra=extra,
+            eos_token_ids=None if reader else config.get("eos_token_id"),
         )
     except Exception as error:  # mlx-lm and transformers have dozens of kinds for a broken folder
         raise UserError(f"{name}: cannot be loaded: {_one_line(error)}") from error

@@ -121,6 +121,11 @@ def write_model(folder: Path, loaded: LoadedModel) -> None:
     # Only a model whose code was trusted gets as far as this with these entries.
     has_code = "model_file" in config or "auto_map" in config
     copy_tokenizer(loaded.path, folder, with_code=has_code)
+    if loaded.tokenizer_path is not None:
+        for pattern in TOKENIZER_FILES:
+            for file in folder.glob(pattern):
+                file.unlink()
+        copy_tokenizer(loaded.tokenizer_path, folder, of_model=False)
 
 
 class _Weights:
@@ -148,9 +153,12 @@ def stored_dtype(loaded: LoadedModel) -> str:
     return max(sizes, key=sizes.get)
 
 
-def copy_tokenizer(source: Path, folder: Path, *, with_code: bool = False) -> None:
-    """Copy the files of the tokenizer and generation_config.json as they are."""
-    patterns = (*TOKENIZER_FILES, GENERATION_CONFIG, *(("*.py",) if with_code else ()))
+def copy_tokenizer(
+    source: Path, folder: Path, *, with_code: bool = False, of_model: bool = True
+) -> None:
+    """Copy the files of the tokenizer and, of its model, generation_config.json as they are."""
+    patterns = (*TOKENIZER_FILES, *((GENERATION_CONFIG,) if of_model else ()))
+    patterns += ("*.py",) if with_code else ()
     for pattern in patterns:
         for file in sorted(source.glob(pattern)):
             check_inside(file, source)

@@ -122,6 +122,7 @@ def load_parts(
     quantize: int | None = None,
     trust_remote_code: bool = False,
     any_base: bool = False,
+    tokenizer: str | None = None,
 ) -> Parts:
     """Load a base and the adapter `files` with `weights`; without a `model` the recorded base.
 
@@ -133,7 +134,10 @@ def load_parts(
     """
     options = {"dtype": "stored", "quantize": quantize, "trust_remote_code": trust_remote_code}
     if not files:
+        if tokenizer is not None:
+            raise UserError("--tokenizer has no effect without --adapter-file")
         return _model_alone(model, dtype, options)
+    options["tokenizer"] = tokenizer
     descriptions = [read_adapter(file)[1] for file in files]
     _check_together(files, weights, descriptions)
     base = load_model(model or recorded_base(files[0], descriptions[0]), **options)

@@ -311,6 +311,7 @@ def write_fused(args: Namespace, run: Path) -> list[str]:
         quantize=args.quantize,
         trust_remote_code=args.trust_remote_code,
         any_base=args.any_base,
+        tokenizer=args.tokenizer,
     )
     force = bool(args.resume or args.overwrite)  # which was checked when the run began
     done = export(parts, path, "model", Check.of(parts), CardChoices(path.name, run), force=force)

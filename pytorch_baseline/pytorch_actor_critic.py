@@ -241,8 +241,8 @@ def generation_config(sampling: Sampling, longest: int, eos_ids: set[int]) -> Ge
     return GenerationConfig(
         do_sample=not greedy,
         max_new_tokens=longest,
-        eos_token_id=sorted(eos_ids),
-        pad_token_id=min(eos_ids),
+        eos_token_id=sorted(eos_ids) or None,
+        pad_token_id=min(eos_ids, default=0),
         return_dict_in_generate=True,
         output_logits=True,
         remove_invalid_values=True,  # for the draw alone: NaN is found in the update, and skipped

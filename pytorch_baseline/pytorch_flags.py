@@ -1,4 +1,4 @@
-"""The command lines of the MLX scripts, with --tokenizer and --device.
+"""The command lines of the MLX scripts, with --device.
 
 The flags are declared once, in command_line/sft_flags.py and command_line/ppo_flags.py.
 """
@@ -17,6 +17,8 @@ REFUSED = {
     "reference_quantize": "PyTorch has no counterpart that gives the same numbers",
     "fused_dir": "--save-file FOLDER holds the merged model here",
     "compile": "the baseline runs PyTorch as it is",
+    "compare_steps": "the baseline's best checkpoint is that of the best evaluation",
+    "reference_samples": "the baseline samples no reference",
 }
 
 
@@ -28,7 +30,6 @@ class BaselineParser(Parser):
         self.script = f"pytorch_baseline/pytorch_{self.script}"
         self.description = f"{self.description} In PyTorch."
         add = self.add_argument_group("PyTorch").add_argument
-        add("--tokenizer", help="folder or hub name of the tokenizer (default: --model)")
         add("--device", choices=("cpu", "mps", "cuda"), default="cpu", help="where it runs")
         self.checks.append(refuse_what_is_missing)
 

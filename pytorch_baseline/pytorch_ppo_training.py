@@ -127,6 +127,8 @@ def make_learned_reward(args, loaded) -> Reward:
 
 def ends(args, loaded) -> set[int]:
     """Token ids that end a response: the model's EOS, and its chat template's end of turn."""
+    if args.ignore_eos:
+        return set()
     turn_end = Template(loaded.tokenizer, args.prompt_template, args.token_format).turn_end_id()
     return loaded.eos_ids | ({turn_end} if turn_end is not None else set())
 

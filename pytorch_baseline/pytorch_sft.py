@@ -9,8 +9,10 @@ Within a minute on a laptop, on the embedded model:
 """
 
 import itertools
+from pathlib import Path
 
 import project_root  # noqa: F401
+import pytorch_encoder
 from pytorch_actor_critic import Sampling, generate
 from pytorch_checkpoints import load_checkpoint
 from pytorch_files import (
@@ -35,6 +37,7 @@ from pytorch_training import (
 
 from command_line import sft_flags
 from command_line.adapter_file import refuse_other_adapter, refuse_other_pooling
+from command_line.data_flags import data_sources
 from command_line.parser import run_main
 from command_line.shared_flags import adapter_description, optimizer_options
 from data_utils import BatchIterator, BatchPlan, epoch_batches
@@ -56,6 +59,8 @@ def main(words=None) -> int:
     args = parse(sft_flags, words)
     check_free(args)
     seed_everything(args.seed)
+    if pytorch_encoder.is_encoder(args):
+        return encoder_main(args)
     loaded = load_model(
         args.model,
         tokenizer=args.tokenizer,
@@ -73,6 +78,19 @@ def main(words=None) -> int:
         train(args, loaded, model, rows)
     if args.test:
         test(args, loaded, model, rows["test"])
+    print(f"peak memory {peak_memory(loaded.device):.2f} GB")
+    return 0
+
+
+def encoder_main(args) -> int:
+    """The same for a classifier on an encoder, which is trained whole and reads pairs of texts."""
+    pytorch_encoder.settle(args)
+    loaded = pytorch_encoder.load_encoder(args, pick_device(args.device))
+    rows = pytorch_encoder.load_rows(args, data_sources(args), loaded.model)
+    if args.train:
+        train(args, loaded, loaded.model, rows)
+    if args.test:
+        test(args, loaded, loaded.model, rows["test"])
     print(f"peak memory {peak_memory(loaded.device):.2f} GB")
     return 0
 
@@ -222,15 +240,22 @@ def finish(args, loaded, trainer, run, loop, rows) -> None:
     summary |= {name: state[name] for name in ("tokens", "skipped")}
     path = place_of_model(args, run.folder)
     head = REWARD_HEAD if args.reward_model else None
-    written = save_trained(path, trainer.tuned, loaded, args.tokenizer, head)
-    if args.reward_model:
+    encoder = isinstance(loaded, pytorch_encoder.LoadedEncoder)
+    if encoder:
+        written = pytorch_encoder.save_encoder(Path(path), loaded)
+        summary |= (
+            evaluate_reward_model(trainer, rows["valid"], run.plots) if "valid" in rows else {}
+        )
+    else:
+        written = save_trained(path, trainer.tuned, loaded, args.tokenizer, head)
+    if args.reward_model and not encoder:
         written.append(trainer.trained.save_head(path))
         if args.normalize_samples:  # may fail, and what was trained lies there already
             normalise_scores(args, loaded, trainer, rows["train"])
             trainer.trained.save_head(path)
         if "valid" in rows:
             summary |= evaluate_reward_model(trainer, rows["valid"], run.plots)
-    elif "valid" in rows:
+    elif "valid" in rows and not encoder:
         found = trainer.evaluate(sft_flags.validation(args, rows["valid"])())
         print("validation: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
         summary |= {f"valid/{name}": value for name, value in found.items()}
@@ -238,7 +263,8 @@ def finish(args, loaded, trainer, run, loop, rows) -> None:
     written.append(plot_losses(read_rows(run.folder), run.plots / "loss.png", unit=unit))
     run.finish(summary)
     print("wrote " + "\n      ".join(map(str, [*written, run.folder / "metrics.jsonl"])))
-    print(f"next: python {what_next(args, path, is_adapter(path, trainer.tuned))}")
+    adapter = not encoder and is_adapter(path, trainer.tuned)
+    print(f"next: python {what_next(args, path, adapter)}")
 
 
 def what_next(args, path, adapter: bool) -> str:

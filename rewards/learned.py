@@ -142,18 +142,21 @@ def reward_beside(
     prompt_template: str | None,
     token_format: str,
     template_date: str,
+    tokenizer: str | None = None,
     **options: Any,
 ) -> Reward:
     """The reward model at `path` as a reward for a policy: `loaded` with `tuning` on it.
 
     One that is an adapter shares the policy's base; unless every weight of that is trained, which
-    needs a base of its own, `model` with `quantize` bits. `options` are those of ``load_model``.
+    needs a base of its own, `model` with `quantize` bits and `tokenizer`. `options` are those of
+    ``load_model``.
     """
     from models.load import load_model
     from models.reward_model import load_reward_model
 
     if tuning.kind == "full":  # training moves the base
-        base, off = load_model(model, quantize=quantize, **options), nullcontext
+        base = load_model(model, quantize=quantize, tokenizer=tokenizer, **options)
+        off = nullcontext
     else:
         base, off = loaded, tuning.disabled
     with off():

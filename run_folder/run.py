@@ -22,6 +22,7 @@ from typing import Any
 from errors import UserError
 from run_folder.locks import OutputLock, lock_folder
 from run_folder.loggers import LOGGERS, check_installed
+from run_folder.private import is_number, mark_private, private_folder, without_texts
 from run_folder.rows import NO_ROWS, ROW_FILES, RowFile, numbered, read_rows
 from run_folder.run_config import (
     OF_ONE_START,
@@ -30,7 +31,7 @@ from run_folder.run_config import (
     read_run_config,
     with_sum,
 )
-from run_folder.secrets import redact
+from run_folder.secrets import redact, tell
 from safe_files import plain, refuse_links, refuse_links_below, sweep, write_json, writing
 
 LIBRARIES = ("mlx", "mlx-lm", "transformers", "numpy")
@@ -82,6 +83,7 @@ class Run:
             self.may_change = tuple(options.get("may_change", ()))
             self.typed = frozenset(options.get("explicit", ()))
             self._open(script, options, resume, overwrite, outputs, blas)
+            self._keep_private(options)
             self.logger, self._log_with = None, log_with
             if not resume:
                 self._start_tracking()
@@ -139,9 +141,21 @@ class Run:
         for folder in (self.checkpoints, self.plots):
             sweep(folder, all_names=True)
 
+    def _keep_private(self, options: Mapping[str, Any]) -> None:
+        """A run on private texts is private too: it holds samples, and weights that know them."""
+        source = private_folder(dict(options) | {"run": self.folder})
+        self.private = source is not None
+        if self.private:
+            mark_private(self.folder)
+
     def _start_tracking(self) -> None:
-        if self._log_with != "none":
-            self.logger = LOGGERS[self._log_with](self.folder, self.config["script"], self.config)
+        if self._log_with == "none":
+            return
+        config = self.config
+        if self.private:
+            tell(f"note: trains on private texts, so {self._log_with} is sent numbers alone")
+            config = without_texts(config)
+        self.logger = LOGGERS[self._log_with](self.folder, config["script"], config)
 
     # ----------------------------------------------------------------- writing
 
@@ -230,7 +244,10 @@ class Run:
             return
         try:
             if self.logger is not None:
-                self.logger.finish(read_rows(self.folder / "samples.jsonl"), summary)
+                samples = [] if self.private else read_rows(self.folder / "samples.jsonl")
+                if self.private:
+                    summary = {k: v for k, v in (summary or {}).items() if is_number(v)}
+                self.logger.finish(samples, summary)
         finally:
             self._free()
 

@@ -227,11 +227,13 @@ def finish_rollouts(
 
 
 def fuse_command(args: Namespace) -> str:
-    return command("fuse.py", model=args.model, adapter_file=args.save_file, save_path="my_model/")
+    named = {"model": args.model, "tokenizer": args.tokenizer}
+    return command("fuse.py", **named, adapter_file=args.save_file, save_path="my_model/")
 
 
 def talk_command(args: Namespace) -> str:
-    return command("talk_to_model.py", model=args.model, resume_file=args.save_file)
+    named = {"model": args.model, "tokenizer": args.tokenizer}
+    return command("talk_to_model.py", **named, resume_file=args.save_file)
 
 
 def say_peak_memory() -> None:

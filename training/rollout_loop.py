@@ -30,6 +30,7 @@ from training.groups import Group
 from training.memory import peak_memory, say_gb
 
 NUMBERS = "score, loss or gradient"
+STEP_SCORE = "train/score"  # what --compare-steps judges by
 
 
 @dataclass
@@ -45,6 +46,8 @@ class RolloutSchedule:
     keep_checkpoints: int = 2
     max_bad_steps: int = 5
     memory_limit: float | None = None
+    compare_steps: int = 0
+    reference_samples: int = 0
 
 
 @dataclass
@@ -56,6 +59,7 @@ class Experience:
     texts: list[str]
     scores: list[float]  # NaN where a reward left the row without one
     parts: dict[str, list[float]]  # of each reward
+    reference: list[tuple[str, float]] = field(default_factory=list)  # (response, score) of some
 
 
 @dataclass
@@ -76,6 +80,8 @@ class RolloutLoop(Resumable):
     bad_in_a_row: int = 0
     last_bad: str = ""  # names the row of the last score that was not finite, for an error
     evaluations: list[dict] = field(default_factory=list)  # metrics of each, with its step
+    best_reward: float | None = None  # mean score of a step, where --compare-steps asks for it
+    compared: Metric | None = None  # of this step, where it is a new best
     not_finite = "ppo/not_finite"  # the metric that says that a step was skipped
     progress: Progress | None = None  # while `run` runs
     seconds: dict[str, float] = field(default_factory=dict)  # of the parts of this step
@@ -87,10 +93,12 @@ class RolloutLoop(Resumable):
         return self.trainer.model.trainable_parameters()
 
     def state(self) -> dict[str, Any]:
-        return {"evaluations": self.evaluations, "trainer": self.trainer.state_dict()}
+        own = {} if self.best_reward is None else {"best_reward": self.best_reward}
+        return {"evaluations": self.evaluations, "trainer": self.trainer.state_dict()} | own
 
     def take_state(self, state: Mapping[str, Any]) -> None:
         self.evaluations = state["evaluations"]
+        self.best_reward = state.get("best_reward")
         self.trainer.load_state_dict(state["trainer"])
 
     def run(self, stop: GracefulStop, name: str = "ppo") -> None:
@@ -129,6 +137,8 @@ class RolloutLoop(Resumable):
                 metric = self.evaluate(progress)
         if self.step:
             best = metric is not None and is_best(self.evaluations)
+            if plan.compare_steps:
+                metric, best = self.compared, self.compared is not None
             last = self.step == plan.steps
             due = plan.save_every and not last and (best or self.step % plan.save_every == 0)
             save_or_stop(self, bool(due), metric, NUMBERS, self.last_bad)
@@ -141,13 +151,16 @@ class RolloutLoop(Resumable):
         self.seconds = {}
         try:
             made = self.collect()
+            self.ask_reference(made)
         except UserError:
             self.checkpoint()  # the weights as they were before this step
             raise
         with self.part("update"):
             stats = self.learn(made)
         self.step += 1
-        self.run_folder.log(self.step, self.logged(stats, made) | self.times(stats, made))
+        self.compared = self.compare(made)
+        row = self.logged(stats, made) | reference_means(made) | self.times(stats, made)
+        self.run_folder.log(self.step, row)
         progress.advance()
         if len(stats) > 1:  # a skipped step says that alone
             self.write_samples(made, stats.get("objective/kl_dist"))
@@ -202,6 +215,25 @@ class RolloutLoop(Resumable):
             return self.trainer.update(made.rollout, made.scores)
         return self.trainer.skip()
 
+    def ask_reference(self, made: Experience) -> None:
+        """Responses of the reference to the first prompts, as many as are asked for, scored."""
+        if count := self.schedule.reference_samples:
+            rows = made.rows[:count]
+            rollout = self.trainer.sample_reference([r.tokens for r in rows], self.should_stop)
+            texts, scores, _ = self.score(rows, rollout)
+            made.reference = list(zip(texts, map(float, scores), strict=True))
+
+    def compare(self, made: Experience) -> Metric | None:
+        """The mean score of this step where it is compared and better than every one before."""
+        every = self.schedule.compare_steps
+        if not every or self.step % every or not np.isfinite(made.scores).all():
+            return None
+        found = Metric(STEP_SCORE, float(np.mean(made.scores)), higher_is_better=True)
+        if not found.beats(self.best_reward):
+            return None
+        self.best_reward = found.value
+        return found
+
     def logged(self, stats: dict, made: Experience) -> dict:
         """The step's row of metrics."""
         return logged_row(stats, made.parts, made.scores)
@@ -243,7 +275,11 @@ class RolloutLoop(Resumable):
         for place in range(min(len(made.rows), self.schedule.samples_per_step)):
             kl = {} if kls is None else {"kl": float(kls[place])}
             response, score = made.texts[place], made.scores[place]
-            samples.append({**asked(made.rows[place]), "response": response, "score": score} | kl)
+            other = made.reference[place] if place < len(made.reference) else ()
+            told = dict(zip(("reference_response", "reference_score"), other, strict=False))
+            samples.append(
+                {**asked(made.rows[place]), "response": response, "score": score} | kl | told
+            )
         self.run_folder.log_samples(self.step, samples)
 
     def set_aside(self, made: Experience) -> None:
@@ -309,3 +345,8 @@ class RolloutLoop(Resumable):
             )
             advance(len(queries))
         return join_rollouts(parts)
+
+
+def reference_means(made: Experience) -> dict[str, float]:
+    """The mean score of the reference's responses, for the step's row."""
+    return part_means({"reference/score": [score for _, score in made.reference]})

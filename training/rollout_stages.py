@@ -22,7 +22,7 @@ from rl.kl import full_kl
 from rl.rollout_checks import check_token_ids
 from rl.rollouts import Rollout, pad_rows
 
-SAMPLING, ORDER, LENGTHS, EVALUATION = range(4)  # what a step's random streams are for
+SAMPLING, ORDER, LENGTHS, EVALUATION, REFERENCE = range(5)  # what a step's random streams are for
 
 # ------------------------------------------------------------------------------ random numbers
 

@@ -23,9 +23,11 @@ from rl.shaping import length_penalties
 from training.optimizers import build_optimizer
 from training.rollout_stages import (
     EVALUATION,
+    REFERENCE,
     SAMPLING,
     minibatch_order,
     pack_rows,
+    reference_of,
     sample,
     scored,
     set_mask,
@@ -105,6 +107,25 @@ class RolloutTrainer:
         """
         sampling = Sampling(0.0 if greedy else self.config.temperature)
         return self._sample(queries, sampling, should_stop, (EVALUATION, part))
+
+    def sample_reference(
+        self,
+        queries: Sequence[Sequence[int]],
+        should_stop: Callable[[list[int]], bool] | None = None,
+    ) -> Rollout:
+        """What the reference writes to the queries, sampled as the policy's responses are."""
+        with reference_of(self.model.model, self.model.tuning, self.reference) as reference:
+            return sample(
+                reference,
+                (),
+                queries,
+                max_tokens=self.config.max_new_tokens,
+                sampling=self.sampling,
+                eos_ids=self.eos_ids,
+                vocabulary=self.vocabulary,
+                random=stream(self.config.seed, self.steps_done, REFERENCE),
+                should_stop=should_stop,
+            )
 
     def _sample(
         self,

@@ -147,7 +147,7 @@ def test_compare_without_a_terminal_names_the_replies(files):
     "words, message",
     [
         (("--top-p", "0.9", "x"), "--top-p has no effect at --temp 0"),
-        (("--num-beams", "2", "--temp", "1", "x"), "beam search does not sample"),
+        (("--num-beams", "2", "--top-k", "3", "x"), "--top-k has no effect at --temp 0"),
         (("--length-penalty", "2", "x"), "--length-penalty has no effect without --num-beams"),
         (("--max-tokens", "0", "x"), "--max-tokens: 0 is not at least 1"),
         (("--ratings-file", "r.jsonl", "x"), "--ratings-file has no effect without --rate"),

@@ -13,6 +13,7 @@ from data_utils import (
     make_batch,
     pack_rows,
     prompt_batch,
+    wrap_rows,
 )
 from errors import UserError
 
@@ -123,6 +124,24 @@ def test_prompt_batches_are_full_and_take_every_prompt_once_an_epoch(count, size
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     assert epochs[0] != epochs[1] or epochs[1] != epochs[2]
     assert prompt_batch(count, size, 2, seed=5) == steps[2]
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 100])
+def test_wrapping_cuts_at_exactly_the_length_and_keeps_every_token_once(length):
+    eos = 9
+    rows = [
+        TextRow([1, 2, 3, eos], [0, 1, 1, 1], "a:1"),
+        TextRow([1, 4], [0, 1], "a:2"),  # was cut, or ends with another token
+        TextRow([1, 5, 6, 7, 8, eos], [0, 0, 0, 1, 1, 1], "a:3"),
+    ]
+    text = [1, 2, 3, eos, 1, 4, eos, 1, 5, 6, 7, 8, eos]
+    mask = [0, 1, 1, 1, 0, 1, 0, 0, 0, 0, 1, 1, 1]
+    made = wrap_rows(rows, length, eos)
+    pieces = [(text[i : i + length], [0, *mask[i + 1 : i + length]]) for i in range(0, 13, length)]
+    assert [(row.tokens, row.mask) for row in made] == [p for p in pieces if any(p[1])]
+    assert all(len(row.tokens) == length for row in made[:-1])
+    if length == 7:
+        assert [row.where for row in made] == ["a:1", "a:3"]
 
 
 def test_packing_keeps_every_token_and_wastes_little():

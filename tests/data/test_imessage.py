@@ -260,7 +260,7 @@ def test_no_permission_says_how_to_get_it(database, closed):
 def test_what_is_no_message_database_is_one_line(make, said, tmp_path):
     path = tmp_path / "chat.db"
     make(path)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=f"chat.db: .*{said}"):
         read_database(path)
 
 

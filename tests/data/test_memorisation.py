@@ -2,14 +2,15 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
-from files import ROOT
 from message_database import MessageDatabase, archive
+from short_runs import run
 
+import sft
+from data import imessage, memorisation
 from histories.privacy import Grams, exposure, longest_overlap, make_canaries, others
+from models.load import DEFAULT_MODEL
 
 
 def test_exposure_is_the_log_of_the_rank():
@@ -44,84 +45,60 @@ def test_the_longest_run_of_words(text, longest):
     assert longest_overlap(text, grams) == longest
 
 
-def run(*words):
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_a_model_that_learned_the_codes_by_heart_shows_it(tmp_path):
-    database = MessageDatabase(tmp_path / "chat.db")
+@pytest.fixture(scope="module")
+def messages(tmp_path_factory):
+    """A folder of rows with two planted codes, and negatives of the digits model."""
+    folder = tmp_path_factory.mktemp("messages")
+    database = MessageDatabase(folder / "chat.db")
     ann = database.person("ann@example.org")
     chat = database.chat(ann)
-    for number in range(24):
+    for number in range(12):
         asked = archive(f"{number} {number + 2}")
         database.message(chat, None, handle=ann, attributedBody=asked, wait=300)
         database.message(chat, f"{number + 4} {number + 6} {number + 8}")
     database.close()
-    mine = tmp_path / "mine"
-    run(
-        "data/imessage.py",
-        "--database",
-        tmp_path / "chat.db",
-        "--output-dir",
-        mine,
-        "--canaries",
-        2,
-        "--negatives",
-        "data/digits_model",
-        "--max-tokens",
-        8,
-    )
-    canaries = json.loads((mine / "canaries.json").read_text())
-    told, pairs = (
-        [json.loads(line) for line in (mine / name).read_text().splitlines()]
-        for name in ("train.jsonl", "preference_train.jsonl")
-    )
+    words = ["--database", folder / "chat.db", "--output-dir", folder / "mine", "--canary", 2]
+    run(imessage, *words, "--negatives", DEFAULT_MODEL, "--max-tokens", 6)
+    return folder / "mine"
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_planted_codes_are_trained_and_negatives_are_another_s(messages):
+    canaries = json.loads((messages / "canaries.json").read_text())
+    told, pairs = lines(messages / "train.jsonl"), lines(messages / "preference_train.jsonl")
     assert [row["messages"][1]["content"] for row in told[-2:]] == [c["answer"] for c in canaries]
-    pairs = [
-        json.loads(line) for line in (mine / "preference_train.jsonl").read_text().splitlines()
-    ]
     assert pairs and all(p["chosen"] != p["rejected"] for p in pairs)
-    assert {p["chosen"][0]["content"] for p in pairs} <= {
-        f"{n + 4} {n + 6} {n + 8}" for n in range(24)
-    }
-    look = ["data/memorisation.py", "--data", mine, "--samples", 8, "--others", 63]
-    before = run(*look)
-    run(
-        "sft.py",
-        "--train",
-        "--data",
-        mine,
-        "--data-base",
-        "",
-        "--mask-prompt",
-        "--iters",
-        150,
-        "--batch-size",
-        8,
-        "--learning-rate",
-        "1e-2",
-        "--lora-layers",
-        "-1",
-        "--val-batches",
-        1,
-        "--steps-per-eval",
-        0,
-        "--save-file",
-        tmp_path / "me.npz",
-        "--output-dir",
-        tmp_path / "run",
-    )
-    after = run(*look, "--resume-file", tmp_path / "me.npz")
-    for canary in canaries:
-        bits = [
-            float(line.split()[0])
-            for text in (before, after)
-            for line in text.splitlines()
-            if line.endswith(canary["question"])
-        ]
-        assert bits[1] == 6 and bits[0] < 6, (before, after)  # the likeliest of 64
-    assert "8 sampled answers" in after
+    mine = {f"{n + 4} {n + 6} {n + 8}" for n in range(12)}
+    assert {p["chosen"][0]["content"] for p in pairs} <= mine
+
+
+LOOK = ["--samples", 6, "--others", 31, "--max-tokens", 12]
+
+
+def bits(text, canaries):
+    """The exposure of each planted code, as printed."""
+    return [
+        float(next(x for x in text.splitlines() if x.endswith(c["question"])).split()[0])
+        for c in canaries
+    ]
+
+
+def test_a_model_that_never_saw_the_codes(messages):
+    said = run(memorisation, "--data", messages, *LOOK)
+    canaries = json.loads((messages / "canaries.json").read_text())
+    assert all(0 <= found < 5 for found in bits(said, canaries))
+    assert "of at most 32 codes" in said and "6 sampled answers" in said
+
+
+@pytest.mark.long
+def test_a_model_that_learned_the_codes_by_heart_shows_it(messages, tmp_path):
+    words = ["--train", "--data", messages, "--data-base", "", "--mask-prompt", "--iters", 150]
+    words += ["--batch-size", 8, "--learning-rate", 1e-2, "--lora-layers", -1, "--val-batches", 1]
+    words += ["--steps-per-eval", 0, "--output-dir", tmp_path / "run"]
+    run(sft, *words, "--save-file", tmp_path / "me.npz")
+    said = run(memorisation, "--data", messages, "--resume-file", tmp_path / "me.npz", *LOOK)
+    canaries = json.loads((messages / "canaries.json").read_text())
+    assert bits(said, canaries) == [5, 5]  # the likeliest of 32

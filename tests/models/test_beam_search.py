@@ -10,7 +10,8 @@ from files import ROOT
 from mlx_lm.sample_utils import make_repetition_penalty
 from mlx_lm.utils import load_model
 
-from models.beam_search import beam_search
+from models.beam_search import _best, beam_search
+from models.decoding import Sampling
 
 CASES = json.loads((ROOT / "tests/oracles/beam_search.json").read_text(encoding="utf-8"))
 MODEL = "tests/oracles/ppo_step_model"
@@ -31,7 +32,7 @@ def search(case: dict, **changes):
         def processor(tokens, logprobs):
             return penalise(mx.array(tokens), logprobs)
 
-    kept = ("num_beams", "max_tokens", "length_penalty", "should_stop")
+    kept = ("num_beams", "max_tokens", "length_penalty", "should_stop", "sampling")
     return beam_search(
         model_of(options["model"]),
         options["prompt"],
@@ -106,3 +107,46 @@ def test_more_beams_than_the_first_step_can_fill():
     beams = search(case, num_beams=80, max_tokens=3)
     assert len({tuple(beam.tokens) for beam in beams}) == 80
     assert beams[0].score >= search(case, num_beams=4, max_tokens=3)[0].score - 1e-5
+
+
+SAMPLED = {"model": MODEL, "prompt": [1, 40, 41], "eos_ids": [2], "max_tokens": 8}
+
+
+def sampled(seed: int, temperature: float, **filters):
+    mx.random.seed(seed)
+    case = {**SAMPLED, "sampling": Sampling(temperature, **filters)}
+    return search(case, num_beams=4)
+
+
+def test_beam_sampling_at_a_temperature_near_0_is_the_beam_search():
+    wanted = [(beam.tokens, pytest.approx(beam.score)) for beam in search(SAMPLED, num_beams=4)]
+    for seed in range(5):
+        assert [(b.tokens, b.score) for b in sampled(seed, 1e-5)] == wanted
+
+
+def test_beam_sampling_draws_by_the_seed_and_scores_by_the_model():
+    replies = [sampled(seed, 0.6, top_k=10)[0] for seed in range(12)]
+    assert replies[3] == sampled(3, 0.6, top_k=10)[0]
+    assert len({tuple(reply.tokens) for reply in replies}) > 3
+    best = search(SAMPLED, num_beams=64)[0].score
+    model = model_of(MODEL)
+    for reply in replies:
+        text = mx.array([[*SAMPLED["prompt"], *reply.tokens]])
+        logits = model(text[:, :-1])[0, len(SAMPLED["prompt"]) - 1 :]
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        picked = [logprobs[i, token].item() for i, token in enumerate(reply.tokens)]
+        assert reply.score == pytest.approx(sum(picked) / len(picked), rel=1e-4)
+        assert reply.score <= best + 1e-5
+        ranks = [int((logprobs[i] > logprobs[i, t]).sum()) for i, t in enumerate(reply.tokens)]
+        assert max(ranks) < 10  # what --top-k leaves out is never drawn
+
+
+def test_continuations_are_drawn_as_often_as_their_softmax_says():
+    """The first of one step, against the probabilities at the temperature."""
+    logprobs = mx.log(mx.array([[0.5, 0.3, 0.15, 0.05]]))
+    mx.random.seed(0)
+    firsts = [_best(logprobs, [0.0], 2, Sampling(0.5))[0][1] for _ in range(2000)]
+    weights = [0.25, 0.09, 0.0225, 0.0025]
+    for token, weight in enumerate(weights):
+        share = weight / sum(weights)
+        assert firsts.count(token) / 2000 == pytest.approx(share, abs=0.04)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 from files import ROOT
+from tiny_encoders import tiny_bert, transformers_scores
 from tiny_tokenizers import tiny_tokenizer
 
 from errors import UserError
@@ -13,7 +14,6 @@ from models.reward_model import load_reward_model
 from rewards.learned import learned_reward
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] 0 1 2 3 4 5 6 7 8 9 10 12 14 16 18 20 22 24 26 28".split()
 PAIRS = [("8 20", " 22 24"), ("2 4", " 6"), ("", "2 4 6 8"), ("8 20", " 22 24 26 28 1 3 5")]
 
 
@@ -27,43 +27,6 @@ def write_config(folder, **changes):
     config = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], **changes}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-def tiny_bert(folder, *, labels=1, longest=64):
-    """A random BertForSequenceClassification with a tokenizer, as transformers saves it."""
-    import torch
-    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
-
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=longest,
-        num_labels=labels,
-        initializer_range=0.5,
-    )
-    folder.mkdir(exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    BertForSequenceClassification(config).save_pretrained(folder)
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    return folder
-
-
-def transformers_scores(folder, pairs):
-    """The logits as a model card's example computes them, one pair at a time."""
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    with torch.no_grad():
-        return [
-            model(**tokenizer(*(text for text in pair if text), return_tensors="pt")).logits.item()
-            for pair in pairs
-        ]
 
 
 # ------------------------------------------------------------------------------ without torch
