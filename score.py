@@ -64,7 +64,7 @@ def sample(args, records):
     """
     from command_line.data_flags import warn_of_digits_model
     from command_line.model_limits import check_rows, fit_lengths
-    from command_line.ppo_flags import ends
+    from command_line.ppo_flags import own_ends
     from data_utils import data_report, tokenise_prompts
     from models.decoding import Sampling
     from models.load import load_model
@@ -91,7 +91,7 @@ def sample(args, records):
             prompts.rows,
             samples=args.samples,
             max_new_tokens=args.max_new_tokens,
-            eos_ids=ends(args, loaded.tokenizer),
+            eos_ids=own_ends(args, loaded.tokenizer),
             sampling=Sampling(args.temperature, args.top_k, args.top_p, args.min_p),
             batch_size=args.batch_size,
             seed=args.seed,

@@ -274,9 +274,12 @@ def load_prompts(args, tokenizer, weights: int, per_step: int | None = None) -> 
 
 
 def ends(args, tokenizer) -> set[int]:
-    """Token ids that end a response: the tokenizer's EOS, and its chat template's end of turn."""
-    if args.ignore_eos:
-        return set()
+    """Token ids that end a response: none with --ignore-eos."""
+    return set() if args.ignore_eos else own_ends(args, tokenizer)
+
+
+def own_ends(args, tokenizer) -> set[int]:
+    """The tokenizer's EOS, and its chat template's end of turn."""
     turn_end = Template(tokenizer, args.prompt_template, args.token_format).turn_end_id()
     return set(tokenizer.eos_token_ids) | ({turn_end} if turn_end is not None else set())
 
