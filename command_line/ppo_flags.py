@@ -33,6 +33,7 @@ from command_line.shared_flags import (
 from data_utils import Template, data_report, load_data, tokenise_prompts
 from errors import UserError
 from rl.ppo_config import PPOConfig
+from run_folder.console import watched
 from run_folder.private import marked_above
 
 DESCRIPTION = "PPO on a language model, against a ground-truth reward, a learned one, or your own."
@@ -260,7 +261,10 @@ def load_prompts(args, tokenizer, weights: int, per_step: int | None = None) -> 
         refuse_idle(args, "prompt_words", "on rows that have prompts of their own")
     for split, records in loaded.items():
         found[split] = tokenise_prompts(
-            records, tokenizer, prompt_words=args.prompt_words, **tokenising(args)
+            watched(records, "tokenising"),
+            tokenizer,
+            prompt_words=args.prompt_words,
+            **tokenising(args),
         )
         print(data_report(f"{split} prompts", records, found[split]))
     if args.epochs is not None:

@@ -50,6 +50,7 @@ from errors import UserError
 from models.adapter_description import REWARD_HEAD, head_path, read_head_description
 from models.reading import Reading
 from rewards.reward_rows import reading_of_rows, tokenise_reward_rows
+from run_folder.console import watched
 from run_folder.output import own_text, printable
 from run_folder.run_config import run_folder_of
 
@@ -260,7 +261,7 @@ def load_rows(args, tokenizer) -> dict:
     for split, records in found.items():
         if not args.reward_model:
             rows[split] = tokenise_sft(
-                records,
+                watched(records, "tokenising"),
                 tokenizer,
                 mask_prompt=args.mask_prompt,
                 chosen=args.chosen,

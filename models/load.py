@@ -3,6 +3,7 @@
 import fast_blas
 
 import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,12 +63,14 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     tokenizer: str | Path | None = None,
+    watch: Callable[[Sequence], Iterable] = iter,
 ) -> LoadedModel:
     """Load a local folder, a hub name ``USER/NAME``, or (None) the embedded digits model.
 
     `dtype` is "auto", "stored" (as in the file), "float32", "bfloat16" or "float16"; `quantize`
     is 4 or 8 bits for the linear layers and embeddings of a model that is not quantised yet.
-    `tokenizer` names another model's folder, or hub name, to read with.
+    `tokenizer` names another model's folder, or hub name, to read with. The weights are read in
+    parts, which go through `watch`, for a bar.
     Raises UserError when the model cannot be found, read, or is not supported.
     """
     name = str(name_or_path) if name_or_path is not None else DEFAULT_NAME
@@ -92,12 +95,24 @@ def load_model(
         cast(model, dtype)
     model.freeze()
     fast_blas.use_in(model)
-    mx.eval(model.parameters())
+    for part in watch(in_parts(model)):
+        mx.eval(part)
     found = LoadedModel(
         model, tokenizer, config, path, name, base_fingerprint(path), quantized, reader
     )
     found.weights = count_weights(model)
     return found
+
+
+def in_parts(model: nn.Module, count: int = 40) -> list[list[mx.array]]:
+    """All arrays of a model, in their order, in about `count` lists of as many bytes."""
+    arrays = [array for _, array in tree_flatten(model.parameters())]
+    each, parts = sum(array.nbytes for array in arrays) / count, [[]]
+    for array in arrays:
+        if sum(other.nbytes for other in parts[-1]) >= each:
+            parts.append([])
+        parts[-1].append(array)
+    return parts
 
 
 def resolve_path(name: str, revision: str | None = None, *, with_code: bool = False) -> Path:

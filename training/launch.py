@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from run_folder.checkpoint_folder import latest_checkpoint, saving
-from run_folder.console import command, next_lines
+from run_folder.console import command, next_lines, watched
 from run_folder.run import Run, read_rows
 from run_folder.run_config import MADE_BY, checkpoint_asked_for
 from run_folder.stopping import GracefulStop, StepGivenUp
@@ -32,7 +32,7 @@ def start(seed: int, memory_limit: float | None, **model: Any):
     fast_blas.tell_of_slowness()
     seed_everything(seed)
     set_memory_limit(memory_limit)
-    return load_model(model.pop("model"), **model)
+    return load_model(model.pop("model"), watch=lambda parts: watched(parts, "loading"), **model)
 
 
 # ------------------------------------------------------------------------------ the loop

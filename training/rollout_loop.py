@@ -5,6 +5,7 @@ It works on a trainer with `generate`, `sample_for_evaluation`, `update`, `skip`
 algorithm that makes its batches otherwise has a subclass with a `choose` or `learn` of its own.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from training.endings import SCORE, is_best, report_skipped, save_or_stop, skipp
 from training.groups import Group
 from training.memory import peak_memory, say_gb
 
+SAME_SCORES = 3  # steps in a row after which that is worth a warning
 NUMBERS = "score, loss or gradient"
 STEP_SCORE = "train/score"  # what --compare-steps judges by
 
@@ -85,6 +87,7 @@ class RolloutLoop(Resumable):
     not_finite = "ppo/not_finite"  # the metric that says that a step was skipped
     progress: Progress | None = None  # while `run` runs
     seconds: dict[str, float] = field(default_factory=dict)  # of the parts of this step
+    same_scores: int = 0  # steps in a row whose scores are all one number
 
     def rows(self) -> Sequence[PromptRow]:
         return self.prompts
@@ -166,9 +169,21 @@ class RolloutLoop(Resumable):
             self.write_samples(made, stats.get("objective/kl_dist"))
             if self.step % self.schedule.report_every == 0:
                 self.report(progress, stats, made)
+        self.watch_scores(progress, made.scores)
         self.bad_in_a_row = self.bad_in_a_row + 1 if stats[self.not_finite] else 0
         if self.bad_in_a_row:
             self.set_aside(made)
+
+    def watch_scores(self, progress: Progress, scores: Sequence[float]) -> None:
+        """Say so, once, where a reward tells no response from another."""
+        known = [score for score in scores if math.isfinite(score)]
+        same = len(known) > 1 and min(known) == max(known)
+        self.same_scores = self.same_scores + 1 if same else 0
+        if self.same_scores == SAME_SCORES:
+            progress.line(
+                f"warning: every response of the last {SAME_SCORES} steps has the score "
+                f"{known[0]:g}, so there is nothing to learn: score.py shows what the reward does"
+            )
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
