@@ -26,9 +26,35 @@ from data_loading.collate import (
     pack_rows,  # several rows into rows of constant length
     wrap_rows,  # all rows as one text, cut into such
 )
+from data_loading.conditioning import (
+    Conditioning,  # how a score is written before a prompt
+    check_template,
+    conditioned,  # a row with its score
+    put_before,  # a prompt with words before it
+)
+from data_loading.critiques import (
+    CRITIQUE,  # asks for a critique
+    REVISION,  # asks for an answer that heeds it
+    check_critique_template,
+    critiques,  # rows of reasons for scores
+)
+from data_loading.curriculum import (
+    Curriculum,  # which rows are open at an update
+    chosen_prompts,  # which prompts a step takes
+    counted_tokens,  # what of a row a model is asked about, to find out how hard it is
+    easy_first,  # a plan of batches with a curriculum
+    hard_by_length,  # difficulties of rows
+    hard_by_score,
+)
 from data_loading.fields import extras_of  # tools, documents of a row, for a chat template
 from data_loading.files import DATA_SUFFIXES  # names of files that hold rows
 from data_loading.formats import ALIASES, FORMATS, KNOWN_FORMATS  # names for --format
+from data_loading.labels import (
+    label_edges,  # quintiles of the rewards
+    label_of,  # of a row, for the contrastive loss
+    refuse_unlabelled,
+    rejected_answers,  # rows of the worst answers
+)
 from data_loading.messages import BadRow  # what is wrong with one row
 from data_loading.reading import read_dataset, read_records  # rows of a file, of a data set
 from data_loading.records import Record, Records  # one row; rows with what was refused
@@ -73,6 +99,7 @@ from padding import pad_rows  # token lists to (B, L) and lengths
 
 __all__ = [
     "ALIASES",
+    "CRITIQUE",
     "DATA_SUFFIXES",
     "FORMATS",
     "KNOWN_FORMATS",
@@ -80,6 +107,9 @@ __all__ = [
     "BadRow",
     "BatchIterator",
     "BatchPlan",
+    "Conditioning",
+    "Curriculum",
+    "REVISION",
     "PreferenceBatch",
     "PreferenceRow",
     "PromptRow",
@@ -94,14 +124,25 @@ __all__ = [
     "UnpairedBatch",
     "UnpairedRow",
     "asks_for_date",
+    "check_critique_template",
+    "check_template",
+    "chosen_prompts",
     "columns_of",
+    "conditioned",
+    "counted_tokens",
+    "critiques",
     "data_report",
+    "easy_first",
     "encode_prompt",
     "epoch_batches",
     "extras_of",
     "first_words",
     "folder_file",
+    "hard_by_length",
+    "hard_by_score",
     "histogram",
+    "label_edges",
+    "label_of",
     "load_data",
     "make_batch",
     "mix_records",
@@ -111,10 +152,13 @@ __all__ = [
     "pad_rows",
     "preview",
     "prompt_batch",
+    "put_before",
     "ranked_pairs",
     "read_dataset",
     "read_date",
     "read_records",
+    "refuse_unlabelled",
+    "rejected_answers",
     "split_records",
     "tokenise_pairs",
     "tokenise_preferences",

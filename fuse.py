@@ -19,6 +19,7 @@ from command_line.parser import Parser, run_main
 from command_line.rules import Needs, needs, refuse_idle
 from command_line.shared_flags import add_any_base
 from errors import UserError
+from safe_files import check_place
 
 FORMATS = ("model", "adapter", "peft", "classifier", "gguf")
 UNFUSED = ("adapter", "peft")
@@ -134,6 +135,8 @@ def main(words=None) -> None:
     path = Path(args.save_path).expanduser()
     single = path.suffix if path.suffix in SINGLE_FILES[args.format] else None
     check_free(path.absolute(), args.force, suffix=single)
+    if not args.dry_run:
+        check_place(path.absolute())
 
     # ------ what goes in, and what it computes before anything is fused
     from models.parts import load_parts

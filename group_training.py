@@ -15,11 +15,16 @@ A real one, rewards that can be checked:
 
 import fast_blas  # noqa: F401
 
+from functools import partial
+
 from command_line.adapter_file import load_copy, make_tuning
+from command_line.adlf_flags import component_weights, make_composite
+from command_line.conditioning_flags import ask_for_target
+from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.group_flags import config_of, parse_arguments, settle_for_model
 from command_line.model_limits import check_splits, fit_lengths
 from command_line.parser import run_main
-from command_line.ppo_flags import ends, load_prompts, stop_at, validation_prompts
+from command_line.ppo_flags import ends, load_prompts, signal_options, stop_at, validation_prompts
 from command_line.prompt_preview import show_prompts
 from command_line.reward_flags import make_learned_reward, make_rewards
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
@@ -38,23 +43,29 @@ from training.launch import (
 def main(words=None) -> int:
     args = parse_arguments(words)
     from data_utils import columns_of
+    from training.internal_signals import reference_signals
 
     loaded = start(args.seed, args.memory_limit, **model_options(args))
     settle_for_model(args, loaded.weights)
     fit_lengths(args, loaded.limits, response=args.max_new_tokens)
     per_step = config_of(args).prompts_per_step
     prompts = load_prompts(args, loaded.tokenizer, loaded.weights, per_step)
+    how_hard = difficulty(args, loaded, prompts["train"].rows)
     policy, reference = make_policy(args, loaded)
+    ask_for_target(args, loaded, prompts)
     check_splits(prompts, loaded.limits, policy.tuning, response=args.max_new_tokens)
     learned = make_learned_reward(args, loaded, policy.tuning)
     rewards = make_rewards(args, learned, unscored=True)
     for split in prompts.values():
         rewards.check_prompts(split.rows, args.max_new_tokens)
+    options = signal_options(args, loaded, policy.tuning, reference, prompts)
+    rewards = make_composite(args, rewards, partial(reference_signals, **options))
     rewards.check_columns([*columns_of(prompts["train"].rows), "group_ids"])
     if args.preview:
         show_prompts(args, loaded.tokenizer, prompts["train"].rows, rewards)
     else:
-        train(args, loaded, policy, reference, rewards, prompts)
+        order = make_curriculum(args, how_hard, args.num_steps)
+        train(args, loaded, policy, reference, rewards, prompts, order)
     say_peak_memory()
     return 0
 
@@ -67,7 +78,7 @@ def make_policy(args, loaded):
     from models.policy import Policy
 
     tuning = make_tuning(args, loaded, args.resume_file, ignore=("lora_dropout",))
-    compared = tuning.kind == "full" and config_of(args).beta
+    compared = tuning.kind == "full" and (config_of(args).beta or component_weights(args))
     reference = load_copy(args).model if compared else None
     return Policy(loaded.model, tuning), reference
 
@@ -75,12 +86,13 @@ def make_policy(args, loaded):
 # ------------------------------------------------------------------------------ loop
 
 
-def train(args, loaded, policy, reference, rewards, prompts) -> None:
+def train(args, loaded, policy, reference, rewards, prompts, order) -> None:
     """The loop, and what is left behind at its end."""
     from mlx_group_trainer import GroupTrainer
     from publishing.export import write_fused
     from training.group_loop import GroupLoop
     from training.groups import Group
+    from training.internal_signals import calibration_groups
     from training.optimizers import build_optimizer
 
     config = config_of(args)
@@ -94,11 +106,11 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         eos_ids=ends(args, loaded.tokenizer),
         grad_checkpoint=args.grad_checkpoint,
     )
-    groups = {}
+    groups = calibration_groups(rewards)
     if trainer.blend is not None:  # the blended reference is a part of checkpoints
         groups["reference"] = Group(trainer.blend.arrays, trainer.blend.load_arrays)
     make_loop = rollout_loop(
-        GroupLoop,
+        partial(GroupLoop, curriculum=order),
         args,
         loaded,
         trainer,

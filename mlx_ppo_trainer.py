@@ -84,9 +84,10 @@ class PPOTrainer(RolloutTrainer):
             raise UserError("full fine-tuning needs a reference model: a frozen copy of the policy")
         super().__init__(config, model, ref_model, tokenizer, optimizer, eos_ids, grad_checkpoint)
         self.log = log
+        target = config.kl_target if config.use_dynamic_kl else config.target
         self.kl_controller = (
-            AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
-            if config.adap_kl_ctrl
+            AdaptiveKLController(config.init_kl_coef, target, config.horizon)
+            if config.adap_kl_ctrl or config.use_dynamic_kl
             else FixedKLController(config.init_kl_coef)
         )
         self.running = RunningMoments()
@@ -249,25 +250,33 @@ class PPOTrainer(RolloutTrainer):
 
     def _loss(self, packed: list[mx.array], columns: list[mx.array]) -> tuple[mx.array, dict]:
         """Loss of one minibatch, and its metrics."""
-        config, packed = self.config, Packed(*packed)
-        old_logprobs, old_values, advantages, returns = columns  # (b, r) each
-        logprobs, values, entropy = self.model(
-            packed, temperature=config.temperature, with_entropy=True, gradient=True
+        packed = Packed(*packed)
+        found = self.model(
+            packed, temperature=self.config.temperature, with_entropy=True, gradient=True
         )
+        return self.losses(found, columns, packed.mask)
+
+    def losses(
+        self, found: Sequence[mx.array], columns: Sequence[mx.array], mask: mx.array
+    ) -> tuple[mx.array, dict]:
+        """Loss and metrics of rows: what the model says of them now, what was found before."""
+        config = self.config
+        logprobs, values, entropy = found  # (b, r) each
+        old_logprobs, old_values, advantages, returns = columns
         policy, metrics = policy_loss(
             logprobs,
             old_logprobs,
             advantages,
-            packed.mask,
+            mask,
             cliprange=config.cliprange,
             cliprange_high=config.cliprange_high,
             dual_clip=config.dual_clip,
         )
         value, value_metrics = value_loss(
-            values, old_values, returns, packed.mask, cliprange_value=config.cliprange_value
+            values, old_values, returns, mask, cliprange_value=config.cliprange_value
         )
         total = policy + config.vf_coef * value
-        totals = {"loss/total": total, "policy/entropy": masked_mean(entropy, packed.mask)}
+        totals = {"loss/total": total, "policy/entropy": masked_mean(entropy, mask)}
         return total, {**metrics, **value_metrics, **totals}
 
     # ------------------------------------------------------------------ 8. statistics
@@ -276,13 +285,17 @@ class PPOTrainer(RolloutTrainer):
         """The step's metrics under TRL's names; warns, once each, of what usually goes wrong."""
         stats = step_statistics(rollout, minibatches)
         stats["objective/kl_coef"] = self.kl_controller.value
+        if self.config.use_dynamic_kl:
+            per_token = masked_mean(rollout.kls, rollout.mask).item()
+            stats["objective/kl_per_token"] = per_token
         stats["ppo/learning_rate"] = float(self.optimizer.learning_rate)
         self._warn(**warnings_for(stats, self.config.max_new_tokens))
         return stats
 
     def finish(self, stats: dict) -> None:
         """Move beta and count the step."""
-        self.kl_controller.update(stats["objective/kl"], self.config.batch_size)
+        unit = "kl_per_token" if self.config.use_dynamic_kl else "kl"
+        self.kl_controller.update(stats[f"objective/{unit}"], self.config.batch_size)
         self.steps_done += 1
 
     def log_stats(self, stats: dict, batch: dict, scores: Sequence[float]) -> None:

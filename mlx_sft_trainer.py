@@ -21,6 +21,7 @@ from models.packing import pick_targets, round_up
 from models.reward_network import RewardModel
 from models.trunk import find_trunk, picked_hidden, token_logprobs
 from models.tuning import Tuning
+from rl.contrastive import contrastive_loss, pooled
 from rl.losses import pairwise_loss, regression_loss
 from training.groups import Group, adapter_group
 from training.update import added, apply_update, checkpointed_blocks, loss_and_gradient
@@ -64,6 +65,8 @@ class LanguageModelTask(Task):
         mask = np.concatenate([np.zeros(shape), batch.mask], axis=1)
         inputs, index, targets = pick_targets(tokens, mask)
         weights = np.ones(len(index), dtype=np.float32)
+        if batch.weights is not None:
+            weights *= batch.weights[index // inputs.shape[1]]
         multiple = 16 * self.pad_to_multiple if self.pad_to_multiple > 1 else 1
         # At least one, of weight 0: MLX's sums over nothing can take minutes.
         spare = round_up(max(len(index), 1), multiple) - len(index)
@@ -72,7 +75,12 @@ class LanguageModelTask(Task):
 
     def loss(self, arrays: Sequence[mx.array]) -> tuple[mx.array, Sums]:
         inputs, index, targets, weights = arrays
-        hidden = picked_hidden(self.model, inputs, index)  # (N, D)
+        return self.cross_entropy(picked_hidden(self.model, inputs, index), targets, weights)
+
+    def cross_entropy(
+        self, hidden: mx.array, targets: mx.array, weights: mx.array
+    ) -> tuple[mx.array, Sums]:
+        """Of hidden states (N, D) that predict targets (N,): its sum, and what is logged."""
         logprobs, top1 = token_logprobs(
             self.model, hidden, targets, extras=("top1",), gradient=self.trained.training
         )
@@ -83,6 +91,37 @@ class LanguageModelTask(Task):
     def summary(metrics: dict[str, float]) -> dict[str, float]:
         """Means -> what is reported: with the perplexity."""
         return {**metrics, "perplexity": float(np.exp(min(metrics["loss"], 80.0)))}
+
+
+class ContrastiveTask(LanguageModelTask):
+    """Cross-entropy, and `contrastive_weight` times a contrastive loss on the rows' labels.
+
+    The weight of a batch is the number of tokens whose cross-entropy counts, or 1 without any.
+    """
+
+    def __init__(self, *arguments, temperature: float, contrastive_weight: float, **options):
+        super().__init__(*arguments, **options)
+        self.temperature, self.contrastive_weight = temperature, contrastive_weight
+
+    def arrays(self, batch: TextBatch) -> list[mx.array]:
+        """Those of a language model, shares (B, N) of the tokens in their rows' means, labels."""
+        inputs, index, targets, weights = super().arrays(batch)
+        count, length = inputs.shape
+        rows = np.array(index) // length
+        counted = np.arange(len(rows)) < batch.mask[:, 1:].sum()  # the rest is padding
+        shares = ((rows == np.arange(count)[:, None]) & counted).astype(np.float32)  # (B, N)
+        shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1)
+        labels = np.full(count, -1, np.int32) if batch.labels is None else batch.labels
+        return [inputs, index, targets, weights, mx.array(shares), mx.array(labels)]
+
+    def loss(self, arrays: Sequence[mx.array]) -> tuple[mx.array, Sums]:
+        inputs, index, targets, weights, shares, labels = arrays
+        hidden = picked_hidden(self.model, inputs, index)  # (N, D)
+        total, sums = self.cross_entropy(hidden, targets, weights)
+        weight = mx.maximum(sums["weight"], 1)
+        found, metrics = contrastive_loss(pooled(hidden, shares), labels, self.temperature)
+        total = total + self.contrastive_weight * found * weight
+        return total, sums | {k: v * weight for k, v in metrics.items()} | {"weight": weight}
 
 
 class RewardModelTask(Task):

@@ -13,7 +13,13 @@ A real one:
 
 import fast_blas  # noqa: F401
 
+from functools import partial
+
 from command_line.adapter_file import load_copy, make_tuning
+from command_line.adlf_flags import make_composite
+from command_line.conditioning_flags import ask_for_target
+from command_line.critique_flags import critique_options
+from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.dataclass_flags import dataclass_from_arguments
 from command_line.model_limits import check_splits, fit_lengths
 from command_line.parser import run_main
@@ -22,6 +28,7 @@ from command_line.ppo_flags import (
     load_prompts,
     parse_arguments,
     settle_for_model,
+    signal_options,
     stop_at,
     validation_prompts,
 )
@@ -44,20 +51,27 @@ from training.launch import (
 
 def main(words=None) -> int:
     args = parse_arguments(words)
+    from training.internal_signals import reference_signals
+
     loaded = start(args.seed, args.memory_limit, **model_options(args))
     settle_for_model(args, loaded.weights)
     fit_lengths(args, loaded.limits, response=args.max_new_tokens)
     prompts = load_prompts(args, loaded.tokenizer, loaded.weights)
+    how_hard = difficulty(args, loaded, prompts["train"].rows)
     policy, reference = make_policy(args, loaded)
+    ask_for_target(args, loaded, prompts)
     check_splits(prompts, loaded.limits, policy.tuning, response=args.max_new_tokens)
     learned = make_learned_reward(args, loaded, policy.tuning)
     rewards = make_rewards(args, learned, unscored=True)
     for split in prompts.values():
         rewards.check_prompts(split.rows, args.max_new_tokens)
+    options = signal_options(args, loaded, policy.tuning, reference, prompts)
+    rewards = make_composite(args, rewards, partial(reference_signals, **options))
     if args.preview:
         show_prompts(args, loaded.tokenizer, prompts["train"].rows, rewards)
     else:
-        train(args, loaded, policy, reference, rewards, prompts)
+        order = make_curriculum(args, how_hard, args.num_steps)
+        train(args, loaded, policy, reference, rewards, prompts, order)
     say_peak_memory()
     return 0
 
@@ -83,18 +97,25 @@ def make_policy(args, loaded):
 # ------------------------------------------------------------------------------ loop
 
 
-def train(args, loaded, policy, reference, rewards, prompts) -> None:
+def train(args, loaded, policy, reference, rewards, prompts, order) -> None:
     """The loop, and what is left behind at its end."""
+    from mlx_critique_trainer import CritiqueTrainer, with_critiques
     from mlx_ppo_trainer import PPOTrainer
     from publishing.export import write_fused
+    from training.critique_loop import CritiqueLoop
     from training.groups import Group
+    from training.internal_signals import calibration_groups
     from training.optimizers import build_optimizer
     from training.rollout_loop import RolloutLoop
 
     config = dataclass_from_arguments(PPOConfig, args)
     updates = config.num_steps * config.updates_per_step
-    trainer = PPOTrainer(
-        config,
+    critique, trainer, loop = critique_options(args, loaded), PPOTrainer, RolloutLoop
+    if critique is not None:
+        trainer = partial(CritiqueTrainer, weight=args.critique_weight)
+        loop = partial(CritiqueLoop, **critique)
+    trainer = trainer(
+        config if critique is None else with_critiques(config),
         policy,
         reference,
         loaded.tokenizer,
@@ -105,7 +126,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
     head, stop_test = policy.value_head, stop_at(args.stop, loaded.tokenizer)
     told = {"compare_steps": args.compare_steps, "reference_samples": args.reference_samples}
     make_loop = rollout_loop(
-        RolloutLoop,
+        partial(loop, curriculum=order),
         args,
         loaded,
         trainer,
@@ -115,6 +136,7 @@ def train(args, loaded, policy, reference, rewards, prompts) -> None:
         schedule_options(args) | told,
         stop_test,
         **{VALUE_HEAD: Group(head.arrays, lambda a: head.load_weights(list(a.items())))},
+        **calibration_groups(rewards),
     )
     said = (
         f"{config.num_steps} steps of {config.batch_size} responses, "
@@ -140,8 +162,10 @@ def finish(args, loaded, run, loop) -> None:
     from run_folder.run import read_rows
 
     rows = read_rows(run.folder)
-    target = args.target if args.adap_kl_ctrl else None
-    plot = plot_ppo(rows, run.plots / "ppo.png", kl_target=target)
+    adapted = {"kl_target": args.target if args.adap_kl_ctrl else None}
+    if args.use_dynamic_kl:
+        adapted = {"kl_target": args.kl_target, "kl": "objective/kl_per_token", "unit": "token"}
+    plot = plot_ppo(rows, run.plots / "ppo.png", **adapted)
     kls = [row["objective/kl"] for row in rows if row.get("objective/kl") is not None][-10:]
     kl = sum(kls) / len(kls) if kls else None
     finish_rollouts(args, loaded, run, loop, plot, metric="env/{name}_mean", head=VALUE_HEAD, kl=kl)

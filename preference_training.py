@@ -14,13 +14,14 @@ With answers that were rated in the chat:
 import fast_blas  # noqa: F401
 
 from command_line.adapter_file import load_copy, make_tuning
+from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.model_limits import check_splits, fit_lengths
 from command_line.parser import run_main
 from command_line.preference_flags import WITH_REFERENCE, parse_arguments, task_options
 from command_line.preference_rows import least_rows, load_rows, make_plan
 from command_line.sft_flags import training_length, validation
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
-from data_utils import epoch_batches
+from data_utils import easy_first, epoch_batches
 from training.launch import (
     count_trained,
     fuse_command,
@@ -42,6 +43,8 @@ def main(words=None) -> int:
     loaded = start(args.seed, args.memory_limit, **model_options(args))
     fit_lengths(args, loaded.limits)
     rows = load_rows(args, loaded.tokenizer)
+    if args.train:
+        rows["difficulty"] = difficulty(args, loaded, rows["train"].rows)
     task = None if args.preview else make_task(args, loaded)
     check_splits(rows, loaded.limits, task and task.tuning)
     if args.preview:
@@ -118,6 +121,8 @@ def train(args, loaded, task, rows) -> None:
 
     plan = make_plan(args, rows["train"], seed=args.seed, pad_to_multiple=shape_multiple())
     steps, batches = training_length(args, len(plan))
+    order = make_curriculum(args, rows["difficulty"], steps)
+    plan = easy_first(plan, order, args.gradient_accumulation_steps)
     trainer = SupervisedTrainer(
         task,
         build_optimizer(**optimizer_options(args), steps=steps),

@@ -106,6 +106,28 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
+def check_place(path: str | Path, longest: str | None = None) -> None:
+    """``UserError`` where nothing can be written at ``path``: asked before hours of work for it.
+
+    Made and removed is a file under the temporary name of ``path``, or of ``longest`` beside it;
+    folders above that were missing go too.
+    """
+    path = Path(path).expanduser()
+    with writing(path):
+        refuse_links(path)
+        missing = [folder for folder in path.parents if not folder.exists()]
+        temporary = temporary_name(path.with_name(longest or path.name))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "xb"):
+                pass
+            temporary.unlink()
+        finally:
+            for folder in missing:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
 # ------------------------------------------------------------------------------ folders
 
 

@@ -15,10 +15,13 @@ A real one, rejection sampling: the best of several samples a prompt, for sft.py
 import fast_blas
 
 import json
+from functools import partial
 from pathlib import Path
 
+from command_line.adlf_flags import make_composite
 from command_line.data_flags import settle_date, tokenising
 from command_line.parser import run_main
+from command_line.ppo_flags import ends
 from command_line.reward_flags import make_rewards
 from command_line.rules import refuse_idle
 from command_line.score_flags import parse_arguments, read_input, refuse_overwriting
@@ -38,11 +41,12 @@ def main(words=None) -> int:
     fast_blas.tell_of_slowness()
     pairs, tokenizer = sample(args, records) if args.prompts else (None, None)
     tokenizer, reward_model = load(args, tokenizer)
-    rewards = make_rewards(args, make_learned_reward(args, tokenizer, reward_model))
     if pairs is None:
         settle_date(args, tokenizer)
         pairs, tokenised = make_pairs(records, tokenizer, tokenising(args))
         print(data_report("responses", records, tokenised, columns=True))
+    rewards = make_rewards(args, make_learned_reward(args, tokenizer, reward_model))
+    rewards = make_composite(args, rewards, partial(first_rows, args, tokenizer, pairs))
     if args.best_of:
         refuse_promptless(pairs)
     rewards.check_columns(columns_of(pair.whole for pair in pairs))
@@ -142,6 +146,31 @@ def make_learned_reward(args, tokenizer, reward_model):
         batch_size=args.batch_size,
         prompt_template=args.prompt_template,
         token_format=args.token_format,
+    )
+
+
+def first_rows(args, tokenizer, pairs, names, **options):
+    """Internal rewards under --model, calibrated on the first rows that are scored."""
+    from contextlib import nullcontext
+
+    from models.load import load_model
+    from rewards.internal import ROWS, Signals
+    from rewards.scored_rows import given_columns
+
+    choice = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    loaded = load_model(args.model, quantize=args.quantize, **choice)
+    first = pairs[:ROWS]
+    given = given_columns(first)
+    del given["ended"]  # no component asks for it
+    given["prompts"] = [pair.prompt for pair in first]
+    given["responses"] = [pair.response for pair in first]
+    return Signals(
+        lambda: nullcontext(loaded.model),
+        loaded.tokenizer,
+        names,
+        eos_ids=ends(args, tokenizer),
+        sample=lambda: given,
+        **options,
     )
 
 

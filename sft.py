@@ -14,6 +14,8 @@ A real one:
 import fast_blas  # noqa: F401
 
 from command_line.adapter_file import make_tuning, refuse_other_pooling
+from command_line.contrastive_flags import LEAST
+from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.data_flags import flags_of_rows
 from command_line.model_limits import check_splits, fit_lengths
 from command_line.parser import run_main
@@ -25,7 +27,7 @@ from command_line.sft_flags import (
     validation,
 )
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
-from data_utils import BatchPlan, epoch_batches
+from data_utils import BatchPlan, easy_first, epoch_batches
 from models.adapter_description import REWARD_HEAD
 from training.launch import (
     count_trained,
@@ -44,10 +46,16 @@ from training.launch import (
 
 def main(words=None) -> int:
     args = parse_arguments(words)
+    from models.adapter_files import SCORES
+
     loaded = start(args.seed, args.memory_limit, **model_options(args))
     fit_lengths(args, loaded.limits)
     rows = load_rows(args, loaded.tokenizer)
+    if args.train:
+        rows["difficulty"] = difficulty(args, loaded, rows["train"].rows)
     task = None if args.preview else make_task(args, loaded)
+    if rows["scores"] is not None:
+        loaded.config[SCORES] = rows["scores"].described()
     check_splits(rows, loaded.limits, task and task.tuning)
     if args.preview:
         return 0
@@ -66,10 +74,18 @@ def main(words=None) -> int:
 
 def make_task(args, loaded):
     """The model with what is trained on it, as a task of mlx_sft_trainer."""
-    from mlx_sft_trainer import LanguageModelTask, RewardModelTask
+    from mlx_sft_trainer import ContrastiveTask, LanguageModelTask, RewardModelTask
     from models.reward_model import RewardModel, load_reward_head
 
     tuning = make_tuning(args, loaded, args.resume_adapter_file)
+    if args.use_contrastive:
+        return ContrastiveTask(
+            loaded.model,
+            tuning,
+            shape_multiple(),
+            temperature=args.contrastive_temp,
+            contrastive_weight=args.contrastive_weight,
+        )
     if not args.reward_model:
         return LanguageModelTask(loaded.model, tuning, pad_to_multiple=shape_multiple())
     reward_model = RewardModel(loaded.model, pooling=args.pooling, tuning=tuning)
@@ -89,9 +105,15 @@ def train(args, loaded, task, rows) -> None:
     from training.optimizers import build_optimizer
 
     plan = BatchPlan(
-        rows["train"].lengths, args.batch_size, seed=args.seed, pad_to_multiple=shape_multiple()
+        rows["train"].lengths,
+        args.batch_size,
+        seed=args.seed,
+        pad_to_multiple=shape_multiple(),
+        least=LEAST if args.use_contrastive else 1,
     )
     steps, batches = training_length(args, len(plan))
+    order = make_curriculum(args, rows["difficulty"], steps)
+    plan = easy_first(plan, order, args.gradient_accumulation_steps)
     epochs = (batches or steps * args.gradient_accumulation_steps) / len(plan)
     trainer = SupervisedTrainer(
         task,

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from chat.settings import Settings
+from command_line.conditioning_flags import add_target_score
 from command_line.dataclass_flags import add_dataclass_arguments, dataclass_from_arguments
 from command_line.parser import Parser, complain, run_main
 from command_line.rules import Needs, needs
@@ -68,6 +69,7 @@ def parse_arguments(words: list[str] | None = None):
     add("--prompt-template", help='as in training, such as "Question: {prompt}\\n\\nAnswer:"')
     formats = "how turns are written, as in training"
     add("--token-format", choices=tuple(TOKEN_FORMATS), default="standard", help=formats)
+    add_target_score(add)
     add_dataclass_arguments(parser, Settings, title="how replies are written", exclude=("temp",))
     temp = next(field for field in fields(Settings) if field.name == "temp")
     add("--temp", "--temperature", type=float, default=temp.default, help=temp.metadata["help"])
@@ -109,6 +111,7 @@ def make_session(args):
     kind = "preference" if args.compare else "unpaired"
     ratings = Ratings(args.ratings_file, kind) if args.rate else None
     loader = Loader(
+        target_score=args.target_score,
         dtype=args.dtype,
         quantize=args.quantize,
         tokenizer=args.tokenizer,
@@ -222,7 +225,7 @@ def chat(session) -> None:
 # ------------------------------------------------------------------------------ main
 
 
-def main(words: list[str] | None = None) -> None:
+def main(words: list[str] | None = None) -> int:
     args = parse_arguments(words)
     fast_blas.tell_of_slowness()
     session = make_session(args)
@@ -237,9 +240,15 @@ def main(words: list[str] | None = None) -> None:
                 answer_each(session, prompts)
             if not session.replies_given:
                 session.screen.note("note: standard input held no prompts")
+    except KeyboardInterrupt:  # replies are printed and ratings written one by one: nothing is lost
+        session.screen.progress("")
+        count = session.replies_given
+        session.screen.note(f"stopped after {count} {'reply' if count == 1 else 'replies'}")
+        return 128 + signal.SIGINT
     finally:
         if session.ratings is not None:
             session.screen.note(session.ratings.summary())
+    return 0
 
 
 if __name__ == "__main__":

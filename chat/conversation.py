@@ -12,7 +12,7 @@ from typing import Any
 
 from data_loading.formats import to_record
 from data_loading.messages import BadRow
-from data_utils import Record, Template, tokenise_prompts
+from data_utils import Record, Template, put_before, tokenise_prompts
 from errors import UserError
 from safe_files import write_atomically
 
@@ -116,6 +116,7 @@ class Prompting:
     tokenizer: Any
     token_format: str = "standard"
     prompt_template: str | None = None
+    prefix: str = ""  # before the first thing that is asked: the score that is wanted
 
     def __post_init__(self):
         template = Template(self.tokenizer, self.prompt_template, self.token_format)
@@ -144,6 +145,8 @@ class Prompting:
         last = messages[-1]["content"]
         if not last.strip():
             raise UserError("the prompt is empty")
+        if self.prefix:
+            messages, last = put_before(messages, self.prefix), self.prefix + last
         if self.has_turns:
             record = Record(
                 "conversation", "conversation", {}, messages=messages, extras=extras or {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
-from safe_files import write_atomically, writing
+from safe_files import check_place, write_atomically, writing
 
 FIELDS = {
     "unpaired": {"prompt", "completion", "label"},
@@ -43,7 +43,10 @@ class Ratings:
         if not self.path.exists():
             if not self.path.absolute().parent.is_dir():
                 raise UserError(f"{self.path}: there is no such folder to write ratings in")
+            check_place(self.path)
             return
+        with writing(self.path), open(self.path, "ab"):
+            pass
         try:
             lines = self.path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:

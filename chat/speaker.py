@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from chat.conversation import Prompting
 from chat.settings import Settings
+from command_line.conditioning_flags import wanted
 from models.adapter_files import load_adapter, read_adapter
 from models.beam_search import beam_search
 from models.decoding import Sampling, make_cache
@@ -281,10 +282,17 @@ class Loader:
     """Loads models with the same options, and each base only once."""
 
     def __init__(
-        self, *, token_format: str, prompt_template: str | None, any_base: bool = False, **options
+        self,
+        *,
+        token_format: str,
+        prompt_template: str | None,
+        any_base: bool = False,
+        target_score: float | None = None,
+        **options,
     ):
         self._options, self._any_base = options, any_base  # options: of models.load.load_model
         self._prompting = {"token_format": token_format, "prompt_template": prompt_template}
+        self._target_score = target_score
         self._bases: list[tuple[LoadedModel, list]] = []  # base, the tunings made on it
 
     def speaker(self, model: str | None, adapter: str | None = None) -> Speaker:
@@ -300,13 +308,16 @@ class Loader:
             refuse_lost_base(adapter, named)
         loaded, tunings = self._base(model, alone=description.get("fine_tune_type") == "full")
         switch_off(tunings)
-        tuning = None
+        tuning, own = None, dict(loaded.config)
         if adapter is not None:
             tuning = load_adapter(loaded, adapter, any_base=self._any_base)
             tunings.append(tuning)
+        scores = wanted(loaded.config, self._target_score)
+        loaded.config = own  # of the base, which another adapter may share
         loaded.model.eval()
         name = loaded.path.name + (f" + {Path(adapter).name}" if adapter is not None else "")
-        prompting = Prompting(loaded.tokenizer, **self._prompting)
+        prefix = "" if scores is None else scores.prefix()
+        prompting = Prompting(loaded.tokenizer, **self._prompting, prefix=prefix)
         prompting.stop_at_turn_end()
         return Speaker(name, loaded, prompting, tuning, tunings)
 

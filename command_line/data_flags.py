@@ -114,7 +114,7 @@ def settle_date(args: argparse.Namespace, tokenizer: Any) -> None:
     use_date(tokenizer, args.template_date)
 
 
-LETTERS = re.compile(r"[^\W\d_]{2,}")  # words
+LETTERS = re.compile(r"[^\W\d_]")
 NO_VALIDATION = (
     "without rows to validate on: give --validation-file or --validation-split-percentage"
 )

@@ -286,8 +286,8 @@ class Parser(argparse.ArgumentParser):
 
     def _take(self, args: argparse.Namespace, settings: list[Setting]) -> dict[str, Any]:
         """Put settings from a file into the namespace as defaults; return them by name."""
-        taken = {}
-        flags = self._flags()
+        taken: dict[str, Any] = {}
+        flags, keys = self._flags(), {}
         for setting in settings:
             name = "--" + setting.key.replace("_", "-")
             action = flags.get(name)
@@ -299,7 +299,14 @@ class Parser(argparse.ArgumentParser):
                 )
             if action.dest in ("config", "resume"):
                 raise UserError(f"{setting.where}: {setting.key!r} belongs on the command line")
-            taken[action.dest] = self._convert(action, setting)
+            value = self._convert(action, setting)
+            if taken.get(action.dest, value) != value:
+                other = keys[action.dest]
+                raise UserError(
+                    f"{setting.where}: {setting.key!r} and {other!r} are one flag and say "
+                    "different things; remove one"
+                )
+            taken[action.dest], keys[action.dest] = value, setting.key
             action.required = False
             setattr(args, action.dest, taken[action.dest])
         return taken

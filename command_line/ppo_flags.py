@@ -8,6 +8,9 @@ import shlex
 from pathlib import Path
 
 from command_line.adapter_file import check_save_file, refuse_other_head, settle_adapter
+from command_line.conditioning_flags import add_target_score
+from command_line.critique_flags import add_revision_arguments
+from command_line.curriculum_flags import add_curriculum_arguments
 from command_line.data_flags import (
     NO_VALIDATION,
     add_data_arguments,
@@ -61,8 +64,15 @@ NEEDS_OF_ROLLOUTS = (
     ),
 )
 NEEDS = (
-    Needs("target horizon", "adap_kl_ctrl"),
-    Needs("adap_kl_ctrl", "init_kl_coef"),  # the coefficient is only ever multiplied
+    Needs("target", "adap_kl_ctrl"),
+    Needs("kl_target", "use_dynamic_kl"),
+    Needs(
+        "horizon",
+        met=lambda args: args.adap_kl_ctrl or args.use_dynamic_kl,
+        why="without --adap-kl-ctrl or --use-dynamic-kl",
+    ),
+    # The coefficient is only ever multiplied.
+    Needs("adap_kl_ctrl use_dynamic_kl", "init_kl_coef"),
     Needs("target_kl", "early_stopping"),
     *NEEDS_OF_ROLLOUTS,
 )
@@ -77,6 +87,7 @@ def parse_arguments(words=None):
     add_reward_arguments(parser)
     add_task_arguments(parser, save_file="ppo_weights.npz")
     add_dataclass_arguments(parser, PPOConfig, title="PPO", exclude=SHARED)
+    add_revision_arguments(parser)
     add = parser.add_argument_group("looked at").add_argument
     text = "steps between comparisons of the mean score with the best so far, whose checkpoint is "
     text += "kept as the best; 0: that of the best evaluation"
@@ -115,6 +126,7 @@ def add_task_arguments(parser: Parser, *, save_file: str) -> None:
     add("--me-chatbot", type=bool, default=False, help=text)
     add("--epochs", type=float, help="passes over the prompts, in place of --num-steps")
     add("--prompt-words", type=int, default=2, help="of a plain text, how many words are a prompt")
+    add_target_score(add)
     add("--stop", nargs="+", help="texts that end a response")
     add(
         "--ignore-eos",
@@ -145,6 +157,7 @@ def add_task_arguments(parser: Parser, *, save_file: str) -> None:
 
 def add_shared_arguments(parser: Parser, *, learning_rate_note: str) -> None:
     """Data, model, adapter, optimizer and run, with the defaults of methods on rollouts."""
+    add_curriculum_arguments(parser)
     add_data_arguments(parser, max_length=1024)
     add_model_arguments(parser)
     add_any_base(parser, "resume_file", "reward_model")
@@ -226,6 +239,8 @@ def settle_arguments(args) -> None:
     settle_tuning(args)
     if args.resume_file is not None:
         refuse_other_head(args, args.resume_file)
+    if args.use_dynamic_kl and "horizon" not in args.explicit:
+        args.horizon = 2.0 * args.batch_size
     dataclass_from_arguments(PPOConfig, args)
 
 
@@ -300,3 +315,18 @@ def stop_at(stops, tokenizer):
     # A token may stand for less than a character, but not for less than a byte.
     reach = max(len(text.encode()) for text in stops) + 8
     return lambda tokens: any(text in tokenizer.decode(tokens[-reach:]) for text in stops)
+
+
+def signal_options(args, loaded, tuning, reference, prompts) -> dict:
+    """What of a run internal rewards are measured with (training/internal_signals.py)."""
+    return {
+        "loaded": loaded,
+        "tuning": tuning,
+        "reference": reference,
+        "prompts": prompts["train"].rows,
+        "eos_ids": ends(args, loaded.tokenizer),
+        "max_new_tokens": args.max_new_tokens,
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "should_stop": stop_at(args.stop, loaded.tokenizer),
+    }

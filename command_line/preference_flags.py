@@ -3,6 +3,7 @@
 from typing import Any
 
 from command_line.adapter_file import settle_adapter
+from command_line.curriculum_flags import add_curriculum_arguments
 from command_line.data_flags import (
     add_data_arguments,
 )
@@ -98,6 +99,7 @@ def parse_arguments(words=None):
     parser = Parser(script="preference_training.py", description=DESCRIPTION, harmless=HARMLESS)
     add_loop_arguments(parser)
     add_loss_arguments(parser)
+    add_curriculum_arguments(parser)
     add_data_arguments(parser, max_length=1024, test_rows=True)
     parser.set_defaults(data_base="preference_increasing_mult_2_")
     add_model_arguments(parser)

@@ -4,6 +4,7 @@ import argparse
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
+from command_line.adlf_flags import add_adlf_arguments
 from command_line.parser import Parser
 from command_line.rules import Needs, needs
 from command_line.shared_flags import at_least
@@ -91,6 +92,7 @@ def add_reward_arguments(parser: Parser) -> None:
     add("--multiple-of", type=int, default=2, help="digits score: of this number")
     add("--min-length", type=int, default=5, help="digits score: fewer words count as this many")
     parser.checks += [needs(RULES), check_rewards, needs(NEEDS)]
+    add_adlf_arguments(parser)
 
 
 def check_rewards(args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from command_line.rules import Needs, needs
 from command_line.shared_flags import add_any_base, add_model_arguments, at_least
 from data_utils import Records, mix_records, read_dataset, read_records
 from errors import UserError
+from safe_files import check_place
 
 NEEDS = (
     Needs("force", "output"),
@@ -101,6 +102,8 @@ def refuse_overwriting(args) -> None:
     """Before the work, and again after it, when the file may have come up."""
     if args.output is not None and os.path.lexists(args.output) and not args.force:
         raise UserError(f"{args.output}: is there already; --force overwrites it")
+    if args.output is not None:
+        check_place(args.output)
 
 
 def read_input(args) -> Records:

@@ -34,6 +34,7 @@ from command_line.shared_flags import (
     add_run_arguments,
     at_least,
 )
+from command_line.technique_rows import TechniqueRows, add_technique_arguments
 from data_utils import (
     BatchPlan,
     Records,
@@ -68,7 +69,7 @@ OF_TRAINING = (
     "validation_file validation_split_percentage lora_dropout grad_checkpoint optimizer "
     "learning_rate lr_schedule num_cycles lr_power warmup_steps lr_end_factor weight_decay "
     "max_grad_norm adam_beta1 adam_beta2 adam_eps momentum output_dir overwrite save_every "
-    "keep_checkpoints log_with max_bad_steps"
+    "keep_checkpoints log_with wandb_project wandb_run_name max_bad_steps"
 )
 
 # A test alone makes no adapter: it has that of a file, or none.
@@ -127,6 +128,7 @@ def parse_arguments(words=None):
         default=0,
         help="scores get mean 0, deviation 1 on this many samples; 0: as trained",
     )
+    add_technique_arguments(parser)
     add_data_arguments(parser, test_rows=True)
     add_model_arguments(parser)
     add_any_base(parser, "resume_adapter_file")
@@ -254,19 +256,19 @@ def load_rows(args, tokenizer) -> dict:
     settle_date(args, tokenizer)
     splits = (["train", "valid"] if args.train or args.preview else []) + ["test"] * args.test
     refuse = None if args.reward_model else lambda kind: not_for_sft(kind, args.chosen)
-    rows, found = {}, load_data(splits=splits, refuse=refuse, **data_sources(args))
+    rows, techniques = {}, TechniqueRows(args)
+    found = load_data(splits=splits, refuse=refuse, **data_sources(args))
     for records in found.values():
         warn_of_digits_model(args, records)
     check_kinds(args, {kind for records in found.values() for kind in records.kinds})
     for split, records in found.items():
         if not args.reward_model:
-            rows[split] = tokenise_sft(
-                watched(records, "tokenising"),
-                tokenizer,
-                mask_prompt=args.mask_prompt,
-                chosen=args.chosen,
-                **tokenising(args) | row_limit(args),
-            )
+            options = tokenising(args) | row_limit(args) | {"mask_prompt": args.mask_prompt}
+
+            def tokenise(some, options=options, **more):
+                return tokenise_sft(watched(some, "tokenising"), tokenizer, **options, **more)
+
+            rows[split] = techniques.make(records, tokenise)
         else:
             if "reading" not in rows:
                 rows["reading"] = reading_of(args, tokenizer, records)
@@ -277,12 +279,19 @@ def load_rows(args, tokenizer) -> dict:
         if args.packing:
             pack(args, rows[split], tokenizer)
         if args.sample_prompts and split == "train":
-            rows["samples"] = encode_samples(args, tokenizer, set(records.kinds) == {"text"})
+            scores = techniques.conditioning
+            said = "" if scores is None else scores.prefix()
+            plain = set(records.kinds) == {"text"}
+            rows["samples"] = encode_samples(args, tokenizer, plain, said)
+    rows["scores"] = techniques.conditioning
     if args.test:
         cut_test_rows(args, rows["test"])
     if args.preview:
         show(rows["train"][0], tokenizer)
     return rows
+
+
+FORM = {"prompt_template", "token_format"}
 
 
 def reading_of(args, tokenizer, records: Records) -> Reading:
@@ -291,8 +300,11 @@ def reading_of(args, tokenizer, records: Records) -> Reading:
     What was trained before that was recorded goes on as it was.
     """
     old = args.resume_adapter_file
-    if old is not None and "ending" not in read_head_description(old, REWARD_HEAD):
+    described = {} if old is None else read_head_description(old, REWARD_HEAD)
+    if old is not None and "ending" not in described:
         return Reading()
+    if old is not None and not args.resume and not FORM & args.explicit:
+        take_form(args, Reading.described(described))
     checkpoints = args.resume and sorted(run_folder_of(args.resume).glob("checkpoints/step-*"))
     if checkpoints:  # without one the run begins anew
         if head_path(checkpoints[-1], REWARD_HEAD).exists():
@@ -307,6 +319,14 @@ def reading_of(args, tokenizer, records: Records) -> Reading:
         prompt_template=args.prompt_template,
         token_format=args.token_format,
     )
+
+
+def take_form(args, reading: Reading) -> None:
+    """Read rows in the form in which a reward model was trained, which goes on; and say so."""
+    for name in sorted(FORM):
+        if (value := getattr(reading, name)) != getattr(args, name):
+            setattr(args, name, value)
+            print(f"note: {flag_of(name)} is {value!r}, as in {args.resume_adapter_file}")
 
 
 class Decoder:
@@ -337,16 +357,17 @@ def check_kinds(args, kinds: set[str]) -> None:
         refuse_idle(args, "token_format", "on rows of plain text")
 
 
-def encode_samples(args, tokenizer, plain: bool) -> list[list[int]]:
+def encode_samples(args, tokenizer, plain: bool, prefix: str = "") -> list[list[int]]:
     """Tokens of --sample-prompts as the prompts of training rows have them; `plain`: as text."""
+    texts = [prefix + text for text in args.sample_prompts]
     if plain:
-        return [list(tokenizer.encode(text)) for text in args.sample_prompts]
+        return [list(tokenizer.encode(text)) for text in texts]
     template = args.prompt_template
     names = {name for _, name, _, _ in string.Formatter().parse(template or "") if name}
     if len(names) == 1:  # "Question: {question}": the prompt is the question
         template = template.replace("{" + names.pop() + "}", "{prompt}")
     options = {"prompt_template": template, "token_format": args.token_format}
-    return [encode_prompt(text, tokenizer, **options) for text in args.sample_prompts]
+    return [encode_prompt(text, tokenizer, **options) for text in texts]
 
 
 def validation(args, rows, least: int = 1):

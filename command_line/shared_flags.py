@@ -49,6 +49,8 @@ def add_run_arguments(parser: Parser, *, save_every: int = 100) -> None:
     add("--resume", help="run folder, or one of its checkpoints, to go on with")
     add("--force-resume", type=bool, default=False, help="resume even though options changed")
     add("--log-with", choices=("none", *LOGGERS), default="none", help="where else metrics go")
+    add("--wandb-project", help="project on W&B (default: WANDB_PROJECT, else mlx-rlhf)")
+    add("--wandb-run-name", help="name of the run on W&B (default: that of its folder)")
     add("--memory-limit", type=float, help="stop with advice above so many GB in use")
     add(
         "--max-bad-steps",
@@ -57,7 +59,14 @@ def add_run_arguments(parser: Parser, *, save_every: int = 100) -> None:
         help="stop after this many steps in a row with NaN or infinity in them",
     )
 
+    named = Needs(
+        "wandb_project wandb_run_name",
+        met=lambda args: args.log_with == "wandb",
+        why="without --log-with wandb",
+    )
+
     def check(args: argparse.Namespace) -> None:
+        named.check(args)
         at_least(args, 0, "save_every", "seed")
         at_least(args, 1, "keep_checkpoints", "max_bad_steps")
         if args.memory_limit is not None and not 0 < args.memory_limit <= 1e6:
@@ -99,6 +108,7 @@ def add_model_arguments(parser: Parser) -> None:
         default="auto",
         help="of the base weights; auto: float32 on the CPU, bfloat16 on Metal and CUDA",
     )
+    add("--fp16", type=bool, default=False, help="the same as --dtype float16")
     add("--quantize", type=int, choices=(4, 8), help="bits per base weight (default: as stored)")
     add("--tokenizer", help="folder or hub name of its tokenizer (default: the model's own)")
     add(
@@ -107,6 +117,15 @@ def add_model_arguments(parser: Parser) -> None:
         default=False,
         help="run Python code that comes with the model's files",
     )
+    parser.checks.append(settle_precision)
+
+
+def settle_precision(args: argparse.Namespace) -> None:
+    """--fp16 as --dtype float16; adapters, heads and losses stay float32."""
+    if args.fp16:
+        if args.dtype not in ("auto", "float16"):
+            raise UserError(f"--fp16 and --dtype {args.dtype} contradict each other; drop one")
+        args.dtype = "float16"
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -252,8 +271,20 @@ def add_optimizer_arguments(
     add("--optimizer", choices=OPTIMIZERS, default=optimizer, help="rule that moves the weights")
     note = f"; {learning_rate_note}" if learning_rate_note else ""
     add("--learning-rate", type=float, default=learning_rate, help="peak learning rate" + note)
-    add("--lr-schedule", choices=SCHEDULES, default=lr_schedule, help="course after the warm-up")
-    add("--num-cycles", type=int, default=1, help="cycles of cosine_with_restarts")
+    add(
+        "--lr-schedule",
+        "--scheduler",
+        choices=SCHEDULES,
+        default=lr_schedule,
+        help="course after the warm-up",
+    )
+    add(
+        "--num-cycles",
+        "--cosine-cycles",
+        type=int,
+        default=1,
+        help="cycles of cosine_with_restarts",
+    )
     add("--lr-power", type=float, default=2.0, help="of polynomial: (1 - progress) to this power")
     add("--warmup-steps", type=int, default=warmup_steps, help="updates that climb to the peak")
     add("--lr-end-factor", type=float, default=lr_end_factor, help="share of the peak at the end")

@@ -36,7 +36,8 @@ from tqdm import tqdm  # noqa: E402
 from errors import UserError  # noqa: E402
 from command_line.parser import Parser, run_main  # noqa: E402
 from command_line.values import LongHelpFormatter  # noqa: E402
-from safe_files import write_atomically, write_json, writing  # noqa: E402
+from models.array_files import save_arrays  # noqa: E402
+from safe_files import check_place, replacing, write_atomically, write_json, writing  # noqa: E402
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 SPECIAL = (PAD, BOS, EOS)  # ids 0, 1, 2
@@ -213,10 +214,10 @@ def save(folder: Path, model: nn.Module, tokenizer: Tokenizer, config: dict) -> 
     write_json(folder / "special_tokens_map.json", special)
     write_json(folder / "tokenizer_config.json", special | TOKENIZER_CONFIG)
     write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
-    aside = folder / ".tmp-model.safetensors"
     weights = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(str(aside), weights, {"format": "pt"})
-    aside.replace(folder / "model.safetensors")
+    file = folder / "model.safetensors"
+    with writing(file), replacing(file) as temporary:
+        save_arrays(temporary, weights, {"format": "pt"})
 
 
 # ---------------------------------------------------------------------------- main
@@ -252,6 +253,7 @@ def check_sizes(args: argparse.Namespace) -> None:
 def main(words: list[str] | None = None) -> None:
     args = make_parser().parse_args(words)
     fast_blas.tell_of_slowness()
+    check_place(args.output_dir / "model.safetensors")
     start = time.perf_counter()
     mx.random.seed(args.seed)
     tokenizer = make_tokenizer()

@@ -74,6 +74,10 @@ class BatchPlan:
         batches = np.split(rows, self.cuts)
         return [batches[i] for i in random.permutation(len(batches))]
 
+    def notes(self, update: int, rows: Sequence[int]) -> dict[str, float]:
+        """What is logged of an update that was made from these rows."""
+        return {}
+
     def padding_efficiency(
         self,
         sequences: Sequence[Sequence[int]] | None = None,
@@ -102,6 +106,7 @@ class BatchIterator:
     """Batches without end, epoch after epoch, from any position.
 
     `epoch` and `index` say which batch comes next; a run resumed at them sees the same batches.
+    `taken` are the row numbers of the last one.
     """
 
     def __init__(
@@ -115,6 +120,7 @@ class BatchIterator:
     ) -> None:
         self.rows, self.plan, self.pad_id = rows, plan, pad_id
         self.epoch, self.index = epoch, index
+        self.taken = np.array([], dtype=np.int64)
         self._order: tuple[int, list[np.ndarray]] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -123,7 +129,8 @@ class BatchIterator:
     def __next__(self) -> Batch:
         if self._order is None or self._order[0] != self.epoch:
             self._order = self.epoch, self.plan.epoch(self.epoch)
-        rows = [self.rows[i] for i in self._order[1][self.index]]
+        self.taken = self._order[1][self.index]
+        rows = [self.rows[i] for i in self.taken]
         self.index += 1
         if self.index == len(self.plan):
             self.epoch, self.index = self.epoch + 1, 0

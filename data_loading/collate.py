@@ -18,6 +18,8 @@ class TextBatch:
     tokens: np.ndarray  # (B, L) int32
     mask: np.ndarray  # (B, L) float32, 1 on targets
     lengths: np.ndarray  # (B,) int32
+    labels: np.ndarray | None = None  # (B,) int32 for a contrastive loss, -1: none
+    weights: np.ndarray | None = None  # (B,) float32 of each row's targets, where not all are 1
 
 
 @dataclass
@@ -76,7 +78,15 @@ def make_batch(
     if isinstance(rows[0], ScalarRow):
         return ScalarBatch(tokens, lengths, np.array([row.reward for row in rows], np.float32))
     mask, _ = pad_rows([row.mask for row in rows], 0, pad_to_multiple, np.float32)
-    return TextBatch(tokens, mask, lengths)
+    labels = [-1 if row.label is None else row.label for row in rows]
+    weights = [row.weight for row in rows]
+    return TextBatch(
+        tokens,
+        mask,
+        lengths,
+        np.array(labels, np.int32) if max(labels) >= 0 else None,
+        None if set(weights) == {1.0} else np.array(weights, np.float32),
+    )
 
 
 def _preference_batch(

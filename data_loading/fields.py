@@ -255,6 +255,15 @@ def number_of(value: Any, name: str) -> float:
     return number
 
 
+def may_answer(value: Any) -> bool:
+    """Whether a value is a text or messages, and not a number or references to compare with."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    turns = value if isinstance(value, (list, tuple)) else [value]
+    named = [isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns]
+    return bool(named) and all(named)
+
+
 def may_be_label(value: Any) -> bool:
     """Whether a value says true or false, also as 1 or 0 and as a string."""
     if isinstance(value, str):

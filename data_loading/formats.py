@@ -16,6 +16,7 @@ from data_loading.fields import (
     first_of,
     given,
     label_of,
+    may_answer,
     may_be_label,
     need,
     read_prompt,
@@ -99,7 +100,7 @@ def _needed(fields: dict[str, Any], names: tuple[str, ...]) -> Prompt:
 def _prompt_completion(fields: dict[str, Any], where: str) -> Record:
     need(fields, "prompt")
     prompt = _needed(fields, ("prompt",))
-    name, value = first_of(fields, ("completion", "response"))
+    name, value = first_of(fields, ANSWER_FIELDS)
     completion: Text = text_of(value, name) if isinstance(value, str) else response_of(value, name)
     return _answered(fields, where, prompt, completion, name)
 
@@ -157,7 +158,7 @@ def _conversation(fields: dict[str, Any], where: str) -> Record:
     name, value = first_of(fields, CONVERSATION_FIELDS)
     messages = read_messages(value, name)
     prompt = with_surroundings(Prompt(messages, [name]), fields)
-    answers = [name for name in ANSWER_FIELDS if given(fields, name)]
+    answers = [name for name in ANSWER_FIELDS if may_answer(fields.get(name))]
     if messages[-1]["role"] != "assistant" and answers:
         completion = response_of(fields[answers[0]], answers[0])
         return _answered(fields, where, prompt, completion, answers[0])

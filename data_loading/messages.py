@@ -211,7 +211,9 @@ def read_parts(parts: Sequence[Any], name: str) -> tuple[str, dict[str, str]]:
 
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 # Who may speak in a dialogue, but not between Human and Assistant.
-OTHER_SPEAKERS = "System|Developer|User|Bot|AI|GPT|ChatGPT|Prompter|Tool|Observation"
+OTHER_SPEAKERS = (
+    r"System|Developer|User|Bot|AI|GPT|ChatGPT|Prompter|Tool|Observation|(?:Human|Assistant) ?\d+"
+)
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _DIALOGUE = re.compile(r"\s*(?:System:(.*?)\n\n)?(?=Human:)", re.DOTALL)
 _OTHER_TURN = re.compile(rf"\n\n({OTHER_SPEAKERS}):")

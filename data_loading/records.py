@@ -31,6 +31,7 @@ class Record:
     extras: dict[str, Any] = field(default_factory=dict)  # tools, documents: for the chat template
     prompt_fields: list[str] = field(default_factory=list)  # names of `fields` that are its prompt
     answer_fields: list[str] = field(default_factory=list)  # and of those that are its answers
+    prefix: str = ""  # words before its prompt that say its score; not trained
 
     @property
     def columns(self) -> dict[str, Any]:

@@ -15,6 +15,10 @@ class TextRow:
     tokens: list[int]
     mask: list[int]
     where: str = ""
+    # Of the row, where it has one. Not in the repr, of which a run's data is fingerprinted.
+    reward: float | None = field(default=None, repr=False, compare=False)
+    label: int | None = field(default=None, repr=False, compare=False)  # of the contrastive loss
+    weight: float = field(default=1.0, repr=False, compare=False)  # of each target in the loss
 
 
 @dataclass
@@ -103,9 +107,16 @@ class PromptRow:
     where: str = ""
     # A text, or messages. Not in repr, of which the fingerprint of a run's data is made.
     prompt: str | list = field(default="", repr=False)
+    reward: float | None = field(default=None, repr=False, compare=False)  # of the recorded answer
+    given: list[int] | None = field(default=None, repr=False)  # what the model reads instead
 
     def __post_init__(self) -> None:
         self.prompt = self.prompt or self.text
+
+    @property
+    def query(self) -> list[int]:
+        """The tokens that the model reads: behind the score that is wanted, if one is."""
+        return self.tokens if self.given is None else self.given
 
 
 Row = TypeVar("Row", TextRow, ScalarRow, PreferenceRow, UnpairedRow, PromptRow)

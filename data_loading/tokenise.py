@@ -62,6 +62,11 @@ def tokenise_sft(
         if problem := not_for_sft(record.kind):
             raise BadRow(problem)
         rendered = encoder.template.record(record)
+        if said := record.prefix.strip():
+            start = rendered.text.find(said)
+            if start < 0:
+                raise BadRow("the chat template changes the score before the prompt")
+            rendered.untrained.append((start, start + len(said)))
         ends = _ends_with_answer(record)
         tokens, mask = encoder.encode(rendered, ends, record.kind, whole=not mask_prompt)
         start = max(1, encoder.bos_length(tokens))
@@ -73,7 +78,7 @@ def tokenise_sft(
         if not any(mask):
             raise Refused("no trained token is left" if was_cut else "no assistant turn to train")
         encoder.template.note(record, rendered)
-        return TextRow(tokens, mask, record.where), was_cut
+        return TextRow(tokens, mask, record.where, record.reward), was_cut
 
     return each(records, convert, skip_bad_rows, encoder.template)
 
@@ -194,7 +199,8 @@ def tokenise_prompts(
             text = tokenizer.decode(tokens[encoder.bos_length(tokens) :])
         template.note(record, rendered)
         written = record.asked() or text
-        return PromptRow(tokens, text, record.columns, record.where, written), was_cut
+        row = PromptRow(tokens, text, record.columns, record.where, written, record.reward)
+        return row, was_cut
 
     return each(records, convert, skip_bad_rows, template)
 
@@ -205,12 +211,17 @@ def encode_prompt(
     *,
     prompt_template: str | None = None,
     token_format: str = "standard",
+    extras: dict[str, Any] | None = None,
 ) -> list[int]:
-    """Tokens of one prompt, text or messages, exactly as in training: one BOS, template, header."""
+    """Tokens of one prompt, text or messages, exactly as in training: one BOS, template, header.
+
+    `extras`: tools and documents, for a chat template.
+    """
     template = Template(tokenizer, prompt_template, token_format)
     asked = {"prompt": prompt} if isinstance(prompt, str) else {}
     try:
-        made = template.prompt(Record("prompt", "the prompt", asked, prompt=prompt))
+        record = Record("prompt", "the prompt", asked, prompt=prompt, extras=extras or {})
+        made = template.prompt(record)
         return Encoder(template, sys.maxsize, "refuse").encode(made, False, "prompt")[0]
     except (BadRow, Refused) as why:
         raise UserError(f"the prompt: {why}") from why

@@ -82,9 +82,9 @@ def tokenise_unpaired(
             with_prompt(record)  # says why it could not be split
         if record.kind in ("text", "prompt"):
             raise BadRow(f"a row of kind {record.kind}, which has no prompt and answer")
+        label = wanted(record, desirable_from)
         if record.kind == "conversation":
             record = last_answer(record)
-        label = wanted(record, desirable_from)
         (tokens, mask), was_cut = answer_tokens(encoder, record, record.completion)
         return UnpairedRow(tokens, mask, label, record.where, max_length), was_cut
 

@@ -29,6 +29,7 @@ START = re.compile(rf"^[{MARKS}]*(?:\[{TIME}\]|{TIME} -) (.*)$", re.IGNORECASE)
 TIME_GROUPS = 8
 # Whole texts in place of what an export leaves out: Android's stand in <>, iPhones' behind U+200E.
 LEFT_OUT = re.compile(r"^<[^<>]*>$")
+QUOTED = re.compile('[“”„«»"]')
 DELETED = {
     "This message was deleted",
     "You deleted this message",
@@ -154,7 +155,8 @@ def take_line(history: History, line: Line, order: str, key: str, path: Path) ->
     sender, colon, text = line.rest.partition(": ")
     if not colon and line.rest.endswith(":"):
         sender, colon, text = line.rest[:-1], ":", ""
-    reason = "" if colon else "an event of the chat"
+    # “Ann changed the subject from “a: b” to “c””: no name has quotation marks in it.
+    reason = "an event of the chat" if not colon or QUOTED.search(sender) else ""
     marked = text[:1] in MARKS and text[:1] != ""
     text = clean(EDITED.sub("", text))
     plain = text.strip(MARKS).rstrip(".")

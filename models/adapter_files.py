@@ -35,12 +35,15 @@ from models.soft_prompt import SoftPrompt
 from models.tuning import FullTuning, Tuning, check_finite
 from safe_files import check_inside, refuse_links, replacing
 
+SCORES = "score_conditioning"  # of a model trained on scores: how they are written, the target
 SOFT_PROMPT_FILE = "soft_prompt.safetensors"
 
 
 def describe(tuning: Tuning, base: LoadedModel) -> dict:
     """What an adapter file says of itself: what is trained, and on which weights."""
     described = {**tuning.description(len(base.model.layers)), **described_base(base)}
+    if SCORES in base.config:
+        described[SCORES] = base.config[SCORES]
     return {**described, QUANTIZATION: base.quantized}
 
 
@@ -117,6 +120,8 @@ def load_adapter(base: LoadedModel, path: str | Path, *, any_base: bool = False)
     arrays, config = read_adapter(path)
     check_base(path, config, base, any_base=any_base)
     check_quantization(path, config, base.quantized)
+    if SCORES in config:
+        base.config[SCORES] = config[SCORES]
     try:
         tuning = attach(base.model, config)
     except (KeyError, TypeError, ValueError) as error:

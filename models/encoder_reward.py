@@ -77,12 +77,19 @@ class EncoderReward:
             raise UserError(f"{self.folder}: cannot be loaded: {said}") from error
         if missing := info["missing_keys"]:  # transformers would fill them with random numbers
             raise UserError(f"{self.folder}: lacks {len(missing)} arrays, such as {min(missing)}")
-        labels = self._model.config.num_labels
-        if labels != 1:
-            raise UserError(f"{self.folder}: has {labels} labels; a reward model has one")
+        self.check_labels(self._model.config.num_labels)
         on_mac = torch.backends.mps.is_available()
         device = "mps" if on_mac else "cuda" if torch.cuda.is_available() else "cpu"
         self._model.to(device).eval()
+
+    def check_labels(self, labels: int) -> None:
+        """Raise UserError unless the model gives what is asked of it."""
+        if labels != 1:
+            raise UserError(f"{self.folder}: has {labels} labels; a reward model has one")
+
+    def scores_of(self, logits) -> list[float]:
+        """Logits (B, labels) -> a number for each text."""
+        return logits[:, 0].float().tolist()
 
     @property
     def max_tokens(self) -> int:
@@ -123,4 +130,4 @@ class EncoderReward:
 
         batch = self._encode.pad(rows, return_tensors="pt").to(self._model.device)
         with torch.no_grad():
-            return self._model(**batch).logits[:, 0].float().tolist()
+            return self.scores_of(self._model(**batch).logits)

@@ -2,8 +2,11 @@
 
 import fast_blas
 
+import glob
 import json
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -180,13 +183,14 @@ def _load(path: Path, name: str, trust_remote_code: bool, reader: Path | None = 
     from mlx_lm.utils import load_tokenizer
 
     try:
-        model, config = mlx_lm_load_model(
-            path,
-            lazy=True,
-            model_config=unnested(read_config(path)),
-            get_model_classes=model_classes,
-            trust_remote_code=trust_remote_code,
-        )
+        with no_pattern(path) as literal:
+            model, config = mlx_lm_load_model(
+                literal,
+                lazy=True,
+                model_config=unnested(read_config(path)),
+                get_model_classes=model_classes,
+                trust_remote_code=trust_remote_code,
+            )
         extra = {"trust_remote_code": True} if trust_remote_code else None
         tokenizer = load_tokenizer(
             reader or path,
@@ -202,6 +206,18 @@ def _load(path: Path, name: str, trust_remote_code: bool, reader: Path | None = 
         )
     check_tokens(model, tokenizer, name)
     return model, tokenizer, config
+
+
+@contextmanager
+def no_pattern(path: Path) -> Iterator[Path]:
+    """`path` by a name without [, * and ?: mlx-lm looks for weights by a pattern."""
+    if glob.escape(str(path)) == str(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        link = Path(scratch, "model")
+        link.symlink_to(path.absolute())
+        yield link
 
 
 def check_tokens(model: nn.Module, tokenizer, name: str) -> None:

@@ -18,6 +18,7 @@ def save_checkpoint(
     *,
     keep: int = 2,
     metric: Metric | None = None,
+    unfinished: bool = False,
 ) -> Path:
     """Write `state` (tensors and plain values; "trained" and more), and return the checkpoint.
 
@@ -34,7 +35,9 @@ def save_checkpoint(
         except RuntimeError as wrong:
             raise disk_refused(wrong, temporary) from None
 
-    return write_checkpoint(folder, step, write, keep=keep, metric=metric, options=options)
+    return write_checkpoint(
+        folder, step, write, keep=keep, metric=metric, unfinished=unfinished, options=options
+    )
 
 
 def load_checkpoint(path: Path) -> dict:

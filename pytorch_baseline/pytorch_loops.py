@@ -1,7 +1,9 @@
 """training/supervised_loop.py and rollout_loop.py in PyTorch: update, checkpoint, stop, resume."""
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from run_folder.resuming import (
     fingerprint,
 )
 from run_folder.run import Run
-from run_folder.stopping import GracefulStop
+from run_folder.stopping import GracefulStop, StepGivenUp
 from training.endings import SCORE, is_best, not_finite, report_skipped, save_or_stop, skipped_steps
 
 NUMBERS = "loss or gradient"
@@ -68,17 +70,39 @@ class Loop:
         trainer = self.trainer
         return {"optimizer": trainer.optimizer, "schedule": trainer.scheduler}
 
-    def checkpoint(self, metric: Metric | None = None) -> None:
+    def small_state(self) -> dict[str, Any]:
+        """All of a checkpoint that may change before a weight of the step has moved."""
+        now = {"state": copy.deepcopy(self.state), "bad_in_a_row": self.bad_in_a_row}
+        return now | {"run": self.run_folder.state_dict(), "rng": rng_state(self.device)}
+
+    @contextmanager
+    def step_to_give_up(self) -> Iterator[None]:
+        """Around what moves no weight: a signal ends it, and the state before it is saved."""
+        before, unfinished = self.small_state(), self.evaluation_due()
+        try:
+            with self.stop.giving_up():
+                yield
+        except StepGivenUp:
+            self.checkpoint(before=before, unfinished=unfinished)
+            raise
+
+    def evaluation_due(self) -> bool:
+        """Whether this step ends with an evaluation that has not been made."""
+        raise NotImplementedError
+
+    def checkpoint(
+        self, metric: Metric | None = None, before: dict | None = None, unfinished: bool = False
+    ) -> None:
+        """Save; `before`: the `small_state` of a step that was given up."""
         trained = {name: p.detach().cpu() for name, p in self.trainer.parameters.items()}
         saved = {name: part.state_dict() for name, part in self.parts().items()}
-        saved |= {"trained": trained, "bad_in_a_row": self.bad_in_a_row, "state": self.state}
-        saved |= {"run": self.run_folder.state_dict(), "rng": rng_state(self.device)}
-        saved |= {"data": fingerprint(self.rows()), "base": self.base}
+        saved |= {"trained": trained, "data": fingerprint(self.rows()), "base": self.base}
+        saved |= before or self.small_state()
         self.run_folder.cut_back(saved["run"])  # syncs them
-        folder, keep = self.run_folder.checkpoints, self.schedule.keep_checkpoints
+        folder, options = self.run_folder.checkpoints, self.run_folder.own_options
+        how = {"keep": self.schedule.keep_checkpoints, "metric": metric, "unfinished": unfinished}
         try:
-            options = self.run_folder.own_options
-            save_checkpoint(folder, self.step, saved, options, keep=keep, metric=metric)
+            save_checkpoint(folder, self.step, saved, options, **how)
         except FloatingPointError as wrong:
             raise not_finite(self.run_folder, str(wrong)) from None
 
@@ -87,7 +111,7 @@ class Loop:
         raise NotImplementedError
 
     def resume(self, path: Path | None, *, force: bool = False) -> None:
-        """Go back to a checkpoint (None: to the start); `force`: also with other data or base."""
+        """Go back to a checkpoint (None: the start); `force`: also with other data or base."""
         saved = load_checkpoint(path) if path is not None else None
         if saved is not None:
             check_checkpoint_options(path, self.run_folder, force)
@@ -119,7 +143,8 @@ class Loop:
 
     def take_weights(self, saved: dict) -> None:
         """The trained weights of a checkpoint, and nothing else of it."""
-        if shapes(saved["trained"]) != shapes(self.trainer.parameters):
+        there, here = saved["trained"], self.trainer.parameters
+        if {n: w.shape for n, w in there.items()} != {n: w.shape for n, w in here.items()}:
             raise UserError("--resume: the checkpoint holds other weights than are trained now")
         with torch.no_grad():
             for name, parameter in self.trainer.parameters.items():
@@ -147,8 +172,7 @@ class SupervisedLoop(Loop):
     after_validation: Callable[[int], None] = lambda step: None
 
     def __post_init__(self):
-        self.state = {"best": None, "since_best": 0, "validated": None}
-        self.state |= {"tokens": 0.0, "skipped": 0.0}
+        self.state = dict(best=None, since_best=0, validated=None, tokens=0.0, skipped=0.0)
 
     def parts(self) -> dict[str, Any]:
         trainer = self.trainer
@@ -167,32 +191,38 @@ class SupervisedLoop(Loop):
         """Train. Ends with a checkpoint, also when `stop` was requested."""
         plan = self.schedule
         all_batches = plan.batches or plan.steps * plan.accumulation
-        with Progress(plan.steps, done=self.step, name=name) as progress:
+        with suppress(StepGivenUp), Progress(plan.steps, done=self.step, name=name) as progress:
             self.stop, self.progress = stop, progress
-            if self.validates and self.step == 0 and self.state["validated"] is None:
-                self.validate(progress)
+            if self.evaluation_due():  # at the start, or where a signal gave it up
+                self.end_update()
             if self.step < plan.steps and not (stop.requested or self.stopped_early()):
                 left = all_batches - self.step * plan.accumulation
                 self.trainer.train_for(plan.steps - self.step, left, self.after_update)
-        if not stop.requested:
-            report_skipped(self, self.state["skipped"], NUMBERS)
-        self.checkpoint()
+            if not stop.requested:
+                report_skipped(self, self.state["skipped"], NUMBERS)
+            self.checkpoint()
 
-    @property
-    def validates(self) -> bool:
-        return bool(self.schedule.eval_every) and self.validation is not None
+    def evaluation_due(self) -> bool:
+        every = self.schedule.eval_every if self.validation is not None else 0
+        due = bool(every) and (self.step == self.schedule.steps or self.step % every == 0)
+        return due and self.state["validated"] != self.step
 
     def after_update(self, metrics: dict[str, float]) -> bool:
         """Log, validate, checkpoint; whether to stop."""
-        plan, metric = self.schedule, None
         self.note(metrics)
-        last = self.step == plan.steps
-        if self.validates and (last or self.step % plan.eval_every == 0):
-            metric = self.validate(self.progress)
-        best = metric is not None and self.state["since_best"] == 0
-        due = plan.save_every and (best or self.step % plan.save_every == 0)
-        save_or_stop(self, bool(due), metric if best else None, NUMBERS)
+        self.end_update()
         return self.stop.requested or self.stopped_early()
+
+    def end_update(self) -> None:
+        """Validation and checkpoint where they are due."""
+        plan, metric = self.schedule, None
+        if self.evaluation_due():
+            with self.step_to_give_up():
+                metric = self.validate(self.progress)
+        if self.step:
+            best = metric is not None and self.state["since_best"] == 0
+            due = plan.save_every and (best or self.step % plan.save_every == 0)
+            save_or_stop(self, bool(due), metric if best else None, NUMBERS)
 
     def stopped_early(self) -> bool:
         patience = self.schedule.patience
@@ -247,27 +277,46 @@ class PPOLoop(Loop):
     def parts(self) -> dict[str, Any]:
         return super().parts() | {"trainer": self.trainer}
 
+    def small_state(self) -> dict[str, Any]:
+        return super().small_state() | {"trainer": copy.deepcopy(self.trainer.state_dict())}
+
     def rows(self) -> Sequence:
         return self.prompts
 
     def run(self, stop: GracefulStop) -> None:
         """Train. Ends with a checkpoint, also when `stop` was requested."""
-        plan, metric = self.schedule, None
-        with Progress(plan.steps, done=self.step, name="ppo") as progress:
-            if not self.state["evaluations"]:
-                self.evaluate(progress)
+        plan, self.stop = self.schedule, stop
+        self.trainer.before_update = stop.finish_step
+        with suppress(StepGivenUp), Progress(plan.steps, done=self.step, name="ppo") as progress:
+            # At the start, or where a signal gave it up.
+            metric = self.end_step(progress) if self.evaluation_due() else None
             while self.step < plan.steps and not stop.requested:
-                self.train_step(progress)
-                metric, last = None, self.step == plan.steps
-                if plan.eval_every and (last or self.step % plan.eval_every == 0):
-                    metric = self.evaluate(progress)
-                best = metric is not None and is_best(self.state["evaluations"])
-                due = plan.save_every and not last and (best or self.step % plan.save_every == 0)
-                save_or_stop(self, bool(due), metric, NUMBERS)
+                with self.step_to_give_up():
+                    self.train_step(progress)
+                metric = self.end_step(progress)
             if not stop.requested:
                 report_skipped(self, skipped_steps(self.run_folder.folder), NUMBERS)
             # Only where every run would have one, stopped or not, may a checkpoint be the best.
             self.checkpoint(metric if self.step == plan.steps else None)
+
+    def evaluation_due(self) -> bool:
+        plan, made = self.schedule, self.state["evaluations"]
+        if not (plan.eval_every and self.validation) or (made and made[-1]["step"] == self.step):
+            return False
+        return self.step == plan.steps or self.step % plan.eval_every == 0
+
+    def end_step(self, progress: Progress) -> Metric | None:
+        """Evaluation and checkpoint where they are due; what the evaluation judges by."""
+        plan, metric = self.schedule, None
+        if self.evaluation_due():
+            with self.step_to_give_up():
+                metric = self.evaluate(progress)
+        if self.step:
+            best = metric is not None and is_best(self.state["evaluations"])
+            last = self.step == plan.steps
+            due = plan.save_every and not last and (best or self.step % plan.save_every == 0)
+            save_or_stop(self, bool(due), metric, NUMBERS)
+        return metric
 
     def train_step(self, progress: Progress) -> None:
         """Prompts, responses, rewards, update, and a row of metrics."""
@@ -313,16 +362,12 @@ class PPOLoop(Loop):
         return texts, scores, parts
 
     def write_samples(self, rows, texts, scores, kls) -> None:
-        samples = [
-            {**asked(row), "response": text, "score": score, "kl": float(kl)}
-            for row, text, score, kl in zip(rows, texts, scores, kls, strict=True)
-        ]
+        every = zip(rows, texts, scores, map(float, kls), strict=True)
+        samples = [{**asked(r), "response": t, "score": s, "kl": kl} for r, t, s, kl in every]
         self.run_folder.log_samples(self.step, samples[: self.schedule.samples_per_step])
 
-    def evaluate(self, progress: Progress) -> Metric | None:
+    def evaluate(self, progress: Progress) -> Metric:
         """Score greedy and sampled responses to the validation prompts, and log the means."""
-        if not self.validation or not self.schedule.eval_every:
-            return None
         row = {"step": self.step}
         for kind, greedy, count in (
             ("greedy", True, 1),
@@ -352,7 +397,3 @@ class PPOLoop(Loop):
             responses += made.responses
             ended += made.finished
         return responses, ended
-
-
-def shapes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
-    return {name: weight.shape for name, weight in weights.items()}

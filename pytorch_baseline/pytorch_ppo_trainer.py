@@ -90,9 +90,10 @@ class PPOTrainer:
         self._learning_rate = self.optimizer.param_groups[0]["lr"]  # of the last update
         self.device = model.model.device
         self.vocabulary = model.model.base.get_input_embeddings().num_embeddings
+        target = config.kl_target if config.use_dynamic_kl else config.target
         self.kl_controller = (
-            AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
-            if config.adap_kl_ctrl
+            AdaptiveKLController(config.init_kl_coef, target, config.horizon)
+            if config.adap_kl_ctrl or config.use_dynamic_kl
             else FixedKLController(config.init_kl_coef)
         )
         self.running = RunningMoments()
@@ -105,6 +106,7 @@ class PPOTrainer:
         model.eval()
         self._generated: dict[tuple, tuple[np.ndarray, np.ndarray, bool]] = {}
         self._calls = 0  # of generate() since the last step
+        self.before_update: Callable[[], None] = lambda: None
         self._warned: set[str] = set()
 
     # ------------------------------------------------------------------ 1. generate
@@ -201,11 +203,13 @@ class PPOTrainer:
         clock.lap("compute_rewards")
         self.compute_advantages(rollout)
         clock.lap("compute_advantages")
+        self.before_update()
         minibatches = self.optimise(rollout)
         clock.lap("optimize_step")
         stats = self.statistics(rollout, minibatches)
         clock.lap("calc_stats")
-        self.kl_controller.update(stats["objective/kl"], self.config.batch_size)
+        unit = "kl_per_token" if self.config.use_dynamic_kl else "kl"
+        self.kl_controller.update(stats[f"objective/{unit}"], self.config.batch_size)
         self.steps_done += 1
         self._generated, self._calls = {}, 0
         return stats | clock.times()
@@ -437,6 +441,9 @@ class PPOTrainer:
         """The step's metrics under TRL's names."""
         stats = step_statistics(rollout, minibatches)
         stats["objective/kl_coef"] = self.kl_controller.value
+        if self.config.use_dynamic_kl:
+            per_token = masked_mean(rollout.kls, rollout.mask).item()
+            stats["objective/kl_per_token"] = per_token
         stats["ppo/learning_rate"] = self._learning_rate
         return stats
 

@@ -214,8 +214,10 @@ def finish(args, loaded, policy, run, loop) -> None:
     written = save_trained(path, policy.model, loaded, args.tokenizer, VALUE_HEAD)
     written.append(save_head(path, VALUE_HEAD, policy.value_head.state_dict(), {}))
     rows = read_rows(run.folder)
-    target = args.target if args.adap_kl_ctrl else None
-    written.append(plot_ppo(rows, run.plots / "ppo.png", kl_target=target))
+    kl = {"kl_target": args.target if args.adap_kl_ctrl else None}
+    if args.use_dynamic_kl:
+        kl = {"kl_target": args.kl_target, "kl": "objective/kl_per_token", "unit": "token"}
+    written.append(plot_ppo(rows, run.plots / "ppo.png", **kl))
     if args.reward_model and args.true_score:
         written.append(
             plot_learned_and_true(

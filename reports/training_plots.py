@@ -58,6 +58,7 @@ def plot_ppo(
     *,
     score: str = "env/reward_mean",
     kl: str = "objective/kl",
+    unit: str = "response",
     kl_target: float | None = None,
     title: str = "PPO",
 ) -> Path:
@@ -70,7 +71,7 @@ def plot_ppo(
     if kl_target is not None:
         below.axhline(kl_target, color=GREY, linewidth=1, linestyle="--", label="target")
     label(above, "", "score", title)
-    label(below, "step", "KL (nats per response)")
+    label(below, "step", f"KL (nats per {unit})")
     for axis in (above, below):
         if axis.get_legend_handles_labels()[0]:
             legend(axis)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from data_utils import PromptRow
 from errors import UserError
-from rewards.texts import GIVEN
+from rewards.texts import BY_NAME, GIVEN
 from rewards.user_function import (
     RewardFunction,
     as_list,
@@ -79,6 +79,10 @@ class RewardSet:
         }
         totals = [self._total(row) for row in zip(*parts.values(), strict=True)]
         return totals, parts
+
+    def metrics(self, parts: dict[str, list[float]]) -> dict[str, float]:
+        """What a step logs of the scores of a batch beside their means."""
+        return {}
 
     def __str__(self) -> str:
         pairs = zip(self.rewards, self.names, strict=True)
@@ -161,7 +165,8 @@ def _accepted(function: RewardFunction, columns: dict) -> dict:
     except (TypeError, ValueError):  # some functions written in C have no signature
         return columns
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return columns
+        unnamed = {name for name in BY_NAME if name not in parameters}
+        return {name: column for name, column in columns.items() if name not in unnamed}
     return {name: column for name, column in columns.items() if name in parameters}
 
 

@@ -39,6 +39,7 @@ class Pair:
     prompt_text: str  # as a model is given it
     response: str
     ended: bool
+    start: int | None = None  # of `tokens` the prompt; None where no token ends it
     rank: int | None = None  # among the responses of a preference row, 0 the best
     score: float = float("nan")
     parts: dict[str, float] = field(default_factory=dict)
@@ -71,14 +72,16 @@ def make_pairs(
     row = next(left, None)
     form = {key: options[key] for key in ("prompt_template", "token_format") if key in options}
     template = Template(tokenizer, **form)
-    stop = template.turn_end_id() or end_id(tokenizer)  # at which a policy stops
+    eos = end_id(tokenizer)
+    turn_end = template.turn_end_id() or eos  # at which a policy stops
     pairs = []
     for single, whole, rank in singles:
         if row is None or row.where != single.where:
             continue  # refused, in done.refused
         ended = ending.ends(row.tokens)
+        stop = turn_end if template.writes(single) else eos
         tokens = [*ending.bare(row.tokens), stop] if ended else row.tokens
-        pairs.append(Pair(single, whole, tokens, prompt_of(single), "", "", ended, rank))
+        pairs.append(Pair(single, whole, tokens, prompt_of(single), "", "", ended, rank=rank))
         row = next(left, None)
     done.refused = bad + done.refused
     _add_texts(pairs, tokenizer, options, ending)
@@ -126,6 +129,7 @@ def _add_texts(pairs: list[Pair], tokenizer: Any, options: dict[str, Any], endin
         start = len(prompt.tokens)
         pair.prompt, pair.prompt_text = prompt.prompt, prompt.text
         if pair.tokens[:start] == prompt.tokens:
+            pair.start = start
             answer = ending.bare(pair.tokens[start:])
             pair.response = response_text(tokenizer, prompt.tokens, answer)
         else:  # a tokenizer that joins them differently
@@ -167,18 +171,24 @@ def score_pairs(
     order = sorted(pairs, key=lambda pair: -len(pair.tokens))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        columns = reward_columns(
-            columns_of([pair.whole for pair in batch]),
-            token_ids=[pair.tokens for pair in batch],
-            ended=[pair.ended for pair in batch],
-            prompt_text=[pair.prompt_text for pair in batch],
-        )
+        columns = columns_of([pair.whole for pair in batch]) | given_columns(batch)
         prompts, responses = [p.prompt for p in batch], [p.response for p in batch]
         scores, parts = rewards(prompts, responses, **columns)
         for i, pair in enumerate(batch):
             pair.score = scores[i]
             pair.parts = {name: column[i] for name, column in parts.items()}
         advance(len(batch))
+
+
+def given_columns(pairs: Sequence[Pair]) -> dict[str, Sequence]:
+    """What rewards may ask for beside the data's columns."""
+    return reward_columns(
+        {},
+        token_ids=[pair.tokens for pair in pairs],
+        ended=[pair.ended for pair in pairs],
+        prompt_text=[pair.prompt_text for pair in pairs],
+        response_start=[pair.start for pair in pairs],
+    )
 
 
 def summary(pairs: Sequence[Pair]) -> dict[str, dict[str, float]]:

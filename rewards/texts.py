@@ -8,8 +8,10 @@ from data_utils import PromptRow
 Prompt = str | list[dict[str, Any]]  # text, or the messages of a conversation
 
 # What every reward may ask for beside the data's columns: tokens of prompt and response, whether
-# the response ended by itself, and the prompt as the model was given it, template and all.
-GIVEN = ("token_ids", "ended", "prompt_text")
+# the response ended by itself, and the prompt as the model was given it, template and all. Those of
+# BY_NAME, where the response begins in its tokens, go to functions that name them alone.
+BY_NAME = ("response_start",)
+GIVEN = ("token_ids", "ended", "prompt_text", *BY_NAME)
 
 
 def plain(text: Prompt) -> str:
@@ -25,9 +27,16 @@ def reward_columns(
     token_ids: Sequence[Sequence[int]],
     ended: Sequence[bool],
     prompt_text: Sequence[str],
+    response_start: Sequence[int | None] | None = None,
 ) -> dict[str, Sequence]:
-    """The data's columns and those of GIVEN, which hide columns of the data of the same name."""
-    return {**columns, "token_ids": token_ids, "ended": ended, "prompt_text": prompt_text}
+    """The data's columns and those of GIVEN, which hide columns of the data of the same name.
+
+    `response_start`: how many of a row's `token_ids` are its prompt; None where no token ends it.
+    """
+    given = {"token_ids": token_ids, "ended": ended, "prompt_text": prompt_text}
+    if response_start is not None:
+        given["response_start"] = response_start
+    return {**columns, **given}
 
 
 def asked(row: PromptRow) -> dict[str, Any]:

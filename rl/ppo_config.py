@@ -13,7 +13,9 @@ def _option(default, help_text: str, *aliases: str):
 
 KLPenalty = Literal["kl", "abs", "mse", "full", "k1", "k2", "k3"]
 # Infinity is a value of these: of a clip or a threshold it means none. NaN is not.
-ABOVE_0 = "cliprange cliprange_value ratio_threshold target horizon max_grad_norm".split()
+ABOVE_0 = (
+    "cliprange cliprange_value ratio_threshold target kl_target horizon max_grad_norm"
+).split()
 NOT_BELOW_0 = (
     "init_kl_coef missing_eos_penalty overlong_penalty pad_to_multiple top_k value_head_init_std "
     "vf_coef"
@@ -63,6 +65,13 @@ class PPOConfig:
     kl_penalty: KLPenalty = _option("kl", "estimate of the KL per token")
     target: float = _option(6.0, "KL per response that the adaptive coefficient aims at, nats")
     horizon: float = _option(10000.0, "responses over which the coefficient adapts")
+    use_dynamic_kl: bool = _option(
+        False, "adapt the KL coefficient towards --kl-target, a KL per token"
+    )
+    kl_target: float = _option(
+        0.1,
+        "KL per token for --use-dynamic-kl, nats; its --horizon is 2 batches",
+    )
     early_stopping: bool = _option(False, "stop a step's epochs at 1.5 times --target-kl")
     target_kl: float = _option(1.0, "policy KL for --early-stopping, nats per token")
     ratio_threshold: float = _option(10.0, "skip a minibatch whose mean ratio is above this")
@@ -110,8 +119,14 @@ class PPOConfig:
             raise UserError("--cliprange-high: must not be below --cliprange")
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise UserError("--dual-clip: must be above 1")
-        if self.adap_kl_ctrl and 0.2 * self.batch_size >= self.horizon:
+        adaptive = self.adap_kl_ctrl or self.use_dynamic_kl
+        if adaptive and 0.2 * self.batch_size >= self.horizon:
             raise UserError("--horizon: must be above a fifth of --batch-size")
+        if self.adap_kl_ctrl and self.use_dynamic_kl:
+            raise UserError(
+                "--adap-kl-ctrl and --use-dynamic-kl adapt the same coefficient, to a KL per "
+                "response and per token; give one of them"
+            )
         if self.score_clip is not None and self.score_clip <= 0:
             raise UserError("--score-clip: must be above 0")
         if not 0 <= self.overlong_buffer <= self.max_new_tokens:

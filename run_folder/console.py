@@ -173,7 +173,9 @@ class Wait:
 
 def watched(items: Iterable[Item], name: str, total: int | None = None) -> Iterator[Item]:
     """The items, with a `Wait` around them."""
-    with Wait(name, len(items) if total is None else total) as wait:
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    with Wait(name, total) as wait:
         for item in items:
             yield item
             wait.advance()

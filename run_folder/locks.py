@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from errors import UserError
-from safe_files import refuse_links, sweep, writing
+from safe_files import check_place, refuse_links, sweep, writing
 
 
 def lock_folder(folder: Path) -> BinaryIO:
@@ -27,7 +27,10 @@ class OutputLock:
         if path is None:
             return
         sweep(path, heads=True)
-        self._place = path.with_name(f".{path.name}.lock")
+        check_place(path, f"{path.stem}.value_head.safetensors")
+        # out.npz and out.safetensors have the same heads beside them.
+        name = f"{path.stem}.weights" if path.suffix in (".npz", ".safetensors") else path.name
+        self._place = path.with_name(f".{name}.lock")
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             taken = f"--save-file {path}: is going to be written by process"

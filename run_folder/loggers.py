@@ -3,12 +3,14 @@
 Another logger is a class here and a row in `LOGGERS`.
 """
 
+import contextlib
 import importlib.util
 import json
 import netrc
 import os
 import sys
 import uuid
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,10 +99,12 @@ class WandbRun:
         if not number.exists():
             number.parent.mkdir(exist_ok=True)
             write_atomically(number, uuid.uuid4().hex[:12])
+        args = Namespace(**config["options"])
         flat = {**config["options"], "versions": config["versions"], "machine": config["machine"]}
         return self.wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=folder.name,
+            project=getattr(args, "wandb_project", None)
+            or os.environ.get("WANDB_PROJECT", PROJECT),
+            name=getattr(args, "wandb_run_name", None) or folder.name,
             id=number.read_text(encoding="utf-8"),  # a resumed run goes on in the same W&B run
             resume="allow",
             job_type=script,
@@ -131,6 +135,11 @@ class WandbRun:
         for name, value in (summary or {}).items():
             self.run.summary[name] = value
         self.run.finish()
+
+    def abandon(self) -> None:
+        """After an error: nothing more is sent, at the end of the process neither."""
+        with contextlib.suppress(Exception):
+            self.wandb.teardown()
 
 
 class TensorboardRun:
@@ -168,6 +177,10 @@ class TensorboardRun:
         if summary:
             self.writer.add_text("summary", as_block(summary))
         self.writer.close()
+
+    def abandon(self) -> None:
+        """After an error: nothing more is written."""
+        self.writer = None
 
 
 def as_block(value: Any) -> str:

@@ -15,7 +15,7 @@ from run_folder.secrets import tell
 HARMLESS = frozenset(
     "any_base changed config explicit force_resume fused_dir keep_checkpoints log_with "
     "max_bad_steps may_change memory_limit output_dir overwrite resume save_every save_file "
-    "steps_per_report typed".split()
+    "steps_per_report typed wandb_project wandb_run_name".split()
 )
 # How long a run goes on: harmless as long as the learning rate does not depend on it.
 LENGTHS = frozenset({"epochs", "iters", "num_steps", "steps"})

@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,15 @@ from run_folder.run_config import (
     with_sum,
 )
 from run_folder.secrets import redact, tell
-from safe_files import plain, refuse_links, refuse_links_below, sweep, write_json, writing
+from safe_files import (
+    check_place,
+    plain,
+    refuse_links,
+    refuse_links_below,
+    sweep,
+    write_json,
+    writing,
+)
 
 LIBRARIES = ("mlx", "mlx-lm", "transformers", "numpy")
 RUNS = "runs"  # where runs lie that are given no folder
@@ -78,6 +86,8 @@ class Run:
         try:
             self._refuse_links(outputs)
             self._sweep()
+            if resume:
+                self._refuse_what_is_in_the_way(outputs)
             saved = options.get("save_file")
             self._output = OutputLock(Path(saved).expanduser() if saved else None)
             self.may_change = tuple(options.get("may_change", ()))
@@ -134,6 +144,19 @@ class Run:
             refuse_links(self.folder / name)
             refuse_links_below(self.folder / name, may_stay_inside=name == "wandb")
 
+    def _refuse_what_is_in_the_way(self, outputs: Sequence[str]) -> None:
+        """UserError where a file cannot be written at the end of this run: before its beginning."""
+        for name in ("config.json", *ROW_FILES, "summary.json", "checkpoints", "plots", *outputs):
+            place, is_file = self.folder / name, bool(Path(name).suffix)
+            if place.is_dir() and not is_file:
+                check_place(place / "x")
+            elif place.is_dir() if is_file else place.exists():
+                what, wanted = ("folder", "file") if is_file else ("file", "folder")
+                raise UserError(f"{place}: is a {what}, in the place of a run's {wanted}")
+        for plot in self.plots.glob("*.png"):
+            if plot.is_dir():
+                raise UserError(f"{plot}: is a folder, in the place of a plot")
+
     def _sweep(self) -> None:
         """Clear away what dead processes left half-written in this folder."""
         for name in OWN_NAMES:
@@ -178,9 +201,23 @@ class Run:
         """
         row = numbered(step, metrics)
         self._files["metrics.jsonl"].append(row)
-        if self.logger is not None:
-            self.logger.log(step, row)
+        self._to_logger(lambda logger: logger.log(step, row))
         return row
+
+    def _to_logger(self, send: Callable[[Any], None]) -> None:
+        """Give the logger something; one that fails (its process was killed, say) costs itself."""
+        if self.logger is None:
+            return
+        try:
+            send(self.logger)
+        except Exception as wrong:  # its own errors are many and not all of them public
+            reason = str(wrong).strip().partition("\n")[0] or type(wrong).__name__
+            tell(
+                f"warning: --log-with {self._log_with}: {reason}; the run goes on without it, and "
+                f"{self.folder / 'metrics.jsonl'} has every row"
+            )
+            self.logger.abandon()
+            self.logger = None
 
     def log_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """Append decoded samples: prompt, response, score, KL, and whatever else they hold."""
@@ -243,13 +280,15 @@ class Run:
         if self._lock.closed:
             return
         try:
-            if self.logger is not None:
-                samples = [] if self.private else read_rows(self.folder / "samples.jsonl")
-                if self.private:
-                    summary = {k: v for k, v in (summary or {}).items() if is_number(v)}
-                self.logger.finish(samples, summary)
+            self._to_logger(lambda logger: logger.finish(*self._last_words(summary)))
         finally:
             self._free()
+
+    def _last_words(self, summary: Mapping[str, Any] | None) -> tuple[list, Mapping | None]:
+        """(samples, summary) for the logger: of a private run numbers alone."""
+        if self.private:
+            return [], {k: v for k, v in (summary or {}).items() if is_number(v)}
+        return read_rows(self.folder / "samples.jsonl"), summary
 
     def _free(self) -> None:
         for file in (*self._files.values(), self._output, self._lock):

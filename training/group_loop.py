@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data_utils import PromptRow, prompt_batch
+from data_utils import PromptRow
 from rl.group_advantages import group_stds, weighted_sum
 from rl.rollouts import join_rollouts
 from run_folder.console import Progress
@@ -34,7 +34,7 @@ class GroupLoop(RolloutLoop):
         are equal, at most `max_resample` times; what is left of them is trained on as it is.
         """
         config = self.trainer.config
-        chosen = prompt_batch(len(self.prompts), config.prompts_per_step, self.step, config.seed)
+        chosen = self.numbers(config.prompts_per_step)
         made, seen = self.sampled(chosen), list(chosen)
         self.resampled = 0
         for attempt in range(1, config.max_resample + 1 if config.dynamic_sampling else 1):
@@ -51,7 +51,7 @@ class GroupLoop(RolloutLoop):
         """The groups of these prompts; `part` tells several calls in one step apart."""
         prompts = [self.prompts[i] for i in chosen]
         rollout = self.trainer.generate(
-            [row.tokens for row in prompts], should_stop=self.should_stop, part=part
+            [row.query for row in prompts], should_stop=self.should_stop, part=part
         )
         # A copy for each group, as a prompt may stand in a batch twice.
         groups = [replace(row) for row in prompts]
@@ -67,7 +67,8 @@ class GroupLoop(RolloutLoop):
     def fresh_prompts(self, count: int, attempt: int, seen: Sequence[int]) -> list[int]:
         """Numbers of prompts that this step has not had, as long as there are such."""
         random = stream(self.trainer.config.seed, self.step, FRESH, attempt)
-        order = random.permutation(len(self.prompts)).tolist()
+        every = self.curriculum.open_rows(self.step) if self.curriculum else len(self.prompts)
+        order = random.permutation(every).tolist()
         new = set(order) - set(seen)
         order = [i for i in order if i in new] + [i for i in order if i not in new]
         return [order[i % len(order)] for i in range(count)]
@@ -98,7 +99,7 @@ class GroupLoop(RolloutLoop):
         return stats
 
     def logged(self, stats: dict, made: Experience) -> dict:
-        return stats
+        return stats | self.rewards.metrics(made.parts)
 
     def report(self, progress: Progress, stats: dict, made: Experience) -> None:
         shown = {"reward": stats["reward"]}

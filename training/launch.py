@@ -21,6 +21,7 @@ from run_folder.console import command, next_lines, watched
 from run_folder.run import Run, read_rows
 from run_folder.run_config import MADE_BY, checkpoint_asked_for
 from run_folder.stopping import GracefulStop, StepGivenUp
+from safe_files import check_place
 
 
 def start(seed: int, memory_limit: float | None, **model: Any):
@@ -149,6 +150,8 @@ def run_training(
     130 or 143 after a stop.
     """
     resuming = args.resume is not None
+    if args.fused_dir is not None:
+        check_place(args.fused_dir)
     run = Run(
         kind,
         vars(args),
@@ -164,10 +167,10 @@ def run_training(
         if resuming:
             last = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
             loop.resume(last, force=args.force_resume)
-            print(
-                f"going on after step {loop.step}" if loop.step else "no checkpoint: from the start"
-            )
-        print(f"{run.folder}: {said(loop)}")
+            where = f"after step {loop.step}" if loop.step else "at the start: it has no checkpoint"
+            print(f"{run.folder}: goes on {where}")
+        with suppress(StepGivenUp), stop.giving_up():  # what it says may take long to find out
+            print(f"{run.folder}: {said(loop)}")
         loop.run(stop, name or kind)
         if not stop.requested:
             path = args.save_file if place is None else place(run)

@@ -1,7 +1,8 @@
 """The reference's log-probabilities of all rows, computed once and kept in the run folder.
 
 A file holds one flat float32 array, the tokens of all responses in the order of the rows. Its name
-is made from what they depend on, so that a resumed run finds them and a changed one does not.
+is made from what they depend on, so that a resumed run finds them and a changed one does not, and
+from its own bytes, so that damage is noticed.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from data_utils import BatchPlan, make_batch
+from run_folder.secrets import tell
 from safe_files import write_atomically, writing
 
 NAME = "reference"  # of the folder in the run folder
@@ -54,8 +56,7 @@ def fill_in_split(
     `folder` is the run's; `model` describes the reference.
     """
     batches = ((numbers, make_batch([rows[i] for i in numbers])) for numbers in plan.epoch(0))
-    file = folder / NAME / f"{key_of(rows, model)}.npy"
-    known = fill_in(rows, batches, score, file)
+    known, file = fill_in(rows, batches, score, folder / NAME, key_of(rows, model))
     return f"{'read from' if known else 'kept in'} {file}"
 
 
@@ -63,26 +64,30 @@ def fill_in(
     rows: Sequence,
     batches: Iterable[tuple[np.ndarray, object]],
     score: Callable[[object], np.ndarray],
-    file: Path,
-) -> bool:
-    """Put the reference's log-probabilities into `rows`: those of `file`, or else computed ones.
+    folder: Path,
+    key: str,
+) -> tuple[bool, Path]:
+    """Put the reference's log-probabilities into `rows`: those in `folder`, or else computed ones.
 
-    Computed ones are kept in `file`.
+    Computed ones are kept there under a name that begins with `key`.
 
     `batches`: (row numbers, batch) of all rows; `score(batch)` gives (N, L) of a batch's responses
-    in order. Returns whether the file was there.
+    in order. Returns whether the file was there, and the file.
     """
-    known = file.is_file()
-    if known:
-        flat = np.load(file, allow_pickle=False)
-        start = 0
+    for file in folder.glob(f"{key}-*.npy"):
+        content = file.read_bytes()
+        if file.stem != f"{key}-{sum_of(content)}":
+            tell(f"warning: {file}: is torn or was altered; it is computed anew")
+            file.unlink()
+            continue
+        flat, start = np.load(io.BytesIO(content), allow_pickle=False), 0
         for row in rows:
             parts = []
             for tokens, _ in responses_of(row):
                 parts.append(flat[start : start + len(tokens)])
                 start += len(tokens)
             _give(row, parts)
-        return True
+        return True, file
     for numbers, batch in batches:
         found, at = score(batch), 0
         for number in numbers:
@@ -94,10 +99,15 @@ def fill_in(
     every = [part for row in rows for part in _given(row)]
     content = io.BytesIO()
     np.save(content, np.concatenate(every), allow_pickle=False)
+    file = folder / f"{key}-{sum_of(content.getvalue())}.npy"
     with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     write_atomically(file, content.getvalue())
-    return False
+    return False, file
+
+
+def sum_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _give(row, parts: list[np.ndarray]) -> None:

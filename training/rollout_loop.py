@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data_utils import PromptRow, columns_of, prompt_batch
+from data_utils import Curriculum, PromptRow, chosen_prompts, columns_of
 from errors import UserError
 from rewards.scored_rows import response_text
 from rewards.texts import asked, reward_columns
@@ -78,10 +78,12 @@ class RolloutLoop(Resumable):
     schedule: RolloutSchedule
     should_stop: Callable[[list[int]], bool] | None = None
     base: str | None = None  # fingerprint of the model that is trained
+    curriculum: Curriculum | None = None
     step: int = 0
     bad_in_a_row: int = 0
     last_bad: str = ""  # names the row of the last score that was not finite, for an error
     evaluations: list[dict] = field(default_factory=list)  # metrics of each, with its step
+    notes: dict[str, float] = field(default_factory=dict)  # on the prompts of this step
     best_reward: float | None = None  # mean score of a step, where --compare-steps asks for it
     compared: Metric | None = None  # of this step, where it is a new best
     not_finite = "ppo/not_finite"  # the metric that says that a step was skipped
@@ -162,7 +164,8 @@ class RolloutLoop(Resumable):
             stats = self.learn(made)
         self.step += 1
         self.compared = self.compare(made)
-        row = self.logged(stats, made) | reference_means(made) | self.times(stats, made)
+        row = self.logged(stats, made) | reference_means(made) | self.notes
+        row |= self.times(stats, made)
         self.run_folder.log(self.step, row)
         progress.advance()
         if len(stats) > 1:  # a skipped step says that alone
@@ -211,14 +214,19 @@ class RolloutLoop(Resumable):
 
     def choose(self) -> list[PromptRow]:
         """The rows of this step, one for each response."""
-        config = self.trainer.config
-        chosen = prompt_batch(len(self.prompts), config.batch_size, self.step, config.seed)
-        return [self.prompts[i] for i in chosen]
+        return [self.prompts[i] for i in self.numbers(self.trainer.config.batch_size)]
+
+    def numbers(self, count: int) -> list[int]:
+        """Which prompts this step takes, `count` of them."""
+        seed = self.trainer.config.seed
+        chosen = chosen_prompts(self.curriculum, len(self.prompts), count, self.step, seed)
+        self.notes = self.curriculum.notes(self.step, chosen) if self.curriculum else {}
+        return chosen
 
     def collect(self) -> Experience:
         """Responses to the rows of this step, with their scores."""
         rows = self.choose()
-        queries = [row.tokens for row in rows]
+        queries = [row.query for row in rows]
         with self.part("rollout"):
             rollout = self.trainer.generate(queries, should_stop=self.should_stop)
         with self.part("reward"):
@@ -234,7 +242,7 @@ class RolloutLoop(Resumable):
         """Responses of the reference to the first prompts, as many as are asked for, scored."""
         if count := self.schedule.reference_samples:
             rows = made.rows[:count]
-            rollout = self.trainer.sample_reference([r.tokens for r in rows], self.should_stop)
+            rollout = self.trainer.sample_reference([r.query for r in rows], self.should_stop)
             texts, scores, _ = self.score(rows, rollout)
             made.reference = list(zip(texts, map(float, scores), strict=True))
 
@@ -251,7 +259,7 @@ class RolloutLoop(Resumable):
 
     def logged(self, stats: dict, made: Experience) -> dict:
         """The step's row of metrics."""
-        return logged_row(stats, made.parts, made.scores)
+        return logged_row(stats, made.parts, made.scores) | self.rewards.metrics(made.parts)
 
     def report(self, progress: Progress, stats: dict, made: Experience) -> None:
         shown = {"score": float(np.nanmean(made.scores))}
@@ -283,6 +291,7 @@ class RolloutLoop(Resumable):
             token_ids=token_ids,
             ended=rollout.ended,
             prompt_text=[row.text for row in rows],
+            response_start=[len(row.tokens) for row in rows],
         )
 
     def write_samples(self, made: Experience, kls: Sequence[float] | None) -> None:
@@ -354,7 +363,7 @@ class RolloutLoop(Resumable):
         """The rollout of an evaluation, a batch of the training's size at a time."""
         parts, size = [], self.trainer.config.batch_size
         for start in range(0, len(rows), size):
-            queries = [row.tokens for row in rows[start : start + size]]
+            queries = [row.query for row in rows[start : start + size]]
             parts.append(
                 self.trainer.sample_for_evaluation(queries, greedy, self.should_stop, start)
             )

@@ -199,8 +199,12 @@ class Loop(Resumable):
         plan, count = self.schedule, self.schedule.accumulation
         if plan.batches is not None:
             count = max(1, min(count, plan.batches - self.step * count))
-        batches = [next(self.batches) for _ in range(count)]
+        batches, taken = [], []
+        for _ in range(count):
+            batches.append(next(self.batches))
+            taken.extend(self.batches.taken)
         metrics = self.trainer.step(batches)
+        notes = self.batches.plan.notes(self.step, taken)
         self.step += 1
         weight = metrics.pop("weight")
         tokens = metrics.get("num_tokens", tokens_of(batches, weight))
@@ -212,7 +216,8 @@ class Loop(Resumable):
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
         rate = float(self.trainer.optimizer.learning_rate)
         row = {f"train/{key}": value for key, value in metrics.items()}
-        self.run_folder.log(self.step, row | {"train/learning_rate": rate, **self.totals_row()})
+        row |= {"train/learning_rate": rate, **self.totals_row(), **notes}
+        self.run_folder.log(self.step, row)
         progress.advance()
         self.since.add(metrics, weight, tokens)
         if self.step % self.schedule.report_every == 0:

@@ -409,9 +409,10 @@ def test_prompts_from_a_pipe_are_rated_at_the_terminal(tmp_path):
     child.expect_exact("> 1 2")
     child.expect_exact("skip (s)?")
     child.send(CTRL_C)  # leaves, and what is rated stays
-    child.expect_exact("2 ratings added")
-    child.expect_exact("error: interrupted")
+    child.expect_exact("stopped after 3 replies")
+    child.expect_exact("2 ratings added to ratings.jsonl (1 bad, 1 good)")
     child.expect(pexpect.EOF)
+    assert "error" not in child.before
     assert [r.label for r in read_records(tmp_path / "ratings.jsonl")] == [False, True]
     assert len((tmp_path / "out.txt").read_text(encoding="utf-8").splitlines()) == 3
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 from files import ROOT
 from flag_check import unread_flags
+from script_table import training_scripts
 
 import fuse
 import group_training
@@ -31,6 +32,10 @@ SCRIPTS = {
     score: ["score.py"],
     talk_to_model: ["talk_to_model.py", "chat/*.py"],
 }
+
+
+def test_every_training_script_is_known_here():
+    assert {*training_scripts()} <= {f"{script.__name__}.py" for script in SCRIPTS}
 
 
 def parser_of(script, monkeypatch):

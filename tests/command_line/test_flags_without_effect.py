@@ -38,6 +38,8 @@ WITHOUT = [
     # script, its other flags, the flag with a value, its default, what the refusal says
     (ppo_training, PPO, "--target 3", "--target 6", "without --adap-kl-ctrl"),
     (ppo_training, PPO, "--horizon 500", "--horizon 1e4", "without --adap-kl-ctrl"),
+    (ppo_training, PPO, "--kl-target 3", "--kl-target 0.1", "without --use-dynamic-kl"),
+    (ppo_training, f"{PPO} --use-dynamic-kl", "--target 3", "--target 6", "without --adap-kl-ctrl"),
     (ppo_training, PPO, "--target-kl 3", "--target-kl 1", "without --early-stopping"),
     (ppo_training, PPO, "--overlong-penalty 3", "--overlong-penalty 1", "at --overlong-buffer 0"),
     (

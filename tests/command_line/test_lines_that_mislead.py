@@ -148,11 +148,13 @@ def test_every_kind_of_run_has_a_method_for_its_card():
 # ------------------------------------------------------------------------------ the model
 
 
-@pytest.mark.parametrize("rows", ["chat.jsonl", "pairs.jsonl", "answers.jsonl"])
+@pytest.mark.parametrize("rows", ["chat.jsonl", "pairs.jsonl", "answers.jsonl", "letters.jsonl"])
 def test_a_forgotten_model_is_said(capsys, rows):
     kind = {"pairs.jsonl": ["--reward-model"]}.get(rows, [])
     if rows == "answers.jsonl":
         write(rows, [{"instruction": "Say it", "response": "Said."}] * 3)
+    turns = [{"role": "user", "content": "q1"}, {"role": "assistant", "content": "a1"}]
+    write("letters.jsonl", [{"messages": turns}] * 3)
     sft.main([*TRAIN, *kind, "--train-file", rows, "--output-dir", "run"])
     assert "no --model" in capsys.readouterr().err
 
@@ -162,6 +164,21 @@ def test_numbers_and_a_given_model_are_not_warned_of(tmp_path, capsys):
     base = tiny_model_folder(tmp_path / "base")
     sft.main(["--model", str(base), *TRAIN, "--train-file", "chat.jsonl", "--output-dir", "b"])
     assert "no --model" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["iters: 3\nsteps: 4\n", '{"steps": 4, "iters": 3}', "steps: 4\niters: 3\n"]
+)
+def test_two_names_of_one_flag_in_a_file_must_agree(text, capsys):
+    name = "c.json" if text[0] == "{" else "c.yaml"
+    with open(name, "w", encoding="utf-8") as file:
+        file.write(text)
+    with pytest.raises(SystemExit):
+        sft_arguments(["--train", "--train-file", "chat.jsonl", "--config", name])
+    assert "are one flag and say different things; remove one" in capsys.readouterr().err
+    with open(name, "w", encoding="utf-8") as file:
+        file.write(text.replace("4", "3"))
+    assert sft_arguments(["--train", "--train-file", "chat.jsonl", "--config", name]).iters == 3
 
 
 # ------------------------------------------------------------------------------ counts

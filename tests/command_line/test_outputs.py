@@ -2,17 +2,28 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
-from reliable_runs import ROOT, RUNS, clean_environment, differences, left_by, whole
+from reliable_runs import (
+    ROOT,
+    RUNS,
+    clean_environment,
+    data_in,
+    differences,
+    left_by,
+    shared_server,
+    whole,
+)
+from script_table import SHORT, TRAINED
 
 from run_folder.output import Output, printable
 
 # A screen that is cleared, a colour, a title, an 8-bit control, a bell and a line written over.
 HOSTILE = "\x1b[2J\x1b[31m\x1b]0;title\x07\x9b1m\x08\roverwritten"
-SHORT = "--output-dir run --save-file out.npz --lora-rank 2 --lora-layers 2".split()
+PLACES = "--output-dir run --save-file out.npz --lora-rank 2 --lora-layers 2".split()
 TRAIN = {
     "sft.py": ["--train", "--iters", "3", "--steps-per-eval", "0", "--steps-per-report", "1"],
     "ppo_training.py": [
@@ -82,7 +93,7 @@ def test_what_an_output_cannot_show_is_replaced(tmp_path, encoding):
 
 
 def test_a_full_output_is_said_at_the_end(tmp_path):
-    words = [*TRAIN["sft.py"], *SHORT, "--data", str(ROOT / "data")]
+    words = [*TRAIN["sft.py"], *PLACES, "--data", str(ROOT / "data")]
     done = shell("PYTHON > /dev/full", tmp_path, "sft.py", *words)
     assert done.returncode == 2 and (tmp_path / "out.npz").exists()
     assert b"error: standard output: cannot write: No space left on device\n" in done.stderr
@@ -113,7 +124,7 @@ CASES = {
     "a run": ("sft.py", ["--resume", f"{HOSTILE}"], "no run to resume"),
     "a reward that raises": (
         "ppo_training.py",
-        [*TRAIN["ppo_training.py"][1:], *SHORT, "--reward-function", "reward.py:raises"],
+        [*TRAIN["ppo_training.py"][1:], *PLACES, "--reward-function", "reward.py:raises"],
         "raised ValueError",
     ),
     "a reward that prints": (
@@ -155,6 +166,29 @@ def test_no_escape_sequence_reaches_the_terminal(tmp_path, case):
     done = shell("PYTHON", tmp_path, script, *words)
     assert shown in (done.stdout + done.stderr).decode()
     assert controls(done) == set() and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_no_escape_sequence_of_names_and_rows_reaches_the_terminal(tmp_path, name):
+    """Of files and of fields of rows; in runs that end well and badly."""
+    server, short = shared_server(), SHORT[name]
+    data = data_in(tmp_path / f"data{HOSTILE}", **{HOSTILE: HOSTILE})
+    places = ["--output-dir", f"run{HOSTILE}", "--save-file", f"out{HOSTILE}.npz"]
+    line = [*short.line, *places, "--data", str(data)]
+    well = server.run(short.script, line, tmp_path)
+    assert well.code == 0 and (tmp_path / f"out{HOSTILE}.npz").exists(), well.err
+    again = server.run(short.script, line, tmp_path)
+    assert again.code == 2 and "holds a run already" in again.error
+    shutil.rmtree(data)
+    gone = server.run(short.script, ["--resume", f"run{HOSTILE}"], tmp_path)
+    assert gone.code == 2, gone.err
+    fused = ["--adapter-file", f"out{HOSTILE}.npz", "--save-path", f"fused{HOSTILE}"]
+    fused = server.run("fuse.py", fused, tmp_path)
+    assert fused.code == 0, fused.err
+    for ended in (well, again, gone, fused):
+        shown = ended.out + ended.err
+        assert "[2J" in shown
+        assert {c for c in shown if c not in "\n\t" and printable(c) != c} == set()
 
 
 def test_an_output_that_breaks_drops_the_rest():

@@ -164,6 +164,16 @@ def test_what_is_no_label_is_refused_by_kto_alone(tmp_path):
         tokenise_unpaired(records_of(tmp_path, {"messages": [HELLO, HI], "label": 1}), CHATML)
 
 
+@pytest.mark.parametrize("answer", [42, ["4"], {}, None, True, {"n": 4}])
+def test_what_is_compared_with_answers_stays_a_column(tmp_path, answer):
+    records = records_of(tmp_path, {"messages": [HI], "answer": answer})
+    prompts = tokenise_prompts(records, CHATML)
+    assert CHATML.decode(prompts[0].tokens).count("assistant") == 1
+    assert prompts[0].columns["answer"] == answer
+    with pytest.raises(UserError, match="no assistant turn to train"):
+        tokenise_sft(records, CHATML, mask_prompt=True)
+
+
 # ------------------------------------------------------------------------------ parts
 
 
@@ -237,7 +247,7 @@ def test_thoughts_stand_under_the_key_that_the_template_reads(tmp_path, monkeypa
 # ------------------------------------------------------------------------------ dialogues
 
 
-@pytest.mark.parametrize("who", ["System", "User", "Bot", "Tool"])
+@pytest.mark.parametrize("who", ["System", "User", "Bot", "Human 2"])
 @pytest.mark.parametrize("place", ["answer", "question"])
 def test_a_third_speaker_in_a_dialogue_is_refused(tmp_path, who, place):
     behind = f"\n\n{who}: go on"

@@ -45,6 +45,8 @@ and yours
 01/01/2024, 00:04 - Bob: Fixed <This message was edited>
 01/01/2024, 00:05 - Ann: IMG-2024.jpg (file attached)
 01/01/2024, 00:06 - Ann changed the subject
+01/01/2024, 00:07 - Ann changed the subject from “plans: May” to “plans: June”
+01/01/2024, 00:08 - Ann changed the group name from "a: b" to "c"
 """
 IPHONE = (
     "\u200e[12/31/23, 11:59:58\u202fPM] Ann: \u200eMessages are encrypted.\n"
@@ -67,7 +69,7 @@ def test_an_android_export(tmp_path):
         ("me", "You too: really"),
         ("me", "Fixed"),
     ]
-    assert found.dropped == {"an event of the chat": 2, "attachment alone": 2, "deleted": 1}
+    assert found.dropped == {"an event of the chat": 4, "attachment alone": 2, "deleted": 1}
     assert found.messages[1].time == datetime(2024, 1, 1, 0, 1)
 
 

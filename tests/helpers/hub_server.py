@@ -34,6 +34,7 @@ class Hub(ThreadingHTTPServer):
         self.log: list[tuple[str, str]] = []
         self.faults: list[list] = []  # [method, pattern of the path, status or "drop", how often]
         self.readers_only = False  # the token may read and not write
+        self.heard = lambda number: None  # told of each request, before it is answered
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
 
     def __enter__(self):
@@ -77,6 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = self.path.partition("?")[0]
         self.server.log.append((method, path))
+        self.server.heard(len(self.server.log))
         for fault in self.server.faults:
             if fault[0] == method and fault[3] > 0 and re.search(fault[1], path):
                 fault[3] -= 1

@@ -17,16 +17,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from script_table import DATA, ROOT, RUNS, words  # noqa: F401
+import pytest
+from run_server import TOUCHES
+from script_table import DATA, ROOT, RUNS, SHORT, words  # noqa: F401
 
-KILLS = int(os.environ.get("MLX_RLHF_KILLS", "3"))  # 20 in the long version
-TOUCHES = "touches of files:"
+KILLS = int(os.environ.get("MLX_RLHF_KILLS", "2"))  # 20 in the long version
+LIST_FAULTS = 0  # an action of reliability/fault_shim.c: says each touch
 TOO_LONG = 120.0  # seconds for a run of a test
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "WANDB_MODE")
+
+
+def quick(names: str, every: Iterable[str]) -> list:
+    """`names`, and those of `every` that are not among them with the mark of a long test."""
+    rest = [name for name in every if name not in names.split()]
+    return [*names.split(), *(pytest.param(name, marks=pytest.mark.long) for name in rest)]
 
 
 # Put into a run, makes steps and validations last long enough to be hit by something; each says
@@ -94,18 +102,18 @@ class Running:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
-    def until(self, reached: Callable[[], bool]) -> int | None:
+    def until(self, reached: Callable[[], bool], pause: float = 0.005) -> int | None:
         """Wait until something is so, or the run has ended; its exit status then."""
         started = time.monotonic()
         while (code := self.server.ask({"code of": self.pid})) is None and not reached():
             if time.monotonic() - started > TOO_LONG:
                 self.signal(signal.SIGKILL)
                 raise TimeoutError(f"the run hangs: {self.err.read_text()}")
-            time.sleep(0.005)
+            time.sleep(pause)
         return code
 
     def wait(self) -> Ended:
-        code = self.until(lambda: False)
+        code = self.until(lambda: False, 0.02)
         return Ended(code, self.out.read_text(), self.err.read_text())
 
     def wait_for(self, text: str) -> None:
@@ -126,7 +134,7 @@ class Server:
 
     def __enter__(self) -> "Server":
         self.process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, str(ROOT / "tests/helpers/run_server.py")],
             cwd=ROOT,
             env=clean_environment()
             | {"PYTHONPATH": str(ROOT)}
@@ -190,10 +198,23 @@ def touches(ended: Ended) -> int:
 
 
 @functools.cache
+def fault_shim() -> Path | str:
+    """The library of reliability/fault_shim.c, or why there is none."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return "no C compiler here"
+    source, folder = ROOT / "tests/reliability/fault_shim.c", Path(tempfile.mkdtemp(prefix="shim-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    line = [compiler, "-shared", "-fPIC", "-O1", str(source), "-o", str(folder / "s.so"), "-ldl"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    return f"the shim is for Linux: {done.stderr[:200]}" if done.returncode else folder / "s.so"
+
+
+@functools.cache
 def shared_server() -> Server:
     """One server for all tests of one pytest run."""
-    folder = Path(tempfile.mkdtemp(prefix="runs-"))
-    server = Server(folder).__enter__()
+    folder, shim = Path(tempfile.mkdtemp(prefix="runs-")), fault_shim()
+    server = Server(folder, shim if isinstance(shim, Path) else None).__enter__()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(server.__exit__)
     return server
@@ -254,6 +275,42 @@ def whole(name: str) -> tuple[dict, int]:
     return left_by(folder / "run", "out.npz"), touches(ended)
 
 
+def data_in(folder: Path, **more) -> Path:
+    """A copy of the sample data, each row with the fields `more`."""
+    folder.mkdir(parents=True)
+    for file in DATA.glob("*increasing_mult_2_*.jsonl"):
+        rows = [json.loads(line) | more for line in file.read_text().splitlines()[:40]]
+        (folder / file.name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def start_of(name: str, folder: Path) -> Path:
+    """A folder with what a run of SHORT needs to begin."""
+    folder.mkdir()
+    if needs := SHORT[name].needs:
+        shutil.copytree(whole_short(needs)[0], folder, dirs_exist_ok=True)
+    return folder
+
+
+@functools.cache
+def whole_short(name: str) -> tuple[Path, dict, list[str]]:
+    """The folder that a run leaves which nothing stops, what is in it, and every touch of it."""
+    server, short = shared_server(), SHORT[name]
+    folder = start_of(name, server.folder / f"whole {name}")
+    ended = server.run(short.script, short.line, folder, fault=server.preload and (0, LIST_FAULTS))
+    assert ended.code == 0, ended.err
+    touches = [line[6:] for line in ended.err.splitlines() if line.startswith("touch ")]
+    return folder, left_by_short(folder, name), touches
+
+
+def left_by_short(folder: Path, name: str) -> dict:
+    """What has to be the same: all bytes of what was saved, and of the run."""
+    short = SHORT[name]
+    if (folder / short.saved).is_dir():
+        return {p.name: p.read_bytes() for p in (folder / short.saved).rglob("*") if p.is_file()}
+    return left_by(folder / "run", short.saved)
+
+
 def differences(one: dict, other: dict, path: str = "") -> list[str]:
     """Names of what differs, for a message that a person can read."""
     found = []
@@ -268,107 +325,3 @@ def differences(one: dict, other: dict, path: str = "") -> list[str]:
             else:
                 found.append(path + name)
     return found
-
-
-# ------------------------------------------------------------------------------ the server
-
-
-def serve() -> None:
-    """Fork a run for each request on standard input; answer with its number, later its end."""
-    import matplotlib.backends.backend_agg  # noqa: F401
-    import mlx_lm.tuner.utils  # noqa: F401
-    import mlx_lm.utils  # noqa: F401
-
-    import fuse  # noqa: F401
-    import group_training  # noqa: F401
-    import mlx_group_trainer  # noqa: F401
-    import mlx_ppo_trainer  # noqa: F401
-    import mlx_sft_trainer  # noqa: F401
-    import ppo_training  # noqa: F401
-    import publishing.export  # noqa: F401
-    import reports.training_plots  # noqa: F401
-    import sft  # noqa: F401
-    import training.group_loop  # noqa: F401
-    import training.rollout_loop  # noqa: F401
-
-    codes: dict[int, int | None] = {}
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "code of" in request:
-            pid = request["code of"]
-            if codes[pid] is None and (status := os.waitpid(pid, os.WNOHANG)) != (0, 0):
-                codes[pid] = os.waitstatus_to_exitcode(status[1])
-            answer = codes[pid]
-        else:
-            answer = os.fork()
-            if answer == 0:
-                run(request)
-            codes[answer] = None
-        print(json.dumps(answer), flush=True)
-    for pid, code in codes.items():
-        if code is None:
-            os.kill(pid, signal.SIGKILL)
-
-
-def run(request: dict) -> None:
-    """In the child: become the script."""
-    import importlib
-    import resource  # noqa: F401
-
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    os.chdir(request["cwd"])
-    os.environ.update(request["environment"])
-    sys.argv = [request["script"] + ".py", *request["words"]]
-    script = importlib.import_module(request["script"])
-    exec(request["prelude"], {"script": script, "resource": resource})
-    at_the_end = die_at(request["kill_at"], request["cwd"])
-    if request["fault"]:
-        import ctypes
-
-        count, action = request["fault"]
-        folder = os.fsencode(os.path.realpath(request["cwd"]))
-        ctypes.CDLL(None).fault_arm(folder, ctypes.c_long(count), action)
-    code = 1
-    try:
-        script.run_main(script.main)
-    except SystemExit as end:
-        code = end.code or 0
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    at_the_end()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def die_at(count: int | None, folder: str) -> Callable[[], None]:
-    """SIGKILL at the `count`-th time that a file below `folder` is touched; 0: never, but count."""
-    if count is None:
-        return lambda: None
-    seen = 0
-
-    def watch(event: str, arguments: tuple) -> None:
-        nonlocal seen
-        if not event.startswith(("open", "os.", "shutil.")) or not arguments:
-            return
-        if not isinstance(arguments[0], str | os.PathLike):
-            return
-        path = os.path.abspath(os.fspath(arguments[0]))
-        if isinstance(path, str) and path.startswith(folder + os.sep):
-            seen += 1
-            if seen == count:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(watch)
-    if count == 0:
-        return lambda: print(TOUCHES, seen)
-    return lambda: None
-
-
-if __name__ == "__main__":
-    serve()

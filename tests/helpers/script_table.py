@@ -37,7 +37,8 @@ RUNS = {
         words(
             f"--train --data DATA {COMMON} --iters 8 --batch-size 4 --lora-dropout 0.2 "
             "--gradient-accumulation-steps 2 --learning-rate 3e-3 --lr-schedule cosine "
-            "--warmup-steps 2 --steps-per-eval 3 --val-batches 1 --save-best --sample-prompts 0 8"
+            "--warmup-steps 2 --steps-per-eval 3 --val-batches 1 --save-best --sample-prompts 0 8 "
+            "--use-curriculum"
         ),
     ),
     "reward": (
@@ -72,7 +73,9 @@ RUNS = {
             f"--ground_truth_reward --data DATA {COMMON} --num-steps 6 --batch-size 4 "
             "--mini-batch-size 2 --ppo-epochs 2 --max-new-tokens 8 --min-response-length 4 "
             "--adap-kl-ctrl --horizon 50 --init-kl-coef 0.2 --use-score-scaling --use-score-norm "
-            "--value-head-init-std 0.1 --eval-every 3 --eval-prompts 4 --eval-samples 1"
+            "--value-head-init-std 0.1 --eval-every 3 --eval-prompts 4 --eval-samples 1 "
+            "--use-curriculum --curriculum-by loss --adlf-alpha 0.3 --score-range 0 1 "
+            "--use-coherence-reward --use-fluency-reward --use-faithfulness-reward"
         ),
     ),
 }
@@ -110,6 +113,8 @@ SHORT = {
         "fuse.py", words("--adapter-file out.npz --save-path fused --force"), "fused", "fuse"
     ),
 }
+
+TRAINED = [name for name, short in SHORT.items() if short.saved == "out.npz"]
 
 
 def training_scripts() -> list[str]:

@@ -12,62 +12,34 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
-from reliable_runs import Ended, Server, differences, left_by
+from reliable_runs import (
+    Ended,
+    Server,
+    differences,
+    fault_shim,
+    left_by_short,
+    shared_server,
+    start_of,
+    whole_short,
+)
 from script_table import SHORT
 
 from safe_files import TEMPORARY
 
-LIST, FAIL, KILL = 0, 1, 2
+FAIL, KILL = 1, 2
 POINTS = 10  # of a script, in the quick version
-LEFT_OVERS = re.compile(rf"{TEMPORARY.pattern}|\.tmp-.*|.*\.npz\.lock")
+LEFT_OVERS = re.compile(rf"{TEMPORARY.pattern}|\.tmp-.*|\..*\.lock")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        pytest.skip("no C compiler here")
-    folder = tmp_path_factory.mktemp("faults")
-    source, shim = Path(__file__).with_name("fault_shim.c"), folder / "shim.so"
-    words = [compiler, "-shared", "-fPIC", "-O1", str(source), "-o", str(shim), "-ldl"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"the shim is for Linux: {done.stderr[:200]}")
-    with Server(folder, shim) as started:
-        started.ends = {}
-        yield started
-
-
-def start_of(server: Server, name: str, folder: Path) -> Path:
-    """A folder with what a run of SHORT needs to begin."""
-    folder.mkdir()
-    if needs := SHORT[name].needs:
-        shutil.copytree(whole(server, needs)[0], folder, dirs_exist_ok=True)
-    return folder
-
-
-def whole(server: Server, name: str) -> tuple[Path, dict, list[str]]:
-    """The folder that a run leaves which nothing stops, what is in it, and every touch of it."""
-    if name not in server.ends:
-        folder = start_of(server, name, server.folder / f"whole {name}")
-        short = SHORT[name]
-        ended = server.run(short.script, short.line, folder, fault=(0, LIST))
-        assert ended.code == 0, ended.err
-        touches = [line[6:] for line in ended.err.splitlines() if line.startswith("touch ")]
-        server.ends[name] = (folder, contents(folder, name), touches)
-    return server.ends[name]
-
-
-def contents(folder: Path, name: str) -> dict:
-    """What has to be the same: all bytes of what was saved, and of the run."""
-    short = SHORT[name]
-    if (folder / short.saved).is_dir():
-        return {p.name: p.read_bytes() for p in (folder / short.saved).rglob("*") if p.is_file()}
-    return left_by(folder / "run", short.saved)
+def server() -> Server:
+    shim = fault_shim()
+    if isinstance(shim, str):
+        pytest.skip(shim)
+    return shared_server()
 
 
 def go_on(server: Server, name: str, folder: Path, first: Ended) -> Ended:
@@ -85,8 +57,8 @@ def go_on(server: Server, name: str, folder: Path, first: Ended) -> Ended:
 
 def hit(server: Server, name: str, folder: Path, count: int, action: int) -> None:
     """One run with a fault at its `count`-th touch, and what follows."""
-    expected, touch = whole(server, name)[1], whole(server, name)[2][count - 1]
-    start_of(server, name, folder)
+    expected, touch = whole_short(name)[1], whole_short(name)[2][count - 1]
+    start_of(name, folder)
     short, what = SHORT[name], f"{'fail' if action == FAIL else 'kill'} at {touch}"
     ended = server.run(short.script, short.line, folder, fault=(count, action))
     assert "Traceback" not in ended.err, f"{what}: {ended.err}"
@@ -97,7 +69,7 @@ def hit(server: Server, name: str, folder: Path, count: int, action: int) -> Non
     if ended.code:
         again = go_on(server, name, folder, ended)
         assert again.code == 0, f"{what}: {again.err}\nafter: {ended.err}"
-    assert differences(expected, contents(folder, name)) == [], f"{what}: {ended.err}"
+    assert differences(expected, left_by_short(folder, name)) == [], f"{what}: {ended.err}"
     if action == KILL or ended.code:
         left = [p.name for p in folder.rglob(".*") if LEFT_OVERS.fullmatch(p.name)]
         assert not left, f"{what}: {left}"
@@ -112,7 +84,7 @@ def spread(count: int, points: int) -> list[int]:
 @pytest.mark.parametrize("name", SHORT)
 def test_some_touches(server, tmp_path, name):
     """Ten of a script, by turns a failure and a kill."""
-    script, count = SHORT[name].script, len(whole(server, name)[2])
+    script, count = SHORT[name].script, len(whole_short(name)[2])
     assert count > 50
     runs = sum(short.script == script for short in SHORT.values())
     for number, at in enumerate(spread(count, POINTS // runs)):
@@ -125,7 +97,7 @@ def test_some_touches(server, tmp_path, name):
 def test_every_touch(server, tmp_path, name, action):
     """MLX_RLHF_TOUCHES=100-120 repeats some of them."""
     first, _, last = os.environ.get("MLX_RLHF_TOUCHES", f"1-{10**9}").partition("-")
-    wrong, count = [], len(whole(server, name)[2])
+    wrong, count = [], len(whole_short(name)[2])
     tried = range(int(first), min(count, int(last)) + 1)
     for at in tried:
         try:

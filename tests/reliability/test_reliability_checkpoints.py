@@ -7,7 +7,18 @@ import signal
 import mlx.core as mx
 import pytest
 from files import tree
-from reliable_runs import DATA, RUNS, Server, differences, left_by, shared_server, whole
+from reliable_runs import (
+    DATA,
+    RUNS,
+    SHORT,
+    Server,
+    differences,
+    left_by,
+    quick,
+    shared_server,
+    whole,
+)
+from script_table import TRAINED
 
 from errors import UserError
 from run_folder import checkpoint_folder as checkpoint_folders
@@ -150,17 +161,17 @@ def test_a_run_that_stopped_early_does_not_go_on(server, tmp_path):
 # ------------------------------------------------------------------------------ other data
 
 
-@pytest.mark.parametrize("name", ["sft", "ppo"])
+@pytest.mark.parametrize("name", quick("sft ppo", TRAINED))
 def test_changed_training_data_is_refused_unless_forced(server, tmp_path, name):
-    script, line = RUNS[name]
-    for split in ("train", "valid"):
-        shutil.copy(DATA / f"increasing_mult_2_{split}.jsonl", tmp_path)
+    script, line = SHORT[name].script, SHORT[name].line
+    for file in DATA.glob("*increasing_mult_2_*.jsonl"):
+        shutil.copy(file, tmp_path)
     line = [*line, "--data", "."]
     ended = server.run(script, line, tmp_path)
     assert ended.code == 0, ended.err
-    file = tmp_path / "increasing_mult_2_train.jsonl"
-    rows = file.read_text().splitlines(keepends=True)
-    file.write_text("".join([*rows[1:], rows[0]]))
+    for file in tmp_path.glob("*_train.jsonl"):
+        rows = file.read_text().splitlines(keepends=True)
+        file.write_text("".join([*rows[1:], rows[0]]))
     before = tree(tmp_path / "run")
     ended = server.run(script, ["--resume", "run", "--save-every", "3"], tmp_path)
     assert (
@@ -171,9 +182,9 @@ def test_changed_training_data_is_refused_unless_forced(server, tmp_path, name):
     assert ended.code == 0, ended.err
 
 
-@pytest.mark.parametrize("name", ["sft", "ppo"])
+@pytest.mark.parametrize("name", quick("sft ppo", TRAINED))
 def test_changed_weights_of_the_base_are_refused_unless_forced(server, tmp_path, name):
-    script, line = RUNS[name]
+    script, line = SHORT[name].script, SHORT[name].line
     model = shutil.copytree(DATA / "digits_model", tmp_path / "model")
     ended = server.run(script, [*line, "--model", "model"], tmp_path)
     assert ended.code == 0, ended.err

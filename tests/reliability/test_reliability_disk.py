@@ -7,19 +7,32 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from files import tree
+from fuse_setup import make_adapter
 from reliable_runs import (
+    DATA,
     RUNS,
+    SHORT,
     SLOW,
     Ended,
     Server,
     differences,
     left_by,
     metrics,
+    quick,
     shared_server,
     whole,
+    whole_short,
 )
+from script_table import TRAINED
 
+import fuse
+import score
+from chat.rating import Ratings
+from errors import UserError
 from run_folder.checkpoint_folder import list_checkpoints, problem
+
+SETS = "preference_increasing_mult_2"
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +126,12 @@ def test_a_limit_on_file_sizes_is_a_full_disk(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, saved", [("sft", "out.npz"), ("sft", "adapter"), ("ppo", "out.safetensors")]
+    "name, saved",
+    [
+        ("sft", "out.npz"),
+        ("ppo", "out.safetensors"),
+        pytest.param("sft", "adapter", marks=pytest.mark.long),
+    ],
 )
 def test_no_room_for_the_trained_weights_leaves_no_half_of_them(
     server, tmp_path, disk, name, saved
@@ -157,6 +175,56 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(server, tmp_p
     ended = server.run(script, [*line, "--output-dir", "file/run"], tmp_path)
     refused(ended, "file/run: cannot write: Not a directory")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", quick("sft ppo", TRAINED))
+def test_every_place_of_a_result_is_tried_before_training(server, tmp_path, name):
+    """Not the name of the file alone: that of its temporary, and of a head beside it."""
+    short, long = SHORT[name], "x" * 245
+    for more, said in (
+        (["--save-file", f"{long}.npz"], f"{long}.npz: cannot write: File name too long"),
+        (["--fused-dir", long], f"{long}: cannot write: File name too long"),
+        (["--fused-dir", "/proc/nowhere/model"], "/proc/nowhere/model: cannot write: "),
+        (["--save-file", "/proc/nowhere/out.npz"], "/proc/nowhere/out.npz: cannot write: "),
+    ):
+        ended = server.run(short.script, [*short.line, *more], tmp_path)
+        refused(ended, said)
+        assert "steps/s" not in ended.err and not list(tmp_path.glob("run/c*/*")), more
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["plots", "checkpoints", "metrics.jsonl", "summary.json", "plots/loss.png"]
+)
+def test_what_is_in_the_way_of_a_resumed_run_is_said_before_training(server, tmp_path, name):
+    short, place = SHORT["sft"], tmp_path / "run" / name
+    shutil.copytree(whole_short("sft")[0], tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    if "." in name:
+        (place / "precious").mkdir(parents=True)
+    else:
+        place.write_text("precious")
+    before = tree(tmp_path)
+    ended = server.run(short.script, ["--resume", "run", "--iters", "4"], tmp_path)
+    refused(ended, f"run/{name}: is a ")
+    assert "steps/s" not in ended.err and tree(tmp_path) == before
+
+
+def test_places_of_other_scripts_are_tried_before_their_work(tmp_path, capsys):
+    """In this process: nothing may have been loaded when the place is refused."""
+    make_adapter(tmp_path / "a.npz", "lora")
+    for script, line in (
+        (fuse, ["--adapter-file", str(tmp_path / "a.npz"), "--save-path"]),
+        (score, ["--input", str(DATA / f"{SETS}_test.jsonl"), "--ground-truth-reward", "--output"]),
+    ):
+        for place in ("/proc/nowhere/out", str(tmp_path / "a.npz" / "out"), "y" * 245):
+            with pytest.raises((UserError, SystemExit)) as end:
+                script.main([*line, place])
+            assert "cannot write: " in f"{end.value}{capsys.readouterr().err}"
+    with pytest.raises(UserError, match="cannot write: "):
+        Ratings("/proc/ratings.jsonl", "unpaired")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 
 
 def test_a_run_folder_that_vanishes(server, tmp_path):

@@ -19,6 +19,7 @@ from reliable_runs import (
     command,
     differences,
     left_by,
+    quick,
     shared_server,
     touches,
     whole,
@@ -54,7 +55,7 @@ def finish(server: Server, script: str, line: list[str], folder: Path) -> dict:
 # ------------------------------------------------------------------------------ the same
 
 
-@pytest.mark.parametrize("name", ["sft", "preference", "ppo", "group"])
+@pytest.mark.parametrize("name", quick("sft", ["preference", "ppo", "group"]))
 def test_the_same_command_twice_leaves_the_same_bytes(tmp_path, name):
     """Once from the command line, once in a fork; sets of strings are in another order."""
     script, line = RUNS[name]
@@ -70,7 +71,7 @@ def test_the_same_command_twice_leaves_the_same_bytes(tmp_path, name):
 # ------------------------------------------------------------------------------ kills
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", quick("sft ppo", RUNS))
 def test_a_run_killed_anywhere_ends_with_the_same_bytes(server, tmp_path, name):
     """Killed at a touch of a file (in checkpoints, mostly) or at any time; then gone on with."""
     (script, line), (expected, count) = RUNS[name], whole(name)

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from reliable_runs import RUNS, Ended, command, shared_server
+from reliable_runs import RUNS, Ended, data_in, shared_server
+from script_table import SHORT, TRAINED
 
 from run_folder.secrets import is_secret_name, redact, secret_values
 
@@ -48,11 +49,32 @@ def test_a_run_with_wandb_leaves_no_secret(tmp_path):
     # One that was copied into an option by mistake.
     line = [*line, "--num-steps", "2", "--log-with", "wandb"]
     line += ["--stop", f"x{SECRETS['MY_PASSWORD']}"]
-    ended = command(script, line, tmp_path, WANDB_MODE="offline", **SECRETS)
+    ended = shared_server().run(script, line, tmp_path, WANDB_MODE="offline", **SECRETS)
     assert ended.code == 0, ended.err
     assert list(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))
     assert "<redacted>" in (tmp_path / "run" / "config.json").read_text()
     assert leaks(ended, tmp_path) == []
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_no_secret_is_in_what_a_script_leaves_or_says(tmp_path, tmp_path_factory, name):
+    """One is in the value of an option; --resume asks for that one again."""
+    data = data_in(tmp_path_factory.mktemp("data") / f"for {SECRETS['MY_PASSWORD']}")
+    server, short = shared_server(), SHORT[name]
+    line = [*short.line, "--data", str(data), "--log-with", "tensorboard"]
+    ended = server.run(short.script, line, tmp_path, **SECRETS)
+    assert ended.code == 0, ended.err
+    assert "<redacted>" in (tmp_path / "run" / "config.json").read_text()
+    assert leaks(ended, tmp_path) == []
+    (tmp_path / "run" / "summary.json").unlink()
+    ended = server.run(short.script, ["--resume", "run"], tmp_path, **SECRETS)
+    assert ended.code == 2 and "--data: it held a secret" in ended.error
+    line = ["--resume", "run", "--data", str(data)]
+    ended = server.run(short.script, line, tmp_path, **SECRETS)
+    assert ended.code == 0 and leaks(ended, tmp_path) == [], ended.err
+    line = ["--adapter-file", "out.npz", "--run", "run", "--save-path", "fused"]
+    ended = server.run("fuse.py", line, tmp_path, **SECRETS)
+    assert ended.code == 0 and leaks(ended, tmp_path) == [], ended.err
 
 
 def test_a_service_that_does_not_answer_leaves_no_secret(tmp_path):

@@ -6,13 +6,16 @@ import pytest
 from reliable_runs import (
     NOW,
     RUNS,
+    SHORT,
     SLOW,
     Server,
     differences,
     left_by,
     metrics,
+    quick,
     shared_server,
     whole,
+    whole_short,
 )
 
 from run_folder.checkpoint_folder import latest_checkpoint
@@ -32,9 +35,15 @@ PLACES = {
     "validation of SFT": ("sft", "mlx_sft_trainer.SupervisedTrainer", "evaluate"),
     "samples at a validation": ("sft", "training.supervised_loop.Loop", "validate"),
     "gradient of SFT": ("sft", "mlx_sft_trainer.SupervisedTrainer", "step"),
+    "the reference of all rows": (
+        "preference",
+        "mlx_preference_tasks.PairTask",
+        "reference_logprobs",
+    ),
     "gradient of a reward model": ("reward", "mlx_sft_trainer.SupervisedTrainer", "step"),
     "sampling": ("ppo", "mlx_ppo_trainer.PPOTrainer", "generate"),
-    "reward": ("ppo", "training.rollout_loop.PPOLoop", "score"),
+    "reward": ("ppo", "training.rollout_loop.RolloutLoop", "score"),
+    "sampling of groups": ("group", "mlx_group_trainer.GroupTrainer", "generate"),
     "reference": ("ppo", "mlx_ppo_trainer.PPOTrainer", "score_reference"),
     "evaluation of PPO": ("ppo", "mlx_ppo_trainer.PPOTrainer", "sample_for_evaluation"),
 }
@@ -54,7 +63,7 @@ setattr(owner, "{function}", stands_still)
 """
 
 
-QUICK = ("gradient of SFT", "sampling", "evaluation of PPO")
+QUICK = ("gradient of SFT", "the reference of all rows", "sampling", "evaluation of PPO")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +144,7 @@ def test_a_signal_during_the_update_finishes_the_step(server, tmp_path, name):
 DEVICE = """
 import sys, time, mlx.core as mx, mlx_sft_trainer
 def long(self, batches):
-    a = mx.random.normal((3000, 3000))
+    a = mx.random.normal((2000, 2000))
     mx.eval(a)
     sys.stderr.write("a slow part begins\\n")
     for _ in range({products}):
@@ -219,24 +228,23 @@ def test_a_second_run_in_a_folder_is_refused_and_a_dead_one_leaves_no_lock(serve
 # ------------------------------------------------------------------------------ memory
 
 
-@pytest.mark.parametrize("name", ["sft", "ppo"])
+@pytest.mark.parametrize("name", quick("sft ppo", ["reward", "preference", "group"]))
 def test_a_memory_limit_ends_in_advice_and_a_checkpoint(server, tmp_path, name):
-    script, line = RUNS[name]
+    script, line = SHORT[name].script, SHORT[name].line
     ended = server.run(script, [*line, "--memory-limit", "0.0001", "--save-every", "100"], tmp_path)
     assert ended.code == 2
     assert "--memory-limit" in ended.error and "lower --batch-size" in ended.error
     assert load_checkpoint(latest_checkpoint(tmp_path / "run" / "checkpoints")).step == 1
     ended = server.run(
-        script, ["--resume", "run", "--memory-limit", "8", "--save-every", "2"], tmp_path
+        script, ["--resume", "run", "--memory-limit", "8", "--save-every", "1"], tmp_path
     )
     assert ended.code == 0, ended.err
-    assert differences(whole(name)[0], left_by(tmp_path / "run", "out.npz")) == []
+    assert differences(whole_short(name)[1], left_by(tmp_path / "run", "out.npz")) == []
 
 
-@pytest.mark.parametrize("name", ["ppo"])
-def test_running_out_of_memory_says_which_flags_to_lower(server, tmp_path, name):
+def test_running_out_of_memory_says_which_flags_to_lower(server, tmp_path):
     """As MLX says it on a GPU; on the Linux CPU it crashes, which a resumed run survives too."""
-    script, line = RUNS[name]
+    script, line = SHORT["ppo"].script, SHORT["ppo"].line
     prelude = """
 import mlx_ppo_trainer, mlx_sft_trainer
 left = [2]
@@ -254,6 +262,6 @@ ppo.update, sft.step = full(ppo.update), full(sft.step)
     assert ended.code == 2
     assert ended.error.startswith("out of memory") and "lower --batch-size" in ended.error
     assert load_checkpoint(latest_checkpoint(tmp_path / "run" / "checkpoints")).step == 1
-    ended = server.run(script, ["--resume", "run", "--save-every", "2"], tmp_path)
+    ended = server.run(script, ["--resume", "run"], tmp_path)
     assert ended.code == 0, ended.err
-    assert differences(whole(name)[0], left_by(tmp_path / "run", "out.npz")) == []
+    assert differences(whole_short("ppo")[1], left_by(tmp_path / "run", "out.npz")) == []

@@ -222,6 +222,19 @@ def test_files_are_sent_by_name_and_not_by_pattern(tmp_path, monkeypatch):
         assert hub.repos["a/b"].branches["main"] == wanted and len(wanted) == 8
 
 
+@pytest.mark.parametrize("name", ["model[1]", "a*", "what?", "[!x]"])
+def test_a_model_may_lie_in_a_folder_named_like_a_pattern(tmp_path, name):
+    """mlx-lm looks for weights by a pattern, which would find none or those of another folder."""
+    make_adapter(tmp_path / "a.npz", "lora")
+    for folder in ("model1", "aa", "whats", "y"):
+        shutil.copytree(DEFAULT_MODEL, tmp_path / folder)
+    fuse(tmp_path, "--adapter-file", "a.npz", "--save-path", name)
+    there, base = load_model(str(tmp_path / name)), load_model(None)
+    ids = mx.array([[1, 5, 9]])
+    assert not mx.array_equal(there.model(ids), base.model(ids))
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 def test_a_linked_folder_is_not_left_out_in_silence(tmp_path):
     (tmp_path / "a" / "sub").mkdir(parents=True)
     (tmp_path / "a" / "sub" / "x").write_text("x")

@@ -10,7 +10,10 @@ from tiny_tokenizers import tiny_tokenizer
 
 from errors import UserError
 from models.encoder_reward import is_encoder
+from models.load import load_model
 from models.reward_model import load_reward_model
+from rewards.entailment import load_entailment
+from rewards.internal import Signals
 from rewards.learned import learned_reward
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -217,3 +220,47 @@ def test_score_py_and_chat_give_the_same(bert, tmp_path, monkeypatch, capsys):
     reply = capsys.readouterr()
     (expected,) = transformers_scores(bert, [("8 20", reply.out.rstrip("\n"))])
     assert f"{expected:.3f}"[:4] in reply.err, reply
+
+
+# ------------------------------------------------------------------------------ entailment
+
+
+def test_an_entailment_model_has_to_be_an_encoder(tmp_path):
+    with pytest.raises(UserError, match="no folder of an encoder"):
+        load_entailment(str(write_config(tmp_path / "m", model_type="llama")))
+
+
+@needs_torch
+def test_faithfulness_by_entailment_is_the_mean_over_sentences(tmp_path):
+    """Softmax over the labels, at the one that is called entailment."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = tiny_bert(tmp_path / "nli", labels=3)
+    with pytest.raises(UserError, match="none of its 3 labels is called entailment"):
+        load_entailment(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    names = {0: "contradiction", 1: "neutral", 2: "ENTAILMENT"}
+    config |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    responses, expected = ["22 24. 26 28!", " 6 8 10 12 14"], []
+    for prompt, sentences in (("8 20", ["22 24.", "26 28!"]), ("2 4", ["6 8 10 12 14"])):
+        with torch.no_grad():
+            logits = [model(**tokenizer(prompt, s, return_tensors="pt")).logits for s in sentences]
+        expected.append(sum(x.softmax(-1)[0, 2].item() for x in logits) / len(logits))
+    digits = load_model(None).tokenizer
+    signals = Signals(
+        None, digits, ["faithfulness"], eos_ids={2}, entailment=load_entailment(str(folder))
+    )
+    fronts = [list(digits.encode(prompt)) for prompt in ("8 20", "2 4")]
+    backs = [list(digits.encode(text, add_special_tokens=False)) for text in responses]
+    found = signals.scores(
+        ["8 20", "2 4"],
+        responses,
+        [front + back for front, back in zip(fronts, backs, strict=True)],
+        [len(front) for front in fronts],
+        ["8 20", "2 4"],
+    )["faithfulness"]
+    assert found == pytest.approx(expected, abs=1e-5)

@@ -229,6 +229,7 @@ def test_sizes_that_do_not_divide_are_refused():
             "cliprange_value",
             "ratio_threshold",
             "target",
+            "kl_target",
             "horizon",
             "max_grad_norm",
         )

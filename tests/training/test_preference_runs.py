@@ -92,6 +92,22 @@ def test_reference_log_probabilities_are_computed_once_and_found_again(tmp_path,
     assert same(cached, train(tmp_path / "c", "--precompute-ref-log-probs"))
 
 
+@pytest.mark.parametrize("damage", ["bit", "end", "header"])
+def test_damaged_reference_log_probabilities_are_computed_anew(tmp_path, capsys, damage):
+    """They were read as other numbers in silence, or ended in a traceback."""
+    train(tmp_path, "--precompute-ref-log-probs")
+    for file in (files := sorted((tmp_path / "run" / "reference").iterdir())):
+        content = bytearray(file.read_bytes())
+        at = {"bit": -3, "header": 20}.get(damage, 0)
+        content[at] ^= damage != "end"
+        file.write_bytes(content[: -40 if damage == "end" else None])
+    capsys.readouterr()
+    train(tmp_path, f"--resume {tmp_path / 'run'} --iters 7")
+    out, err = capsys.readouterr()
+    assert err.count("is torn or was altered; it is computed anew") == 2 and "kept in" in out
+    assert sorted((tmp_path / "run" / "reference").iterdir()) == files
+
+
 @pytest.mark.long
 def test_a_loaded_adapter_stays_as_the_reference(tmp_path):
     train(tmp_path / "first")
