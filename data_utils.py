@@ -56,7 +56,6 @@ from data_loading.labels import (
     rejected_answers,  # rows of the worst answers
 )
 from data_loading.messages import BadRow  # what is wrong with one row
-from data_loading.reading import read_dataset, read_records  # rows of a file, of a data set
 from data_loading.records import Record, Records  # one row; rows with what was refused
 from data_loading.report import data_report, histogram, preview, use_colour  # strings to print
 from data_loading.rows import (
@@ -68,10 +67,12 @@ from data_loading.rows import (
     UnpairedRow,
     ranked_pairs,  # (better, worse, weight, group) among the responses to each prompt
 )
-from data_loading.sources import (
+from data_loading.sources import (  # rows of a file, of a data set
     folder_file,  # the file of a split in a folder
     load_data,  # train, valid and test rows from the choices of the command line
     mix_records,  # several data sets as one, by weights
+    read_dataset,
+    read_records,
     split_records,  # a percentage for validation
 )
 from data_loading.template_date import (

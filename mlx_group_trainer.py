@@ -22,6 +22,7 @@ import fast_blas  # noqa: F401
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,8 +31,6 @@ import numpy as np
 
 from errors import UserError
 from models.packing import Packed
-from models.policy import Policy
-from models.reference import ReferenceBlend
 from rl.group_advantages import ESTIMATORS, group_stds, reward_metrics, weighted_sum
 from rl.group_config import GroupConfig
 from rl.group_losses import Pass, group_loss, mean_of, surrogate_options
@@ -42,7 +41,6 @@ from rl.group_statistics import (
     warnings_for,
 )
 from rl.ppo_statistics import sampling_warnings
-from rl.response_losses import online_dpo_loss, rloo_loss
 from rl.rollouts import Rollout
 from training.rollout_stages import (
     SAMPLING,
@@ -51,6 +49,9 @@ from training.rollout_stages import (
     score_reference,
 )
 from training.rollout_trainer import RolloutTrainer
+
+if TYPE_CHECKING:
+    from models.policy import Policy
 
 __all__ = ["GroupConfig", "GroupTrainer"]
 
@@ -66,7 +67,7 @@ class GroupTrainer(RolloutTrainer):
     def __init__(
         self,
         config: GroupConfig,
-        model: Policy,
+        model: "Policy",
         ref_model: nn.Module | None = None,
         tokenizer=None,
         optimizer: optim.Optimizer | None = None,
@@ -85,6 +86,8 @@ class GroupTrainer(RolloutTrainer):
         self.entropy_coef, self.last_entropy = config.entropy_coef, float("inf")
         self.blend = None
         if config.sync_ref_model:
+            from models.reference import ReferenceBlend
+
             alpha = config.ref_model_mixup_alpha
             self.blend = ReferenceBlend(model.model, model.tuning, ref_model, alpha)
         self._warn(**sampling_warnings(config), **config_warnings(config))
@@ -258,6 +261,8 @@ class GroupTrainer(RolloutTrainer):
         old_logprobs, advantages, *reference = columns
         rows = Pass(logprobs, old_logprobs, advantages, packed.mask, entropy, *reference)
         if config.advantage_estimator == "rloo":
+            from rl.response_losses import rloo_loss
+
             return rloo_loss(rows, epsilon=config.epsilon, epsilon_high=config.epsilon_high)
         tokens_per_pass, entropy_coef = scalars
         return group_loss(
@@ -280,6 +285,8 @@ class GroupTrainer(RolloutTrainer):
         logprobs, entropy = self.model(packed, temperature=config.temperature, gradient=True)
         old_logprobs, advantages, ref_logprobs = columns
         rows = Pass(logprobs, old_logprobs, advantages, packed.mask, entropy, ref_logprobs)
+        from rl.response_losses import online_dpo_loss
+
         return online_dpo_loss(rows, loss=config.dpo_loss, beta=config.beta)
 
     # ------------------------------------------------------------------ 7. after an update

@@ -59,6 +59,15 @@ def make_pairs(file: Path, vocabulary: int, count: int) -> Path:
     return file
 
 
+def without_template(model: Path) -> Path:
+    """The model, for which rows are texts: ours would put a chat template around them."""
+    file = model / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    del settings["chat_template"]
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    return model
+
+
 def ours(model: str, pairs: str) -> None:
     from dataclasses import replace
 
@@ -116,7 +125,7 @@ def measure(shape: str, repeats: int) -> dict:
     """A row of the table."""
     changes, count = SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
-        model = make_model(Path(folder) / "model", **changes)
+        model = without_template(make_model(Path(folder) / "model", **changes))
         pairs = make_pairs(Path(folder) / "pairs.jsonl", changes["vocab_size"], count)
         with contextlib.ExitStack() as stack:
             mine = Worker(sys.executable, "preference_speed.py", "--ours", model, pairs)

@@ -275,7 +275,7 @@ def is_adapter(path: str | Path) -> bool:
     return path.suffix in (".npz", ".safetensors")
 
 
-# ------------------------------------------------------------------------------ from flags to speak
+# ------------------------------------------------------------------------------ from flags
 
 
 class Loader:

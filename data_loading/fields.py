@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_loading.json_files import decode_json
+from data_loading.files import decode_json
 from data_loading.messages import (
     BadRow,
     Message,

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from data_loading.json_files import decode_json
+from data_loading.files import decode_json
 from data_loading.values import BadRow, agreed, shorten
 
 Message = dict[str, Any]

@@ -154,13 +154,19 @@ def tokenise_preferences(
             responses.append(tokens)
             masks.append([0, *mask[1 : len(tokens)]])
             was_cut |= one_cut
-        best, others = responses[0], zip(responses, record.ranks, strict=True)
-        if any(tokens == best and rank > 0 for tokens, rank in others):
-            raise Refused("chosen and rejected are the same" + " after the cut" * was_cut)
-        row = PreferenceRow(responses, record.ranks, record.margin, record.where, masks)
-        return row, was_cut
+        return preference_row(record, responses, masks, was_cut), was_cut
 
     return each(records, convert, skip_bad_rows, encoder.template)
+
+
+def preference_row(
+    record: Record, responses: list[list[int]], masks: list[list[int]], was_cut: bool
+) -> PreferenceRow:
+    """A row of all responses. Refused where one has the tokens of a better one."""
+    best, others = responses[0], zip(responses, record.ranks, strict=True)
+    if any(tokens == best and rank > 0 for tokens, rank in others):
+        raise Refused("chosen and rejected are the same" + " after the cut" * was_cut)
+    return PreferenceRow(responses, record.ranks, record.margin, record.where, masks)
 
 
 def tokenise_prompts(

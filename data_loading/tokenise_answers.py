@@ -16,7 +16,7 @@ from data_loading.messages import BadRow, is_trained
 from data_loading.records import Record, Text
 from data_loading.rows import PreferenceRow, Tokenised, UnpairedRow
 from data_loading.templates import Template
-from data_loading.tokenise import each
+from data_loading.tokenise import each, preference_row
 
 
 def tokenise_pairs(
@@ -46,11 +46,7 @@ def tokenise_pairs(
         if prompt_template is None:
             record = with_prompt(record)
         responses, masks, was_cut = answers(encoder, record)
-        best, others = responses[0], zip(responses, record.ranks, strict=True)
-        if any(tokens == best and rank > 0 for tokens, rank in others):
-            raise Refused("chosen and rejected are the same" + " after the cut" * was_cut)
-        row = PreferenceRow(responses, record.ranks, record.margin, record.where, masks)
-        return row, was_cut
+        return preference_row(record, responses, masks, was_cut), was_cut
 
     return each(records, convert, skip_bad_rows, encoder.template)
 

@@ -83,7 +83,7 @@ def save_weights(folder: Path, model) -> None:
         raise OSError(errno.EIO, NOT_WHOLE, str(folder))
 
 
-# ------------------------------------------------------------------------------ arrays and descript
+# ------------------------------------------------------------------------------ descriptions
 
 
 def write_arrays(path: Path, arrays: dict[str, mx.array], described: dict) -> None:

@@ -30,7 +30,7 @@ from publishing.scoring_code import scoring_code, write_bos
 from run_folder.console import command
 from safe_files import sweep
 
-# ------------------------------------------------------------------------------ the comparison that
+# ------------------------------------------------------------------------------ comparison
 
 
 # In float32 a fused model is its unfused one up to the order of sums; more is a fault.
@@ -70,7 +70,7 @@ def refuse_broken(difference: Difference, what: str, expected: Sequence, exact: 
         )
 
 
-# ------------------------------------------------------------------------------ adapters on their o
+# ------------------------------------------------------------------------------ adapters
 
 
 def export_adapter(parts: Parts, path: Path, card: CardChoices, force: bool) -> Exported:
@@ -293,7 +293,7 @@ def _compare(folder: Path, parts: Parts, check: Check, prompt, exact: bool) -> s
     return f"largest difference in {what}, fused against unfused: {difference}"
 
 
-# ------------------------------------------------------------------------------ for training script
+# ------------------------------------------------------------------------------ after training
 
 
 def write_fused(args: Namespace, run: Path) -> list[str]:

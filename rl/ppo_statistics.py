@@ -1,13 +1,15 @@
 """A PPO step's metrics under TRL's names, and the warnings that they call for."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rl.ppo_config import PPOConfig
 from rl.rollouts import Rollout
 from rl.shaping import rollout_stats
+
+if TYPE_CHECKING:
+    from rl.ppo_config import PPOConfig
 
 # What may be wrong, from metrics to a sentence; each is said once a run.
 ALMOST_NO_ENTROPY = 0.01  # nats per token
@@ -74,7 +76,7 @@ def part_means(parts: Mapping[str, Sequence]) -> dict[str, float]:
     return found
 
 
-def sampling_warnings(config: PPOConfig) -> dict[str, str]:
+def sampling_warnings(config: "PPOConfig") -> dict[str, str]:
     """What is unusual about how responses are drawn."""
     found = {}
     filters = {"top_k": config.top_k, "min_p": config.min_p, "top_p": config.top_p % 1}

@@ -196,7 +196,7 @@ def short(value: Any) -> str:
     return f"{value:.3e}" if size and (size < 1e-3 or size >= 1e5) else f"{value:.4g}"
 
 
-# ------------------------------------------------------------------------------ commands to go on w
+# ------------------------------------------------------------------------------ what comes next
 
 
 def command(script: str, *flags: str, **named: object) -> str:

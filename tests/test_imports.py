@@ -176,7 +176,7 @@ def test_no_file_imports_upward():
     assert upward({Path("training/memory.py"): {high}}), "training knows nothing of flags"
 
 
-TRAINERS = ("mlx_sft_trainer", "mlx_ppo_trainer")
+TRAINERS = ("mlx_sft_trainer", "mlx_ppo_trainer", "mlx_group_trainer")
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -191,6 +191,17 @@ def test_a_trainer_brings_in_few_files(trainer):
     assert 10 < len(ours) < 25, sorted(map(str, ours))
     assert not {unit(file) for file in ours} & {"run_folder", "command_line", "reports", "rewards"}
     assert "wandb" not in loaded
+
+
+def test_nothing_is_imported_from_a_test_file():
+    """What tests share stands in tests/helpers."""
+    line = re.compile(r"^ *(?:from|import) (conftest|test_\w+)", re.M)
+    assert line.findall("from test_chat import LORA\n    import conftest\n") == [
+        "test_chat",
+        "conftest",
+    ]
+    for file in (ROOT / "tests").rglob("*.py"):
+        assert not line.findall(file.read_text(encoding="utf-8")), file
 
 
 def test_nothing_imports_a_script():

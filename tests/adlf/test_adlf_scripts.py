@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from conftest import ROOT
+from files import ROOT
 
 import fuse
 import ppo_training

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import ROOT
+from files import ROOT
 
 import group_training
 import ppo_training

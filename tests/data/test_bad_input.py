@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import tiny_tokenizer
 
-from data_loading import json_files
+from data_loading import files as data_files
 from data_utils import (
     read_records,
     tokenise_preferences,
@@ -115,7 +115,7 @@ BAD_ROWS = [
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
-        "only text parts",
+        "only text and thinking",
     ),
     (
         {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
@@ -201,7 +201,7 @@ def test_paths_that_are_no_data_files(tmp_path):
 
 
 def test_a_huge_line_is_refused_without_reading_it_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_files, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(data_files, "MAX_LINE_BYTES", 100)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(GOOD + b'{"text": "' + b"a" * 1000 + b'"}\n' + GOOD)
     with pytest.raises(UserError, match=r"rows.jsonl:2: line longer than"):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from files import ROOT
 
 import fuse
 import ppo_training

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from files import ROOT
 
 import sft
 from command_line.parser import run_main

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT
+from files import ROOT
 
 import models.text_signals
 import score

@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import ROOT
+from files import ROOT
 from mlx.utils import tree_flatten
 
 import sft

@@ -5,7 +5,7 @@ import json
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import ROOT
+from files import ROOT
 from tiny import tiny_model
 from tiny_ppo import EOS, SMALL, tuned, weights
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from files import ROOT
 from tiny_ppo import assert_same_bits, make_trainer, random_batch, shaken, weights
 
 import ppo_training

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from training.optimizers import build_optimizer
-from training.update import added, all_finite, apply_update
+from training.update import added, all_finite, apply_update, minibatch_update
 
 
 def layer() -> nn.Linear:
@@ -63,3 +63,37 @@ def test_a_tree_is_finite_where_all_of_it_is():
     assert all_finite(gradient(1.0, -2.0, 3e38)).item()
     assert not all_finite(gradient(1.0, 2.0, -np.inf)).item()
     assert not all_finite({"deep": [gradient(0.0, 0.0, 0.0), gradient(0.0, np.nan, 0.0)]}).item()
+
+
+def test_minibatches_of_an_update_add_up_and_bad_ones_are_left_out():
+    seen, applied = [], []
+
+    def one(rows):
+        seen.append(list(rows))
+        bad = 3 in rows
+        return (None if bad else gradient(*rows[:2], 1.0)), {"first": rows[0], "skipped": bad}
+
+    def apply(total):
+        applied.append(total)
+        return 5.0
+
+    metrics = minibatch_update([0, 1, 2, 3, 4, 5], 2, one, apply)
+    assert seen == [[0, 1], [2, 3], [4, 5]]
+    assert [found["skipped"] for found in metrics] == [False, True, False]
+    assert metrics[-1]["grad_norm"] == 5.0 and "grad_norm" not in metrics[0]
+    (total,) = applied
+    np.testing.assert_array_equal(total["weight"], [[4.0, 6.0]])
+    np.testing.assert_array_equal(total["bias"], [2.0])
+
+
+def test_an_update_without_a_good_minibatch_is_none_and_a_norm_that_is_not_finite_is_told():
+    def refuse(total):
+        raise AssertionError("nothing to apply")
+
+    metrics = minibatch_update([0, 1], 1, lambda rows: (None, {"skipped": 1.0}), refuse)
+    assert metrics == [{"skipped": 1.0}] * 2
+    metrics = minibatch_update(
+        [0, 1], 1, lambda rows: (gradient(1.0, 1.0, 1.0), {"skipped": 0.0}), lambda total: np.inf
+    )
+    assert metrics[0] == {"skipped": 0.0}
+    assert metrics[1] == {"skipped": 1.0, "not_finite": 1.0, "grad_norm": np.inf}
