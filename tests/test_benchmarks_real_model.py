@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT
+from files import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import real_model  # noqa: E402

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT
+from files import ROOT
 from tiny import tiny_model_folder
 
 import score

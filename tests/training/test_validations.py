@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from files import ROOT
 
 import sft
 from mlx_sft_trainer import SupervisedTrainer
