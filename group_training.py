@@ -13,7 +13,7 @@ A real one, rewards that can be checked:
         --num-generations 8 --batch-size 64 --mini-batch-size 8 --gradient-accumulation-steps 8
 """
 
-import fast_blas  # noqa: F401
+import fast_blas
 
 from functools import partial
 
@@ -31,6 +31,7 @@ from command_line.shared_flags import model_options, optimizer_options, schedule
 from training.launch import (
     count_trained,
     finish_rollouts,
+    policy_commands,
     rollout_loop,
     run_training,
     say_peak_memory,
@@ -138,6 +139,7 @@ def train(args, loaded, policy, reference, rewards, prompts, order) -> None:
         lambda _: said,
         lambda run, loop: finish(args, loaded, run, loop),
         write_fused=write_fused,
+        blas=fast_blas.NAME,
     )
 
 
@@ -146,11 +148,15 @@ def train(args, loaded, policy, reference, rewards, prompts, order) -> None:
 
 def finish(args, loaded, run, loop) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
+    from models.adapter_files import save_adapter
     from reports.training_plots import plot_groups
     from run_folder.run import read_rows
 
-    plot = plot_groups(read_rows(run.folder), run.plots / "group.png")
-    finish_rollouts(args, loaded, run, loop, plot, metric="rewards/{name}/mean")
+    tuning = loop.trainer.model.tuning
+    written = save_adapter(args.save_file, tuning, loaded, run=run.recorded)
+    written.append(plot_groups(read_rows(run.folder), run.plots / "group.png"))
+    commands = policy_commands(args, tuning)
+    finish_rollouts(args, run, loop, written, commands, metric="rewards/{name}/mean")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from models.packing import Packed
 from rl.advantages import gae
 from rl.losses import masked_whiten
 from rl.ppo_config import PPOConfig
-from rl.rollouts import Rollout
-from training.rollout_stages import minibatch_order
+from rl.rollouts import Rollout, minibatch_order
 
 KINDS = ("answer", "critique", "revision")
 

@@ -41,13 +41,8 @@ from rl.group_statistics import (
     warnings_for,
 )
 from rl.ppo_statistics import sampling_warnings
-from rl.rollouts import Rollout
-from training.rollout_stages import (
-    SAMPLING,
-    fit_columns,
-    minibatch_order,
-    score_reference,
-)
+from rl.rollouts import SAMPLING, Rollout, minibatch_order
+from training.rollout_stages import fit_columns, score_reference
 from training.rollout_trainer import RolloutTrainer
 
 if TYPE_CHECKING:

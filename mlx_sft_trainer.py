@@ -17,10 +17,11 @@ from mlx.utils import tree_map
 
 from data_loading.collate import PreferenceBatch, ScalarBatch, TextBatch, UnpairedBatch
 from models.adapter_description import REWARD_HEAD
-from models.packing import pick_targets, round_up
+from models.packing import pick_targets
 from models.reward_network import RewardModel
 from models.trunk import find_trunk, picked_hidden, token_logprobs
 from models.tuning import Tuning
+from padding import round_up
 from rl.contrastive import contrastive_loss, pooled
 from rl.losses import pairwise_loss, regression_loss
 from training.groups import Group, adapter_group

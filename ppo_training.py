@@ -11,7 +11,7 @@ A real one:
         --data my_folder --data-base "" --max-new-tokens 128
 """
 
-import fast_blas  # noqa: F401
+import fast_blas
 
 from functools import partial
 
@@ -39,7 +39,8 @@ from models.adapter_description import VALUE_HEAD
 from rl.ppo_config import PPOConfig
 from training.launch import (
     count_trained,
-    finish_rollouts,
+    finish_ppo,
+    policy_commands,
     rollout_loop,
     run_training,
     say_peak_memory,
@@ -150,6 +151,7 @@ def train(args, loaded, policy, reference, rewards, prompts, order) -> None:
         lambda _: said,
         lambda run, loop: finish(args, loaded, run, loop),
         write_fused=write_fused,
+        blas=fast_blas.NAME,
     )
 
 
@@ -158,17 +160,12 @@ def train(args, loaded, policy, reference, rewards, prompts, order) -> None:
 
 def finish(args, loaded, run, loop) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
-    from reports.training_plots import plot_ppo
-    from run_folder.run import read_rows
+    from models.adapter_files import save_adapter, save_head
 
-    rows = read_rows(run.folder)
-    adapted = {"kl_target": args.target if args.adap_kl_ctrl else None}
-    if args.use_dynamic_kl:
-        adapted = {"kl_target": args.kl_target, "kl": "objective/kl_per_token", "unit": "token"}
-    plot = plot_ppo(rows, run.plots / "ppo.png", **adapted)
-    kls = [row["objective/kl"] for row in rows if row.get("objective/kl") is not None][-10:]
-    kl = sum(kls) / len(kls) if kls else None
-    finish_rollouts(args, loaded, run, loop, plot, metric="env/{name}_mean", head=VALUE_HEAD, kl=kl)
+    policy = loop.trainer.model
+    written = save_adapter(args.save_file, policy.tuning, loaded, head=VALUE_HEAD, run=run.recorded)
+    written.append(save_head(args.save_file, VALUE_HEAD, policy.value_head.arrays(), {}))
+    finish_ppo(args, run, loop, written, policy_commands(args, policy.tuning))
 
 
 if __name__ == "__main__":

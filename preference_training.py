@@ -11,7 +11,7 @@ With answers that were rated in the chat:
     python preference_training.py --model MODEL --train --algorithm kto --train-file ratings.jsonl
 """
 
-import fast_blas  # noqa: F401
+import fast_blas
 
 from command_line.adapter_file import load_copy, make_tuning
 from command_line.curriculum_flags import difficulty, make_curriculum
@@ -159,6 +159,7 @@ def train(args, loaded, task, rows) -> None:
         name=args.algorithm,
         outputs=(NAME,),
         write_fused=write_fused,
+        blas=fast_blas.NAME,
     )
 
 
@@ -171,12 +172,12 @@ def finish(args, loaded, run, loop, rows) -> None:
     from reports.training_plots import plot_losses, plot_preferences
     from run_folder.run import read_rows
 
-    task, found, step = loop.trainer.task, {}, loop.step
+    task, found = loop.trainer.task, {}
     if args.save_best:
-        step = loop.take_best()
+        loop.take_best()
     written = save_adapter(args.save_file, task.tuning, loaded, run=run.recorded)
     if "valid" in rows:
-        found = loop.validation_of(step)
+        found = loop.validation_of()
         show("validation", found)
     logged = read_rows(run.folder)
     written.append(plot_losses(logged, run.plots / "loss.png", unit="loss"))

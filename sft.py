@@ -11,7 +11,7 @@ A real one:
         --data-base "" --epochs 2 --mask-prompt --save-file my_adapter
 """
 
-import fast_blas  # noqa: F401
+import fast_blas
 
 from command_line.adapter_file import make_tuning, refuse_other_pooling
 from command_line.contrastive_flags import LEAST
@@ -30,11 +30,12 @@ from command_line.shared_flags import model_options, optimizer_options, schedule
 from data_utils import BatchPlan, easy_first, epoch_batches
 from models.adapter_description import REWARD_HEAD
 from training.launch import (
+    agreement,
     count_trained,
+    finish_supervised,
     fuse_command,
     run_training,
     say_peak_memory,
-    say_written,
     shape_multiple,
     show,
     start,
@@ -149,6 +150,7 @@ def train(args, loaded, task, rows) -> None:
         said,
         lambda run, loop: finish(args, loaded, run, loop, rows),
         write_fused=write_fused,
+        blas=fast_blas.NAME,
     )
 
 
@@ -159,32 +161,21 @@ def finish(args, loaded, run, loop, rows) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
     from models.adapter_files import save_adapter
     from models.reward_model import save_reward_head
-    from reports.training_plots import plot_losses
     from run_folder.console import command
-    from run_folder.run import read_rows
     from training.samples import normalise_on_samples
 
-    task, found, step = loop.trainer.task, {}, loop.step
+    task, reward_model = loop.trainer.task, None
     if args.save_best:
-        step = loop.take_best()
+        loop.take_best()
     head = REWARD_HEAD if args.reward_model else None
     written = save_adapter(args.save_file, task.tuning, loaded, head=head, run=run.recorded)
+    going_on = None
     if args.reward_model:
-        written.append(save_reward_head(args.save_file, task.reward_model))
+        reward_model = task.reward_model
+        written.append(save_reward_head(args.save_file, reward_model))
         if args.normalize_samples:  # may fail, and what was trained lies there already
             normalise_on_samples(task, loaded, rows["train"].rows, args.normalize_samples)
-            save_reward_head(args.save_file, task.reward_model)
-        if "valid" in rows:
-            report = agreement(task, validated(args, rows["valid"]), run.plots)
-            found = {f"heldout/{k}": v for k, v in report.items()}
-    elif "valid" in rows:
-        found = loop.validation_of(step)
-        show("validation", found)
-        found = {f"valid/{name}": value for name, value in found.items()}
-    unit = "loss" if args.reward_model else "nats per token"
-    written.append(plot_losses(read_rows(run.folder), run.plots / "loss.png", unit=unit))
-    run.finish({"steps": loop.step, "best_valid_loss": loop.best, **loop.totals, **found})
-    if args.reward_model:
+            save_reward_head(args.save_file, reward_model)
         going_on = command(
             "ppo_training.py",
             *flags_of_rows(args),
@@ -192,25 +183,9 @@ def finish(args, loaded, run, loop, rows) -> None:
             tokenizer=args.tokenizer,
             reward_model=args.save_file,
         )
-    else:
-        going_on = fuse_command(args)
-    say_written(run, written, going_on)
-
-
-def agreement(task, rows, plots=None) -> dict[str, float]:
-    """How far a reward model's scores agree with rewards or preferences; with `plots`, drawn.
-
-    `rows`: a list of rows.
-    """
-    from reports.reward_evaluation import evaluate_scores
-
-    model = task.reward_model
-    report = evaluate_scores(model.score, rows, plots, gain=model.gain, offset=model.offset)
-    print(
-        "held-out rows: "
-        + "  ".join(f"{k} {v:,.0f}" if k == "pairs" else f"{k} {v:.3f}" for k, v in report.items())
-    )
-    return report
+    going_on = going_on or fuse_command(args)
+    valid = validated(args, rows.get("valid"))
+    finish_supervised(args, run, loop, written, valid, reward_model, going_on)
 
 
 def test(args, task, rows) -> None:
@@ -221,7 +196,7 @@ def test(args, task, rows) -> None:
     metrics = evaluate(task, epoch_batches(rows.rows, plan))
     show("test", metrics)
     if args.reward_model:
-        agreement(task, rows.rows)
+        agreement(task.reward_model, rows.rows)
 
 
 if __name__ == "__main__":

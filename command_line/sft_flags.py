@@ -382,11 +382,14 @@ def validation(args, rows, least: int = 1):
     return lambda: itertools.islice(epoch_batches(rows.rows, plan), count)
 
 
-def validated(args, rows) -> list:
-    """The rows that a validation takes."""
+def validated(args, rows):
+    """The rows that a validation takes, of those that there are (None: none)."""
+    if rows is None:
+        return None
     plan = BatchPlan(rows.lengths, args.batch_size, shuffle=False)
     count = None if args.val_batches < 0 else args.val_batches
-    return [rows.rows[i] for batch in itertools.islice(plan.epoch(0), count) for i in batch]
+    taken = [rows.rows[i] for batch in itertools.islice(plan.epoch(0), count) for i in batch]
+    return dataclasses.replace(rows, rows=taken)
 
 
 def training_length(args, batches_per_epoch: int) -> tuple[int, int | None]:

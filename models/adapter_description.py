@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,38 @@ def path_in_block(path: str) -> str:
     parts = path.split(".")
     first_number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
     return ".".join(parts[first_number + 1 :])
+
+
+def match_keys(possible: list[str], keys: list[str] | None) -> list[str]:
+    """Of the paths inside a block those that `keys` (None: all) name, whole or by their ends.
+
+    Raises UserError for a key that names none.
+    """
+    if keys is None:
+        return possible
+    matched = []
+    for key in keys:
+        hits = [path for path in possible if path == key or path.endswith(f".{key}")]
+        if not hits:
+            have = ", ".join(possible)
+            raise UserError(f"--lora-keys {key}: no such layer; this model has {have}")
+        matched += hits
+    return matched
+
+
+def check_shapes(given: Mapping, expected: Mapping, source: str) -> None:
+    """Raise one UserError that lists every array too many, too few or of another shape."""
+    problems = []
+    for name in sorted(given.keys() | expected.keys()):
+        if name not in expected:
+            problems.append(f"{name} {tuple(given[name].shape)} has no place in this model")
+        elif name not in given:
+            problems.append(f"{name} {tuple(expected[name].shape)} is missing")
+        elif tuple(given[name].shape) != tuple(expected[name].shape):
+            there, here = tuple(given[name].shape), tuple(expected[name].shape)
+            problems.append(f"{name} is {there} in the file and {here} in the model")
+    if problems:
+        raise UserError(f"{source}: does not fit the model: " + "; ".join(problems))
 
 
 def read_json(path: Path) -> dict:

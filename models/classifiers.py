@@ -25,10 +25,11 @@ from models.load import (
     default_dtype,
     read_config,
 )
-from models.model_folders import copy_tokenizer, stored_dtype, tokenizer_of
+from models.model_folders import stored_dtype, tokenizer_of
 from models.reading import Reading, imported_reading
 from models.repairs import repair
 from models.reward_network import RewardModel
+from models.tokenizer_files import copy_tokenizer
 from models.transformers_config import unnested
 from models.trunk import find_trunk
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from errors import UserError
-from models.adapter_description import path_in_block
+from models.adapter_description import match_keys, path_in_block
 from models.tuning import Tuning, check_arrays
 
 ADAPTER_ARRAYS = ("lora_a", "lora_b", "m")
@@ -134,17 +134,7 @@ def linear_keys(model: nn.Module, with_experts: bool = True) -> list[str]:
 
 
 def _match_keys(model: nn.Module, config: LoraConfig) -> list[str]:
-    possible = linear_keys(model, with_experts=not config.use_dora)
-    if config.keys is None:
-        return possible
-    matched = []
-    for key in config.keys:
-        hits = [path for path in possible if path == key or path.endswith(f".{key}")]
-        if not hits:
-            have = ", ".join(possible)
-            raise UserError(f"--lora-keys {key}: no such layer; this model has {have}")
-        matched += hits
-    return matched
+    return match_keys(linear_keys(model, with_experts=not config.use_dora), config.keys)
 
 
 def base_layer(layer: nn.Module) -> nn.Module:

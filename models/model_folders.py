@@ -15,9 +15,8 @@ from errors import UserError
 from models.array_files import save_weights
 from models.family_names import family_weights
 from models.load import LoadedModel
+from models.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
 from safe_files import (
-    check_inside,
-    copy_file,
     put_folder_in_place,
     refuse_links,
     sweep,
@@ -27,25 +26,8 @@ from safe_files import (
     temporary_name,
 )
 
-# What a tokenizer may be made of; weights and config.json are written anew.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "*.tiktoken",
-    "tiktoken.model",
-    "chat_template.*",
-    "additional_chat_templates/*",
-)
 MODEL_SIGNS = ("config.json", "adapter_config.json", "model.gguf")  # a folder that may be replaced
 RUN_SIGNS = ("metrics.jsonl", "checkpoints")  # a run has a config.json too
-GENERATION_CONFIG = "generation_config.json"
 
 
 @contextmanager
@@ -151,20 +133,6 @@ def stored_dtype(loaded: LoadedModel) -> str:
             name = str(array.dtype).removeprefix("mlx.core.")
             sizes[name] = sizes.get(name, 0) + array.size
     return max(sizes, key=sizes.get)
-
-
-def copy_tokenizer(
-    source: Path, folder: Path, *, with_code: bool = False, of_model: bool = True
-) -> None:
-    """Copy the files of the tokenizer and, of its model, generation_config.json as they are."""
-    patterns = (*TOKENIZER_FILES, *((GENERATION_CONFIG,) if of_model else ()))
-    patterns += ("*.py",) if with_code else ()
-    for pattern in patterns:
-        for file in sorted(source.glob(pattern)):
-            check_inside(file, source)
-            target = folder / file.relative_to(source)
-            target.parent.mkdir(exist_ok=True)
-            copy_file(file, target)
 
 
 def tokenizer_of(folder: Path) -> Any:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from padding import lay_out as lay_out_rows
+from padding import round_up
+
 
 def pick_targets(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The shift: which hidden states predict the tokens that `mask` marks.
@@ -66,16 +69,8 @@ def pack(
     With `pad_to_multiple` > 1, L, R and N are rounded up, so that few shapes occur.
     """
     rows = [[*prefix, *q, *r] for q, r in zip(queries, responses, strict=True)]
-    length = 1 + round_up(max(map(len, rows)) - 1, pad_to_multiple)
-    tokens = np.zeros((len(rows), length), dtype=np.int32)
-    counted = np.zeros((len(rows), length), dtype=bool)
-    for i, (row, response) in enumerate(zip(rows, responses, strict=True)):
-        tokens[i, : len(row)] = row
-        counted[i, len(row) - len(response) : len(row)] = True if masks is None else masks[i]
+    tokens, counted, mask = lay_out_rows(rows, responses, masks, pad_to_multiple)
     inputs, index, targets = pick_targets(tokens, counted)
-    counts = counted.sum(axis=1)
-    width = round_up(int(counts.max()), pad_to_multiple)
-    mask = np.arange(width) < counts[:, None]  # (B, R)
     slot = np.where(mask, np.cumsum(mask).reshape(mask.shape) - 1, 0)
     spare = round_up(len(index), 8 * pad_to_multiple) - len(index) if pad_to_multiple > 1 else 0
     return Packed(
@@ -85,10 +80,6 @@ def pack(
         mx.array(slot.astype(np.int32)),
         mx.array(mask.astype(np.float32)),
     )
-
-
-def round_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
 
 
 @dataclass

@@ -12,7 +12,8 @@ from models.encoder_reward import EncoderReward, is_encoder
 from models.hub_files import download, looks_like_hub_name
 from models.load import LoadedModel, load_model
 from models.reading import MARK, Ending, template_tail, trained_reading
-from models.reward_network import POOLINGS, RewardModel, normalise
+from models.reward_network import RewardModel
+from models.text_scores import POOLINGS, normalise
 
 __all__ = [
     "POOLINGS",

@@ -4,7 +4,6 @@ The head reads hidden states after the final norm. With a `tuning` the reward mo
 and a head on a base that others share; the adapter goes in for scoring and out again.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,17 +12,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from errors import UserError
 from models.limits import find_limits
 from models.reading import Reading
+from models.text_scores import TextScores
 from models.trunk import hidden_size, hidden_states, picked_hidden
 from models.tuning import Tuning, check_arrays
-from padding import pad_rows
-
-POOLINGS = ("mean", "last")
 
 
-class RewardModel(nn.Module):
+class RewardModel(TextScores, nn.Module):
     """tokens (B, L) and lengths (B,) -> scores (B,).
 
     `pooling` is "mean" over all tokens of the text, or the "last" token. `gain` and `offset`
@@ -42,8 +38,7 @@ class RewardModel(nn.Module):
         reading: Reading | None = None,
     ):
         super().__init__()
-        if pooling not in POOLINGS:
-            raise UserError(f"pooling {pooling!r} is none of {', '.join(POOLINGS)}")
+        self.set_up_scores(pooling, gain, offset, reading)
         self.model = model
         width = hidden_size(model)
         # normal(0, 1/sqrt(D+1)) as in lm-human-preference-details
@@ -51,10 +46,7 @@ class RewardModel(nn.Module):
             "weight": mx.random.normal((1, width), scale=(width + 1) ** -0.5),
             "bias": mx.zeros((1,)),
         }
-        self.pooling, self.gain, self.offset = pooling, gain, offset
-        self._tuning, self.reading = tuning, reading or Reading()
-        self._prefix: tuple[int, ...] = ()  # of a soft prompt that is fused into the vocabulary
-        self._pad_id: int | None = None  # where given, the "last" token is the last that is not it
+        self._tuning = tuning
         self.source: Any = None  # LoadedModel: where it was loaded from, with its tokenizer
         self.train(model.training)
 
@@ -83,7 +75,7 @@ class RewardModel(nn.Module):
         """Raise UserError, before anything is scored, for a text that has a token without a row in
         the embedding, or more positions, `room` for a response included, than the model."""
         with self._scoring():
-            find_limits(self.model).check_one(self._prepared(sequence), where, room)
+            find_limits(self.model).check_one(self.prepared(sequence), where, room)
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
@@ -101,25 +93,18 @@ class RewardModel(nn.Module):
                 tuning.deactivate()
 
     def _score_sorted(self, sequences: Sequence[Sequence[int]], batch_size: int) -> list[float]:
-        sequences = [self._prepared(sequence) for sequence in sequences]
+        sequences = [self.prepared(sequence) for sequence in sequences]
         find_limits(self.model).check(sequences, where="a text to score")
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-        scores = np.zeros(len(sequences), dtype=np.float32)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            tokens, lengths = pad_rows([sequences[i] for i in rows])
-            scores[rows] = np.array(self(mx.array(tokens), mx.array(lengths)))
-        return (self.gain * scores + self.offset).tolist()
+        return self.scaled(
+            sequences,
+            batch_size,
+            lambda tokens, lengths: np.array(self(mx.array(tokens), mx.array(lengths))),
+        )
 
-    def _prepared(self, sequence: Sequence[int]) -> list[int]:
-        """What is run for a text: its tokens, behind the virtual tokens of a soft prompt."""
-        ids = list(sequence)
-        if self._pad_id is not None:
-            while len(ids) > 1 and ids[-1] == self._pad_id:
-                ids.pop()
-        prefix = list(self._tuning.prefix if self._tuning is not None else self._prefix)
-        # The tokenizer of a fused soft prompt may have put them there already.
-        return ids if prefix and ids[: len(prefix)] == prefix else prefix + ids
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """Ids of the virtual tokens that stand in front of a text."""
+        return self._tuning.prefix if self._tuning is not None else self._prefix
 
     def settle(self, prefix: Sequence[int] | None) -> None:
         """Its adapter was fused into the model; `prefix` holds the ids of a fused soft prompt."""
@@ -130,47 +115,8 @@ class RewardModel(nn.Module):
     def head_arrays(self) -> dict[str, mx.array]:
         return dict(self.head)
 
-    def description(self) -> dict:
-        described = {"pooling": self.pooling, "gain": self.gain, "offset": self.offset}
-        prefix = self._tuning.prefix if self._tuning is not None else self._prefix
-        if prefix:
-            described["prefix"] = list(prefix)
-        if self._pad_id is not None:
-            described["pad_id"] = self._pad_id
-        return described | self.reading.description()
-
     def load_head(self, arrays: dict[str, mx.array], description: dict, source: str) -> None:
         """Take over a saved head and its description."""
         check_arrays(arrays, self.head_arrays(), source)
-        if description.get("pooling", "mean") not in POOLINGS:
-            raise UserError(f"{source}: pooling is none of {', '.join(POOLINGS)}")
         self.head = {name: array.astype(mx.float32) for name, array in arrays.items()}
-        self.pooling = description.get("pooling", "mean")
-        try:
-            self.gain = float(description.get("gain", 1.0))
-            self.offset = float(description.get("offset", 0.0))
-            self._prefix = tuple(int(i) for i in description.get("prefix", ()))
-            pad_id = description.get("pad_id")
-            self._pad_id = None if pad_id is None else int(pad_id)
-            self.reading = Reading.described(description)
-        except (TypeError, ValueError, KeyError, OverflowError, AttributeError) as error:
-            raise UserError(f"{source}: its description is not usable: {error!r}") from None
-        if not (math.isfinite(self.gain) and math.isfinite(self.offset)):
-            raise UserError(f"{source}: gain and offset must be finite numbers")
-
-
-def normalise(model: RewardModel, texts: Sequence[Sequence[int]]) -> None:
-    """Set gain and offset so that the scores of `texts` have mean 0 and standard deviation 1.
-
-    lm-human-preference-details does so on samples of the base model. Raises UserError where all
-    scores are equal.
-    """
-    model.gain, model.offset = 1.0, 0.0
-    scores = np.array(model.score(texts), dtype=np.float64)
-    if not scores.std() > 1e-6 * np.abs(scores).max():  # what is less is rounding
-        raise UserError(
-            "--normalize-samples: all samples have the same score, so there is no "
-            "deviation to divide by"
-        )
-    model.gain = float(1 / scores.std())
-    model.offset = float(-scores.mean() / scores.std())
+        self.take_description(description, source)

@@ -24,8 +24,8 @@ from models.array_files import write_json, write_text
 from models.decoding import Sampling, generate
 from models.fusing import plain_weight
 from models.load import LoadedModel
-from models.model_folders import GENERATION_CONFIG
 from models.soft_prompt import SoftPrompt, find_embedding
+from models.tokenizer_files import GENERATION_CONFIG
 from models.trunk import find_trunk, hidden_states, logits_from_hidden
 
 # ------------------------------------------------------------------------------ weights

@@ -12,9 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from models.packing import round_up
 from models.trunk import hidden_states, token_logprobs
-from padding import pad_rows
+from padding import pad_rows, round_up
 
 # Tokens of one batch: on a CPU more only spoils its caches; a GPU is busy with these.
 BATCH_TOKENS = {mx.DeviceType.cpu: 1024, mx.DeviceType.gpu: 16384}

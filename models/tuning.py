@@ -86,17 +86,9 @@ def check_arrays(given: dict, expected: dict, source: str) -> None:
 
     Arrays that fit and hold NaN or infinite values are refused as well.
     """
-    problems = []
-    for name in sorted(given.keys() | expected.keys()):
-        if name not in expected:
-            problems.append(f"{name} {tuple(given[name].shape)} has no place in this model")
-        elif name not in given:
-            problems.append(f"{name} {tuple(expected[name].shape)} is missing")
-        elif tuple(given[name].shape) != tuple(expected[name].shape):
-            there, here = tuple(given[name].shape), tuple(expected[name].shape)
-            problems.append(f"{name} is {there} in the file and {here} in the model")
-    if problems:
-        raise UserError(f"{source}: does not fit the model: " + "; ".join(problems))
+    from models.adapter_description import check_shapes  # a trainer reads no file
+
+    check_shapes(given, expected, source)
     check_finite(given, source)
 
 

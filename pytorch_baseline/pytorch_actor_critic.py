@@ -1,4 +1,4 @@
-"""models/packing.py, actor_critic.py, heads.py and decoding.py in PyTorch.
+"""models/packing.py, actor_critic.py and decoding.py in PyTorch.
 
 Legend: B batch, L padded length, P prompt, R longest response, D width, V vocabulary, N response
 tokens picked.
@@ -12,6 +12,9 @@ import torch
 from pytorch_models import Tuned
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from padding import lay_out
+from rl.rollouts import Rollout
 
 # ---- one forward pass --------------------------------------------------------------------------
 
@@ -55,20 +58,9 @@ def pack(
 ) -> Packed:
     """Lay out `query + response` for each row; `masks` marks the tokens that count."""
     rows = [[*q, *r] for q, r in zip(queries, responses, strict=True)]
-    length = 1 + round_up(max(map(len, rows)) - 1, pad_to_multiple)
-    tokens = np.zeros((len(rows), length), dtype=np.int64)
-    counted = np.zeros((len(rows), length), dtype=bool)
-    for i, (row, response) in enumerate(zip(rows, responses, strict=True)):
-        tokens[i, : len(row)] = row
-        counted[i, len(row) - len(response) : len(row)] = True if masks is None else masks[i]
-    counts = counted.sum(axis=1)
-    mask = np.arange(round_up(int(counts.max()), pad_to_multiple)) < counts[:, None]  # (B, R)
-    arrays = (tokens, counted, mask.astype(np.float32))
+    tokens, counted, mask = lay_out(rows, responses, masks, pad_to_multiple)
+    arrays = (tokens.astype(np.int64), counted, mask.astype(np.float32))
     return Packed(*(torch.from_numpy(a).to(device) for a in arrays))
-
-
-def round_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
 
 
 class ValueHead(nn.Module):
@@ -90,7 +82,7 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.model, self.value_head = model, value_head.to(model.device)
 
-    def trainable(self) -> dict[str, nn.Parameter]:
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
@@ -137,26 +129,6 @@ def token_logprobs(
 # ---- sampling ----------------------------------------------------------------------------------
 
 
-@dataclass
-class Sampling:
-    """How tokens are picked. PPO's KL is an estimate of the true one only at the defaults."""
-
-    temperature: float = 1.0  # 0 picks the most likely token
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1: off
-    min_p: float = 0.0  # 0: off
-
-
-@dataclass
-class Generation:
-    """One batch of responses; row i of every list belongs to prompt i."""
-
-    responses: list[list[int]]  # EOS included where it was written
-    logprobs: list[np.ndarray]  # (len,) float32, of the tempered, unfiltered distribution
-    values: list[np.ndarray] | None  # (len,) float32, where a value head was given
-    finished: list[bool]  # ended by EOS or a stop string, not by the length limit
-
-
 class RowLimits(StoppingCriteria):
     """Ends each row at its own limit, or where `should_stop(tokens)` says so."""
 
@@ -189,20 +161,20 @@ def generate(
     *,
     max_tokens: int | Sequence[int],
     eos_ids: set[int],
-    sampling: Sampling | None = None,
     seed: int | None = None,
     value_head: nn.Module | None = None,
     should_stop: Callable[[list[int]], bool] | None = None,
-) -> Generation:
+    **sampling: float,
+) -> Rollout:
     """Sample a response to each prompt (lists of token ids) with transformers' own `generate`.
 
     `max_tokens` is a limit for all rows or one for each. `seed` leaves torch's global random state
-    as it was; None goes on with it.
+    as it was; None goes on with it. `sampling` is `generation_config`'s. Log-probabilities are of
+    the tempered, unfiltered distribution.
     """
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
     if not prompts or any(not p for p in prompts) or min(limits) < 1:
         raise ValueError("every prompt needs a token, and every row a limit of at least 1")
-    sampling = sampling or Sampling()
     fed, start = left_padded(model, prompts)
     collect = LastHidden()
     hook = model.trunk.register_forward_hook(collect)
@@ -213,40 +185,40 @@ def generate(
                 torch.manual_seed(seed)
             made = model.base.generate(
                 **fed,
-                generation_config=generation_config(sampling, max(limits), eos_ids),
+                generation_config=generation_config(max(limits), eos_ids, **sampling),
                 stopping_criteria=StoppingCriteriaList([RowLimits(start, limits, should_stop)]),
             )
     finally:
         hook.remove()
     tokens = made.sequences[:, start:]  # (B, R)
-    hidden = torch.stack(collect.steps, dim=1)  # (B, R, D)
     logits = torch.stack(made.logits, dim=1)  # (B, R, V), before any filter
-    (logprobs,) = token_logprobs(logits, tokens, sampling.temperature or 1.0)
-    values = value_head(hidden) if value_head is not None else None
-    return cut(tokens, logprobs, values, limits, eos_ids, should_stop)
+    columns = list(token_logprobs(logits, tokens, sampling.get("temperature") or 1.0))
+    if value_head is not None:
+        columns.append(value_head(torch.stack(collect.steps, dim=1)))
+    return cut(prompts, tokens, columns, limits, eos_ids, should_stop)
 
 
-def generation_config(sampling: Sampling, longest: int, eos_ids: set[int]) -> GenerationConfig:
-    greedy = sampling.temperature == 0
-    chosen = (
-        {}
-        if greedy
-        else {
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p if sampling.top_p > 0 else 1.0,
-            "min_p": sampling.min_p or None,
-        }
-    )
+def generation_config(
+    longest: int,
+    eos_ids: set[int],
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> GenerationConfig:
+    """How tokens are picked: 0 and 1 switch a filter off, temperature 0 picks the likeliest."""
+    chosen = {"temperature": temperature, "top_k": top_k}
+    chosen |= {"top_p": top_p if top_p > 0 else 1.0, "min_p": min_p or None}
     return GenerationConfig(
-        do_sample=not greedy,
+        do_sample=temperature > 0,
         max_new_tokens=longest,
         eos_token_id=sorted(eos_ids) or None,
         pad_token_id=min(eos_ids, default=0),
         return_dict_in_generate=True,
         output_logits=True,
         remove_invalid_values=True,  # for the draw alone: NaN is found in the update, and skipped
-        **chosen,
+        **(chosen if temperature > 0 else {}),
     )
 
 
@@ -267,19 +239,20 @@ def left_padded(model: Tuned, prompts: Sequence[Sequence[int]]) -> tuple[dict, i
     return {"input_ids": tokens, "attention_mask": attention}, longest
 
 
-def cut(tokens, logprobs, values, limits, eos_ids, should_stop) -> Generation:
-    """Rows up to their end: EOS, a stop, or the limit."""
-    result = Generation([], [], [] if values is not None else None, [])
-    for row, written in enumerate(tokens.tolist()):
+def cut(prompts, tokens, columns, limits, eos_ids, should_stop) -> Rollout:
+    """Rows up to their end: EOS, a stop, or the limit; columns (B, R): logprobs and any values."""
+    responses, ended = [], []
+    for limit, written in zip(limits, tokens.tolist(), strict=True):
         length, finished = 0, False
-        while not finished and length < limits[row]:
+        while not finished and length < limit:
             length += 1
             finished = written[length - 1] in eos_ids or (
                 should_stop is not None and should_stop(written[:length])
             )
-        result.responses.append(written[:length])
-        result.logprobs.append(logprobs[row, :length].float().cpu().numpy())
-        if values is not None:
-            result.values.append(values[row, :length].float().cpu().numpy())
-        result.finished.append(finished)
-    return result
+        responses.append(written[:length])
+        ended.append(finished)
+    kept = [
+        [row[: len(r)].numpy() for row, r in zip(column.float().cpu(), responses, strict=True)]
+        for column in columns
+    ]
+    return Rollout([*prompts], responses, ended, *kept)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from pytorch_files import asking_the_disk
-from pytorch_models import DTYPES, loaded_from, read_config
+from pytorch_models import DTYPES, loaded_from, pick_device, read_config
 from torch import Tensor, nn
 
 from command_line.data_flags import cut_test_rows
@@ -122,12 +122,13 @@ class Encoder(nn.Module):
         return self._encode(*texts, truncation=True, max_length=longest)["input_ids"], True
 
 
-def load_encoder(args, device: torch.device) -> LoadedEncoder:
+def load_encoder(args) -> LoadedEncoder:
     """The encoder with a head for one number, new where it has none, and its tokenizer."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    device = pick_device(args.device)
     options = {"trust_remote_code": args.trust_remote_code}
     tokenizer = loaded_from(args.tokenizer or args.model, AutoTokenizer, **options)
     dtype = "float32" if args.dtype == "auto" else args.dtype

@@ -6,7 +6,6 @@ weights, which every script loads with --model. Heads lie beside either, in file
 """
 
 import copy
-import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from pytorch_models import LoadedModel, Tuned, mlx_layout, model_folder
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from errors import UserError
@@ -25,7 +24,8 @@ from models.adapter_description import (
     CONFIG_KEY,
     head_path,
     is_single_file,
-    read_json,
+    read_description,
+    read_head_description,
     remove_old_heads,
 )
 from models.base_fingerprint import (
@@ -34,11 +34,9 @@ from models.base_fingerprint import (
     check_quantization,
     described_base,
 )
+from models.tokenizer_files import GENERATION_CONFIG, TOKENIZER_FILES, copy_tokenizer
 from run_folder.checkpoint_folder import disk_refused
-from run_folder.run import OWN_NAMES, RUNS
 from safe_files import (
-    NOT_WHOLE,
-    copy_file,
     put_folder_in_place,
     replacing,
     sweep,
@@ -46,31 +44,18 @@ from safe_files import (
     synced_sum,
     temporary_name,
     write_atomically,
-    write_json,
 )
 
-# Copied as they are; weights and config.json are written anew.
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "*.tiktoken",
-    "chat_template.*",
-    "generation_config.json",
-)
 # All that is in a folder that was written here.
 OUTPUTS = (
     *TOKENIZER_FILES,
+    GENERATION_CONFIG,
     "config.json",
     "adapter_config.json",
     "*.safetensors",
     "*.safetensors.index.json",
     ".DS_Store",
 )
-WRITTEN = "written.json"  # in a run's folder: where it has written its model
 
 
 def is_adapter(path: str | Path, model: Tuned) -> bool:
@@ -94,27 +79,17 @@ def save_trained(
     `head`: name of the head that the caller saves beside it; those of an older adapter go.
     """
     path = Path(path)
-
-    def old_heads() -> None:
-        remove_old_heads(path, head)
-
-    if is_single_file(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        described = description(model, loaded)
-        write_arrays(path, stored_arrays(model), {CONFIG_KEY: described}, old_heads)
-    elif model.kind == "prompt":
-        path.mkdir(parents=True, exist_ok=True)
-        described = description(model, loaded)
-        file = path / "soft_prompt.safetensors"
-        write_arrays(file, stored_arrays(model), {CONFIG_KEY: described}, old_heads)
-        write_atomically(path / "adapter_config.json", json.dumps(described, indent=2) + "\n")
-    else:
+    if not is_adapter(path, model):
         save_merged(path, model, loaded, tokenizer)
+        return [path]
+    file = path if is_single_file(path) else path / "soft_prompt.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    described = description(model, loaded)
+    arrays = {name: mlx_layout(name, a.detach()) for name, a in model.arrays().items()}
+    write_arrays(file, arrays, {CONFIG_KEY: described}, lambda: remove_old_heads(path, head))
+    if file != path:
+        write_atomically(path / "adapter_config.json", json.dumps(described, indent=2) + "\n")
     return [path]
-
-
-def stored_arrays(model: Tuned) -> dict[str, Tensor]:
-    return {name: mlx_layout(name, a.detach()) for name, a in model.arrays().items()}
 
 
 def description(model: Tuned, loaded: LoadedModel) -> dict:
@@ -134,19 +109,12 @@ def description(model: Tuned, loaded: LoadedModel) -> dict:
 
 def read_adapter(path: str) -> tuple[dict[str, Tensor], dict]:
     """(arrays, description) of an adapter file or folder. Raises UserError where it is not one."""
-    path = Path(path)
+    path, file = Path(path), Path(path)
+    described = read_description(path)
     if path.is_dir():
-        for name in ("adapters.safetensors", "soft_prompt.safetensors"):
-            if (path / name).exists():
-                arrays, _ = read_arrays(path / name)
-                return arrays, json.loads((path / "adapter_config.json").read_text())
-        raise UserError(f"{path}: no adapter there; a merged folder is given as --model")
-    if not is_single_file(path):
-        raise UserError(f"{path}: an adapter is a .npz or .safetensors file, or a folder")
-    arrays, described = read_arrays(path)
-    if CONFIG_KEY not in described:
-        raise UserError(f"{path}: does not say what kind of adapter it is")
-    return arrays, described[CONFIG_KEY]
+        files = [path / f"{name}.safetensors" for name in ("adapters", "soft_prompt")]
+        file = next((each for each in files if each.exists()), files[0])
+    return read_arrays(file), described
 
 
 def load_adapter(loaded: LoadedModel, path: str, *, any_base: bool = False) -> Tuned:
@@ -175,9 +143,9 @@ def read_head(path: str | Path, name: str) -> tuple[dict[str, Tensor], dict] | N
     file = head_path(path, name)
     if not file.exists():
         return None
-    arrays, described = read_arrays(file)
+    arrays = read_arrays(file)
     check_finite(arrays, str(file))
-    return arrays, described.get(name, {})
+    return arrays, read_head_description(path, name)
 
 
 def check_finite(arrays: dict[str, Tensor], source: str) -> None:
@@ -191,51 +159,6 @@ def check_finite(arrays: dict[str, Tensor], source: str) -> None:
 
 
 # ---- merged folders ----------------------------------------------------------------------------
-
-
-def merged_weights(model: Tuned) -> dict[str, Tensor]:
-    """Weights of the base under its own names, the adapter added; the model stays as it is."""
-    weights = {
-        name.replace(".base_layer.", "."): weight
-        for name, weight in model.base.state_dict().items()
-        if ".lora_" not in name
-    }
-    for path, layer in model.base.named_modules():
-        if hasattr(layer, "lora_A"):
-            layer = copy.deepcopy(layer)
-            layer.merge()
-            weights[f"{path}.weight"] = layer.get_base_layer().weight.data
-    return weights
-
-
-def check_free(args) -> None:
-    """Raise UserError unless --save-file may be written: before the work, not after it.
-
-    A folder that is there is replaced where the run that is resumed has written it itself, or where
-    --overwrite deletes it with its run.
-    """
-    if args.save_file is None or is_single_file(args.save_file):
-        return
-    path, refused = Path(args.save_file).resolve(), f"--save-file {args.save_file}: "
-    run = (Path(args.output_dir) if args.output_dir else Path(RUNS, "new")).resolve()
-    inside = path.relative_to(run).parts if path.is_relative_to(run) else ()
-    if path in (run, *run.parents) or (inside and inside[0] in OWN_NAMES):
-        raise UserError(f"{refused}is where the run is kept; give another name")
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if args.overwrite and inside == ("model",):
-        return
-    written = run / WRITTEN
-    own = args.resume is not None and written.exists() and read_json(written)["path"] == str(path)
-    if not own or not is_output(path):
-        raise UserError(f"{refused}is there already; give another name, or move it away")
-
-
-def place_of_model(args, run: Path) -> Path:
-    """Where the model of a run goes; noted there, so that the same run may replace it."""
-    path = Path(args.save_file or run / "model")
-    write_json(run / WRITTEN, {"path": str(path.resolve())})
-    return path
 
 
 def is_output(path: Path) -> bool:
@@ -255,14 +178,15 @@ def save_merged(path: Path, model: Tuned, loaded: LoadedModel, tokenizer: str | 
     sweep(path)
     aside = temporary_name(path)
     try:
+        whole = model.base
+        if model.peft is not None:
+            whole = copy.deepcopy(model.peft).merge_and_unload()
         with asking_the_disk(path.parent):
-            model.base.save_pretrained(aside, state_dict=merged_weights(model))
+            whole.save_pretrained(aside)
         config = {**loaded.config, "dtype": str(model.base.dtype).removeprefix("torch.")}
         config.pop("torch_dtype", None)
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for pattern in TOKENIZER_FILES:
-            for file in model_folder(tokenizer or loaded.name).glob(pattern):
-                copy_file(file, aside / file.name)
+        copy_tokenizer(model_folder(tokenizer or loaded.name), aside)
         sync_tree(aside)
         put_folder_in_place(aside, path)
     finally:
@@ -292,11 +216,6 @@ def write_arrays(
         else:
             with asking_the_disk(path.parent):
                 save_file(arrays, aside, metadata=texts)  # one: several would be ordered by chance
-        there, _ = read_arrays(aside)
-        if there.keys() != arrays.keys() or not all(
-            torch.equal(there[n], arrays[n]) for n in there
-        ):
-            raise OSError(errno.EIO, NOT_WHOLE, str(path))
         synced_sum(aside)
         before()
 
@@ -310,22 +229,12 @@ def asking_the_disk(folder: Path) -> Iterator[None]:
         raise disk_refused(wrong, folder) from None
 
 
-def read_arrays(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, descriptions) of a .safetensors or .npz file. No pickle is ever read."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+def read_arrays(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .npz file. No pickle is ever read."""
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            texts = {k: arrays.pop(k).tobytes().decode() for k in [CONFIG_KEY] if k in arrays}
-            return {k: torch.from_numpy(a) for k, a in arrays.items()}, decoded(texts)
-        with safe_open(path, framework="pt") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
-            return arrays, decoded(file.metadata() or {})
+                return {n: torch.from_numpy(file[n]) for n in file.files if n != CONFIG_KEY}
+        return load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-
-
-def decoded(texts: dict[str, str]) -> dict:
-    return {name: json.loads(text) for name, text in texts.items() if name != "format"}

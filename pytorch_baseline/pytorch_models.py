@@ -11,7 +11,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from project_root import ROOT
 from torch import Tensor, nn
 
 from errors import UserError
+from models.adapter_description import check_shapes, match_keys, path_in_block
 from models.base_fingerprint import base_fingerprint
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -175,12 +176,10 @@ class Tuned(nn.Module):
         if self.kind == "full":
             raise RuntimeError("full fine-tuning has no base to go back to; keep a reference copy")
         was_active, self.active = self.active, False
+        adapted = was_active and self.kind != "prompt"
         try:
-            if self.kind == "prompt" or not was_active:
+            with self.peft.disable_adapter() if adapted else nullcontext():
                 yield
-            else:
-                with self.peft.disable_adapter():
-                    yield
         finally:
             self.active = was_active
 
@@ -245,14 +244,8 @@ class Tuned(nn.Module):
 
     def load_arrays(self, arrays: dict[str, Tensor], source: str) -> None:
         """Take over `arrays` (in the layout of `mlx_layout`); UserError lists every mismatch."""
-        expected, problems = self.arrays(), []
-        for name in sorted(arrays.keys() | expected.keys()):
-            there = tuple(arrays[name].shape) if name in arrays else None
-            here = tuple(mlx_layout(name, expected[name]).shape) if name in expected else None
-            if there != here:
-                problems.append(f"{name} is {there} in the file and {here} in the model")
-        if problems:
-            raise UserError(f"{source}: does not fit the model: " + "; ".join(problems))
+        expected = self.arrays()
+        check_shapes(arrays, {n: mlx_layout(n, a) for n, a in expected.items()}, source)
         with torch.no_grad():
             for name, target in expected.items():
                 target.copy_(mlx_layout(name, arrays[name]))
@@ -290,25 +283,15 @@ def lora_targets(base: nn.Module, keys: list[str] | None, num_layers: int) -> li
 
     Raises UserError for a key that picks none, and for a model without any (GPT-2 has Conv1D).
     """
-    inside = re.compile(r".*\.\d+\.(.+)")  # a block's number, then the path inside the block
-    linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
-    linear = [name for name in linear if inside.fullmatch(name)]
-    if not linear:
+    modules = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    numbers = {name: int(found[1]) for name in modules if (found := re.search(r"\.(\d+)\.", name))}
+    if not numbers:
         kind = base.config.model_type
         raise UserError(f"{kind}: has no linear layers for an adapter here; the MLX scripts may")
-    paths = sorted({inside.fullmatch(name)[1] for name in linear})
-    for key in keys or ():
-        if not any(path == key or path.endswith(f".{key}") for path in paths):
-            raise UserError(f"--lora-keys {key}: no such layer; this model has {', '.join(paths)}")
+    wanted = {*match_keys(sorted({*map(path_in_block, numbers)}), keys)}
     blocks = base.config.num_hidden_layers
     first = 0 if num_layers <= 0 else max(blocks - num_layers, 0)
-
-    def wanted(name: str) -> bool:
-        path, block = inside.fullmatch(name)[1], int(re.search(r"\.(\d+)\.", name)[1])
-        fits = keys is None or any(path == k or path.endswith(f".{k}") for k in keys)
-        return fits and block >= first
-
-    return [name for name in linear if wanted(name)]
+    return [n for n, block in numbers.items() if block >= first and path_in_block(n) in wanted]
 
 
 LEAVES = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}

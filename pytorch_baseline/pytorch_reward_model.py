@@ -10,31 +10,26 @@ from pytorch_models import Tuned, load_model
 from torch import Tensor, nn
 
 from errors import UserError
-from models.adapter_description import REWARD_HEAD
-from models.reading import Reading
+from models.adapter_description import REWARD_HEAD, check_shapes
+from models.text_scores import TextScores
 
-POOLINGS = ("mean", "last")
 NOTHING_TRAINED = {"fine_tune_type": "full"}
 
 
-class RewardModel(nn.Module):
-    """tokens (B, L) and lengths (B,) -> scores (B,); score = gain * raw + offset.
+class RewardModel(TextScores, nn.Module):
+    """tokens (B, L) and lengths (B,) -> scores (B,); the rest is models/text_scores.py.
 
-    `pooling` is "mean" over all tokens of the text, or the "last" token. transformers' own
-    *ForSequenceClassification knows the last token alone, and has no gain and offset.
+    transformers' own *ForSequenceClassification knows the last token alone, no gain and offset.
     """
 
     def __init__(self, model: Tuned, *, pooling: str = "mean"):
         super().__init__()
         width = model.base.config.hidden_size
-        self.model, self.pooling = model, pooling
+        self.set_up_scores(pooling)
+        self.model = model
         # normal(0, 1/sqrt(D+1)) as in lm-human-preference-details
         self.weight = nn.Parameter(torch.randn(1, width) * (width + 1) ** -0.5)
         self.bias = nn.Parameter(torch.zeros(1))
-        self.gain, self.offset = 1.0, 0.0
-        self.reading = Reading()
-        self.prefix: list[int] = []  # tokens of a fused soft prompt
-        self.pad_id: int | None = None
         self.to(model.device)
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -54,30 +49,18 @@ class RewardModel(nn.Module):
         """Normalised scores of whole texts (token ids, prompt and response), in their order."""
         was_training = self.training
         self.eval()
-        sequences = [self._prepared(list(sequence)) for sequence in sequences]
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-        scores = np.zeros(len(sequences), dtype=np.float32)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            lengths = torch.tensor([len(sequences[i]) for i in rows], device=self.model.device)
-            tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-            for place, i in enumerate(rows):
-                tokens[place, : len(sequences[i])] = torch.tensor(sequences[i])
-            scores[rows] = self(tokens.to(self.model.device), lengths).cpu().numpy()
+        prepared = [self.prepared(sequence) for sequence in sequences]
+        scores = self.scaled(prepared, batch_size, self.raw_scores)
         self.train(was_training)
-        return (self.gain * scores + self.offset).tolist()
+        return scores
 
-    def _prepared(self, ids: list[int]) -> list[int]:
-        while self.pad_id is not None and len(ids) > 1 and ids[-1] == self.pad_id:
-            ids.pop()
-        return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
+    def raw_scores(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        inputs = (torch.from_numpy(a).long().to(self.model.device) for a in (tokens, lengths))
+        return self(*inputs).cpu().numpy()
 
     def save_head(self, path: str):
-        described = {"pooling": self.pooling, "gain": self.gain, "offset": self.offset}
-        if self.pad_id is not None:
-            described["pad_id"] = self.pad_id
-        described |= self.reading.description()
-        return save_head(path, REWARD_HEAD, {"weight": self.weight, "bias": self.bias}, described)
+        arrays = {"weight": self.weight, "bias": self.bias}
+        return save_head(path, REWARD_HEAD, arrays, self.description())
 
     def load_head(self, path: str) -> None:
         """Take over the head beside an adapter or in a folder, and what it says of itself."""
@@ -85,30 +68,11 @@ class RewardModel(nn.Module):
         if found is None:
             raise UserError(f"{path}: has no reward head beside it; make one with --reward-model")
         arrays, described = found
-        if arrays["weight"].shape != self.weight.shape:
-            raise UserError(
-                f"{path}: its reward head is {tuple(arrays['weight'].shape)}, this "
-                f"model needs {tuple(self.weight.shape)}"
-            )
+        check_shapes(arrays, {"weight": self.weight, "bias": self.bias}, path)
         with torch.no_grad():
             self.weight.copy_(arrays["weight"])
             self.bias.copy_(arrays["bias"])
-        self.pooling = described.get("pooling", "mean")
-        if self.pooling not in POOLINGS:
-            raise UserError(f"{path}: pooling is none of {', '.join(POOLINGS)}")
-        self.gain, self.offset = described.get("gain", 1.0), described.get("offset", 0.0)
-        self.reading = Reading.described(described)
-        self.prefix, self.pad_id = described.get("prefix", []), described.get("pad_id")
-
-
-def normalise(model: RewardModel, texts: Sequence[Sequence[int]]) -> None:
-    """Set gain and offset so that the scores of `texts` have mean 0 and standard deviation 1."""
-    model.gain, model.offset = 1.0, 0.0
-    scores = np.array(model.score(texts), dtype=np.float64)
-    if not scores.std() > 0:
-        raise UserError("--normalize-samples: all samples have the same score")
-    model.gain = float(1 / scores.std())
-    model.offset = float(-scores.mean() / scores.std())
+        self.take_description(described, path)
 
 
 def load_reward_model(path: str, base: str | None = None, *, any_base: bool = False, **options):

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 
 import project_root  # noqa: F401
-from pytorch_actor_critic import Sampling, generate
+from pytorch_actor_critic import generate
 from pytorch_files import load_adapter
 from pytorch_models import Tuned, load_model, pick_device
 from pytorch_reward_model import NOTHING_TRAINED
@@ -90,7 +90,7 @@ def main(words=None) -> None:
             [tokens],
             max_tokens=args.max_tokens,
             eos_ids=ends,
-            sampling=Sampling(temperature=args.temp),
+            temperature=args.temp,
             seed=args.seed + number,
         )
         reply = loaded.tokenizer.decode(made.responses[0], skip_special_tokens=True).strip()

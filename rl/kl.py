@@ -1,4 +1,4 @@
-"""The KL penalty between policy and reference, and the controllers of its coefficient."""
+"""The KL penalty between policy and reference; its coefficient: rl/scores.py."""
 
 import mlx.core as mx
 
@@ -36,48 +36,3 @@ def full_kl(logits: mx.array, ref_logits: mx.array) -> mx.array:
     possible = logp > -mx.inf
     difference = mx.where(possible, logp - ref_logp, 0.0)
     return (mx.where(possible, mx.exp(logp), 0.0) * difference).sum(axis=-1)
-
-
-class AdaptiveKLController:
-    """Moves the coefficient so that the KL comes to `target` (Ziegler et al. 2019, section 2.2)."""
-
-    def __init__(self, init_kl_coef: float, target: float, horizon: float):
-        """`target` in nats per response; `horizon` in episodes. Raises ValueError unless > 0."""
-        if target <= 0 or horizon <= 0:
-            raise ValueError(f"KL target {target} and horizon {horizon} must be above 0")
-        self.value = float(init_kl_coef)
-        self.target = float(target)
-        self.horizon = float(horizon)
-
-    def update(self, current: float, n_steps: int) -> None:
-        """After a step: `current` is the mean KL of a response, `n_steps` the batch size.
-
-        Raises ValueError where one step could bring the coefficient to 0 or below.
-        """
-        if 0.2 * n_steps >= self.horizon:
-            raise ValueError(f"KL horizon {self.horizon} must be above a fifth of {n_steps}")
-        error = min(max(float(current) / self.target - 1.0, -0.2), 0.2)
-        self.value *= 1.0 + error * n_steps / self.horizon
-
-    def state_dict(self) -> dict[str, float]:
-        """What changes while training; target and horizon are options of the run."""
-        return {"value": self.value}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.value = float(state["value"])
-
-
-class FixedKLController:
-    """A coefficient that stays as it is."""
-
-    def __init__(self, init_kl_coef: float):
-        self.value = float(init_kl_coef)
-
-    def update(self, current: float, n_steps: int) -> None:
-        """Nothing to do."""
-
-    def state_dict(self) -> dict[str, float]:
-        return {"value": self.value}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.value = float(state["value"])

@@ -1,12 +1,13 @@
-"""A PPO step's metrics under TRL's names, and the warnings that they call for."""
+"""A PPO step's metrics under TRL's names, and the warnings that they call for. No array library."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rl.rollouts import Rollout
-from rl.shaping import rollout_stats
 
 if TYPE_CHECKING:
     from rl.ppo_config import PPOConfig
@@ -16,8 +17,11 @@ ALMOST_NO_ENTROPY = 0.01  # nats per token
 MOSTLY_CUT_OFF = 0.5  # share of responses
 
 
-def rollout_statistics(rollout: Rollout) -> dict:
-    """Metrics of a batch before it is trained on; those of the KL where a reference was asked."""
+def rollout_statistics(rollout: Rollout, rollout_stats: Callable[..., dict]) -> dict:
+    """Metrics of a batch before it is trained on; those of the KL where a reference was asked.
+
+    `rollout_stats` is the backend's (rl/shaping.py).
+    """
     stats = rollout_stats(
         rollout.scores,
         rollout.logprobs,
@@ -44,9 +48,11 @@ def minibatch_means(minibatches: Sequence[Mapping[str, float]]) -> dict[str, flo
     }
 
 
-def step_statistics(rollout: Rollout, minibatches: list[dict[str, float]]) -> dict:
+def step_statistics(
+    rollout: Rollout, minibatches: list[dict[str, float]], rollout_stats: Callable[..., dict]
+) -> dict:
     """Metrics of a step: of the rollout, and the means over its minibatches ("ppo/" in front)."""
-    stats = rollout_statistics(rollout)
+    stats = rollout_statistics(rollout, rollout_stats)
     stats |= {f"ppo/{name}": value for name, value in minibatch_means(minibatches).items()}
     variance = stats["ppo/returns/var"]
     error = stats["ppo/val/error"]
@@ -115,3 +121,26 @@ def warnings_for(stats: dict, max_new_tokens: int) -> dict[str, str]:
             "raise --max-new-tokens or set --missing-eos-penalty"
         )
     return found
+
+
+class StageClock:
+    """Seconds of each stage, under TRL's names."""
+
+    def __init__(self):
+        self._start = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._laps[f"time/ppo/{name}"] = now - self._last
+        self._last = now
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Around a part of what the next `lap` covers."""
+        start = time.perf_counter()
+        yield
+        self._laps[f"time/ppo/{name}"] = time.perf_counter() - start
+
+    def times(self) -> dict[str, float]:
+        return self._laps | {"time/ppo/total": time.perf_counter() - self._start}

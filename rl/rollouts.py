@@ -1,10 +1,17 @@
-"""One batch of experience: what was asked, what was written, and what training makes of it."""
+"""One batch of experience: what was asked, what was written, and what training makes of it.
 
-from collections.abc import Sequence
+No array library: the PyTorch twin shares it.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import mlx.core as mx
 import numpy as np
+
+from errors import UserError
+
+Array = Any  # of MLX or PyTorch
 
 
 @dataclass
@@ -22,16 +29,16 @@ class Rollout:
     sampled_values: list[np.ndarray] | None = None  # B x (length,), None: no value head, not kept
     masks: list[np.ndarray] = None  # B x (length,), True where a response token counts (all)
 
-    scores: mx.array = field(default=None)  # (B,) after penalties, scaling and clipping
-    mask: mx.array = field(default=None)  # (B, R) 1 where there is a token
-    logprobs: mx.array = field(default=None)  # (B, R) under the policy that wrote them
-    ref_logprobs: mx.array = field(default=None)  # (B, R)
-    values: mx.array = field(default=None)  # (B, R)
-    kls: mx.array = field(default=None)  # (B, R) nats
-    non_score_rewards: mx.array = field(default=None)  # (B, R) -beta * KL
-    rewards: mx.array = field(default=None)  # (B, R) the same, plus the score on the last token
-    advantages: mx.array = field(default=None)  # (B, R)
-    returns: mx.array = field(default=None)  # (B, R)
+    scores: Array = field(default=None)  # (B,) after penalties, scaling and clipping
+    mask: Array = field(default=None)  # (B, R) 1 where there is a token
+    logprobs: Array = field(default=None)  # (B, R) under the policy that wrote them
+    ref_logprobs: Array = field(default=None)  # (B, R)
+    values: Array = field(default=None)  # (B, R)
+    kls: Array = field(default=None)  # (B, R) nats
+    non_score_rewards: Array = field(default=None)  # (B, R) -beta * KL
+    rewards: Array = field(default=None)  # (B, R) the same, plus the score on the last token
+    advantages: Array = field(default=None)  # (B, R)
+    returns: Array = field(default=None)  # (B, R)
 
     def __post_init__(self):
         if self.masks is None:
@@ -62,9 +69,121 @@ def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
     return Rollout(**{name: joined(name) for name in SAMPLED})
 
 
-def pad_rows(rows: Sequence[np.ndarray]) -> mx.array:
+def pad_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
     """Rows of different length -> (B, R) float32, right-padded with 0."""
     padded = np.zeros((len(rows), max(map(len, rows))), dtype=np.float32)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
-    return mx.array(padded)
+    return padded
+
+
+def set_mask(rollout: Rollout, as_array: Callable[[np.ndarray], Array]) -> None:
+    """Fill in `mask`: which places of the (B, R) arrays hold a counted token."""
+    rollout.mask = as_array(pad_rows([np.ones(mask.sum()) for mask in rollout.masks]))
+
+
+def use_sampled(rollout: Rollout, as_array: Callable[[np.ndarray], Array]) -> bool:
+    """Fill in logprobs (and values) that sampling kept; False where it kept none."""
+    if rollout.sampled_logprobs is None:
+        return False
+
+    def padded(rows):
+        kept = [row[mask] for row, mask in zip(rows, rollout.masks, strict=True)]
+        return as_array(pad_rows(kept))
+
+    rollout.logprobs = padded(rollout.sampled_logprobs)
+    if rollout.sampled_values is not None:
+        rollout.values = padded(rollout.sampled_values)
+    return True
+
+
+def token_lists(rows: Sequence) -> list[list[int]]:
+    """Rows of token ids, be they lists or arrays, as lists of int."""
+    return [row.tolist() if hasattr(row, "tolist") else list(row) for row in rows]
+
+
+# ---- random numbers ----------------------------------------------------------------------------
+
+# What a step's random streams are for. One belongs to (seed, step, purpose), so a resumed run draws
+# what one never stopped would have.
+SAMPLING, ORDER, LENGTHS, EVALUATION, REFERENCE = range(5)
+
+
+def stream(seed: int, step: int, *purpose: int) -> np.random.Generator:
+    """Random numbers that depend on seed, step and purpose alone."""
+    return np.random.default_rng([seed, step, *purpose])
+
+
+def minibatch_order(count: int, seed: int, step: int, epoch: int) -> np.ndarray:
+    """A permutation of `count` responses, fresh for each epoch of each step."""
+    return stream(seed, step, ORDER, epoch).permutation(count)
+
+
+def response_limits(
+    shortest: int | None, longest: int, count: int, seed: int, step: int, *part: int
+) -> int | list[int]:
+    """The longest response allowed: one number, or one drawn for each of `count` responses."""
+    if shortest is None:
+        return longest
+    random = stream(seed, step, LENGTHS, *part)
+    return random.integers(shortest, longest + 1, size=count).tolist()
+
+
+# ---- whether a step can learn from it ----------------------------------------------------------
+
+
+def check_rollout(
+    queries: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    scores: Sequence[float],
+    masks: Sequence[Sequence[int]] | None,
+    batch_size: int,
+    vocabulary: int,
+) -> None:
+    """Refuse what PPO cannot learn from; the UserError says which row.
+
+    `queries` and `responses` are lists of token ids, of which there are `vocabulary`.
+    """
+    for name, rows in (("queries", queries), ("responses", responses), ("scores", scores)):
+        if len(rows) != batch_size:
+            raise UserError(f"{name}: {len(rows)} given, the batch size is {batch_size}")
+    if masks is not None and len(masks) != batch_size:
+        raise UserError(f"response_masks: {len(masks)} given, the batch size is {batch_size}")
+    check_token_ids("query", queries, vocabulary)
+    check_token_ids("response", responses, vocabulary)
+    for row, (query, response, score) in enumerate(zip(queries, responses, scores, strict=True)):
+        if not len(query):
+            raise UserError(f"row {row}: the query is empty")
+        if not len(response):
+            raise UserError(f"row {row}: the response is empty")
+        if not np.isfinite(score):
+            raise UserError(f"row {row}: the score is {score}")
+        if masks is not None:
+            if len(masks[row]) != len(response):
+                raise UserError(
+                    f"row {row}: the response mask has {len(masks[row])} places, "
+                    f"the response {len(response)} tokens"
+                )
+            if not any(masks[row]):
+                raise UserError(f"row {row}: the response mask leaves no token")
+
+
+def check_token_ids(name: str, rows: Sequence[Sequence[int]], vocabulary: int) -> None:
+    """UserError, naming the row, for an id that no token has; MLX would read beyond memory."""
+    for row, ids in enumerate(rows):
+        if wrong := [i for i in ids if not 0 <= i < vocabulary]:
+            raise UserError(
+                f"row {row}: the {name} has the token id {wrong[0]}; the model's go "
+                f"from 0 to {vocabulary - 1}"
+            )
+
+
+def as_numbers(scores: Sequence[float]) -> list[float]:
+    """Scores as floats; UserError, naming the row, for what is no number."""
+    numbers = []
+    for row, score in enumerate(scores):
+        try:
+            numbers.append(float(score))
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(f"row {row}: the score is {score!r}, and no number") from None
+    return numbers

@@ -181,6 +181,11 @@ def watched(items: Iterable[Item], name: str, total: int | None = None) -> Itera
             wait.advance()
 
 
+def say_gb(gigabytes: float) -> str:
+    """``1.23 GB``, or ``45.6 MB`` below a tenth of one."""
+    return f"{gigabytes:.2f} GB" if gigabytes >= 0.1 else f"{gigabytes * 1000:.1f} MB"
+
+
 def pace(rate: float) -> str:
     """A rate of steps per second; below one, seconds per step."""
     return f"{rate:.2f} steps/s" if rate >= 1 or rate <= 0 else f"{1 / rate:.3g} s/step"

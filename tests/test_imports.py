@@ -176,7 +176,8 @@ def test_no_file_imports_upward():
     assert upward({Path("training/memory.py"): {high}}), "training knows nothing of flags"
 
 
-TRAINERS = ("mlx_sft_trainer", "mlx_ppo_trainer", "mlx_group_trainer")
+# fewer than so many files of the project; the group trainer has statistics of two kinds
+TRAINERS = {"mlx_sft_trainer": 25, "mlx_ppo_trainer": 25, "mlx_group_trainer": 26}
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -188,7 +189,7 @@ def test_a_trainer_brings_in_few_files(trainer):
     )
     loaded = set(done.stdout.split())
     ours = {module_files()[name] for name in loaded & {*module_files()}}
-    assert 10 < len(ours) < 25, sorted(map(str, ours))
+    assert 10 < len(ours) < TRAINERS[trainer], sorted(map(str, ours))
     assert not {unit(file) for file in ours} & {"run_folder", "command_line", "reports", "rewards"}
     assert "wandb" not in loaded
 
@@ -252,18 +253,41 @@ def test_pytorch_stays_in_the_baseline():
     assert not {name.partition(".")[0] for name in names} & PYTORCH
 
 
-def test_the_baseline_is_written_without_mlx():
-    files = [file for file in FILES if unit(file) == "pytorch_baseline"]
-    of_models = set()
-    for file in files:
+def loaded_with(file: Path) -> Iterator[str]:
+    """Modules that a file imports when it is imported itself; not those inside functions."""
+    for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def way_to_mlx(file: Path) -> list[Path]:
+    """Files that import one the other from `file` on until one imports MLX; [] where none does."""
+    files, ways = module_files(), [[file]]
+    seen = {file}
+    for way in ways:
+        for module in loaded_with(way[-1]):
+            if module.partition(".")[0] in ("mlx", "mlx_lm"):
+                return way
+            if module in files and files[module] not in seen:
+                seen.add(files[module])
+                ways.append([*way, files[module]])
+    return []
+
+
+LOOPS = ("supervised_loop", "rollout_loop", "group_loop", "checkpointed", "launch")
+
+
+def test_the_twin_and_the_loops_load_no_mlx():
+    twin = [file for file in FILES if unit(file) == "pytorch_baseline"]
+    assert len(twin) > 10
+    for file in (*twin, *(Path("training", f"{name}.py") for name in LOOPS)):
+        assert not way_to_mlx(file), way_to_mlx(file)
+    for file in twin:  # inside functions too
         assert not roots(file) & {"mlx", "mlx_lm", "mlx_ppo_trainer", "mlx_sft_trainer"}, file
-        of_models |= {module for module, _ in imports(file) if module.startswith("models")}
-    assert "models.base_fingerprint" in of_models
-    waiting = [*of_models]
-    for module in waiting:  # and what those import
-        file = Path(module.replace(".", "/") + ".py")
-        assert not roots(file) & {"mlx", "mlx_lm"}, module
-        waiting += {m for m, _ in imports(file) if m.startswith("models")} - {*waiting}
+    assert way_to_mlx(Path("training/mlx_backend.py")), "a way is found where there is one"
 
 
 def test_mlx_lm_is_reached_through_models():

@@ -1,4 +1,4 @@
-"""A run's checkpoints on MLX: what both loops save, and how they go back to it."""
+"""A run's checkpoints: what both loops save, and how they go back to it."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,12 +18,9 @@ from run_folder.resuming import (
 )
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop, StepGivenUp
-from training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from training.endings import not_finite
+from training.backend import Backend, Checkpoint
+from training.endings import check_memory, not_finite
 from training.groups import Arrays, Group
-from training.memory import check_memory
-from training.optimizers import optimizer_arrays, restore_optimizer
-from training.streams import rng_state, set_rng_state
 
 
 @dataclass
@@ -42,6 +39,7 @@ class Resumable:
 
     run_folder: Run
     trainer: Any
+    backend: Backend
     groups: Mapping[str, Group]
     schedule: Any  # with keep_checkpoints and memory_limit
     base: str | None  # fingerprint of the model that is trained
@@ -77,7 +75,7 @@ class Resumable:
 
     def resume(self, path: Path | None, *, force: bool = False) -> None:
         """Go back to a checkpoint (None: to the start); `force`: also with other data or base."""
-        saved = load_checkpoint(path) if path is not None else None
+        saved = self.backend.load_checkpoint(path) if path is not None else None
         if saved is not None:
             check_checkpoint_options(path, self.run_folder, force)
             if not force:
@@ -89,16 +87,15 @@ class Resumable:
         set_aside_after(path, self.run_folder.checkpoints)
         number_old_ones(self.run_folder.checkpoints, self.run_folder.own_options)
         self.run_folder.load_state_dict({} if saved is None else saved.state["run"])
-        if saved is not None:
-            set_rng_state(saved.state["rng"])
-            if force:  # what was allowed to differ is a checkpoint's own from now on
-                self.checkpoint()
+        if saved is not None and force:  # what was allowed to differ is a checkpoint's own now
+            self.checkpoint()
 
     def take(self, saved: Checkpoint) -> None:
         """The weights of a checkpoint, and where its run stood."""
         for name, group in self.groups.items():
             group.put(saved.arrays[name])
-        restore_optimizer(self.trainer.optimizer, saved.arrays["optimizer"], self.trained())
+        optimizer, generators = saved.arrays["optimizer"], saved.state["rng"]
+        self.backend.restore_training(self.trainer, optimizer, generators, self.trained())
         self.step, self.bad_in_a_row = saved.step, saved.state["bad_in_a_row"]
         self.take_state(saved.state)
 
@@ -127,16 +124,17 @@ class Resumable:
     def snapshot(self) -> Snapshot:
         """All that the next checkpoint holds; arrays are not copied."""
         arrays = {name: group.get() for name, group in self.groups.items()}
+        arrays["optimizer"], generators = self.backend.training_state(self.trainer)
         state = copy.deepcopy(self.state()) | {
             "bad_in_a_row": self.bad_in_a_row,
             "data": self.data,
             "base": self.base,
             "run": self.run_folder.state_dict(),
-            "rng": rng_state(),
+            "rng": generators,
         }
         return Snapshot(
             self.step,
-            arrays | {"optimizer": optimizer_arrays(self.trainer.optimizer)},
+            arrays,
             {name: group.described() for name, group in self.groups.items()},
             state,
             self.evaluation_due(),
@@ -149,7 +147,7 @@ class Resumable:
         """Write a checkpoint; rows of the run folder that are younger than it are taken back."""
         self.run_folder.cut_back(now.state["run"])
         try:
-            save_checkpoint(
+            self.backend.save_checkpoint(
                 self.run_folder.checkpoints,
                 now.step,
                 now.arrays,
@@ -164,4 +162,4 @@ class Resumable:
             raise not_finite(self.run_folder, str(wrong)) from None
 
     def check_memory(self) -> None:
-        check_memory(self.schedule.memory_limit)
+        check_memory(self.schedule.memory_limit, self.backend.peak_memory())

@@ -10,7 +10,6 @@ Nothing is ever pickled.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,7 @@ from run_folder.checkpoint_folder import (
 )
 from run_folder.manifest import Metric, problem, read_manifest
 from safe_files import plain, write_checked
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint in memory: ``arrays[group][name]`` and whatever ``state`` was saved with."""
-
-    path: Path
-    step: int
-    arrays: dict[str, dict[str, mx.array]]
-    state: dict[str, Any]
+from training.backend import Checkpoint
 
 
 def save_checkpoint(

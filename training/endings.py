@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import MEMORY_ADVICE, UserError
 from run_folder.checkpoint_folder import list_checkpoints
 from run_folder.manifest import Metric, problem
 from run_folder.run import Run, read_rows
@@ -49,6 +49,14 @@ def save_or_stop(
     except UserError:
         loop.checkpoint()
         raise
+
+
+def check_memory(gigabytes: float | None, peak: float) -> None:
+    """Raise ``UserError`` once the peak, in GB, has passed a limit."""
+    if gigabytes is not None and peak > gigabytes:
+        raise UserError(
+            f"--memory-limit: {peak:.3g} GB were needed, {gigabytes:g} allowed; {MEMORY_ADVICE}"
+        )
 
 
 def report_skipped(loop: Any, skipped: float, what: str, last_bad: str = "") -> None:

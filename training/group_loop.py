@@ -10,10 +10,9 @@ import numpy as np
 
 from data_utils import PromptRow
 from rl.group_advantages import group_stds, weighted_sum
-from rl.rollouts import join_rollouts
+from rl.rollouts import join_rollouts, stream
 from run_folder.console import Progress
 from training.rollout_loop import Experience, RolloutLoop
-from training.rollout_stages import stream
 
 FRESH = 4  # what a random stream is for, beside those of training/rollout_stages.py
 

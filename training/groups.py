@@ -4,12 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
-
 from models.adapter_description import CONFIG_KEY
-from models.tuning import Tuning
 
-Arrays = dict[str, mx.array]
+Arrays = dict[str, Any]  # of MLX or PyTorch, by name
 
 
 @dataclass
@@ -24,8 +21,8 @@ class Group:
     described: Callable[[], dict[str, Any]] = dict
 
 
-def adapter_group(tuning: Tuning, described: dict) -> Group:
-    """The arrays of `tuning`; `described` is models.adapter_files.describe's."""
+def adapter_group(tuning: Any, described: dict) -> Group:
+    """The arrays of `tuning` (models/tuning.py); `described` is models.adapter_files.describe's."""
     return Group(
         tuning.arrays,
         lambda arrays: tuning.load_arrays(arrays, "checkpoint"),

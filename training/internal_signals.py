@@ -14,8 +14,9 @@ from rewards.composite import CompositeRewards
 from rewards.internal import ROWS, Signals
 from rewards.reward_set import RewardSet
 from rewards.scored_rows import response_text
+from rl.rollouts import stream
 from training.groups import Group
-from training.rollout_stages import reference_of, sample, stream
+from training.rollout_stages import reference_of, sample
 
 CALIBRATION = 5  # what a random stream is for, beside those of training/rollout_stages.py
 

@@ -8,16 +8,16 @@
 MLX and what stands on it is imported when it is needed: help and mistakes answer at once.
 """
 
-import fast_blas
-
+import math
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from run_folder.checkpoint_folder import latest_checkpoint, saving
-from run_folder.console import command, next_lines, watched
+from run_folder.console import command, next_lines, say_gb, watched
 from run_folder.run import Run, read_rows
 from run_folder.run_config import MADE_BY, checkpoint_asked_for
 from run_folder.stopping import GracefulStop, StepGivenUp
@@ -26,6 +26,8 @@ from safe_files import check_place
 
 def start(seed: int, memory_limit: float | None, **model: Any):
     """Seed everything, limit the memory (GB), and load the model (options of `load_model`)."""
+    import fast_blas
+
     from models.load import load_model
     from training.memory import set_memory_limit
     from training.streams import seed_everything
@@ -47,19 +49,21 @@ def supervised_loop(
     plan: Any,
     length: tuple[int, int | None],
     schedule: Mapping[str, Any],
+    *,
+    parts: "Parts | None" = None,
     **options: Any,
 ) -> Callable[[Run], Any]:
-    """A function of a run that gives the loop of a SupervisedTrainer, with samples as it goes.
+    """A function of a run that gives the loop of a trainer, with samples as it goes.
 
     `length` is training_length's (updates, batches), `schedule` schedule_options' of the flags,
     `plan` the BatchPlan of the rows to train on; `options` are further fields of the `Loop`.
+    `parts` are the backend's; None: those of a SupervisedTrainer on MLX.
     """
     from data_utils import BatchIterator
-    from models.adapter_files import describe
-    from training.samples import write_samples
-    from training.supervised_loop import Loop, Schedule
+    from training.supervised_loop import Schedule
 
-    task, (steps, batches) = trainer.task, length
+    parts = parts or mlx_parts(args, loaded, trainer, rows)
+    steps, batches = length
     numbers = Schedule(
         steps=steps,
         eval_every=args.steps_per_eval,
@@ -68,17 +72,44 @@ def supervised_loop(
         patience=args.early_stopping_patience,
         **schedule,
     )
-    return lambda run: Loop(
+    return lambda run: parts.loop(
         run,
         trainer,
-        task.groups(describe(task.tuning, loaded)),
+        parts.groups,
         BatchIterator(rows["train"].rows, plan),
         numbers,
-        after_validation=lambda step: write_samples(
+        after_validation=lambda step: parts.write_samples(run, step),
+        base=loaded.fingerprint,
+        backend=parts.backend,
+        **options,
+    )
+
+
+@dataclass
+class Parts:
+    """What of a loop is a backend's own."""
+
+    loop: type
+    groups: Mapping[str, Any]  # of training/groups.py
+    backend: Any  # of training/backend.py
+    write_samples: Callable[[Run, int], None] = lambda run, step: None
+
+
+def mlx_parts(args: Namespace, loaded: Any, trainer: Any, rows: Mapping[str, Any]) -> Parts:
+    """The loop of a SupervisedTrainer."""
+    from models.adapter_files import describe
+    from training import mlx_backend
+    from training.samples import write_samples
+    from training.supervised_loop import Loop
+
+    task = trainer.task
+    return Parts(
+        Loop,
+        task.groups(describe(task.tuning, loaded)),
+        mlx_backend,
+        lambda run, step: write_samples(
             run, step, loaded, task, args.sample_prompts, rows.get("samples")
         ),
-        base=loaded.fingerprint,
-        **options,
     )
 
 
@@ -92,18 +123,24 @@ def rollout_loop(
     validation: Sequence,
     schedule: Mapping[str, Any],
     stop_test: Callable[[list[int]], bool] | None,
+    *,
+    backend: Any = None,
     **groups: Any,
 ) -> Callable[[Run], Any]:
     """A function of a run that gives the `loop` (RolloutLoop or a kind of it) of a trainer.
 
     `schedule` is schedule_options' of the flags; `groups` are arrays that belong into checkpoints
-    beside what is trained (training/groups.py), by name.
+    (training/groups.py), by name, with those of a `backend` that is given also what is trained.
     """
-    from models.adapter_files import describe
-    from training.groups import adapter_group
     from training.rollout_loop import RolloutSchedule
 
-    tuning = trainer.model.tuning
+    if backend is None:
+        from models.adapter_files import describe
+        from training import mlx_backend as backend
+        from training.groups import adapter_group
+
+        tuning = trainer.model.tuning
+        groups = {"adapters": adapter_group(tuning, describe(tuning, loaded))} | groups
     numbers = RolloutSchedule(
         steps=trainer.config.num_steps,
         eval_every=args.eval_every,
@@ -118,10 +155,11 @@ def rollout_loop(
         loaded.tokenizer,
         prompts["train"].rows,
         validation,
-        {"adapters": adapter_group(tuning, describe(tuning, loaded))} | groups,
+        groups,
         numbers,
         stop_test,
         loaded.fingerprint,
+        backend=backend,
     )
 
 
@@ -139,6 +177,7 @@ def run_training(
     outputs: Sequence[str] = (),
     place: Callable[[Run], str | Path] | None = None,
     write_fused: Callable[[Namespace, Path], list[str]] | None = None,
+    blas: str | None = None,
 ) -> None:
     """A run of `kind` (run_folder/run_config.py) from its folder to what it leaves behind.
 
@@ -146,8 +185,8 @@ def run_training(
     printed, when it is about to begin; `finish(run, loop)` saves to --save-file, or where
     `place(run)` says, once the loop is through. Of `args`, the flags of `add_run_arguments` are
     read. `outputs`: names of what the script itself writes into the folder. `write_fused(args,
-    run folder)` makes --fused-dir of what was saved and gives commands to go on with. Exits with
-    130 or 143 after a stop.
+    run folder)` makes --fused-dir of what was saved and gives commands to go on with. `blas`: the
+    library that MLX computes with. Exits with 130 or 143 after a stop.
     """
     resuming = args.resume is not None
     if args.fused_dir is not None:
@@ -160,7 +199,7 @@ def run_training(
         overwrite=args.overwrite,
         log_with=args.log_with,
         outputs=outputs,
-        blas=fast_blas.NAME,
+        blas=blas,
     )
     with run, GracefulStop() as stop:
         loop = make_loop(run)
@@ -194,39 +233,101 @@ def checkpoint_is_adapter(args: Namespace, run: Run) -> str:
 # ------------------------------------------------------------------------------ what is left
 
 
-def finish_rollouts(
+def finish_supervised(
     args: Namespace,
-    loaded: Any,
     run: Run,
     loop: Any,
-    plot: Path,
-    *,
-    metric: str,
-    head: str | None = None,
+    written: Sequence[Path],
+    valid: Any,
+    reward_model: Any,
+    going_on: str,
     **summary: Any,
 ) -> None:
-    """Write the trained policy, plots and a summary; say where everything lies.
+    """Loss or agreement on held-out rows, a plot and a summary; say where everything lies.
 
-    `plot` was drawn by the script; `metric` names a reward's mean in the metrics, from its {name};
-    the value head is written beside the adapter under the name `head`.
+    `written`: the files so far; `valid`: the rows, if there are any; `reward_model`: what scores
+    them, None for a language model; `going_on`: the next command.
     """
-    from models.adapter_files import save_adapter, save_head
+    from reports.training_plots import plot_losses
+
+    if reward_model is not None and valid is not None:
+        report = agreement(reward_model, valid.rows, run.plots)
+        summary |= {f"heldout/{name}": value for name, value in report.items()}
+    elif valid is not None:
+        found = loop.validation_of()
+        show("validation", found)
+        summary |= {f"valid/{name}": value for name, value in found.items()}
+    unit = "nats per token" if reward_model is None else "loss"
+    plot = plot_losses(read_rows(run.folder), run.plots / "loss.png", unit=unit)
+    run.finish({"steps": loop.step, "best_valid_loss": loop.best, **loop.totals, **summary})
+    say_written(run, [*written, plot], going_on)
+
+
+def agreement(model: Any, rows: Sequence, plots: Path | None = None) -> dict[str, float]:
+    """How far a reward model's scores agree with rewards or preferences; with `plots`, drawn."""
+    from reports.reward_evaluation import evaluate_scores
+
+    report = evaluate_scores(model.score, rows, plots, gain=model.gain, offset=model.offset)
+    told = [f"{k} {v:,.0f}" if k == "pairs" else f"{k} {v:.3f}" for k, v in report.items()]
+    print("held-out rows: " + "  ".join(told))
+    return report
+
+
+def finish_rollouts(
+    args: Namespace,
+    run: Run,
+    loop: Any,
+    written: Sequence[Path],
+    commands: Sequence[str],
+    *,
+    metric: str,
+    **summary: Any,
+) -> None:
+    """Plots and a summary of a run on rollouts; say where everything lies.
+
+    `written`: the files so far; `commands`: what to do with them; `metric` names a reward's mean in
+    the metrics, from its {name}.
+    """
     from reports.training_plots import plot_learned_and_true
     from rewards.learned import GROUND_TRUTH, LEARNED
 
-    policy = loop.trainer.model
-    written = save_adapter(args.save_file, policy.tuning, loaded, head=head, run=run.recorded)
-    if head is not None:
-        written.append(save_head(args.save_file, head, policy.value_head.arrays(), {}))
-    written.append(plot)
+    written = [*written]
     if args.reward_model and args.true_score:
         names = {"learned": metric.format(name=LEARNED), "true": metric.format(name=GROUND_TRUTH)}
         place = run.plots / "learned_and_true.png"
         written.append(plot_learned_and_true(read_rows(run.folder), place, **names))
     evaluations = {"first": loop.evaluations[:1], "last": loop.evaluations[-1:]}
     run.finish({"steps": loop.step, **summary, "evaluation": evaluations})
-    fused = policy.tuning.kind == "prompt" or args.fused_dir
-    say_written(run, written, *([] if fused else [fuse_command(args)]), talk_command(args))
+    say_written(run, written, *commands)
+
+
+def finish_ppo(
+    args: Namespace,
+    run: Run,
+    loop: Any,
+    written: Sequence[Path],
+    commands: Sequence[str],
+    **summary: Any,
+) -> None:
+    """`finish_rollouts` of PPO, with its plot and its last KL."""
+    from reports.training_plots import plot_ppo
+
+    rows = read_rows(run.folder)
+    adapted = {"kl_target": args.target if args.adap_kl_ctrl else None}
+    if args.use_dynamic_kl:
+        adapted = {"kl_target": args.kl_target, "kl": "objective/kl_per_token", "unit": "token"}
+    plot = plot_ppo(rows, run.plots / "ppo.png", **adapted)
+    kls = [row["objective/kl"] for row in rows if row.get("objective/kl") is not None][-10:]
+    summary["kl"] = sum(kls) / len(kls) if kls else None
+    finish_rollouts(
+        args, run, loop, [*written, plot], commands, metric="env/{name}_mean", **summary
+    )
+
+
+def policy_commands(args: Namespace, tuning: Any) -> list[str]:
+    """What to do with a policy that was saved."""
+    fused = tuning.kind == "prompt" or args.fused_dir
+    return [*([] if fused else [fuse_command(args)]), talk_command(args)]
 
 
 def fuse_command(args: Namespace) -> str:
@@ -239,10 +340,13 @@ def talk_command(args: Namespace) -> str:
     return command("talk_to_model.py", **named, resume_file=args.save_file)
 
 
-def say_peak_memory() -> None:
-    from training.memory import peak_memory, say_gb
+def say_peak_memory(peak: float | None = None) -> None:
+    """The most memory that was held, in GB; None: that of MLX."""
+    if peak is None:
+        from training.memory import peak_memory
 
-    print(f"peak memory {say_gb(peak_memory())}")
+        peak = peak_memory()
+    print(f"peak memory {say_gb(peak)}")
 
 
 def say_written(run: Run, written: Iterable[Any], *commands: str) -> None:
@@ -258,7 +362,7 @@ def show(what: str, metrics: Mapping[str, float]) -> None:
 
 def count_trained(tuning: Any) -> str:
     """How many numbers of the model move, for people."""
-    return f"{sum(array.size for array in tuning.arrays().values()):,} weights trained"
+    return f"{sum(math.prod(array.shape) for array in tuning.arrays().values()):,} weights trained"
 
 
 def shape_multiple() -> int:

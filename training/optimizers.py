@@ -1,4 +1,4 @@
-"""Optimizers with the arithmetic of their PyTorch namesakes, and learning rates by step."""
+"""Optimizers with the arithmetic of their PyTorch namesakes; learning rates: schedules.py."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,60 +9,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from errors import UserError
-
-# ------------------------------------------------------------------------------ learning rate
-
-
-def learning_rate_schedule(
-    name: str,
-    peak: float,
-    *,
-    steps: int,
-    warmup: int = 0,
-    cycles: int = 1,
-    power: float = 2.0,
-    end_factor: float = 0.0,
-) -> Callable[[mx.array | int], mx.array]:
-    """A function from the number of updates done so far to the rate of the next one.
-
-    ``warmup`` updates climb in equal parts to ``peak``, the first of them to peak / warmup, so no
-    update is wasted on a rate of 0. What remains of ``steps`` falls to ``peak * end_factor``, as
-    transformers' schedules of the same names do (optimization.py), and stays there afterwards.
-    """
-    if name not in SHAPES:
-        raise UserError(f"--lr-schedule: {name!r} is none of {', '.join(SHAPES)}")
-    if warmup and warmup >= steps and name != "constant":
-        raise UserError(f"--warmup-steps: {warmup} updates of warm-up leave none of {steps}")
-    shape = SHAPES[name]
-    span = max(steps - warmup, 1)
-
-    def rate(step: mx.array | int) -> mx.array:
-        done = mx.array(step).astype(mx.float32)
-        progress = mx.clip((done - warmup) / span, 0.0, 1.0)
-        factor = end_factor + (1.0 - end_factor) * shape(progress, cycles, power)
-        if name == "constant":
-            factor = mx.ones_like(done)
-        if warmup:
-            factor = mx.where(done < warmup, (done + 1.0) / warmup, factor)
-        return peak * factor
-
-    return rate
-
-
-def restarts(progress: mx.array, cycles: int, _: float) -> mx.array:
-    """Cosine from 1 to 0, ``cycles`` times over; 0 at the very end."""
-    within = (progress * cycles) % 1.0
-    return mx.where(progress >= 1.0, 0.0, 0.5 * (1.0 + mx.cos(math.pi * within)))
-
-
-# Of progress from 0 to 1, the number of cycles, and the power.
-SHAPES: dict[str, Callable[[mx.array, int, float], mx.array]] = {
-    "constant": lambda progress, *_: mx.ones_like(progress),
-    "linear": lambda progress, *_: 1.0 - progress,
-    "polynomial": lambda progress, _, power: (1.0 - progress) ** power,
-    "cosine": lambda progress, *_: 0.5 * (1.0 + mx.cos(math.pi * progress)),
-    "cosine_with_restarts": restarts,
-}
+from training.schedules import DECAY, both_betas, is_inner_matrix, learning_rate_schedule
 
 # ------------------------------------------------------------------------------ optimizers
 
@@ -123,15 +70,6 @@ class Muon(optim.Muon):
         return parameter - rate * scale * flat.reshape(update.shape)
 
 
-def is_inner_matrix(path: str, weight: mx.array) -> bool:
-    """Whether Muon suits a weight: a matrix between layers, no embedding, head or prompt."""
-    outer = any(word in path for word in ("embed", "head", "score", "prompt"))
-    return weight.ndim >= 2 and min(weight.shape) > 1 and not outer
-
-
-DECAY = {"adamw": 0.01, "muon": 0.01}
-
-
 def build_optimizer(
     name: str,
     learning_rate: float,
@@ -161,9 +99,10 @@ def build_optimizer(
         cycles=cycles,
         power=power,
         end_factor=end_factor,
+        xp=mx,
     )
     decay = DECAY.get(name, 0.0) if weight_decay is None else weight_decay
-    both = (betas[0], betas[1] if betas[1] is not None else (0.99 if name == "lion" else 0.999))
+    both = both_betas(name, betas)
     if name in ("adam", "adamw"):
         return Adam(rate, both, eps, decay, decoupled=name == "adamw")
     if name == "lion":

@@ -21,14 +21,14 @@ from rewards.texts import asked, reward_columns
 from rewards.user_function import quote_row
 from rl.ppo_statistics import logged_row, part_means
 from rl.rollouts import join_rollouts
-from run_folder.console import Progress, Wait
+from run_folder.console import Progress, Wait, say_gb
 from run_folder.manifest import Metric
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop
+from training.backend import Backend
 from training.checkpointed import Resumable
 from training.endings import SCORE, is_best, report_skipped, save_or_stop, skipped_steps
 from training.groups import Group
-from training.memory import peak_memory, say_gb
 
 SAME_SCORES = 3  # steps in a row after which that is worth a warning
 NUMBERS = "score, loss or gradient"
@@ -78,6 +78,7 @@ class RolloutLoop(Resumable):
     schedule: RolloutSchedule
     should_stop: Callable[[list[int]], bool] | None = None
     base: str | None = None  # fingerprint of the model that is trained
+    backend: Backend = field(kw_only=True)
     curriculum: Curriculum | None = None
     step: int = 0
     bad_in_a_row: int = 0
@@ -210,7 +211,7 @@ class RolloutLoop(Resumable):
                 seconds = stats.get("time/ppo/optimize_step", seconds)
             if seconds:
                 row[f"time/{name}_tokens_per_second"] = tokens / seconds
-        return row | {"memory/peak_gb": peak_memory()}
+        return row | {"memory/peak_gb": self.backend.peak_memory()}
 
     def choose(self) -> list[PromptRow]:
         """The rows of this step, one for each response."""
@@ -271,7 +272,7 @@ class RolloutLoop(Resumable):
     def paces(self, made: Experience) -> dict[str, Any]:
         """What every line ends with: tokens sampled a second in this step, and the peak so far."""
         sampled = sum(map(len, made.rollout.responses)) / max(self.seconds["rollout"], 1e-9)
-        return {"sampled/s": round(sampled), "peak": say_gb(peak_memory())}
+        return {"sampled/s": round(sampled), "peak": say_gb(self.backend.peak_memory())}
 
     def score(self, rows: Sequence[PromptRow], rollout) -> tuple[list[str], list[float], dict]:
         """(texts of the responses, scores, {reward: its scores})."""

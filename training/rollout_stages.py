@@ -1,7 +1,6 @@
 """Stages that algorithms on rollouts share: sample, score under policy and reference, KL, order.
 
-PPO and the group methods call them; none needs a value head. A random stream belongs to
-(seed, step, purpose), so a resumed run draws what one never stopped would have.
+PPO and the group methods call them; none needs a value head.
 
 Legend: B responses, b of them in one pass, R longest response, N response tokens picked.
 """
@@ -19,33 +18,7 @@ from models.decoding import generate as decode
 from models.packing import Packed, pack
 from models.tuning import Tuning
 from rl.kl import full_kl
-from rl.rollout_checks import check_token_ids
-from rl.rollouts import Rollout, pad_rows
-
-SAMPLING, ORDER, LENGTHS, EVALUATION, REFERENCE = range(5)  # what a step's random streams are for
-
-# ------------------------------------------------------------------------------ random numbers
-
-
-def stream(seed: int, step: int, *purpose: int) -> np.random.Generator:
-    """Random numbers that depend on seed, step and purpose alone."""
-    return np.random.default_rng([seed, step, *purpose])
-
-
-def minibatch_order(count: int, seed: int, step: int, epoch: int) -> np.ndarray:
-    """A permutation of `count` responses, fresh for each epoch of each step."""
-    return stream(seed, step, ORDER, epoch).permutation(count)
-
-
-def response_limits(
-    shortest: int | None, longest: int, count: int, seed: int, step: int, *part: int
-) -> int | list[int]:
-    """The longest response allowed: one number, or one drawn for each of `count` responses."""
-    if shortest is None:
-        return longest
-    random = stream(seed, step, LENGTHS, *part)
-    return random.integers(shortest, longest + 1, size=count).tolist()
-
+from rl.rollouts import Rollout, check_token_ids, token_lists
 
 # ------------------------------------------------------------------------------ sample
 
@@ -87,11 +60,6 @@ def sample(
     return Rollout(queries, made.responses, made.finished, made.logprobs, made.values)
 
 
-def token_lists(rows: Sequence) -> list[list[int]]:
-    """Rows of token ids, be they lists or arrays, as lists of int."""
-    return [row.tolist() if hasattr(row, "tolist") else list(row) for row in rows]
-
-
 # ------------------------------------------------------------------------------ score
 
 
@@ -127,25 +95,6 @@ def scored(
         mx.concatenate([fit_columns(part, width) for part in column])
         for column in zip(*parts, strict=True)
     ]
-
-
-def set_mask(rollout: Rollout) -> None:
-    """Fill in `mask`: which places of the (B, R) arrays hold a counted token."""
-    rollout.mask = pad_rows([np.ones(mask.sum()) for mask in rollout.masks])
-
-
-def use_sampled(rollout: Rollout) -> bool:
-    """Fill in logprobs (and values) that sampling kept; False where it kept none."""
-    if rollout.sampled_logprobs is None:
-        return False
-
-    def padded(rows):
-        return pad_rows([row[mask] for row, mask in zip(rows, rollout.masks, strict=True)])
-
-    rollout.logprobs = padded(rollout.sampled_logprobs)
-    if rollout.sampled_values is not None:
-        rollout.values = padded(rollout.sampled_values)
-    return True
 
 
 def fit_columns(array: mx.array, width: int) -> mx.array:

@@ -1,11 +1,10 @@
-"""What trainers on rollouts share: sampling, scoring, epochs of minibatches, warnings.
+"""What trainers on rollouts share on MLX: sampling, scoring, gradients of minibatches.
 
 PPO (mlx_ppo_trainer.py) and the group methods (mlx_group_trainer.py) are subclasses, which say what
 a step is made of and what its loss is.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,24 +16,17 @@ import numpy as np
 from errors import UserError
 from models.decoding import Sampling
 from models.trunk import vocabulary_size
-from rl.rollout_checks import check_rollout
-from rl.rollouts import Rollout
-from rl.shaping import length_penalties
-from training.optimizers import build_optimizer
-from training.rollout_stages import (
-    EVALUATION,
+from rl.rollouts import (
     REFERENCE,
     SAMPLING,
-    minibatch_order,
-    pack_rows,
-    reference_of,
-    sample,
-    scored,
+    Rollout,
     set_mask,
     stream,
-    token_lists,
     use_sampled,
 )
+from training.optimizers import build_optimizer
+from training.rollout_stages import pack_rows, reference_of, sample, scored
+from training.rollout_steps import RolloutSteps
 from training.update import (
     all_finite,
     apply_update,
@@ -44,7 +36,7 @@ from training.update import (
 )
 
 
-class RolloutTrainer:
+class RolloutTrainer(RolloutSteps):
     """A policy, its reference and its optimizer; a step is `generate`, and then `update`.
 
     A subclass has `config` of its own kind, `update`, `_gradient` (which ends in `_pass`) and
@@ -54,7 +46,6 @@ class RolloutTrainer:
     are the tokenizer's.
     """
 
-    not_finite = "not_finite"  # the metric of a step without an update
     scored_as = ("logprobs",)  # where the first columns that the model gives stand in a rollout
 
     def __init__(
@@ -69,16 +60,12 @@ class RolloutTrainer:
     ):
         if eos_ids is None and tokenizer is None:
             raise UserError(f"{type(self).__name__} needs a tokenizer, or eos_ids")
-        self.config, self.model, self.reference = config, model, ref_model
-        self.tokenizer = tokenizer
-        self.eos_ids = set(eos_ids if eos_ids is not None else tokenizer.eos_token_ids)
-        self.vocabulary = vocabulary_size(model.model)
+        ends = eos_ids if eos_ids is not None else tokenizer.eos_token_ids
+        super().__init__(config, ends, vocabulary_size(model.model))
+        self.model, self.reference, self.tokenizer = model, ref_model, tokenizer
         self.optimizer = optimizer or build_optimizer("adam", config.learning_rate)
         self.optimizer.init(model.trainable_parameters())
         self.grad_checkpoint = grad_checkpoint
-        self.steps_done = 0
-        self.before_update: Callable[[], None] = lambda: None  # called before weights move
-        self._warned: set[str] = set()
         on_gpu = mx.default_device().type == mx.DeviceType.gpu
         self.compiled = on_gpu if config.compile is None else config.compile
         # Compiled code is made anew for every shape, so there lengths come in steps of 16.
@@ -87,26 +74,6 @@ class RolloutTrainer:
         model.eval()  # no dropout, in rollouts and in updates
 
     # ------------------------------------------------------------------ sample
-
-    @property
-    def sampling(self) -> Sampling:
-        """How responses are drawn to train on."""
-        config = self.config
-        return Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
-
-    def sample_for_evaluation(
-        self,
-        queries: Sequence[Sequence[int]],
-        greedy: bool,
-        should_stop: Callable[[list[int]], bool] | None = None,
-        part: int = 0,
-    ) -> Rollout:
-        """A response to each query, the most likely one or a sampled one; without values.
-
-        `part` tells the batches of one evaluation apart, so that each draws other numbers.
-        """
-        sampling = Sampling(0.0 if greedy else self.config.temperature)
-        return self._sample(queries, sampling, should_stop, (EVALUATION, part))
 
     def sample_reference(
         self,
@@ -120,7 +87,7 @@ class RolloutTrainer:
                 (),
                 queries,
                 max_tokens=self.config.max_new_tokens,
-                sampling=self.sampling,
+                sampling=Sampling(**self.sampling),
                 eos_ids=self.eos_ids,
                 vocabulary=self.vocabulary,
                 random=stream(self.config.seed, self.steps_done, REFERENCE),
@@ -130,7 +97,7 @@ class RolloutTrainer:
     def _sample(
         self,
         queries: Sequence[Sequence[int]],
-        sampling: Sampling,
+        sampling: dict[str, float],
         should_stop: Callable[[list[int]], bool] | None,
         purpose: tuple[int, ...] = (SAMPLING,),
         max_tokens: int | Sequence[int] | None = None,
@@ -141,57 +108,12 @@ class RolloutTrainer:
             self.model.tuning.prefix,  # ids from V on, which no query may have
             queries,
             max_tokens=self.config.max_new_tokens if max_tokens is None else max_tokens,
-            sampling=sampling,
+            sampling=Sampling(**sampling),
             eos_ids=self.eos_ids,
             vocabulary=self.vocabulary,
             random=stream(self.config.seed, self.steps_done, *purpose),
             should_stop=should_stop,
             **options,
-        )
-
-    def as_rollout(
-        self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-    ) -> Rollout:
-        """Responses that were written elsewhere; they have ended where they end with EOS."""
-        responses = token_lists(responses)
-        ended = [bool(response) and response[-1] in self.eos_ids for response in responses]
-        return Rollout(token_lists(queries), responses, ended)
-
-    # ------------------------------------------------------------------ what a step is given
-
-    def skip(self) -> dict:
-        """A step without an update, for a batch that cannot be learned from; its statistics."""
-        self.steps_done += 1
-        return {self.not_finite: 1.0}
-
-    def check(self, rollout: Rollout, scores: Sequence[float], response_masks) -> None:
-        """UserError, naming the row, for what cannot be learned from; sets masks that are given.
-
-        `scores` (B,); `response_masks` has a 0 for each response token that is not the policy's.
-        """
-        check_rollout(
-            rollout.queries,
-            rollout.responses,
-            scores,
-            response_masks,
-            self.config.batch_size,
-            self.vocabulary,
-        )
-        if response_masks is not None:
-            rollout.masks = [np.asarray(mask, dtype=bool) for mask in response_masks]
-
-    def penalties(
-        self, responses: Sequence[Sequence[int]], ended: Sequence[bool]
-    ) -> Sequence[float]:
-        """What comes off the score of each response for its length, or for no end; (B,)."""
-        config = self.config
-        return length_penalties(
-            [len(response) for response in responses],
-            ended,
-            missing_eos_penalty=config.missing_eos_penalty,
-            max_length=config.max_new_tokens,
-            overlong_buffer=config.overlong_buffer,
-            overlong_penalty=config.overlong_penalty,
         )
 
     # ------------------------------------------------------------------ score the policy
@@ -208,8 +130,8 @@ class RolloutTrainer:
 
     def score_policy(self, rollout: Rollout) -> None:
         """Fill in mask and logprobs (and values): those kept from sampling, or a forward pass."""
-        set_mask(rollout)
-        if self.config.rollout_logprobs and use_sampled(rollout):
+        set_mask(rollout, mx.array)
+        if self.config.rollout_logprobs and use_sampled(rollout, mx.array):
             return
         temperature = self.config.temperature
         found = scored(
@@ -223,26 +145,6 @@ class RolloutTrainer:
             setattr(rollout, name, column)
 
     # ------------------------------------------------------------------ optimise
-
-    def minibatch_order(self, epoch: int) -> np.ndarray:
-        """A permutation of the batch (B,), fresh for each epoch of each step."""
-        config = self.config
-        return minibatch_order(config.batch_size, config.seed, self.steps_done, epoch)
-
-    def optimise(self, rollout: Rollout) -> list[dict[str, float]]:
-        """Epochs of updates; returns the metrics of each minibatch."""
-        config, metrics = self.config, []
-        for epoch in range(config.ppo_epochs):
-            order = self.minibatch_order(epoch)
-            for start in range(0, config.batch_size, config.backward_batch_size):
-                metrics += self._update(rollout, order[start : start + config.backward_batch_size])
-            if self.far_enough(metrics):
-                break
-        return metrics
-
-    def far_enough(self, metrics: list[dict[str, float]]) -> bool:
-        """Whether the epochs of this step end early, from the metrics of its minibatches."""
-        return False
 
     def _update(self, rollout: Rollout, rows: np.ndarray) -> list[dict[str, float]]:
         """One optimizer update, from the minibatches that `rows` fall into; their metrics."""
@@ -284,12 +186,3 @@ class RolloutTrainer:
         metrics = {name: value.item() for name, value in metrics.items()}
         bad = not (finite.item() and math.isfinite(metrics[total]))
         return gradient, metrics | {"not_finite": float(bad), "skipped": float(bad)}
-
-    # ------------------------------------------------------------------ warnings
-
-    def _warn(self, **messages: str) -> None:
-        """Say each of these once a run, by its name."""
-        for name, message in messages.items():
-            if name not in self._warned:
-                self._warned.add(name)
-                warnings.warn(message, stacklevel=3)

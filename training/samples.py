@@ -1,6 +1,5 @@
 """What a model writes beside training: answers to fixed prompts, samples to set a scale by."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,9 +7,8 @@ import mlx.core as mx
 
 from models.decoding import Sampling, generate
 from models.load import LoadedModel
-from models.reading import Ending
-from models.reward_network import normalise
 from run_folder.run import Run
+from training.sample_texts import log_answers, normalise_on, starts_of
 
 
 def write_samples(
@@ -24,7 +22,7 @@ def write_samples(
     """Continue `prompts`, which are `tokens`, greedily; into samples.jsonl. None: nothing."""
     if not prompts or tokens is None:
         return
-    tokenizer, prefix = loaded.tokenizer, task.tuning.prefix
+    prefix = task.tuning.prefix
     task.trained.eval()
     rows = [[*prefix, *prompt] for prompt in tokens]
     made = generate(
@@ -35,22 +33,16 @@ def write_samples(
         sampling=Sampling(temperature=0),
         key=mx.random.key(0),  # leaves the random state of training alone
     )
-    texts = [tokenizer.decode(r, skip_special_tokens=True) for r in made.responses]
-    pairs = zip(prompts, texts, strict=True)
-    run.log_samples(step, [{"prompt": p, "response": r} for p, r in pairs])
+    log_answers(run, step, loaded.tokenizer, prompts, made.responses)
 
 
 def normalise_on_samples(task: Any, loaded: LoadedModel, rows: Sequence, count: int) -> None:
     """Scores get mean 0 and deviation 1 on `count` texts that the base writes from row starts."""
-    starts = [getattr(row, "tokens", None) or row.chosen for row in rows]
-    starts = list(itertools.islice(itertools.cycle(starts), count))
-    starts = [tokens[: max(1, len(tokens) // 4)] for tokens in starts]
+    starts = starts_of(rows, count)
     with task.tuning.disabled():
         longest = max(map(len, starts))
         longest = loaded.limits.room(longest, longest * 3)
         made = generate(
             loaded.model, starts, max_tokens=longest, eos_ids=loaded.eos_ids, key=mx.random.key(0)
         )
-    ending = Ending(loaded.tokenizer, task.reward_model.reading)
-    rows = zip(starts, made.responses, made.finished, strict=True)
-    normalise(task.reward_model, [ending.put(start + answer, end) for start, answer, end in rows])
+    normalise_on(task.reward_model, loaded.tokenizer, starts, made.responses, made.finished)

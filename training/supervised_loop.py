@@ -12,17 +12,16 @@ from typing import Any
 
 from data_utils import TextBatch
 from run_folder.checkpoint_folder import best_checkpoint
-from run_folder.console import Progress, Wait
+from run_folder.console import Progress, Wait, say_gb
 from run_folder.manifest import Metric
 from run_folder.resuming import check_whole_updates
 from run_folder.rows import read_rows
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop
+from training.backend import Backend, Checkpoint
 from training.checkpointed import Resumable
-from training.checkpoints import Checkpoint, load_checkpoint
 from training.endings import report_skipped, save_or_stop
 from training.groups import Group
-from training.memory import peak_memory, say_gb
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins")  # of what there is, in every report
 
@@ -30,7 +29,9 @@ SHOWN = ("loss", "rewards/accuracies", "rewards/margins")  # of what there is, i
 class SinceLastLine:
     """Means over the updates since the last line, weighted by tokens, and tokens per second."""
 
-    def __init__(self) -> None:
+    def __init__(self, peak_memory: Callable[[], float]) -> None:
+        """`peak_memory`: in GB."""
+        self.peak_memory = peak_memory
         self.begin()
 
     def begin(self) -> None:
@@ -48,7 +49,8 @@ class SinceLastLine:
         """What is shown; the next line begins anew."""
         means = {name: total / over for name, (total, over) in self.sums.items() if over}
         seconds = max(time.monotonic() - self.started, 1e-9)
-        shown = means | {"tokens/s": round(self.tokens / seconds), "peak": say_gb(peak_memory())}
+        shown = means | {"tokens/s": round(self.tokens / seconds)}
+        shown["peak"] = say_gb(self.peak_memory())
         self.begin()
         return shown
 
@@ -89,11 +91,13 @@ class Loop(Resumable):
     after_validation: Callable[[int], None] = lambda step: None
     watch: Callable[[Mapping[str, float]], Iterable[str]] = lambda metrics: ()  # warnings
     base: str | None = None  # fingerprint of the model that is trained
+    backend: Backend = field(kw_only=True)
     step: int = 0
     validated: int | None = None  # the step of the last validation
     best: float | None = None
     since_best: int = 0
     bad_in_a_row: int = 0
+    taken: int | None = None  # the step whose weights `take_best` went back to
     totals: dict[str, float] = field(default_factory=lambda: {"tokens": 0.0, "skipped": 0.0})
 
     def rows(self) -> Sequence:
@@ -123,20 +127,26 @@ class Loop(Resumable):
 
     def run(self, stop: GracefulStop, name: str) -> None:
         """Train. Ends with a checkpoint, also when `stop` was requested."""
-        plan, self.since = self.schedule, SinceLastLine()
+        self.since = SinceLastLine(self.backend.peak_memory)
         with self.stopped_by(stop):
-            with Progress(plan.steps, done=self.step, name=name) as progress:
+            with Progress(self.schedule.steps, done=self.step, name=name) as progress:
                 if self.evaluation_due():  # at the start, or a signal gave it up
                     self.end_step(progress)
-                while self.step < plan.steps and not (
-                    stop.requested or self.stopped_early(progress)
-                ):
-                    with self.step_to_give_up():
-                        self.update(progress)
-                    self.end_step(progress)
+                self.make_updates(progress)
             if not stop.requested:
                 report_skipped(self, self.totals["skipped"], "loss or gradient")
             self.checkpoint()
+
+    def make_updates(self, progress: Progress) -> None:
+        """Updates until the last one, or a stop."""
+        while not self.ended(progress):
+            with self.step_to_give_up():
+                self.update(progress)
+            self.end_step(progress)
+
+    def ended(self, progress: Progress) -> bool:
+        done = self.step >= self.schedule.steps or self.stop.requested
+        return done or self.stopped_early(progress)
 
     def evaluation_due(self) -> bool:
         """Whether this step ends with a validation that has not been made."""
@@ -159,22 +169,22 @@ class Loop(Resumable):
             due = plan.save_every and (best or self.step % plan.save_every == 0)
             save_or_stop(self, bool(due), metric if best else None, "loss or gradient")
 
-    def take_best(self) -> int:
-        """Go back to the weights of the best validation; returns their step."""
+    def take_best(self) -> None:
+        """Go back to the weights of the best validation."""
         best = best_checkpoint(self.run_folder.checkpoints)
         if best is None:
             what = "no validation was better than the one before training"
             print(f"note: {what}; the last weights stay")
-            return self.step
-        saved = load_checkpoint(best)
+            return
+        saved = self.backend.load_checkpoint(best)
         for name, group in self.groups.items():
             group.put(saved.arrays[name])
+        self.taken = saved.step
         print(f"the best weights are those of step {saved.step}")
-        return saved.step
 
-    def validation_of(self, step: int) -> dict[str, float]:
-        """The metrics of a step's weights, which are those in memory: noted, or found now."""
-        start = "valid/"
+    def validation_of(self) -> dict[str, float]:
+        """The metrics of the weights in memory: those that were logged, or found and logged now."""
+        start, step = "valid/", self.step if self.taken is None else self.taken
         for row in reversed(read_rows(self.run_folder.folder)):
             if row["step"] == step and row.get("valid/loss") is not None:
                 found = {k.removeprefix(start): v for k, v in row.items() if k.startswith(start)}
@@ -204,7 +214,17 @@ class Loop(Resumable):
             batches.append(next(self.batches))
             taken.extend(self.batches.taken)
         metrics = self.trainer.step(batches)
-        notes = self.batches.plan.notes(self.step, taken)
+        metrics["learning_rate"] = float(self.trainer.optimizer.learning_rate)
+        self.note(metrics, batches, progress, self.batches.plan.notes(self.step, taken))
+
+    def note(
+        self,
+        metrics: dict[str, float],
+        batches: Sequence,
+        progress: Progress,
+        notes: Mapping[str, float] | None = None,
+    ) -> None:
+        """An update of `batches` was made, or skipped: count it, log it; `notes` is of its rows."""
         self.step += 1
         weight = metrics.pop("weight")
         tokens = metrics.get("num_tokens", tokens_of(batches, weight))
@@ -214,16 +234,14 @@ class Loop(Resumable):
         bad = metrics.pop("not_finite")
         self.totals["skipped"] += bad
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
-        rate = float(self.trainer.optimizer.learning_rate)
         row = {f"train/{key}": value for key, value in metrics.items()}
-        row |= {"train/learning_rate": rate, **self.totals_row(), **notes}
-        self.run_folder.log(self.step, row)
+        self.run_folder.log(self.step, row | self.totals_row() | dict(notes or {}))
         progress.advance()
         self.since.add(metrics, weight, tokens)
         if self.step % self.schedule.report_every == 0:
             shown = self.since.take()
             first = {key: shown.pop(key) for key in SHOWN if key in shown}
-            progress.report(self.step, {**first, "lr": rate, **shown})
+            progress.report(self.step, {**first, "lr": metrics["learning_rate"], **shown})
         for warning in self.watch(metrics):
             progress.line(f"warning: {warning}")
         if bad:
@@ -232,7 +250,7 @@ class Loop(Resumable):
     def totals_row(self) -> dict[str, float]:
         return {f"train/{key}_total": value for key, value in self.totals.items()}
 
-    def set_aside(self, batches: list) -> None:
+    def set_aside(self, batches: Sequence) -> None:
         """Keep the token ids of rows that gave no finite gradient."""
         rows = [
             {"tokens": tokens[:length].tolist()}

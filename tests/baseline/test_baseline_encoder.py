@@ -45,7 +45,7 @@ def base_encoder(folder):
 def test_an_encoder_learns_pairs_and_scores_as_it_was_trained(pairs, tmp_path, capsys):
     import pytorch_encoder
     import pytorch_sft
-    from pytorch_flags import parse
+    from pytorch_runs import parse
 
     from command_line import sft_flags
     from models.encoder_reward import EncoderReward, is_encoder
@@ -58,7 +58,7 @@ def test_an_encoder_learns_pairs_and_scores_as_it_was_trained(pairs, tmp_path, c
     assert pytorch_sft.main([*words, *places]) == 0
     said = capsys.readouterr().out
     assert "test: loss" in said and "has no classifier.bias, classifier.weight" in said
-    assert f"ppo_training.py --reward_model {tmp_path / 'out'}" in said
+    assert f"ppo_training.py --reward-model {tmp_path / 'out'}" in said
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["heldout/accuracy"] >= 0.95, summary
     assert is_encoder(tmp_path / "out")
@@ -68,7 +68,7 @@ def test_an_encoder_learns_pairs_and_scores_as_it_was_trained(pairs, tmp_path, c
     assert min(trained[0], trained[2]) > max(trained[1], trained[3])
     # What is trained sees a pair as it is read afterwards: segments, padding and all.
     loaded = pytorch_encoder.load_encoder(
-        parse(sft_flags, [*words, "--model", str(tmp_path / "out")]), "cpu"
+        parse(sft_flags, [*words, "--model", str(tmp_path / "out")])
     )
     tokens = [loaded.model.pair(*pair, longest=64)[0] for pair in asked]
     assert loaded.model.score(tokens) == pytest.approx(trained, abs=1e-5)

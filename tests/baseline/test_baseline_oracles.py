@@ -10,29 +10,25 @@ import numpy as np
 import pytest
 from baseline_setup import ORACLES, close, numpy, torch
 from pytorch_actor_critic import ActorCritic, ValueHead, token_logprobs
-from pytorch_losses import (
+from pytorch_arithmetic import (
+    full_kl,
+    gae,
+    kl_penalty,
     masked_mean,
     masked_var,
     masked_whiten,
     pairwise_loss,
+    per_token_rewards,
     policy_loss,
+    rollout_stats,
     value_loss,
 )
 from pytorch_models import Tuned, load_model
 from pytorch_ppo_trainer import PPOConfig, PPOTrainer
-from pytorch_rewards import (
-    AdaptiveKLController,
-    RunningMoments,
-    clip_scores,
-    full_kl,
-    gae,
-    kl_penalty,
-    per_token_rewards,
-    rollout_stats,
-    scale_scores,
-)
 from safetensors.torch import load_file
 from trl_steps import CASES, STEPS, check_stages, check_stats, given, names_under, step_config
+
+from rl.scores import AdaptiveKLController, RunningMoments, clip_scores, scale_scores
 
 pytestmark = pytest.mark.torch
 PPO = dict(np.load(ORACLES / "ppo_arithmetic.npz", allow_pickle=False))
@@ -242,7 +238,7 @@ def mlx_name(peft_name: str) -> str:
 
 
 def our_name(name: str) -> str:
-    """TRL's parameter name -> the one in `ActorCritic.trainable`."""
+    """TRL's parameter name -> the one in `ActorCritic.trainable_parameters`."""
     name = name.replace("v_head.summary.", "value_head.")
     return name.replace("pretrained_model.base_model.model.", "model.base.").replace(
         "pretrained_model.", "model.base."
@@ -256,7 +252,8 @@ def test_step_equals_trl(case):
     for k in range(CASES[case]["steps"]):
         root = f"{case}/step{k}"
         queries, responses, scores = given(root)
-        check_stages(trainer, trainer.prepare(queries, responses, scores), root, close, numpy)
+        rollout = trainer.prepare(trainer.as_rollout(queries, responses), scores)
+        check_stages(trainer, rollout, root, close, numpy)
         gradients.clear()
         trainer.minibatch_order = lambda epoch, root=root: STEPS[f"{root}/out/perm"][epoch]
         stats = trainer.step(queries, responses, scores)

@@ -12,17 +12,16 @@ import pytest
 from baseline_setup import DIGITS, ROOT, close, torch, training_losses
 from mlx.utils import tree_flatten
 from pytorch_actor_critic import ActorCritic as TorchActorCritic
-from pytorch_actor_critic import Sampling as TorchSampling
 from pytorch_actor_critic import ValueHead as TorchValueHead
 from pytorch_actor_critic import generate as torch_generate
 from pytorch_actor_critic import pack as torch_pack
 from pytorch_files import save_head, save_trained
 from pytorch_models import Tuned
 from pytorch_models import load_model as load_torch
+from pytorch_optimizers import Scheduler, build_optimizer, trainable
 from pytorch_ppo_trainer import PPOTrainer as TorchPPOTrainer
 from pytorch_reward_model import RewardModel as TorchRewardModel
 from pytorch_sft_trainer import RewardTrainer, SFTTrainer
-from pytorch_training import Scheduler, build_optimizer, learning_rate_factor, trainable
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from data_utils import (
@@ -44,7 +43,7 @@ from models.packing import pack
 from models.reward_model import RewardModel, load_reward_head
 from rewards.digits import digits_score
 from training.optimizers import build_optimizer as build_mlx_optimizer
-from training.optimizers import learning_rate_schedule
+from training.schedules import learning_rate_schedule
 
 pytestmark = pytest.mark.torch
 SIZES = dict(
@@ -165,10 +164,8 @@ def test_greedy_texts_and_sampled_logprobs(folder, kind, tmp_path):
     greedy = generate(
         model, prompts, max_tokens=limits, sampling=Sampling(temperature=0), **options
     )
-    same = torch_generate(
-        theirs, QUERIES, max_tokens=limits, sampling=TorchSampling(temperature=0), **options
-    )
-    assert greedy.responses == same.responses and greedy.finished == same.finished
+    same = torch_generate(theirs, QUERIES, max_tokens=limits, temperature=0.0, **options)
+    assert greedy.responses == same.responses and greedy.finished == same.ended
     head = TorchValueHead(theirs.base.config.hidden_size, init_std=0.2)
     made = torch_generate(theirs, QUERIES, max_tokens=limits, seed=3, value_head=head, **options)
     assert [len(r) <= limit for r, limit in zip(made.responses, limits, strict=True)]
@@ -176,8 +173,8 @@ def test_greedy_texts_and_sampled_logprobs(folder, kind, tmp_path):
     packed = torch_pack(QUERIES, made.responses)
     logprobs, values = TorchActorCritic(theirs, head)(packed)
     for row, response in enumerate(made.responses):
-        close(made.logprobs[row], logprobs[row, : len(response)], "logprobs", relative=1e-4)
-        close(made.values[row], values[row, : len(response)], "values", relative=1e-4)
+        close(made.sampled_logprobs[row], logprobs[row, : len(response)], "logprobs", relative=1e-4)
+        close(made.sampled_values[row], values[row, : len(response)], "values", relative=1e-4)
 
 
 # ---- supervised training -----------------------------------------------------------------------
@@ -220,7 +217,7 @@ def test_sft_losses(kind, tmp_path):
         tokenizer,
         batches=batches_of(rows),
         optimizer=optimizer,
-        scheduler=Scheduler(optimizer, learning_rate_factor("cosine", steps=50, warmup=5)),
+        scheduler=Scheduler(optimizer, learning_rate_schedule("cosine", 1.0, steps=50, warmup=5)),
         max_grad_norm=1.0,
     )
     found, wanted = losses(ours, rows, 50), training_losses(trainer, 50)
@@ -361,10 +358,7 @@ def check_stages(ours, trainer, arguments) -> None:
     # Copies of the running moments: looking must not count as a step.
     states = ours.running.state_dict(), trainer.running.state_dict()
     queries, responses, *rest = arguments
-    rollouts = [
-        ours.prepare(ours.as_rollout(queries, responses), *rest),
-        trainer.prepare(*arguments),
-    ]
+    rollouts = [t.prepare(t.as_rollout(queries, responses), *rest) for t in (ours, trainer)]
     ours.running.load_state_dict(states[0])
     trainer.running.load_state_dict(states[1])
     for t, rollout in zip((ours, trainer), rollouts, strict=True):
@@ -422,13 +416,13 @@ def test_ppo_learns_the_same_thing(tmp_path):
     queries = [loaded.tokenizer.encode(f"{2 * i} {2 * i + 4}") for i in range(32)]
     means = []
     for _ in range(6):
-        responses = trainer.generate(queries)
+        rollout = trainer.generate(queries)
         texts = [
             loaded.tokenizer.decode([*q, *r], skip_special_tokens=True)
-            for q, r in zip(queries, responses, strict=True)
+            for q, r in zip(queries, rollout.responses, strict=True)
         ]
         scores = [digits_score(text) for text in texts]
-        stats = trainer.step(queries, responses, scores)
+        stats = trainer.update(rollout, scores)
         means.append(np.mean(scores))
         if len(means) == 1:  # kept log-probabilities are those of the policy
             assert abs(stats["ppo/policy/ratio"] - 1) < 0.2
@@ -447,7 +441,7 @@ def test_optimizers(name):
         k: torch.nn.Parameter(torch.tensor(v, dtype=torch.float32)) for k, v in start.items()
     }
     optimizer = build_optimizer(parameters, name, 0.01, **options)
-    factor = learning_rate_factor("linear", steps=10, warmup=2, end_factor=0.1)
+    factor = learning_rate_schedule("linear", 1.0, steps=10, warmup=2, end_factor=0.1)
     scheduler = Scheduler(optimizer, factor)
     model = {k: mx.array(v.astype(np.float32)) for k, v in start.items()}
     mlx_optimizer = build_mlx_optimizer(
@@ -472,8 +466,8 @@ def test_optimizers(name):
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "cosine_with_restarts"])
 def test_schedules(name):
     options = dict(steps=20, warmup=4, cycles=2, end_factor=0.25)
-    factor = learning_rate_factor(name, **options)
-    rate = learning_rate_schedule(name, 0.5, **options)
+    factor = learning_rate_schedule(name, 1.0, **options)
+    rate = learning_rate_schedule(name, 0.5, xp=mx, **options)
     for done in range(25):
         close(0.5 * factor(done), rate(done), f"{name} {done}", relative=1e-6)
 

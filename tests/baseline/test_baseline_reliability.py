@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from baseline_setup import DIGITS, ROOT, torch
 from files import tree
-from pytorch_checkpoints import load_checkpoint
+from pytorch_backend import PyTorchBackend
 from pytorch_files import write_arrays
 from pytorch_ppo_training import main as ppo_main
 from pytorch_sft import main as sft_main
@@ -63,7 +63,7 @@ def test_a_run_that_goes_back_leaves_the_newer_checkpoints_behind(tmp_path, monk
     run = train(tmp_path / "run", "--iters", 6, "--save-every", 2, "--keep-checkpoints", 3)
     whole = (tmp_path / "run.npz").read_bytes()
     with monkeypatch.context() as patch:  # it stops after its first checkpoint
-        patch.setattr("pytorch_loops.SupervisedLoop.stopped_early", lambda loop: loop.step == 3)
+        patch.setattr("training.supervised_loop.Loop.stopped_early", lambda loop, _: loop.step == 3)
         words = ["--resume", str(run / "checkpoints" / "step-00000002"), "--save-every", "1"]
         sft_main([*words, "--keep-checkpoints", "3"])
     assert steps(run) == [2, 3] and train_rows(run) == [1, 2, 3]
@@ -99,9 +99,9 @@ def test_other_weights_than_the_checkpoint_holds_are_refused(tmp_path):
 def test_what_is_no_state_is_refused_in_a_line(tmp_path, monkeypatch):
     """Where the sums are right, too: nothing pickled is run."""
     torch.save(Path("x"), tmp_path / "state.pt")
-    monkeypatch.setattr("pytorch_checkpoints.problem", lambda path: None)
+    monkeypatch.setattr("pytorch_backend.problem", lambda path: None)
     with pytest.raises(UserError, match="cannot be read: Weights only load failed"):
-        load_checkpoint(tmp_path)
+        PyTorchBackend(torch.device("cpu")).load_checkpoint(tmp_path)
 
 
 def test_a_run_that_stopped_early_has_ended(tmp_path):
@@ -115,7 +115,7 @@ def test_a_run_that_stopped_early_has_ended(tmp_path):
 
 def test_the_validation_before_training_is_made_once(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("pytorch_loops.SupervisedLoop.stopped_early", lambda loop: True)
+        patch.setattr("training.supervised_loop.Loop.stopped_early", lambda *_: True)
         run = train(tmp_path / "run", "--iters", 2, "--steps-per-eval", 2)
     sft_main(["--resume", str(run)])
     assert [row["step"] for row in read_rows(run) if "valid/loss" in row] == [0, 2]
@@ -148,8 +148,8 @@ def test_the_checkpoints_before_a_bad_streak_are_kept(tmp_path):
 
 def test_a_ppo_run_ends_although_a_step_had_no_number(tmp_path, monkeypatch):
     rows = [{"step": 1, "objective/kl": None}, {"step": 2, "objective/kl": 0.5}]
-    monkeypatch.setattr("pytorch_ppo_training.read_rows", lambda folder: rows)
-    monkeypatch.setattr("pytorch_ppo_training.plot_ppo", lambda rows, path, **_: path)
+    monkeypatch.setattr("training.launch.read_rows", lambda folder: rows)
+    monkeypatch.setattr("reports.training_plots.plot_ppo", lambda rows, path, **_: path)
     run = tmp_path / "run"
     ppo_main([*PPO, "--output-dir", str(run), "--save-file", str(tmp_path / "a.npz")])
     assert json.loads((run / "summary.json").read_text())["kl"] == 0.5

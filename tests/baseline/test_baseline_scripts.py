@@ -14,10 +14,10 @@ from baseline_setup import DIGITS, ROOT, close, torch
 from files import tree
 from flag_check import unread_flags
 from pytorch_files import load_adapter as load_torch_adapter
-from pytorch_flags import REFUSED, BaselineParser, parse
 from pytorch_models import load_model as load_torch
 from pytorch_ppo_training import main as ppo_main
 from pytorch_reward_model import load_reward_model as load_torch_reward_model
+from pytorch_runs import REFUSED, BaselineParser, parse
 from pytorch_sft import main as sft_main
 
 from command_line import ppo_flags, sft_flags
@@ -44,7 +44,7 @@ PPO = [
     "1",
     "--ground-truth-reward",
 ]
-ROOMS = ("pytorch_baseline", "command_line", "run_folder", "training", "rewards")
+ROOMS = ("pytorch_baseline", "command_line", "run_folder", "training", "rewards", "rl")
 SOURCES = [file for room in ROOMS for file in ROOT.glob(f"{room}/*.py")]
 
 

@@ -11,10 +11,10 @@ import pytest
 from baseline_setup import DIGITS, ROOT, close, torch, training_losses
 from files import tree
 from pytorch_models import Tuned, load_model
+from pytorch_optimizers import Scheduler, build_optimizer, trainable
 from pytorch_reward_model import RewardModel
 from pytorch_sft import main as sft_main
 from pytorch_sft_trainer import RewardTrainer, SFTTrainer
-from pytorch_training import Scheduler, build_optimizer, trainable
 
 from data_utils import (
     BatchIterator,

@@ -24,10 +24,10 @@ SFT = (
 # Where the signal arrives; the call of it; the last step that is saved.
 PLACES = {
     "sampling": (ppo_main, PPO, "pytorch_ppo_trainer.PPOTrainer.generate", 3, 2),
-    "reward": (ppo_main, PPO, "pytorch_loops.PPOLoop.score", 6, 2),
+    "reward": (ppo_main, PPO, "training.rollout_loop.RolloutLoop.score", 6, 2),
     "reference": (ppo_main, PPO, "pytorch_ppo_trainer.PPOTrainer.score_reference", 2, 1),
-    "first evaluation": (ppo_main, PPO, "pytorch_loops.PPOLoop.sample", 1, 0),
-    "evaluation": (ppo_main, PPO, "pytorch_loops.PPOLoop.sample", 4, 2),
+    "first evaluation": (ppo_main, PPO, "training.rollout_loop.RolloutLoop.sample", 1, 0),
+    "evaluation": (ppo_main, PPO, "training.rollout_loop.RolloutLoop.sample", 4, 2),
     "validation": (sft_main, SFT, "pytorch_sft_trainer.SFTTrainer.evaluate", 2, 2),
 }
 
@@ -60,8 +60,8 @@ def test_a_signal_gives_up_a_step_that_has_moved_no_weight(
     tmp_path, monkeypatch, capfd, whole, place
 ):
     main, words, target, call, saved = PLACES[place]
-    module, owner, function = target.split(".")
-    inner, calls = getattr(getattr(__import__(module), owner), function), []
+    module, owner, function = target.rsplit(".", 2)
+    inner, calls = getattr(getattr(__import__(module, fromlist=[owner]), owner), function), []
 
     def signalled(*arguments, **options):
         calls.append(1)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from baseline_setup import DIGITS, ROOT, close, torch, training_losses
 from pytorch_models import Tuned, load_model, mlx_layout
+from pytorch_optimizers import Scheduler, trainable
 from pytorch_reward_model import RewardModel
 from pytorch_sft_trainer import RewardTrainer, SFTTrainer
-from pytorch_training import Scheduler, trainable
 
 from data_utils import (
     BatchIterator,

@@ -25,7 +25,7 @@ TRAINING = [
 ]
 SCRIPTS = {
     sft: ["sft.py"],
-    ppo_training: ["ppo_training.py", "mlx_ppo_trainer.py"],
+    ppo_training: ["ppo_training.py", "mlx_ppo_trainer.py", "rl/scores.py"],
     preference_training: ["preference_training.py"],
     group_training: ["group_training.py", "mlx_group_trainer.py", "rl/group_losses.py"],
     fuse: ["fuse.py", "publishing/*.py"],

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.packing import least_padding, pack, pick_targets, round_up
+from models.packing import least_padding, pack, pick_targets
+from padding import round_up
 
 
 def test_the_exact_targets_that_count():

@@ -15,7 +15,7 @@ import pytest
 
 from models.trunk import token_logprobs
 from rl.advantages import gae
-from rl.kl import AdaptiveKLController, FixedKLController, full_kl, kl_penalty
+from rl.kl import full_kl, kl_penalty
 from rl.losses import (
     masked_mean,
     masked_var,
@@ -26,13 +26,14 @@ from rl.losses import (
 )
 from rl.ppo_statistics import step_statistics
 from rl.rollouts import Rollout
-from rl.shaping import (
+from rl.scores import (
+    AdaptiveKLController,
+    FixedKLController,
     RunningMoments,
     clip_scores,
-    per_token_rewards,
-    rollout_stats,
     scale_scores,
 )
+from rl.shaping import per_token_rewards, rollout_stats
 
 ORACLES = Path(__file__).resolve().parents[1] / "oracles"
 PPO = dict(np.load(ORACLES / "ppo_arithmetic.npz", allow_pickle=False))
@@ -332,7 +333,9 @@ def test_step_statistics(case):
         non_score_rewards=case.rewards()[1],
     )
     minibatch = minibatch_metrics(case) | {"policy/entropy": case.out("stat/policy/entropy").item()}
-    found = step_statistics(rollout, [minibatch, minibatch])  # their mean is each of them
+    found = step_statistics(
+        rollout, [minibatch, minibatch], rollout_stats
+    )  # their mean is each of them
     # Arrays in TRL, means over counted tokens here.
     for name in ("objective/logprobs", "objective/ref_logprobs"):
         assert_close(found[name], wanted.pop(name)[case.counted].mean())

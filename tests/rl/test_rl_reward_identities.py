@@ -9,20 +9,21 @@ from batches import make_batch, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.kl import KL_MODES, AdaptiveKLController, FixedKLController, full_kl, kl_penalty
+from rl.kl import KL_MODES, full_kl, kl_penalty
 from rl.losses import (
     masked_mean,
     pairwise_loss,
     regression_loss,
 )
-from rl.shaping import (
+from rl.scores import (
+    AdaptiveKLController,
+    FixedKLController,
     RunningMoments,
     clip_scores,
     length_penalties,
-    per_token_rewards,
-    rollout_stats,
     scale_scores,
 )
+from rl.shaping import per_token_rewards, rollout_stats
 
 
 @pytest.mark.parametrize("mode", [mode for mode in KL_MODES if mode != "full"])

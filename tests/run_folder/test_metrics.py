@@ -19,7 +19,8 @@ from errors import UserError
 from run_folder.rows import RowFile
 from run_folder.run import Run, read_rows
 from run_folder.secrets import REDACTED, redact
-from training.memory import check_memory, peak_memory
+from training.endings import check_memory
+from training.memory import peak_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -493,7 +494,7 @@ def test_a_memory_limit_ends_in_advice():
     held = mx.zeros(1_000_000)
     mx.eval(held)
     assert peak_memory() >= 0.004
-    check_memory(None)
-    check_memory(1000.0)
+    check_memory(None, peak_memory())
+    check_memory(1000.0, peak_memory())
     with pytest.raises(UserError, match="--memory-limit.*0.001 allowed.*--batch-size"):
-        check_memory(0.001)
+        check_memory(0.001, peak_memory())

@@ -22,7 +22,7 @@ def make_loop(function, count: int = 20, **config) -> GroupLoop:
     prompts = [PromptRow([2 + i], str(2 + i), {"level": i}) for i in range(count)]
     rewards = RewardSet([Reward("r", function)], unscored=True)
     trainer = make_trainer(**config)
-    return GroupLoop(None, trainer, rewards, Words(), prompts, [], {}, None)
+    return GroupLoop(None, trainer, rewards, Words(), prompts, [], {}, None, backend=None)
 
 
 def recorded(loop: GroupLoop) -> list[tuple[list, list]]:

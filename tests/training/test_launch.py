@@ -58,7 +58,8 @@ def third_script(words, steps=3, stop_at=None, finished=None):
         (finished if finished is not None else []).append(loop.step)
         run.finish({"steps": loop.step})
 
-    run_training(args, "sft", make_loop, lambda loop: f"{loop.steps} steps", finish)
+    said = "{0.steps} steps".format
+    run_training(args, "sft", make_loop, said, finish, blas=fast_blas.NAME)
     return loops[0]
 
 

@@ -12,14 +12,12 @@ from mlx.utils import tree_flatten
 from command_line.shared_flags import OPTIMIZERS, SCHEDULES
 from errors import UserError
 from training.optimizers import (
-    SHAPES,
     build_optimizer,
     clip_gradients,
-    is_inner_matrix,
-    learning_rate_schedule,
     optimizer_arrays,
     restore_optimizer,
 )
+from training.schedules import SHAPES, is_inner_matrix, learning_rate_schedule
 
 WEIGHT = np.array([[1.0, -2.0, 0.5], [0.25, 3.0, -1.0]])
 GRADIENTS = [np.cos(np.arange(6).reshape(2, 3) + k) / (k + 1) for k in range(4)]
@@ -68,9 +66,10 @@ def run(optimizer, steps: int = 4, name: str = "w") -> np.ndarray:
     ],
 )
 def test_the_rate_at_a_step(name, options, step, expected):
-    rate = learning_rate_schedule(name, 2.0, steps=100, **options)
-    assert rate(step).item() == pytest.approx(expected, abs=1e-6)
-    assert rate(mx.array(step, dtype=mx.uint64)).item() == pytest.approx(expected, abs=1e-6)
+    for xp in (mx, np):
+        rate = learning_rate_schedule(name, 2.0, steps=100, xp=xp, **options)
+        assert rate(step).item() == pytest.approx(expected, abs=1e-6)
+        assert rate(xp.array(step, dtype=xp.uint64)).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_one_cycle_of_restarts_is_cosine():

@@ -13,7 +13,7 @@ from tiny import tiny_model
 
 import fuse
 import sft
-import training.samples
+import training.sample_texts
 from command_line.parser import run_main
 from data_utils import PreferenceRow, ScalarRow, make_batch, read_records, tokenise_scalar
 from mlx_sft_trainer import RewardModelTask
@@ -239,7 +239,7 @@ def test_ranked_responses_train():
 
 def test_normalisation_is_on_samples_of_the_base_and_is_stored(monkeypatch):
     seen = []
-    original = training.samples.normalise
+    original = training.sample_texts.normalise
 
     def kept(model, texts):
         seen.extend(texts)
@@ -256,7 +256,7 @@ def test_normalisation_is_on_samples_of_the_base_and_is_stored(monkeypatch):
         1e-2,
     )
     with monkeypatch.context() as patch:
-        patch.setattr(training.samples, "normalise", kept)
+        patch.setattr(training.sample_texts, "normalise", kept)
         train(*words, "--normalize-samples", 20)
     assert len(seen) == 20
     loaded = load_model()

@@ -14,17 +14,16 @@ from models.decoding import Sampling
 from models.lora import LoraConfig, add_lora
 from rl.kl import kl_penalty
 from rl.ppo_statistics import rollout_statistics
-from rl.rollouts import join_rollouts
-from training.rollout_stages import (
+from rl.rollouts import (
+    join_rollouts,
     minibatch_order,
     response_limits,
-    sample,
-    score_reference,
-    scored,
     set_mask,
     stream,
     use_sampled,
 )
+from rl.shaping import rollout_stats
+from training.rollout_stages import sample, score_reference, scored
 
 
 def rollout_without_values(seed: int = 0, queries=None):
@@ -53,14 +52,14 @@ def rollout_without_values(seed: int = 0, queries=None):
 def test_a_rollout_without_values_has_logprobs_kl_and_statistics():
     model, tuning, rollout = rollout_without_values()
     assert rollout.sampled_values is None and rollout.values is None
-    set_mask(rollout)
-    assert use_sampled(rollout)
+    set_mask(rollout, mx.array)
+    assert use_sampled(rollout, mx.array)
     (again,) = scored(rollout, lambda packed: (reference_logprobs(model, packed),), size=3)
     np.testing.assert_allclose(rollout.logprobs, again, atol=1e-4)  # 8 rows are no multiple of 3
     score_reference(rollout, model, tuning, None, size=4)
     rollout.kls = kl_penalty(rollout.logprobs, rollout.ref_logprobs, "k3")
     rollout.scores = mx.arange(8).astype(mx.float32)
-    stats = rollout_statistics(rollout)
+    stats = rollout_statistics(rollout, rollout_stats)
     sums = np.array(rollout.kls).sum(axis=1)
     np.testing.assert_allclose(stats["objective/kl_dist"], sums, rtol=1e-5)
     assert stats["objective/kl"] == pytest.approx(sums.mean(), rel=1e-5) and sums.mean() > 0
@@ -70,10 +69,10 @@ def test_a_rollout_without_values_has_logprobs_kl_and_statistics():
 
 def test_statistics_need_no_reference():
     _, _, rollout = rollout_without_values()
-    set_mask(rollout)
-    use_sampled(rollout)
+    set_mask(rollout, mx.array)
+    use_sampled(rollout, mx.array)
     rollout.scores = mx.zeros(8)
-    stats = rollout_statistics(rollout)
+    stats = rollout_statistics(rollout, rollout_stats)
     surprise = [-row.sum() for row in rollout.sampled_logprobs]
     assert stats["objective/entropy"] == pytest.approx(np.mean(surprise), rel=1e-5)
     assert not any("kl" in name or "ref" in name for name in stats)

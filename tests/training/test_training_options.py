@@ -14,7 +14,7 @@ from mlx_sft_trainer import SupervisedTrainer
 from models.load import load_model
 from run_folder.checkpoint_folder import best_checkpoint, list_checkpoints
 from training.checkpoints import load_checkpoint
-from training.optimizers import learning_rate_schedule
+from training.schedules import learning_rate_schedule
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 

@@ -1,9 +1,9 @@
-"""rl/losses.py in PyTorch: the losses of PPO and of reward models, arrays -> (loss, metrics).
+"""rl/losses.py, kl.py, shaping.py and advantages.py in PyTorch: the arithmetic of PPO and rewards.
 
 PPO tensors are (B, T), float32; `mask` (B, T) is 1 on the tokens that count. What stands at a
 masked place, NaN included, changes nothing. Metric names are TRL's without their "ppo/" prefix.
 
-Legend: B batch, T tokens.
+Legend: B batch, T tokens, V vocabulary.
 """
 
 import torch
@@ -158,3 +158,83 @@ def regression_loss(scores: Tensor, targets: Tensor) -> tuple[Tensor, Metrics]:
 
 def detached(metrics: Metrics) -> Metrics:
     return {name: value.detach() for name, value in metrics.items()}
+
+
+# ---- from scores to advantages -----------------------------------------------------------------
+
+PER_TOKEN = {
+    "kl": lambda d: d,
+    "abs": torch.abs,
+    "mse": lambda d: 0.5 * d.square(),
+    "k1": lambda d: d,
+    "k2": lambda d: 0.5 * d.square(),
+    "k3": lambda d: torch.expm1(-d) + d,
+}
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mode: str = "kl") -> Tensor:
+    """Penalty per token, (B, T), from the log-probabilities of the sampled tokens, (B, T)."""
+    return PER_TOKEN[mode](logprobs - ref_logprobs)
+
+
+def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """Exact KL(policy, reference): sum over V of p (log p - log p_ref); (..., V) -> (...)."""
+    logp, ref_logp = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+    possible = logp > -torch.inf
+    return torch.where(possible, logp.exp() * (logp - ref_logp), 0.0).sum(-1)
+
+
+def per_token_rewards(
+    scores: Tensor, kls: Tensor, mask: Tensor, kl_coef: float
+) -> tuple[Tensor, Tensor]:
+    """(rewards, non_score_rewards), both (B, T): -kl_coef KL, plus the score on the last token."""
+    non_score_rewards = counted(-kl_coef * kls, mask)
+    places = torch.where(mask > 0, torch.arange(mask.shape[1], device=mask.device), -1)  # (B, T)
+    last = places.max(dim=1).values  # (B,)
+    rows = torch.arange(len(scores), device=mask.device)[last >= 0]
+    rewards = non_score_rewards.clone()
+    rewards[rows, last[rows]] += scores[rows]
+    return rewards, non_score_rewards
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), both (B, T), unwhitened, 0 at masked places (Schulman et al. 2016).
+
+    delta_t = r_t + gamma V' - V_t,  A_t = delta_t + gamma lam A',  return_t = A_t + V_t, where ' is
+    the next token of the row that counts. This is the plain loop of the textbook; rl/advantages.py
+    computes the same in log2(T) rounds.
+    """
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # (B,)
+    for t in reversed(range(rewards.shape[1])):
+        here = mask[:, t] > 0
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * next_advantage
+        advantages[:, t] = torch.where(here, advantage, 0.0)
+        next_advantage = torch.where(here, advantage, next_advantage)
+        next_value = torch.where(here, values[:, t], next_value)
+    return advantages.detach(), counted(advantages + values, mask).detach()
+
+
+def rollout_stats(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    kls: Tensor,
+    non_score_rewards: Tensor,
+    mask: Tensor,
+) -> dict[str, Tensor]:
+    """Metrics of a batch before it is trained on (rl/shaping.py); scores (B,), the rest (B, T)."""
+    kl_dist = counted(kls, mask).sum(dim=1)  # (B,)
+    return {
+        "objective/kl": kl_dist.mean(),
+        "objective/kl_dist": kl_dist.cpu().numpy(),
+        "objective/logprobs": masked_mean(logprobs, mask),
+        "objective/ref_logprobs": masked_mean(ref_logprobs, mask),
+        "objective/entropy": counted(-logprobs, mask).sum(dim=1).mean(),
+        "ppo/mean_non_score_reward": masked_mean(non_score_rewards, mask),
+        "ppo/mean_scores": scores.mean(),
+        "ppo/std_scores": scores.std() if len(scores) > 1 else torch.zeros(()),
+    }

@@ -1,21 +1,12 @@
-"""training/optimizers.py, seeds.py and memory.py in PyTorch."""
+"""training/optimizers.py in PyTorch."""
 
-import importlib.metadata
-import math
-import random
-import resource
-import sys
 from collections.abc import Callable, Iterable
 
-import numpy as np
 import torch
 from torch import nn
 
-from errors import MEMORY_ADVICE, UserError
-
-# ---- optimizers --------------------------------------------------------------------------------
-
-DECAY = {"adamw": 0.01, "muon": 0.01}
+from errors import UserError
+from training.schedules import DECAY, both_betas, is_inner_matrix, learning_rate_schedule
 
 
 class Lion(torch.optim.Optimizer):
@@ -61,12 +52,6 @@ class Together:
             part.load_state_dict(state)
 
 
-def is_inner_matrix(name: str, weight: torch.Tensor) -> bool:
-    """Whether Muon suits a weight: a matrix between layers, no embedding, head or prompt."""
-    outer = any(word in name for word in ("embed", "head", "score", "prompt"))
-    return weight.ndim == 2 and min(weight.shape) > 1 and not outer
-
-
 def build_optimizer(
     parameters: dict[str, nn.Parameter],
     name: str,
@@ -79,8 +64,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer | Together:
     """An optimizer by name, with the defaults of training/optimizers.py."""
     decay = DECAY.get(name, 0.0) if weight_decay is None else weight_decay
-    both = (betas[0], betas[1] if betas[1] is not None else (0.99 if name == "lion" else 0.999))
-    given, rate = list(parameters.values()), learning_rate
+    both, given, rate = both_betas(name, betas), list(parameters.values()), learning_rate
     if name == "adam":
         return torch.optim.Adam(given, rate, both, eps, decay)
     if name == "adamw":
@@ -110,7 +94,7 @@ def build_optimizer(
 
 
 class Scheduler:
-    """Sets the learning rate of every update; the shapes of training/optimizers.py."""
+    """Sets the learning rate of every update: its peak times `factor(updates done)`."""
 
     def __init__(self, optimizer, factor: Callable[[int], float]):
         self.optimizer, self.factor, self.done = optimizer, factor, 0
@@ -120,7 +104,7 @@ class Scheduler:
 
     def _set(self) -> None:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * self.factor(self.done)
+            group["lr"] = peak * float(self.factor(self.done))
 
     def step(self) -> None:
         """After an update: the rate of the next one."""
@@ -145,99 +129,13 @@ class Scheduler:
         self._set()
 
 
-SHAPES: dict[str, Callable[[float, int, float], float]] = {
-    "constant": lambda progress, *_: 1.0,
-    "linear": lambda progress, *_: 1.0 - progress,
-    "polynomial": lambda progress, _, power: (1.0 - progress) ** power,
-    "cosine": lambda progress, *_: 0.5 * (1.0 + math.cos(math.pi * progress)),
-    "cosine_with_restarts": lambda progress, cycles, _: (
-        0.0 if progress >= 1.0 else 0.5 * (1.0 + math.cos(math.pi * (progress * cycles % 1.0)))
-    ),
-}
-
-
-def learning_rate_factor(
-    name: str,
-    *,
-    steps: int,
-    warmup: int = 0,
-    cycles: int = 1,
-    power: float = 2.0,
-    end_factor: float = 0.0,
-) -> Callable[[int], float]:
-    """A function from the number of updates done so far to the next one's share of the peak."""
-    if warmup and warmup >= steps and name != "constant":
-        raise UserError(f"--warmup-steps: {warmup} updates of warm-up leave none of {steps}")
-
-    def factor(done: int) -> float:
-        if done < warmup:
-            return (done + 1) / warmup
-        progress = min((done - warmup) / max(steps - warmup, 1), 1.0)
-        shape = SHAPES[name](progress, cycles, power)
-        return shape if name == "constant" else end_factor + (1.0 - end_factor) * shape
-
-    return factor
-
-
 def optimizer_and_schedule(parameters: dict[str, nn.Parameter], options: dict, steps: int):
     """Both from `command_line.shared_flags.optimizer_options`; `steps` counts updates."""
     schedule = {each: options.pop(each) for each in ("cycles", "power", "end_factor")}
     name, warmup = options.pop("schedule"), options.pop("warmup")
     optimizer = build_optimizer(parameters, **options)
-    factor = learning_rate_factor(name, steps=steps, warmup=warmup, **schedule)
+    factor = learning_rate_schedule(name, 1.0, steps=steps, warmup=warmup, **schedule)
     return optimizer, Scheduler(optimizer, factor)
-
-
-# ---- seeds and memory --------------------------------------------------------------------------
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """What dropout reads; the order of data, and sampling, have seeds of their own."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type in ("cuda", "mps"):
-        state[device.type] = getattr(torch, device.type).get_rng_state()
-    return state
-
-
-def set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    for name in ("cuda", "mps"):
-        if name in state:
-            getattr(torch, name).set_rng_state(state[name])
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory held so far, in GB: of the GPU, or of the whole process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def check_memory(gigabytes: float | None, device: torch.device) -> None:
-    """Raise UserError once the peak has passed the limit."""
-    if gigabytes is not None and peak_memory(device) > gigabytes:
-        raise UserError(
-            f"--memory-limit: {peak_memory(device):.3g} GB were needed, {gigabytes:g} allowed; "
-            + MEMORY_ADVICE
-        )
-
-
-def note_versions(run) -> None:
-    """Add what the baseline stands on to the run's config.json, once nothing refuses."""
-    names = ("torch", "peft", "trl")
-    run.config["versions"] |= {name: importlib.metadata.version(name) for name in names}
-    run.config["machine"]["torch_threads"] = torch.get_num_threads()
-    run.write_config()
 
 
 def finite(tensors: Iterable[torch.Tensor]) -> bool:
