@@ -2,6 +2,7 @@
 # make test    the tests (make test-long: the long ones)          make lint    ruff          make clean    caches and demo_run
 # make test-baseline   the PyTorch baseline against MLX and TRL (installs PyTorch)
 # make compare         both on the digits task, five seeds: docs/comparison.md
+# make real            SFT, reward model and PPO on SmolLM2-135M-Instruct, three seeds (3 hours; installs PyTorch)
 # make bench           every benchmark, against pinned peers (Python 3.11 or 3.12; 20 minutes)
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +14,7 @@ BENCH_MLX := .venv-bench-mlx
 # Test processes side by side; each takes one core.
 PARALLEL := -n 2 --dist worksteal
 
-.PHONY: setup setup-dev demo test test-long test-baseline compare bench lint clean
+.PHONY: setup setup-dev demo test test-long test-baseline compare real bench lint clean
 
 setup: $(VENV)/.installed
 
@@ -57,6 +58,9 @@ test-baseline: $(BASELINE)/.installed
 
 compare: setup-dev $(BASELINE)/.installed
 	$(PY) benchmarks/compare.py
+
+real: setup $(BASELINE)/.installed
+	@$(PY) benchmarks/real_model.py
 
 $(BENCH)/.installed: benchmarks/requirements-trl.txt
 	@test -x $(BENCH)/bin/python || { echo "making $(BENCH)"; $(PYTHON) -m venv $(BENCH); }

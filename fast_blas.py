@@ -11,10 +11,12 @@ Loads no MLX until one of them is called.
 
 import ctypes
 import functools
+import importlib.util
 import math
 import os
 import platform
 import sys
+from pathlib import Path
 
 # One thread is fastest at the sizes that the MLX CPU backend hands over one by one.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -40,6 +42,22 @@ def load() -> str | None:
     return None
 
 
+def refuse_wrong_python() -> None:
+    """Exit with one line where a script runs in a Python that lacks what all of them need."""
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    if main is None or Path(main).resolve().parent != Path(__file__).resolve().parent:
+        return
+    for library in ("numpy", "mlx"):
+        if importlib.util.find_spec(library) is None:
+            line = (
+                f"error: {sys.executable} has no {library}: type `. .venv/bin/activate` first, or "
+                ".venv/bin/python in place of python; `make setup` makes that environment"
+            )
+            print(line, file=sys.stderr)
+            raise SystemExit(2)
+
+
+refuse_wrong_python()
 NAME = load()
 
 

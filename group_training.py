@@ -21,10 +21,11 @@ from command_line.adapter_file import load_copy, make_tuning
 from command_line.adlf_flags import component_weights, make_composite
 from command_line.conditioning_flags import ask_for_target
 from command_line.curriculum_flags import difficulty, make_curriculum
-from command_line.group_flags import config_of, default_learning_rate, parse_arguments
+from command_line.group_flags import config_of, parse_arguments, settle_for_model
 from command_line.model_limits import check_splits, fit_lengths
 from command_line.parser import run_main
 from command_line.ppo_flags import ends, load_prompts, signal_options, stop_at, validation_prompts
+from command_line.prompt_preview import show_prompts
 from command_line.reward_flags import make_learned_reward, make_rewards
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
 from training.launch import (
@@ -46,8 +47,10 @@ def main(words=None) -> int:
     from training.internal_signals import reference_signals
 
     loaded = start(args.seed, args.memory_limit, **model_options(args))
+    settle_for_model(args, loaded.weights)
     fit_lengths(args, loaded.limits, response=args.max_new_tokens)
-    prompts = load_prompts(args, loaded.tokenizer, config_of(args).prompts_per_step)
+    per_step = config_of(args).prompts_per_step
+    prompts = load_prompts(args, loaded.tokenizer, loaded.weights, per_step)
     how_hard = difficulty(args, loaded, prompts["train"].rows)
     policy, reference = make_policy(args, loaded)
     ask_for_target(args, loaded, prompts)
@@ -59,8 +62,11 @@ def main(words=None) -> int:
     options = signal_options(args, loaded, policy.tuning, reference, prompts)
     rewards = make_composite(args, rewards, partial(reference_signals, **options))
     rewards.check_columns([*columns_of(prompts["train"].rows), "group_ids"])
-    order = make_curriculum(args, how_hard, args.num_steps)
-    train(args, loaded, policy, reference, rewards, prompts, order)
+    if args.preview:
+        show_prompts(args, loaded.tokenizer, prompts["train"].rows, rewards)
+    else:
+        order = make_curriculum(args, how_hard, args.num_steps)
+        train(args, loaded, policy, reference, rewards, prompts, order)
     say_peak_memory()
     return 0
 
@@ -70,14 +76,9 @@ def main(words=None) -> int:
 
 def make_policy(args, loaded):
     """(policy, reference model or None for "the policy without its adapter", or for no KL)."""
-    from mlx.utils import tree_flatten
-
     from models.policy import Policy
 
-    size = sum(array.size for _, array in tree_flatten(loaded.model.parameters()))
     tuning = make_tuning(args, loaded, args.resume_file, ignore=("lora_dropout",))
-    if args.learning_rate is None:
-        args.learning_rate = default_learning_rate(tuning.kind, size)
     compared = tuning.kind == "full" and (config_of(args).beta or component_weights(args))
     reference = load_copy(args).model if compared else None
     return Policy(loaded.model, tuning), reference

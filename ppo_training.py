@@ -8,7 +8,7 @@ Within a minute on a laptop, on the embedded model:
     python ppo_training.py --ground_truth_reward
 A real one:
     python ppo_training.py --model ./my_sft_model --reward_model ./my_reward_model \\
-        --data my_folder --data-base "" --max-new-tokens 128 --batch-size 32 --learning-rate 1e-4
+        --data my_folder --data-base "" --max-new-tokens 128
 """
 
 import fast_blas
@@ -27,10 +27,12 @@ from command_line.ppo_flags import (
     ends,
     load_prompts,
     parse_arguments,
+    settle_for_model,
     signal_options,
     stop_at,
     validation_prompts,
 )
+from command_line.prompt_preview import show_prompts
 from command_line.reward_flags import make_learned_reward, make_rewards
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
 from models.adapter_description import VALUE_HEAD
@@ -53,8 +55,9 @@ def main(words=None) -> int:
     from training.internal_signals import reference_signals
 
     loaded = start(args.seed, args.memory_limit, **model_options(args))
+    settle_for_model(args, loaded.weights)
     fit_lengths(args, loaded.limits, response=args.max_new_tokens)
-    prompts = load_prompts(args, loaded.tokenizer)
+    prompts = load_prompts(args, loaded.tokenizer, loaded.weights)
     how_hard = difficulty(args, loaded, prompts["train"].rows)
     policy, reference = make_policy(args, loaded)
     ask_for_target(args, loaded, prompts)
@@ -65,8 +68,11 @@ def main(words=None) -> int:
         rewards.check_prompts(split.rows, args.max_new_tokens)
     options = signal_options(args, loaded, policy.tuning, reference, prompts)
     rewards = make_composite(args, rewards, partial(reference_signals, **options))
-    order = make_curriculum(args, how_hard, args.num_steps)
-    train(args, loaded, policy, reference, rewards, prompts, order)
+    if args.preview:
+        show_prompts(args, loaded.tokenizer, prompts["train"].rows, rewards)
+    else:
+        order = make_curriculum(args, how_hard, args.num_steps)
+        train(args, loaded, policy, reference, rewards, prompts, order)
     say_peak_memory()
     return 0
 

@@ -177,7 +177,7 @@ def finish(args, loaded, run, loop, rows) -> None:
         loop.take_best()
     written = save_adapter(args.save_file, task.tuning, loaded, run=run.recorded)
     if "valid" in rows:
-        found = loop.trainer.evaluate(validation(args, rows["valid"], least_rows(args))())
+        found = loop.validation_of()
         show("validation", found)
     logged = read_rows(run.folder)
     written.append(plot_losses(logged, run.plots / "loss.png", unit="loss"))

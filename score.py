@@ -1,13 +1,14 @@
-"""Score a file of prompts and responses with any reward; pick the best response to each prompt.
+"""Score responses, from a file or sampled, with any reward; pick the best response to each prompt.
 
 Every record format that has a response is read; of preference rows every response is scored. The
 rewards are those of ppo_training.py, and give the scores that PPO would get for the same texts.
+With --prompts in place of --input, --model answers each prompt --samples times first.
 
 Within seconds on a laptop, on the embedded model's data:
     python score.py --input data/preference_increasing_mult_2_test.jsonl --ground-truth-reward
 A real one, rejection sampling: the best of several samples a prompt, for sft.py to train on:
-    python score.py --input samples.jsonl --reward-model ./my_reward_model/ --best-of \\
-        --output best.jsonl
+    python score.py --prompts prompts.jsonl --model MODEL --samples 8 --best-of \\
+        --reward-model ./my_reward_model/ --output best.jsonl
     python sft.py --model MODEL --train --train-file best.jsonl --mask-prompt
 """
 
@@ -35,20 +36,22 @@ def main(words=None) -> int:
     # MLX and what stands on it come after the command line: help and mistakes answer at once.
     from data_utils import columns_of, data_report
     from rewards.scored_rows import make_pairs, refuse_promptless, score_pairs
-    from run_folder.console import Progress
+    from run_folder.console import Wait
 
     fast_blas.tell_of_slowness()
-    tokenizer, reward_model = load(args)
-    settle_date(args, tokenizer)
-    pairs, tokenised = make_pairs(records, tokenizer, tokenising(args))
+    pairs, tokenizer = sample(args, records) if args.prompts else (None, None)
+    tokenizer, reward_model = load(args, tokenizer)
+    if pairs is None:
+        settle_date(args, tokenizer)
+        pairs, tokenised = make_pairs(records, tokenizer, tokenising(args))
+        print(data_report("responses", records, tokenised, columns=True))
     rewards = make_rewards(args, make_learned_reward(args, tokenizer, reward_model))
     rewards = make_composite(args, rewards, partial(first_rows, args, tokenizer, pairs))
-    print(data_report("responses", records, tokenised, columns=True))
     if args.best_of:
         refuse_promptless(pairs)
     rewards.check_columns(columns_of(pair.whole for pair in pairs))
-    with Progress(len(pairs), name="score") as progress:
-        score_pairs(rewards, pairs, args.batch_size, progress.advance)
+    with Wait("scoring", len(pairs)) as wait:
+        score_pairs(rewards, pairs, args.batch_size, wait.advance)
     print_summary(pairs)
     if args.output is not None:
         write(args, pairs)
@@ -58,11 +61,55 @@ def main(words=None) -> int:
 # ------------------------------------------------------------------------------ model
 
 
-def load(args):
+def sample(args, records):
+    """(--samples responses of --model to each prompt, as pairs; the model's tokenizer).
+
+    The model is gone again before those of the rewards are loaded.
+    """
+    from command_line.data_flags import warn_of_digits_model
+    from command_line.model_limits import check_rows, fit_lengths
+    from command_line.ppo_flags import own_ends
+    from data_utils import data_report, tokenise_prompts
+    from models.decoding import Sampling
+    from models.load import load_model
+    from rewards.sampled_rows import sample_pairs
+    from run_folder.console import Wait
+
+    loaded = load_model(
+        args.model,
+        tokenizer=args.tokenizer,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        trust_remote_code=args.trust_remote_code,
+    )
+    warn_of_digits_model(args, records)
+    fit_lengths(args, loaded.limits, response=args.max_new_tokens)
+    settle_date(args, loaded.tokenizer)
+    prompts = tokenise_prompts(records, loaded.tokenizer, **tokenising(args))
+    print(data_report("prompts", records, prompts))
+    check_rows(prompts.rows, loaded.limits, response=args.max_new_tokens)
+    with Wait("sampling", len(prompts) * args.samples) as wait:
+        pairs = sample_pairs(
+            loaded,
+            records,
+            prompts.rows,
+            samples=args.samples,
+            max_new_tokens=args.max_new_tokens,
+            eos_ids=own_ends(args, loaded.tokenizer),
+            sampling=Sampling(args.temperature, args.top_k, args.top_p, args.min_p),
+            batch_size=args.batch_size,
+            seed=args.seed,
+            advance=wait.advance,
+        )
+    return pairs, loaded.tokenizer
+
+
+def load(args, tokenizer=None):
     """(the tokenizer whose templates make texts of rows, the reward model or None).
 
     A fused reward model brings its tokenizer along; --model, as in PPO, is the model whose
-    responses are scored. An adapter goes on --model, or on the base that it names.
+    responses are scored; its `tokenizer` may be at hand. An adapter goes on --model, or on the base
+    that it names.
     """
     from models.adapter_files import read_adapter
     from models.load import load_model
@@ -75,13 +122,15 @@ def load(args):
         base = args.model or recorded_base(args.reward_model, read_adapter(path)[1])
         loaded = load_model(base, quantize=args.quantize, tokenizer=args.tokenizer, **options)
         return loaded.tokenizer, load_reward_model(path, loaded, any_base=args.any_base, **options)
-    if args.quantize:
+    if args.quantize and not args.prompts:
         raise UserError("--quantize is for the base of an adapter in --reward-model")
     reward_model = load_reward_model(args.reward_model, **options) if args.reward_model else None
     own = reward_model is not None and not getattr(reward_model, "reads_pairs", False)
     if own and args.model is None:
         refuse_idle(args, "tokenizer", "without --model: the reward model brings its own")
         return reward_model.source.tokenizer, reward_model
+    if tokenizer is not None:
+        return tokenizer, reward_model
     return load_model(args.model, tokenizer=args.tokenizer, **options).tokenizer, reward_model
 
 

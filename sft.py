@@ -19,7 +19,13 @@ from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.data_flags import flags_of_rows
 from command_line.model_limits import check_splits, fit_lengths
 from command_line.parser import run_main
-from command_line.sft_flags import load_rows, parse_arguments, training_length, validation
+from command_line.sft_flags import (
+    load_rows,
+    parse_arguments,
+    training_length,
+    validated,
+    validation,
+)
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
 from data_utils import BatchPlan, easy_first, epoch_batches
 from models.adapter_description import REWARD_HEAD
@@ -178,7 +184,8 @@ def finish(args, loaded, run, loop, rows) -> None:
             reward_model=args.save_file,
         )
     going_on = going_on or fuse_command(args)
-    finish_supervised(args, run, loop, written, rows.get("valid"), reward_model, going_on)
+    valid = validated(args, rows.get("valid"))
+    finish_supervised(args, run, loop, written, valid, reward_model, going_on)
 
 
 def test(args, task, rows) -> None:

@@ -1,10 +1,12 @@
 """The command line of the group methods. Loads no MLX."""
 
 from command_line.dataclass_flags import add_dataclass_arguments, dataclass_from_arguments
+from command_line.model_size import settle_size
 from command_line.parser import Parser
 from command_line.ppo_flags import (
     HARMLESS,
     NEEDS_OF_ROLLOUTS,
+    SMALL_RATES,
     add_shared_arguments,
     add_task_arguments,
     check_arguments,
@@ -151,19 +153,16 @@ def parse_arguments(words=None):
 
 def settle_arguments(args) -> None:
     """Fill in what follows from other flags, and make sure of the algorithm's own options."""
-    rate = args.learning_rate
     settle_tuning(args)
-    args.learning_rate = rate  # the model's size decides
     config_of(args)
 
 
-# By kind of training: below SMALL weights as measured on the digits task; else TRL's rate for full
-# fine-tuning, and ten times that for adapters.
-SMALL = 5_000_000
-SMALL_RATES = {"lora": 3e-3, "dora": 3e-3, "full": 3e-4, "prompt": 1e-1}
+# By kind of training, from 5 million weights on: TRL's for full fine-tuning, ten times that for
+# adapters.
 LARGE_RATES = {"lora": 1e-5, "dora": 1e-5, "full": 1e-6, "prompt": 1e-3}
 
 
-def default_learning_rate(kind: str, weights: int) -> float:
-    """The rate for a kind of training on a model of so many weights."""
-    return (SMALL_RATES if weights < SMALL else LARGE_RATES)[kind]
+def settle_for_model(args, weights: int) -> None:
+    """Fill in what depends on the number of the model's weights."""
+    settle_size(args, weights, SMALL_RATES, LARGE_RATES, unit=config_of(args).num_generations)
+    config_of(args)

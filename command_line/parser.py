@@ -50,6 +50,32 @@ OUT_OF_MEMORY = re.compile(
 LARGEST = 2**31 - 1  # of a size or a count
 
 
+# What --help shows of a script with many flags: what a first run needs, and what most runs change.
+COMMON = frozenset(
+    "help model data data_base "
+    "train_file validation_file mask_prompt train test preview reward_model "
+    "ground_truth_reward reward_function reward_url answer_reward algorithm loss_type beta "
+    "num_generations iters epochs num_steps batch_size mini_batch_size max_new_tokens max_length "
+    "learning_rate fine_tune_type prompt_tuning lora_rank init_kl_coef eval_every steps_per_eval "
+    "steps_per_report save_file fused_dir output_dir seed config resume log_with adapter_file "
+    "save_path upload_repo force input prompts samples output best_of prompt system_prompt temp "
+    "max_tokens resume_file resume_adapter_file compare rate".split()
+)
+FEW = 30  # so many flags are shown whole
+
+
+class HelpAll(argparse.Action):
+    """--help-all: every flag."""
+
+    def __init__(self, option_strings, dest, help=None):
+        super().__init__(option_strings, "help", nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.short_help = False
+        parser.print_help()
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with this project's rules; declare booleans with ``type=bool``, flags with dashes.
 
@@ -75,6 +101,9 @@ class Parser(argparse.ArgumentParser):
         self.checks: list[Callable[[argparse.Namespace], None]] = []
         self.alternatives: list[set[str]] = []
         self.script, self.harmless = script, tuple(harmless)
+        self.short_help = True
+        if self.add_help:
+            self.add_argument("--help-all", action=HelpAll, help="show every flag, and exit")
         for kind, convert in ((bool, boolean), (int, whole_number), (float, number)):
             self.register("type", kind, convert)
 
@@ -86,7 +115,18 @@ class Parser(argparse.ArgumentParser):
         # The list of all flags stands below anyway; twenty lines of usage say no more.
         names = [a.metavar or a.dest.upper() for a in self._actions if not a.option_strings]
         self.usage = " ".join(["%(prog)s [flags]", *names])
-        return super().format_help()
+        named = [a for a in self._actions if a.option_strings and a.help != argparse.SUPPRESS]
+        if not self.short_help or len(named) <= FEW:
+            return super().format_help()
+        hidden = {a: a.help for a in named if a.dest not in COMMON}
+        try:
+            for action in hidden:
+                action.help = argparse.SUPPRESS
+            text = super().format_help()
+        finally:
+            for action, said in hidden.items():
+                action.help = said
+        return f"{text}\n{len(hidden)} flags more: --help-all\n"
 
     # ----------------------------------------------------------------- names of flags
 
@@ -300,7 +340,7 @@ def nearest(name: str, flags: Iterable[str]) -> str:
     """``; did you mean --x?`` for the flag spelt most like ``name``, or an empty string."""
     bare = {flag.lstrip("-"): flag for flag in flags}
     close = difflib.get_close_matches(name.lstrip("-"), bare, n=1, cutoff=0.7)
-    return f"; did you mean {bare[close[0]]}?" if close else "; --help lists the flags"
+    return f"; did you mean {bare[close[0]]}?" if close else "; --help-all lists the flags"
 
 
 def last_value(words: list[str], flag: str) -> str | None:

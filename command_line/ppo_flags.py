@@ -21,6 +21,7 @@ from command_line.data_flags import (
     warn_of_digits_model,
 )
 from command_line.dataclass_flags import add_dataclass_arguments, dataclass_from_arguments
+from command_line.model_size import settle_evaluation, settle_size
 from command_line.parser import Parser
 from command_line.reward_flags import add_reward_arguments
 from command_line.rules import Needs, needs, refuse_idle
@@ -35,13 +36,16 @@ from command_line.shared_flags import (
 from data_utils import Template, data_report, load_data, tokenise_prompts
 from errors import UserError
 from rl.ppo_config import PPOConfig
+from run_folder.console import watched
 from run_folder.private import marked_above
 
 DESCRIPTION = "PPO on a language model, against a ground-truth reward, a learned one, or your own."
-LEARNING_RATES = {"lora": 3e-3, "dora": 3e-3, "full": 3e-4, "prompt": 1e-1}
+# By kind of training: of models under 5 million weights, as measured on the digits task; of others.
+SMALL_RATES = {"lora": 3e-3, "dora": 3e-3, "full": 3e-4, "prompt": 1e-1}
+LARGE_RATES = {"lora": 1e-4, "dora": 1e-4, "full": 1e-6, "prompt": 1e-2}
 MESSAGES = "my_messages"  # the folder of docs/imessage_bot.md
 SHARED = ("seed", "learning_rate", "max_grad_norm")  # fields of PPOConfig with a flag elsewhere
-HARMLESS = ("eval_every", "eval_prompts", "eval_samples", "samples_per_step")
+HARMLESS = ("eval_every", "eval_prompts", "eval_samples", "samples_per_step", "preview")
 NEEDS_OF_ROLLOUTS = (
     Needs("overlong_penalty", "overlong_buffer"),
     Needs("overlong_buffer", "overlong_penalty"),
@@ -92,8 +96,8 @@ def parse_arguments(words=None):
     add("--reference-samples", type=int, default=0, help=text)
     add_shared_arguments(
         parser,
-        learning_rate_note="default: lora 3e-3, full 3e-4, prompt 0.1, "
-        "by flags or --resume-file; found on the digits task",
+        learning_rate_note="default for models below 5 million weights: lora 3e-3, full 3e-4, "
+        "prompt 0.1, found on the digits task; else lora 1e-4, full 1e-6, prompt 1e-2",
     )
     parser.checks.append(lambda args: at_least(args, 0, "compare_steps", "reference_samples"))
     parser.checks += [check_arguments, needs(NEEDS), settle_arguments]
@@ -131,10 +135,22 @@ def add_task_arguments(parser: Parser, *, save_file: str) -> None:
         help="EOS ends no response: each has the length that was drawn, or --max-new-tokens",
     )
     add("--eval-every", type=int, default=20, help="steps between evaluations; 0: none")
-    add("--eval-prompts", type=int, default=128, help="validation prompts to use; -1: all")
-    add("--eval-samples", type=int, default=4, help="sampled responses per validation prompt")
+    add(
+        "--eval-prompts",
+        type=int,
+        default=128,
+        help="validation prompts to use; -1: all (default from 5 million weights on: as many as "
+        "take a tenth of the work)",
+    )
+    add(
+        "--eval-samples",
+        type=int,
+        default=4,
+        help="sampled responses per validation prompt (default from 5 million weights on: 1)",
+    )
     add("--samples-per-step", type=int, default=2, help="responses a step into samples.jsonl")
     add("--steps-per-report", type=int, default=5, help="steps between lines of metrics")
+    add("--preview", type=bool, default=False, help="show prompts as they are given, and stop")
     parser.alternatives.append({"num_steps", "epochs"})
     parser.checks.append(settle_me_chatbot)
 
@@ -192,6 +208,12 @@ def check_arguments(args) -> None:
     at_least(args, 1, "eval_samples", "steps_per_report", "prompt_words")
 
 
+def settle_for_model(args, weights: int) -> None:
+    """Fill in what depends on the number of the model's weights."""
+    settle_size(args, weights, SMALL_RATES, LARGE_RATES)
+    dataclass_from_arguments(PPOConfig, args)
+
+
 def settle_me_chatbot(args) -> None:
     """--me-chatbot: the prompts of one's own messages, where --data-base says no others."""
     if not args.me_chatbot:
@@ -223,11 +245,13 @@ def settle_arguments(args) -> None:
 
 
 def settle_tuning(args) -> None:
-    """What is trained, by flags or by the adapter that training starts from, and its rate."""
+    """What is trained, by flags or by the adapter that training starts from; the rate comes later,
+    by the model's size."""
     if args.use_peft is False:
         args.fine_tune_type = "full"
-    file = args.resume_file
-    kind = settle_adapter(args, file, LEARNING_RATES, ignore="lora_dropout")  # there is none
+    file, rate = args.resume_file, args.learning_rate
+    kind = settle_adapter(args, file, SMALL_RATES, ignore="lora_dropout")  # there is none
+    args.learning_rate = rate
     if file is not None and kind == "full":
         raise UserError(
             f"--resume-file takes an adapter, and {file} holds every weight; fuse it "
@@ -238,8 +262,8 @@ def settle_tuning(args) -> None:
 # ------------------------------------------------------------------------------ data
 
 
-def load_prompts(args, tokenizer, per_step: int | None = None) -> dict:
-    """Prompts to train on and, where there are any, to validate on.
+def load_prompts(args, tokenizer, weights: int, per_step: int | None = None) -> dict:
+    """Prompts to train on and, where there are any, to validate on; `weights`: of the model.
 
     With --epochs it sets ``args.num_steps`` to the steps of `per_step` prompts (default: a batch)
     that so many passes take; the last step goes into the next pass where they do not come out even.
@@ -252,7 +276,10 @@ def load_prompts(args, tokenizer, per_step: int | None = None) -> dict:
         refuse_idle(args, "prompt_words", "on rows that have prompts of their own")
     for split, records in loaded.items():
         found[split] = tokenise_prompts(
-            records, tokenizer, prompt_words=args.prompt_words, **tokenising(args)
+            watched(records, "tokenising"),
+            tokenizer,
+            prompt_words=args.prompt_words,
+            **tokenising(args),
         )
         print(data_report(f"{split} prompts", records, found[split]))
     if args.epochs is not None:
@@ -261,13 +288,17 @@ def load_prompts(args, tokenizer, per_step: int | None = None) -> dict:
         print(
             f"--epochs {args.epochs:g}: {args.num_steps} steps of {each} prompts, of {count} in all"
         )
+    settle_evaluation(args, weights)
     return found
 
 
 def ends(args, tokenizer) -> set[int]:
-    """Token ids that end a response: the tokenizer's EOS, and its chat template's end of turn."""
-    if args.ignore_eos:
-        return set()
+    """Token ids that end a response: none with --ignore-eos."""
+    return set() if args.ignore_eos else own_ends(args, tokenizer)
+
+
+def own_ends(args, tokenizer) -> set[int]:
+    """The tokenizer's EOS, and its chat template's end of turn."""
     turn_end = Template(tokenizer, args.prompt_template, args.token_format).turn_end_id()
     return set(tokenizer.eos_token_ids) | ({turn_end} if turn_end is not None else set())
 

@@ -24,6 +24,7 @@ from data_utils import (
     use_colour,
 )
 from errors import UserError
+from run_folder.console import watched
 from run_folder.secrets import tell
 
 LONGER = 4 / 3  # chosen answers longer than the rejected ones by this factor are worth a word
@@ -42,10 +43,14 @@ def load_rows(args, tokenizer) -> dict[str, Any]:
         check_kinds(args, kinds, judged)
         if args.algorithm == "kto":
             rows[split] = tokenise_unpaired(
-                records, tokenizer, desirable_from=args.desirable_from, **tokenising(args)
+                watched(records, "tokenising"),
+                tokenizer,
+                desirable_from=args.desirable_from,
+                **tokenising(args),
             )
         else:
-            rows[split] = tokenise_pairs(records, tokenizer, **tokenising(args))
+            seen = watched(records, "tokenising")
+            rows[split] = tokenise_pairs(seen, tokenizer, **tokenising(args))
         print(data_report(split, records, rows[split]))
         if args.algorithm == "kto" and "preference" in kinds:
             print("  note: of pairs, the chosen answers are wanted and the rejected ones are not")

@@ -4,7 +4,6 @@ Shared by sft.py and its PyTorch twin.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 import string
@@ -52,6 +51,7 @@ from errors import UserError
 from models.adapter_description import REWARD_HEAD, head_path, read_head_description
 from models.reading import Reading
 from rewards.reward_rows import reading_of_rows, tokenise_reward_rows
+from run_folder.console import watched
 from run_folder.output import own_text, printable
 from run_folder.run_config import run_folder_of
 
@@ -104,12 +104,6 @@ NEEDS = (
     *LOOP_NEEDS,
     *OF_PACKING,
     Needs("pooling centering margins normalize_samples", "reward_model"),
-    # A reward model is evaluated on all rows in the end, a language model on --val-batches.
-    Needs(
-        "val_batches",
-        met=lambda args: args.steps_per_eval or not args.reward_model,
-        why="at --steps-per-eval 0",
-    ),
 )
 
 
@@ -270,7 +264,10 @@ def load_rows(args, tokenizer) -> dict:
     for split, records in found.items():
         if not args.reward_model:
             options = tokenising(args) | row_limit(args) | {"mask_prompt": args.mask_prompt}
-            tokenise = functools.partial(tokenise_sft, tokenizer=tokenizer, **options)
+
+            def tokenise(some, options=options, **more):
+                return tokenise_sft(watched(some, "tokenising"), tokenizer, **options, **more)
+
             rows[split] = techniques.make(records, tokenise)
         else:
             if "reading" not in rows:
@@ -385,14 +382,24 @@ def validation(args, rows, least: int = 1):
     return lambda: itertools.islice(epoch_batches(rows.rows, plan), count)
 
 
+def validated(args, rows):
+    """The rows that a validation takes, of those that there are (None: none)."""
+    if rows is None:
+        return None
+    plan = BatchPlan(rows.lengths, args.batch_size, shuffle=False)
+    count = None if args.val_batches < 0 else args.val_batches
+    taken = [rows.rows[i] for batch in itertools.islice(plan.epoch(0), count) for i in batch]
+    return dataclasses.replace(rows, rows=taken)
+
+
 def training_length(args, batches_per_epoch: int) -> tuple[int, int | None]:
     """(updates, batches in all or None): with --epochs the last update may get fewer batches."""
     each = args.gradient_accumulation_steps
     batches = math.ceil(args.epochs * batches_per_epoch) if args.epochs else None
     updates = math.ceil(batches / each) if batches else args.iters
-    if updates < args.steps_per_eval and (args.save_best or args.early_stopping_patience):
+    if updates <= args.steps_per_eval and args.early_stopping_patience:
         raise UserError(
-            f"--steps-per-eval {args.steps_per_eval}: {updates} updates have no "
-            "validation after the first, so none could be best"
+            f"--steps-per-eval {args.steps_per_eval}: {updates} updates have no validation between "
+            "the first and the last, so --early-stopping-patience could stop nothing"
         )
     return updates, batches

@@ -5,7 +5,7 @@ import fast_blas
 import glob
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,6 +41,7 @@ class LoadedModel:
     fingerprint: str | None = None  # of the folder's weights, for adapters (base_fingerprint.py)
     quantized: dict[str, int] | None = None  # {"bits", "group_size"} where `quantize` did it
     tokenizer_path: Path | None = None  # its folder, where that is not the model's
+    weights: int = 0  # how many the model has, as they are before they are packed into bits
 
     @cached_property
     def limits(self) -> Limits:
@@ -65,12 +66,14 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     tokenizer: str | Path | None = None,
+    watch: Callable[[Sequence], Iterable] = iter,
 ) -> LoadedModel:
     """Load a local folder, a hub name ``USER/NAME``, or (None) the embedded digits model.
 
     `dtype` is "auto", "stored" (as in the file), "float32", "bfloat16" or "float16"; `quantize`
     is 4 or 8 bits for the linear layers and embeddings of a model that is not quantised yet.
-    `tokenizer` names another model's folder, or hub name, to read with.
+    `tokenizer` names another model's folder, or hub name, to read with. The weights are read in
+    parts, which go through `watch`, for a bar.
     Raises UserError when the model cannot be found, read, or is not supported.
     """
     name = str(name_or_path) if name_or_path is not None else DEFAULT_NAME
@@ -95,9 +98,24 @@ def load_model(
         cast(model, dtype)
     model.freeze()
     fast_blas.use_in(model)
-    mx.eval(model.parameters())
-    fingerprint = base_fingerprint(path)
-    return LoadedModel(model, tokenizer, config, path, name, fingerprint, quantized, reader)
+    for part in watch(in_parts(model)):
+        mx.eval(part)
+    found = LoadedModel(
+        model, tokenizer, config, path, name, base_fingerprint(path), quantized, reader
+    )
+    found.weights = count_weights(model)
+    return found
+
+
+def in_parts(model: nn.Module, count: int = 40) -> list[list[mx.array]]:
+    """All arrays of a model, in their order, in about `count` lists of as many bytes."""
+    arrays = [array for _, array in tree_flatten(model.parameters())]
+    each, parts = sum(array.nbytes for array in arrays) / count, [[]]
+    for array in arrays:
+        if sum(other.nbytes for other in parts[-1]) >= each:
+            parts.append([])
+        parts[-1].append(array)
+    return parts
 
 
 def resolve_path(name: str, revision: str | None = None, *, with_code: bool = False) -> Path:
@@ -264,6 +282,18 @@ def cast(model: nn.Module, dtype: str) -> None:
     model.load_weights(
         [(name, a.astype(target)) for name, a in flat if wanted(name, a)], strict=False
     )
+
+
+def count_weights(model: nn.Module) -> int:
+    """Weights of a model; of packed ones as many as they stand for, without scales and biases."""
+    total = 0
+    for _, module in model.named_modules():
+        own = [a for a in dict.values(module) if isinstance(a, mx.array)]
+        if hasattr(module, "bits"):
+            own = [module.weight]
+            total += module.weight.size * 32 // module.bits - module.weight.size
+        total += sum(a.size for a in own)
+    return total
 
 
 def weight_bytes(*trees) -> int:

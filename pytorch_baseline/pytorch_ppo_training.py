@@ -21,6 +21,7 @@ from pytorch_runs import load_base, loading, make_tuned, parse, start, train
 from command_line import ppo_flags
 from command_line.dataclass_flags import dataclass_from_arguments
 from command_line.parser import run_main
+from command_line.prompt_preview import show_prompts
 from command_line.reward_flags import make_rewards
 from command_line.shared_flags import optimizer_options, schedule_options
 from data_utils import Template
@@ -35,9 +36,14 @@ from training.rollout_loop import RolloutLoop
 def main(words=None) -> int:
     args = parse(ppo_flags, words)
     loaded, backend = start(args, load_base)
-    prompts = ppo_flags.load_prompts(args, loaded.tokenizer)
+    weights = sum(array.numel() for array in loaded.model.parameters())
+    ppo_flags.settle_for_model(args, weights)
+    prompts = ppo_flags.load_prompts(args, loaded.tokenizer, weights)
     trainer = make_trainer(args, loaded)
     rewards = make_rewards(args, make_learned_reward(args, loaded), unscored=True)
+    if args.preview:
+        show_prompts(args, loaded.tokenizer, prompts["train"].rows, rewards)
+        return 0
     config = trainer.config
     make_loop = rollout_loop(
         RolloutLoop,

@@ -159,7 +159,7 @@ def finish(args, loaded, rows, run, loop, path) -> None:
         going_on = command("ppo_training.py", reward_model=path)
     else:
         written, going_on = save(args, loaded, trainer, rows, path)
-    peak, valid = loop.backend.peak_memory(), rows.get("valid")
+    peak, valid = loop.backend.peak_memory(), sft_flags.validated(args, rows.get("valid"))
     finish_supervised(args, run, loop, written, valid, reward_model, going_on, peak_memory=peak)
 
 

@@ -25,7 +25,7 @@ from rewards.texts import Prompt, plain, reward_columns
 
 # Fields of rows with several responses that belong to all of them together.
 SHARED = ("chosen", "rejected", "responses", "scores", "margin")
-SCORE, PARTS = "score", "rewards"  # fields that are written
+SCORE, PARTS, ENDED = "score", "rewards", "ended"  # fields that are written
 
 
 @dataclass

@@ -44,7 +44,9 @@ class GroupConfig:
     num_steps: int = _option(
         60, "steps: responses to a batch of prompts, then their updates", "--steps"
     )
-    batch_size: int = _option(64, "responses per step, a multiple of --num-generations")
+    batch_size: int = _option(
+        64, "responses per step, a multiple of --num-generations (from 5 million weights on: 16)"
+    )
     num_generations: int | None = _option(None, "responses per prompt (default: 8; online DPO 2)")
     mini_batch_size: int | None = _option(None, "responses per gradient; none: the batch")
     gradient_accumulation_steps: int = _option(1, "gradients summed up for one update")
@@ -53,7 +55,7 @@ class GroupConfig:
     max_grad_norm: float | None = _option(1.0, "clip the gradient's norm at every update")
     seed: int = _option(0, "seeds sampling and the order of minibatches")
 
-    max_new_tokens: int = _option(32, "longest response, in tokens")
+    max_new_tokens: int = _option(32, "longest response, in tokens (from 5 million weights on: 64)")
     temperature: float = _option(1.0, "of sampling; logits are divided by it in every score too")
     top_k: int = _option(0, "sample among this many tokens; 0: all (filters bias the ratio)")
     top_p: float = _option(1.0, "sample among the tokens that make up this probability")

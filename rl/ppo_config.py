@@ -30,7 +30,7 @@ class PPOConfig:
     """
 
     num_steps: int = _option(60, "PPO steps: rollout of a batch, then its updates", "--steps")
-    batch_size: int = _option(64, "responses per step")
+    batch_size: int = _option(64, "responses per step (from 5 million weights on: 16)")
     mini_batch_size: int | None = _option(None, "responses per gradient; none: the batch")
     gradient_accumulation_steps: int = _option(1, "gradients summed up for one update")
     ppo_epochs: int = _option(4, "passes over a batch's responses")
@@ -38,7 +38,7 @@ class PPOConfig:
     max_grad_norm: float | None = _option(1.0, "clip the gradient's norm at every update")
     seed: int = _option(0, "seeds sampling and the order of minibatches")
 
-    max_new_tokens: int = _option(32, "longest response, in tokens")
+    max_new_tokens: int = _option(32, "longest response, in tokens (from 5 million weights on: 64)")
     min_response_length: int | None = _option(
         None, "draw each response's limit between this and --max-new-tokens"
     )

@@ -1,7 +1,8 @@
 """A PPO step's metrics under TRL's names, and the warnings that they call for. No array library."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -133,6 +134,13 @@ class StageClock:
         now = time.perf_counter()
         self._laps[f"time/ppo/{name}"] = now - self._last
         self._last = now
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Around a part of what the next `lap` covers."""
+        start = time.perf_counter()
+        yield
+        self._laps[f"time/ppo/{name}"] = time.perf_counter() - start
 
     def times(self) -> dict[str, float]:
         return self._laps | {"time/ppo/total": time.perf_counter() - self._start}

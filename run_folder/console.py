@@ -5,23 +5,39 @@ commands to go on with, as a shell takes them.
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
 from run_folder.output import own_text, printable
 
 NUMBER_WIDTH = 9
-# A short bar, so that the values behind it fit into 80 columns.
-BAR = "{desc} {n_fmt}/{total_fmt} |{bar:10}| {remaining} left{postfix}"
+# A short bar: it fits into 80 columns, and the values stand on lines above it.
+BAR = "{desc} {n_fmt}/{total_fmt} |{bar:10}| {rate_noinv_fmt}, {remaining} left{postfix}"
+SLOW_BAR = BAR.replace("rate_noinv_fmt", "rate_inv_fmt")
+PATIENCE = 2.0  # seconds of silence before a bar shows
+LOG_PATIENCE = 30.0  # and between lines about the same wait in a log
+
+Item = TypeVar("Item")
+
+
+class Bar(tqdm):
+    """tqdm with seconds per step where there is less than one a second."""
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        found = super().format_dict
+        done, elapsed = found["n"] - found["initial"], found["elapsed"]
+        rate = found["rate"] or (done / elapsed if elapsed else 0)
+        return found | {"bar_format": SLOW_BAR if 0 < rate < 1 else BAR}
 
 
 class Progress:
     """Progress of ``total`` steps. Use as a context manager, or call ``close``.
 
-    In a terminal every step moves a bar with the latest values behind it. Elsewhere ``report``
-    prints a line, so that a log holds one line per report and no control characters.
+    In a terminal every step moves a bar, and lines of values stay above it. Elsewhere ``report``
+    prints the same lines, so that a log holds one line per report and no control characters.
     """
 
     def __init__(
@@ -39,13 +55,13 @@ class Progress:
         self.live = self.stream.isatty() if live is None else live
         self.started, self.first = time.monotonic(), done
         self.bar = (
-            tqdm(
+            Bar(
                 total=total,
                 initial=done,
                 desc=name or None,
                 file=own_text(self.stream),
                 dynamic_ncols=True,
-                bar_format=BAR,
+                unit="step",
             )
             if self.live
             else None
@@ -56,20 +72,20 @@ class Progress:
         if self.bar is not None:
             self.bar.update(steps)
 
-    def report(self, step: int, values: Mapping[str, Any], *, keep: bool = False) -> None:
-        """Show the named values after ``step`` steps; ``keep`` them on a line in a terminal too."""
+    def doing(self, what: str) -> None:
+        """Say behind the bar what the step is at; does nothing in a log."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(what)
+
+    def report(self, step: int, values: Mapping[str, Any], *, timed: bool = True) -> None:
+        """Print the named values after ``step`` steps; ``timed``: and the pace so far."""
         width = len(str(self.total))
         head = f"{self.name} {step:>{width}}/{self.total}".strip()
-        if self.bar is not None:
-            shown = printable("  ".join(f"{k} {short(v)}" for k, v in values.items()))
-            if keep:
-                self.line(f"{head}  {shown}")
-            else:
-                self.bar.set_postfix_str(shown)
-            return
-        pace = (step - self.first) / max(time.monotonic() - self.started, 1e-9)
         cells = [f"{k} {short(v):<{NUMBER_WIDTH}}" for k, v in values.items()]
-        self.line("  ".join([head, *cells, f"{pace:.2f} steps/s"]))
+        if timed:
+            rate = (step - self.first) / max(time.monotonic() - self.started, 1e-9)
+            cells.append(pace(rate))
+        self.line(printable("  ".join([head, *cells]).rstrip()))
 
     def line(self, text: str) -> None:
         """Print a line of its own without disturbing the bar."""
@@ -82,6 +98,7 @@ class Progress:
     def close(self) -> None:
         """Leave the bar where it stands; a second call does nothing."""
         if self.bar is not None:
+            self.bar.set_postfix_str("", refresh=False)
             self.bar.close()
             self.bar = None
             self.live = False
@@ -91,6 +108,87 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Wait:
+    """Work beside the steps of a run: a bar that shows after two seconds and then goes again.
+
+    In a log, a line every 30 seconds and one at the end, if it took more than two. Use as a context
+    manager.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        total: int | None = None,
+        *,
+        stream: TextIO | None = None,
+        live: bool | None = None,
+        patience: float = PATIENCE,
+    ) -> None:
+        self.name, self.total, self.done, self.patience = name, total, 0, patience
+        self.stream = stream or sys.stderr
+        live = self.stream.isatty() if live is None else live
+        self.started = self.said = time.monotonic()
+        self.bar = (
+            Bar(
+                total=total,
+                desc=name,
+                file=own_text(self.stream),
+                dynamic_ncols=True,
+                delay=patience,
+                leave=False,
+            )
+            if live
+            else None
+        )
+
+    def advance(self, count: int = 1) -> None:
+        """So many more are done."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(count)
+        elif time.monotonic() - self.said > max(LOG_PATIENCE, self.patience):
+            self.say()
+
+    def say(self) -> None:
+        self.said, seconds = time.monotonic(), time.monotonic() - self.started
+        of = f" of {self.total:,}" if self.total and self.done < self.total else ""
+        left = f", {(self.total - self.done) / self.done * seconds:.0f} s left" if of else ""
+        count = f"{self.done:,}{of} in " if self.total != 1 else ""
+        print(f"{self.name}: {count}{seconds:.1f} s{left}", file=self.stream, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif self.done and time.monotonic() - self.started > self.patience:
+            self.say()
+
+    def __enter__(self) -> "Wait":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def watched(items: Iterable[Item], name: str, total: int | None = None) -> Iterator[Item]:
+    """The items, with a `Wait` around them."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    with Wait(name, total) as wait:
+        for item in items:
+            yield item
+            wait.advance()
+
+
+def say_gb(gigabytes: float) -> str:
+    """``1.23 GB``, or ``45.6 MB`` below a tenth of one."""
+    return f"{gigabytes:.2f} GB" if gigabytes >= 0.1 else f"{gigabytes * 1000:.1f} MB"
+
+
+def pace(rate: float) -> str:
+    """A rate of steps per second; below one, seconds per step."""
+    return f"{rate:.2f} steps/s" if rate >= 1 or rate <= 0 else f"{1 / rate:.3g} s/step"
 
 
 def short(value: Any) -> str:

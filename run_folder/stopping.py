@@ -105,10 +105,17 @@ class GracefulStop:
         os.close(self._pipe)
         self._thread.join()
 
-    def exit_if_requested(self, script: str, folder: str | Path) -> None:
-        """Say how to go on and exit with 130 (Ctrl-C) or 143 (SIGTERM); else do nothing."""
+    def exit_if_requested(self, script: str, folder: str | Path, more: str = "") -> None:
+        """Say how to go on and exit with 130 (Ctrl-C) or 143 (SIGTERM); else do nothing.
+
+        `more` is said behind it.
+        """
         if self.signal is not None:
-            print(f"stopped; go on with:\n  {resume_command(script, folder)}", flush=True)
+            lines = [
+                f"stopped; go on with:\n  {resume_command(script, folder)}",
+                *filter(None, [more]),
+            ]
+            print("\n".join(lines), flush=True)
             sys.exit(128 + self.signal)
 
 

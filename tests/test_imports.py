@@ -78,6 +78,7 @@ def page_imports() -> dict[str, set[str]]:
 def test_the_page_s_table_is_what_is_imported():
     found, said = project_imports(), page_imports()
     assert found.pop("benchmarks")  # anything
+    assert found.pop("examples") == set()  # what a person copies stands alone
     assert not any(found.pop(name) for name in FOR_ALL)
     assert found == said
 
@@ -238,6 +239,7 @@ def test_pytorch_stays_in_the_baseline():
         "benchmarks/trl_worker.py",
         "benchmarks/trl_dpo_worker.py",
         "benchmarks/trl_group_worker.py",
+        "benchmarks/smollm2.py",
     }
     assert outside == allowed
     assert all(f"`{name}`" in PAGE for name in allowed)

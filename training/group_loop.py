@@ -106,7 +106,8 @@ class GroupLoop(RolloutLoop):
             shown["kl"] = stats["kl"]
         shown |= {name: stats[f"rewards/{name}/mean"] for name in made.parts}
         shown |= {"equal": stats["frac_reward_zero_std"]}
-        progress.report(self.step, shown | {"tokens": stats["completions/mean_length"]})
+        shown |= {"tokens": stats["completions/mean_length"]}
+        progress.report(self.step, shown | self.paces(made))
 
 
 def replaced(old: Experience, new: Experience, groups: Sequence[int], size: int) -> Experience:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from run_folder.checkpoint_folder import latest_checkpoint, saving
-from run_folder.console import command, next_lines
+from run_folder.console import command, next_lines, say_gb, watched
 from run_folder.run import Run, read_rows
 from run_folder.run_config import MADE_BY, checkpoint_asked_for
 from run_folder.stopping import GracefulStop, StepGivenUp
@@ -35,7 +35,7 @@ def start(seed: int, memory_limit: float | None, **model: Any):
     fast_blas.tell_of_slowness()
     seed_everything(seed)
     set_memory_limit(memory_limit)
-    return load_model(model.pop("model"), **model)
+    return load_model(model.pop("model"), watch=lambda parts: watched(parts, "loading"), **model)
 
 
 # ------------------------------------------------------------------------------ the loop
@@ -206,6 +206,8 @@ def run_training(
         if resuming:
             last = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
             loop.resume(last, force=args.force_resume)
+            where = f"after step {loop.step}" if loop.step else "at the start: it has no checkpoint"
+            print(f"{run.folder}: goes on {where}")
         with suppress(StepGivenUp), stop.giving_up():  # what it says may take long to find out
             print(f"{run.folder}: {said(loop)}")
         loop.run(stop, name or kind)
@@ -216,7 +218,16 @@ def run_training(
                     finish(run, loop)
                 if write_fused is not None and args.fused_dir is not None:
                     print(next_lines(write_fused(args, run.folder)))
-    stop.exit_if_requested(MADE_BY[kind], run.folder)
+    stop.exit_if_requested(MADE_BY[kind], run.folder, checkpoint_is_adapter(args, run))
+
+
+def checkpoint_is_adapter(args: Namespace, run: Run) -> str:
+    """For a run that was stopped: what its last checkpoint is good for, and the command."""
+    last = latest_checkpoint(run.checkpoints)
+    if last is None or args.fine_tune_type == "full":
+        return ""
+    talk = command("talk_to_model.py", model=args.model, resume_file=last)
+    return f"its last checkpoint is an adapter as well:\n  {talk}"
 
 
 # ------------------------------------------------------------------------------ what is left
@@ -243,7 +254,7 @@ def finish_supervised(
         report = agreement(reward_model, valid.rows, run.plots)
         summary |= {f"heldout/{name}": value for name, value in report.items()}
     elif valid is not None:
-        found = loop.trainer.evaluate(loop.validation())
+        found = loop.validation_of()
         show("validation", found)
         summary |= {f"valid/{name}": value for name, value in found.items()}
     unit = "nats per token" if reward_model is None else "loss"
@@ -335,7 +346,7 @@ def say_peak_memory(peak: float | None = None) -> None:
         from training.memory import peak_memory
 
         peak = peak_memory()
-    print(f"peak memory {peak:.2f} GB" if peak >= 0.1 else f"peak memory {peak * 1000:.1f} MB")
+    print(f"peak memory {say_gb(peak)}")
 
 
 def say_written(run: Run, written: Iterable[Any], *commands: str) -> None:

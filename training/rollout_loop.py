@@ -5,8 +5,11 @@ It works on a trainer with `generate`, `sample_for_evaluation`, `update`, `skip`
 algorithm that makes its batches otherwise has a subclass with a `choose` or `learn` of its own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,7 @@ from rewards.texts import asked, reward_columns
 from rewards.user_function import quote_row
 from rl.ppo_statistics import logged_row, part_means
 from rl.rollouts import join_rollouts
-from run_folder.console import Progress
+from run_folder.console import Progress, Wait, say_gb
 from run_folder.manifest import Metric
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop
@@ -27,6 +30,7 @@ from training.checkpointed import Resumable
 from training.endings import SCORE, is_best, report_skipped, save_or_stop, skipped_steps
 from training.groups import Group
 
+SAME_SCORES = 3  # steps in a row after which that is worth a warning
 NUMBERS = "score, loss or gradient"
 STEP_SCORE = "train/score"  # what --compare-steps judges by
 
@@ -84,6 +88,9 @@ class RolloutLoop(Resumable):
     best_reward: float | None = None  # mean score of a step, where --compare-steps asks for it
     compared: Metric | None = None  # of this step, where it is a new best
     not_finite = "ppo/not_finite"  # the metric that says that a step was skipped
+    progress: Progress | None = None  # while `run` runs
+    seconds: dict[str, float] = field(default_factory=dict)  # of the parts of this step
+    same_scores: int = 0  # steps in a row whose scores are all one number
 
     def rows(self) -> Sequence[PromptRow]:
         return self.prompts
@@ -107,6 +114,7 @@ class RolloutLoop(Resumable):
             self.stopped_by(stop),
             Progress(plan.steps, done=self.step, name=name) as progress,
         ):
+            self.progress = progress
             # At the start, or where a signal gave it up.
             metric = self.end_step(progress) if self.evaluation_due() else None
             while self.step < plan.steps and not stop.requested:
@@ -146,25 +154,64 @@ class RolloutLoop(Resumable):
 
     def train_step(self, progress: Progress) -> None:
         """Prompts, responses, rewards, update, and a row of metrics."""
+        self.seconds = {}
         try:
             made = self.collect()
             self.ask_reference(made)
         except UserError:
             self.checkpoint()  # the weights as they were before this step
             raise
-        stats = self.learn(made)
+        with self.part("update"):
+            stats = self.learn(made)
         self.step += 1
         self.compared = self.compare(made)
         row = self.logged(stats, made) | reference_means(made) | self.notes
+        row |= self.times(stats, made)
         self.run_folder.log(self.step, row)
         progress.advance()
         if len(stats) > 1:  # a skipped step says that alone
             self.write_samples(made, stats.get("objective/kl_dist"))
             if self.step % self.schedule.report_every == 0:
                 self.report(progress, stats, made)
+        self.watch_scores(progress, made.scores)
         self.bad_in_a_row = self.bad_in_a_row + 1 if stats[self.not_finite] else 0
         if self.bad_in_a_row:
             self.set_aside(made)
+
+    def watch_scores(self, progress: Progress, scores: Sequence[float]) -> None:
+        """Say so, once, where a reward tells no response from another."""
+        known = [score for score in scores if math.isfinite(score)]
+        same = len(known) > 1 and min(known) == max(known)
+        self.same_scores = self.same_scores + 1 if same else 0
+        if self.same_scores == SAME_SCORES:
+            progress.line(
+                f"warning: every response of the last {SAME_SCORES} steps has the score "
+                f"{known[0]:g}, so there is nothing to learn: score.py shows what the reward does"
+            )
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Around a part of a step: its seconds are noted, and the bar says what is being done."""
+        if self.progress is not None:
+            self.progress.doing(name)
+        start = perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
+
+    def times(self, stats: Mapping[str, Any], made: Experience) -> dict[str, float]:
+        """Where the time of the step went, and its pace: tokens sampled, and trained on."""
+        row = {f"time/ppo/{name}": seconds for name, seconds in self.seconds.items()}
+        rollout = made.rollout
+        sampled = sum(map(len, rollout.responses))
+        texts = sampled + sum(map(len, rollout.queries))
+        trained = texts * self.trainer.config.ppo_epochs
+        for name, tokens in (("rollout", sampled), ("update", trained)):
+            seconds = self.seconds.get(name)
+            if name == "update":
+                seconds = stats.get("time/ppo/optimize_step", seconds)
+            if seconds:
+                row[f"time/{name}_tokens_per_second"] = tokens / seconds
+        return row | {"memory/peak_gb": self.backend.peak_memory()}
 
     def choose(self) -> list[PromptRow]:
         """The rows of this step, one for each response."""
@@ -180,8 +227,11 @@ class RolloutLoop(Resumable):
     def collect(self) -> Experience:
         """Responses to the rows of this step, with their scores."""
         rows = self.choose()
-        rollout = self.trainer.generate([row.query for row in rows], should_stop=self.should_stop)
-        return Experience(rows, rollout, *self.score(rows, rollout))
+        queries = [row.query for row in rows]
+        with self.part("rollout"):
+            rollout = self.trainer.generate(queries, should_stop=self.should_stop)
+        with self.part("reward"):
+            return Experience(rows, rollout, *self.score(rows, rollout))
 
     def learn(self, made: Experience) -> dict:
         """The trainer's step, or none where a score is not finite; its statistics."""
@@ -217,7 +267,12 @@ class RolloutLoop(Resumable):
         if "objective/kl" in stats:
             shown["kl"] = stats["objective/kl"]
         shown |= part_means(made.parts) | {"tokens": stats["tokens/responses_len_mean"]}
-        progress.report(self.step, shown)
+        progress.report(self.step, shown | self.paces(made))
+
+    def paces(self, made: Experience) -> dict[str, Any]:
+        """What every line ends with: tokens sampled a second in this step, and the peak so far."""
+        sampled = sum(map(len, made.rollout.responses)) / max(self.seconds["rollout"], 1e-9)
+        return {"sampled/s": round(sampled), "peak": say_gb(self.backend.peak_memory())}
 
     def score(self, rows: Sequence[PromptRow], rollout) -> tuple[list[str], list[float], dict]:
         """(texts of the responses, scores, {reward: its scores})."""
@@ -277,13 +332,13 @@ class RolloutLoop(Resumable):
 
     def evaluate(self, progress: Progress) -> Metric:
         """Score greedy and sampled responses to the validation prompts, and log the means."""
-        row = {"step": self.step}
-        for kind, greedy, count in (
-            ("greedy", True, 1),
-            ("sampled", False, self.schedule.eval_samples),
-        ):
+        row, start = {"step": self.step}, perf_counter()
+        kinds = (("greedy", True, 1), ("sampled", False, self.schedule.eval_samples))
+        total = len(self.validation) * sum(count for _, _, count in kinds)
+        wait = Wait("evaluation", total)
+        for kind, greedy, count in kinds:
             rows = [prompt for prompt in self.validation for _ in range(count)]
-            rollout = self.sample(rows, greedy)
+            rollout = self.sample(rows, greedy, wait.advance)
             texts, scores, parts = self.score(rows, rollout)
             means = part_means({"score": scores} | parts)
             row |= {f"eval/{kind}/{name}": value for name, value in means.items()}
@@ -291,14 +346,21 @@ class RolloutLoop(Resumable):
             row[f"eval/{kind}/response_tokens"] = float(np.mean(lengths))
             sample = {**asked(rows[0]), "response": texts[0], "score": scores[0]}
             self.run_folder.log_samples(self.step, [{"evaluation": kind, **sample}])
-        self.run_folder.log(self.step, {k: v for k, v in row.items() if k != "step"})
+        wait.close()
+        logged = {k: v for k, v in row.items() if k != "step"}
+        self.run_folder.log(self.step, logged | {"time/ppo/evaluation": perf_counter() - start})
         shown = {"greedy": row["eval/greedy/score"], "sampled": row["eval/sampled/score"]}
         named = {f"held-out {name}": value for name, value in shown.items()}
-        progress.report(self.step, named, keep=True)
+        progress.report(self.step, named, timed=False)
         self.evaluations.append(row)
         return Metric(SCORE, row[SCORE], higher_is_better=True)
 
-    def sample(self, rows: Sequence[PromptRow], greedy: bool):
+    def sample(
+        self,
+        rows: Sequence[PromptRow],
+        greedy: bool,
+        advance: Callable[[int], None] = lambda count: None,
+    ):
         """The rollout of an evaluation, a batch of the training's size at a time."""
         parts, size = [], self.trainer.config.batch_size
         for start in range(0, len(rows), size):
@@ -306,6 +368,7 @@ class RolloutLoop(Resumable):
             parts.append(
                 self.trainer.sample_for_evaluation(queries, greedy, self.should_stop, start)
             )
+            advance(len(queries))
         return join_rollouts(parts)
 
 

@@ -231,7 +231,8 @@ class PPOSteps(RolloutSteps):
         clock, before = StageClock(), self.state_dict()
         rollout = self.prepare(rollout, scores, response_masks)  # 2.
         self.score_policy(rollout)  # 3.
-        self.score_reference(rollout)  # 4.
+        with clock.part("reference"):
+            self.score_reference(rollout)  # 4.
         clock.lap("forward_pass")
         self.compute_rewards(rollout)  # 5.
         clock.lap("compute_rewards")

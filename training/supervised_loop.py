@@ -5,15 +5,17 @@ table of array groups that belong into a checkpoint, each with a way to get and 
 """
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from data_utils import TextBatch
 from run_folder.checkpoint_folder import best_checkpoint
-from run_folder.console import Progress
+from run_folder.console import Progress, Wait, say_gb
 from run_folder.manifest import Metric
 from run_folder.resuming import check_whole_updates
+from run_folder.rows import read_rows
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop
 from training.backend import Backend, Checkpoint
@@ -22,6 +24,35 @@ from training.endings import report_skipped, save_or_stop
 from training.groups import Group
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins")  # of what there is, in every report
+
+
+class SinceLastLine:
+    """Means over the updates since the last line, weighted by tokens, and tokens per second."""
+
+    def __init__(self, peak_memory: Callable[[], float]) -> None:
+        """`peak_memory`: in GB."""
+        self.peak_memory = peak_memory
+        self.begin()
+
+    def begin(self) -> None:
+        self.sums: dict[str, tuple[float, float]] = {}
+        self.tokens, self.started = 0.0, time.monotonic()
+
+    def add(self, metrics: Mapping[str, float], weight: float, tokens: float) -> None:
+        self.tokens += tokens
+        for name in SHOWN:
+            if math.isfinite(metrics.get(name, math.nan)):
+                total, over = self.sums.get(name, (0.0, 0.0))
+                self.sums[name] = (total + weight * metrics[name], over + weight)
+
+    def take(self) -> dict[str, Any]:
+        """What is shown; the next line begins anew."""
+        means = {name: total / over for name, (total, over) in self.sums.items() if over}
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        shown = means | {"tokens/s": round(self.tokens / seconds)}
+        shown["peak"] = say_gb(self.peak_memory())
+        self.begin()
+        return shown
 
 
 @dataclass
@@ -66,6 +97,7 @@ class Loop(Resumable):
     best: float | None = None
     since_best: int = 0
     bad_in_a_row: int = 0
+    taken: int | None = None  # the step whose weights `take_best` went back to
     totals: dict[str, float] = field(default_factory=lambda: {"tokens": 0.0, "skipped": 0.0})
 
     def rows(self) -> Sequence:
@@ -95,6 +127,7 @@ class Loop(Resumable):
 
     def run(self, stop: GracefulStop, name: str) -> None:
         """Train. Ends with a checkpoint, also when `stop` was requested."""
+        self.since = SinceLastLine(self.backend.peak_memory)
         with self.stopped_by(stop):
             with Progress(self.schedule.steps, done=self.step, name=name) as progress:
                 if self.evaluation_due():  # at the start, or a signal gave it up
@@ -121,7 +154,7 @@ class Loop(Resumable):
         return bool(
             plan.eval_every
             and self.validation is not None
-            and self.step % plan.eval_every == 0
+            and (self.step == plan.steps or self.step % plan.eval_every == 0)
             and self.validated != self.step
         )
 
@@ -146,7 +179,23 @@ class Loop(Resumable):
         saved = self.backend.load_checkpoint(best)
         for name, group in self.groups.items():
             group.put(saved.arrays[name])
+        self.taken = saved.step
         print(f"the best weights are those of step {saved.step}")
+
+    def validation_of(self) -> dict[str, float]:
+        """The metrics of the weights in memory: those that were logged, or found and logged now."""
+        start, step = "valid/", self.step if self.taken is None else self.taken
+        for row in reversed(read_rows(self.run_folder.folder)):
+            if row["step"] == step and row.get("valid/loss") is not None:
+                found = {k.removeprefix(start): v for k, v in row.items() if k.startswith(start)}
+                return {k: v for k, v in found.items() if v is not None}
+        metrics = self.evaluated()
+        self.run_folder.log(step, {f"{start}{key}": value for key, value in metrics.items()})
+        return metrics
+
+    def evaluated(self) -> dict[str, float]:
+        with Wait("validation") as wait:
+            return self.trainer.evaluate(counted(self.validation(), wait))
 
     def stopped_early(self, progress: Progress) -> bool:
         patience = self.schedule.patience
@@ -178,7 +227,8 @@ class Loop(Resumable):
         """An update of `batches` was made, or skipped: count it, log it; `notes` is of its rows."""
         self.step += 1
         weight = metrics.pop("weight")
-        self.totals["tokens"] += metrics.get("num_tokens", tokens_of(batches, weight))
+        tokens = metrics.get("num_tokens", tokens_of(batches, weight))
+        self.totals["tokens"] += tokens
         if "num_tokens" in metrics:  # TRL's name for all tokens so far
             metrics["num_tokens"] = self.totals["tokens"]
         bad = metrics.pop("not_finite")
@@ -187,9 +237,11 @@ class Loop(Resumable):
         row = {f"train/{key}": value for key, value in metrics.items()}
         self.run_folder.log(self.step, row | self.totals_row() | dict(notes or {}))
         progress.advance()
+        self.since.add(metrics, weight, tokens)
         if self.step % self.schedule.report_every == 0:
-            shown = {key: metrics[key] for key in SHOWN if key in metrics}
-            progress.report(self.step, {**shown, "lr": metrics["learning_rate"]})
+            shown = self.since.take()
+            first = {key: shown.pop(key) for key in SHOWN if key in shown}
+            progress.report(self.step, {**first, "lr": metrics["learning_rate"], **shown})
         for warning in self.watch(metrics):
             progress.line(f"warning: {warning}")
         if bad:
@@ -209,11 +261,11 @@ class Loop(Resumable):
 
     def validate(self, progress: Progress) -> Metric:
         """Validate, log, and note whether this is the best so far."""
-        metrics = self.trainer.evaluate(self.validation())
+        metrics = self.evaluated()
         self.run_folder.log(self.step, {f"valid/{key}": v for key, v in metrics.items()})
         shown = {key: metrics[key] for key in (*SHOWN, "perplexity", "accuracy") if key in metrics}
         named = {f"valid {key}": value for key, value in shown.items()}
-        progress.report(self.step, named, keep=True)
+        progress.report(self.step, named, timed=False)
         gained = math.isfinite(metrics["loss"])
         gained = gained and (self.best is None or metrics["loss"] < self.best)
         self.validated = self.step
@@ -222,3 +274,10 @@ class Loop(Resumable):
         self.since_best = 0 if gained else self.since_best + 1
         self.after_validation(self.step)
         return Metric("valid/loss", metrics["loss"])
+
+
+def counted(batches: Iterable, wait: Wait) -> Iterable:
+    """The batches, each counted once it has been worked on."""
+    for batch in batches:
+        yield batch
+        wait.advance()

@@ -368,7 +368,7 @@ def test_same_command_twice_gives_the_same_bytes(work):
 
     def without_times(name):
         return [
-            {k: v for k, v in row.items() if not k.startswith("time/")}
+            {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))}
             for row in rows(work / name / "metrics.jsonl")
         ]
 

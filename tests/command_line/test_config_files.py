@@ -157,7 +157,7 @@ def test_an_unknown_key_is_not_mapped_to_anything(tmp_path, capsys, script, word
         script.parse_arguments([*words, "--config", file])
     said = capsys.readouterr()
     assert said.out == f"note: {file}: lr -> --learning-rate 0.001\n"
-    assert said.err == f"error: {file}:3: unknown key 'generate'; --help lists the flags\n"
+    assert said.err == f"error: {file}:3: unknown key 'generate'; --help-all lists the flags\n"
 
 
 @pytest.mark.parametrize(

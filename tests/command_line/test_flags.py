@@ -16,7 +16,7 @@ import preference_training
 import score
 import sft
 import talk_to_model
-from command_line.parser import Parser
+from command_line.parser import COMMON, Parser
 
 TRAINING = [
     f
@@ -75,3 +75,38 @@ def test_help_answers_without_loading_mlx(script):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"--model", done.stdout)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_help_is_short_and_help_all_has_every_flag(script, monkeypatch):
+    parser = parser_of(script, monkeypatch)
+    actions = [a for a in parser._actions if a.option_strings]
+    short = parser.format_help()
+    parser.short_help = False
+    full = parser.format_help()
+    for action in actions:
+        assert re.search(rf"^  .*{action.option_strings[0]}\b", full, re.M), action.dest
+    assert short == full or len(short.splitlines()) < 100
+    shown = [a for a in actions if re.search(rf"^  {a.option_strings[0]}\b", short, re.M)]
+    assert {"--help-all", "--model"} <= {a.option_strings[0] for a in shown}
+    if short != full:
+        hidden = len(actions) - len(shown)
+        assert f"\n{hidden} flags more: --help-all\n" in short
+
+
+def test_the_names_of_the_short_help_are_flags(monkeypatch):
+    known = {a.dest for s in SCRIPTS for a in parser_of(s, monkeypatch)._actions}
+    assert COMMON <= known
+
+
+def test_a_python_without_the_packages_is_one_line(tmp_path):
+    """-S and -I: no packages but the standard library's."""
+    code = (
+        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['sft.py', '--train']; "
+    )
+    code += f"runpy.run_path({str(ROOT / 'sft.py')!r}, run_name='__main__')"
+    words = [sys.executable, "-S", "-I", "-c", code]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "has no numpy" in line and ".venv/bin/activate" in line

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import group_training
-from command_line.group_flags import config_of, default_learning_rate
+from command_line.group_flags import config_of, settle_for_model
 
 REWARD = ["--ground_truth_reward"]
 
@@ -87,7 +87,9 @@ def test_defaults_are_trl_s():
     assert rloo.beta == 0.05
     online = config_of(group_training.parse_arguments([*REWARD, "--online-dpo"]))
     assert (online.num_generations, online.beta) == (2, 0.1)
-    assert default_learning_rate("full", 10**8) == 1e-6
+    full = group_training.parse_arguments([*REWARD, "--fine-tune-type", "full"])
+    settle_for_model(full, 10**8)
+    assert full.learning_rate == 1e-6
 
 
 def test_a_column_that_is_not_there_is_said_before_training(tmp_path, capsys):

@@ -225,7 +225,9 @@ def shared_server() -> Server:
 
 def without_times(row: dict) -> dict:
     """A row of metrics without what a clock says."""
-    return {k: v for k, v in row.items() if not k.startswith("time/") and k != "step_time"}
+    return {
+        k: v for k, v in row.items() if not k.startswith(("time/", "memory/")) and k != "step_time"
+    }
 
 
 def metrics(run: Path) -> list[dict]:

@@ -458,7 +458,7 @@ def test_data_sets_and_several_files():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "nothing to score: give --input FILE, or --dataset NAME"),
+        ([], "nothing to score: give --input FILE, --dataset NAME, or --prompts FILE"),
         (["--input", "in"], "no reward: give --ground-truth-reward"),
         (["--input", "gone", "--ground-truth-reward"], "gone"),
         (["--input", "in", "--ground-truth-reward", "--best-of"], "--best-of needs --output"),

@@ -1,6 +1,5 @@
 """The run folder: rows, locks, old runs, secrets, W&B, and what the console shows."""
 
-import io
 import json
 import math
 import os
@@ -17,7 +16,6 @@ import numpy as np
 import pytest
 
 from errors import UserError
-from run_folder.console import Progress
 from run_folder.rows import RowFile
 from run_folder.run import Run, read_rows
 from run_folder.secrets import REDACTED, redact
@@ -500,47 +498,3 @@ def test_a_memory_limit_ends_in_advice():
     check_memory(1000.0, peak_memory())
     with pytest.raises(UserError, match="--memory-limit.*0.001 allowed.*--batch-size"):
         check_memory(0.001, peak_memory())
-
-
-# ------------------------------------------------------------------------------ the console
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_log_gets_one_aligned_line_per_report():
-    stream = io.StringIO()
-    with Progress(120, name="sft", stream=stream) as progress:
-        for step in (1, 20, 120):
-            progress.advance()
-            progress.report(step, {"loss": step / 7, "lr": 1e-5 * step, "note": "x"})
-        progress.line("saved")
-    lines = stream.getvalue().splitlines()
-    assert len(lines) == 4 and lines[-1] == "saved"
-    assert lines[0].startswith("sft   1/120  loss 0.1429") and "lr 1.000e-05" in lines[0]
-    assert len({line.index("lr ") for line in lines[:3]}) == 1
-    assert not re.search(r"[\r\x1b]", stream.getvalue())
-
-
-def test_a_terminal_gets_a_live_bar_with_the_values():
-    stream = Terminal()
-    with Progress(10, done=4, name="ppo", stream=stream) as progress:
-        for step in range(5, 11):
-            progress.advance()
-            progress.report(step, {"score": step / 8})
-        progress.line("saved")
-    text = stream.getvalue()
-    assert "\r" in text and "10/10" in text and "score 1.25" in text and "saved" in text
-
-
-def test_a_terminal_keeps_the_lines_that_are_to_be_kept():
-    stream = Terminal()
-    with Progress(10, name="ppo", stream=stream) as progress:
-        progress.report(5, {"held-out": 0.5}, keep=True)
-        progress.report(6, {"score": 0.25})
-    assert re.search(r"\r *\r(\x1b\[A)*ppo  5/10  held-out 0.5\n", stream.getvalue())  # bar cleared
-    bar = stream.getvalue().split("\r")[-1]
-    assert "ppo 0/10 |" in bar and "score 0.25" in bar
-    assert len(bar.split("left")[0]) < 30  # leaves room for values in 80 columns

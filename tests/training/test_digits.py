@@ -350,5 +350,9 @@ def test_examples_and_sample_files_of_the_readme_are_read_as_what_they_are(tmp_p
 def test_the_readme_names_every_flag_of_the_generator() -> None:
     text = (DATA / "README.md").read_text()
     actions = generator.make_parser()._actions
-    flags = {option for action in actions for option in action.option_strings} - {"-h", "--help"}
+    flags = {option for action in actions for option in action.option_strings} - {
+        "-h",
+        "--help",
+        "--help-all",
+    }
     assert flags == {flag for flag in flags if f"`{flag}`" in text}

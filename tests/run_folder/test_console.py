@@ -1,0 +1,83 @@
+"""What a person sees: lines above a bar in a terminal, lines alone in a log."""
+
+import io
+import re
+import time
+
+from run_folder.console import Progress, Wait, pace, watched
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_log_gets_one_aligned_line_per_report():
+    stream = io.StringIO()
+    with Progress(120, name="sft", stream=stream) as progress:
+        for step in (1, 20, 120):
+            progress.advance()
+            progress.report(step, {"loss": step / 7, "lr": 1e-5 * step, "note": "x"})
+        progress.line("saved")
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 4 and lines[-1] == "saved"
+    assert lines[0].startswith("sft   1/120  loss 0.1429") and "lr 1.000e-05" in lines[0]
+    assert len({line.index("lr ") for line in lines[:3]}) == 1
+    assert not re.search(r"[\r\x1b]", stream.getvalue())
+
+
+def test_a_terminal_gets_lines_above_a_bar_that_fits_80_columns():
+    stream = Terminal()
+    with Progress(10, done=4, name="ppo", stream=stream) as progress:
+        for step in range(5, 11):
+            progress.doing("rollout")
+            progress.advance()
+            progress.report(step, {"score": step / 8})
+        progress.line("saved")
+    text = stream.getvalue()
+    assert "\r" in text and "10/10" in text
+    lines = re.findall(r"\r *\r(?:\x1b\[A)*(ppo +\d+/10  score [\d.]+ .*)\n", text)  # bar cleared
+    assert len(lines) == 6 and lines[-1].startswith("ppo 10/10  score 1.25")
+    bars = [part for part in re.split(r"[\r\n]", text) if "|" in part]
+    assert len(bars) > 6 and max(map(len, bars)) < 80 and "rollout" in bars[2]
+    assert "rollout" not in bars[-1]
+
+
+def test_a_slow_run_has_seconds_per_step():
+    stream = Terminal()
+    with Progress(10, name="ppo", stream=stream) as progress:
+        progress.started = progress.bar.start_t = time.monotonic() - 100
+        progress.bar.start_t = progress.bar._time() - 100
+        progress.advance(4)
+        progress.bar.refresh()
+        progress.report(4, {})
+    assert "ppo  4/10  25 s/step" in stream.getvalue()
+    assert "25.00s/step" in stream.getvalue().split("\r")[-1]
+    assert [pace(rate) for rate in (0.25, 2, 0)] == ["4 s/step", "2.00 steps/s", "0.00 steps/s"]
+
+
+def test_a_wait_shows_after_two_seconds_and_goes_again(monkeypatch):
+    for patience, shown in ((60.0, False), (0.0, True)):
+        stream = Terminal()
+        with Wait("validation", 3, stream=stream, patience=patience) as wait:
+            for _ in range(3):
+                wait.bar.last_print_t -= 1
+                wait.advance()
+        assert ("validation 2/3" in stream.getvalue()) == shown
+        assert not stream.getvalue().rstrip("\r").strip() or shown
+        log = io.StringIO()
+        with Wait("validation", 3, stream=log, patience=patience) as wait:
+            wait.advance(3)
+        assert bool(re.fullmatch(r"validation: 3 in 0\.\d s\n", log.getvalue())) == shown
+
+
+def test_a_long_wait_in_a_log_says_how_long_it_will_be():
+    log = io.StringIO()
+    wait = Wait("sampling", 40, stream=log)
+    wait.started = wait.said = time.monotonic() - 31
+    wait.advance(10)
+    assert re.fullmatch(r"sampling: 10 of 40 in 31\.\d s, 93 s left\n", log.getvalue())
+
+
+def test_watched_gives_the_items():
+    assert list(watched(range(3), "tokenising")) == [0, 1, 2]
