@@ -21,7 +21,7 @@ from pathlib import Path
 from command_line.adlf_flags import make_composite
 from command_line.data_flags import settle_date, tokenising
 from command_line.parser import run_main
-from command_line.ppo_flags import ends
+from command_line.ppo_flags import own_ends
 from command_line.reward_flags import make_rewards
 from command_line.rules import refuse_idle
 from command_line.score_flags import parse_arguments, read_input, refuse_overwriting
@@ -68,7 +68,6 @@ def sample(args, records):
     """
     from command_line.data_flags import warn_of_digits_model
     from command_line.model_limits import check_rows, fit_lengths
-    from command_line.ppo_flags import own_ends
     from data_utils import data_report, tokenise_prompts
     from models.decoding import Sampling
     from models.load import load_model
@@ -168,7 +167,7 @@ def first_rows(args, tokenizer, pairs, names, **options):
         lambda: nullcontext(loaded.model),
         loaded.tokenizer,
         names,
-        eos_ids=ends(args, tokenizer),
+        eos_ids=own_ends(args, tokenizer),
         sample=lambda: given,
         **options,
     )

@@ -266,7 +266,7 @@ def load_rows(args, tokenizer) -> dict:
             options = tokenising(args) | row_limit(args) | {"mask_prompt": args.mask_prompt}
 
             def tokenise(some, options=options, **more):
-                return tokenise_sft(watched(some, "tokenising"), tokenizer, **options, **more)
+                return tokenise_sft(watched(some, "tokenising"), tokenizer, **options | more)
 
             rows[split] = techniques.make(records, tokenise)
         else:

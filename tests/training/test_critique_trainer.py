@@ -94,7 +94,15 @@ def make_loop() -> CritiqueLoop:
     prompts = [PromptRow([2 + i], str(2 + i), {}) for i in range(9)]
     reward = Reward("length", lambda prompts, responses: [len(r.split()) / 9 for r in responses])
     loop = CritiqueLoop(
-        None, make_trainer(0.5), RewardSet([reward], unscored=True), Words(), prompts, [], {}, None
+        None,
+        make_trainer(0.5),
+        RewardSet([reward], unscored=True),
+        Words(),
+        prompts,
+        [],
+        {},
+        None,
+        backend=None,
     )
     loop.encode = Words().encode
     loop.critique_template = "11 {prompt} 12 {response} 13"
