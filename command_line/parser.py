@@ -316,7 +316,10 @@ class Parser(argparse.ArgumentParser):
         value = setting.value
         if value is None and (action.default is None or setting.optional):
             return None
-        many = isinstance(value, list) and action.nargs in ("+", "*")
+        exact = action.nargs if isinstance(action.nargs, int) else None
+        many = isinstance(value, list) and (action.nargs in ("+", "*") or exact is not None)
+        if exact is not None and not (many and len(value) == exact):
+            raise UserError(f"{setting.where}: {setting.key}: a list of {exact} values is needed")
         words = [plain_word(item, action, setting) for item in (value if many else [value])]
         try:
             return self._get_values(action, words)

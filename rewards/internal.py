@@ -276,6 +276,8 @@ class Signals:
         if "segment" in self.needs:
             states = np.concatenate([row.segment_states for row in rows])
             self.means["segment"] = states.mean(axis=0)
+        # As a checkpoint keeps them, in float32, so that a resumed run goes on with the same.
+        self.take_numbers({"log_ppl0": self.log_ppl0, **self.means})
 
     def numbers(self) -> dict[str, np.ndarray]:
         """The calibration, for a checkpoint."""
@@ -284,7 +286,10 @@ class Signals:
 
     def take_numbers(self, numbers: Mapping[str, Any]) -> None:
         """The calibration of a checkpoint, back."""
-        found = {name: np.array(value, dtype=np.float64) for name, value in numbers.items()}
+        found = {
+            name: np.array(value, dtype=np.float32).astype(np.float64)
+            for name, value in numbers.items()
+        }
         self.log_ppl0 = float(found.pop("log_ppl0"))
         self.means = found
 

@@ -126,3 +126,13 @@ def test_conditioning(script, line, said, capsys):
 )
 def test_self_critique(line, said, capsys):
     assert re.search(re.escape(said), refused(sft, line, capsys))
+
+
+def test_a_range_in_a_file_of_options_is_a_list_of_two(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = PPO + "--adlf-alpha 0.3 --use-fluency-reward --config options.yaml"
+    (tmp_path / "options.yaml").write_text("score_range: [0, 5]\n")
+    assert ppo_training.parse_arguments(line.split()).score_range == [0, 5]
+    for wrong in ("[0, 1, 2]", "[3]", "3", "[a, b]"):
+        (tmp_path / "options.yaml").write_text(f"score_range: {wrong}\n")
+        assert "score_range" in refused(ppo_training, line, capsys)

@@ -66,7 +66,7 @@ def slow_dynamic_sampling(calls, rewards_of, groups: int, size: int, most: int):
     return slots, taken
 
 
-@pytest.mark.parametrize("most", [0, 1, 3])
+@pytest.mark.parametrize("most", [1, 3])
 @pytest.mark.parametrize("seed", range(4))
 def test_dynamic_sampling_is_what_the_rule_says(seed, most):
     config = {"num_generations": 2, "batch_size": 12, "mini_batch_size": 12}
