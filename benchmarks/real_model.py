@@ -158,8 +158,8 @@ class Seed:
             )
             _, status, used = os.wait4(process.pid, 0)
         found = {
-            "seconds": round(before["seconds"] + time.monotonic() - start, 1),
-            "cpu_seconds": round(before["cpu_seconds"] + used.ru_utime + used.ru_stime, 1),
+            "seconds": round(before["seconds"] + time.monotonic() - start, 3),
+            "cpu_seconds": round(before["cpu_seconds"] + used.ru_utime + used.ru_stime, 3),
             "peak_gb": round(used.ru_maxrss * (1024 if sys.platform == "linux" else 1) / 1e9, 2),
         }
         code = os.waitstatus_to_exitcode(status)
