@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from errors import UserError
 from models.trunk import hidden_states, token_logprobs
 from padding import pad_rows, round_up
 
@@ -32,6 +33,7 @@ def measure(model: nn.Module, texts: Sequence[Text]) -> dict[Text, np.ndarray]:
     """For each text, once: mean log p of its counted tokens, or mean of their hidden states (D,).
 
     Padding and company change nothing but rounding. Texts whose counted part is empty are left out.
+    Raises UserError for a model whose values are not finite.
     """
     wanted = [text for text in dict.fromkeys(texts) if len(text.tokens) > text.start]
     wanted.sort(key=lambda text: len(text.tokens))
@@ -39,6 +41,8 @@ def measure(model: nn.Module, texts: Sequence[Text]) -> dict[Text, np.ndarray]:
     device = mx.default_device().type
     for batch in batches(wanted, BATCH_TOKENS[device]):
         found |= _measure(model, batch, 16 if device == mx.DeviceType.gpu else 1)
+    if not all(np.isfinite(values).all() for values in found.values()):
+        raise UserError("NaN or infinite log-probabilities or hidden states of the reference model")
     return found
 
 

@@ -45,6 +45,7 @@ class CompositeRewards(RewardSet):
         self.components = dict(weights)
         shares = normalised(weights)
         outer = (1 - alpha) + alpha * shares.get(EXTERNAL, 0.0)
+        self._outer = outer
         scale = outer if score_range is None else 0.0
         rewards = [replace(r, weight=r.weight * scale) for r in external.rewards]
         if score_range is not None:
@@ -60,18 +61,22 @@ class CompositeRewards(RewardSet):
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], /, **columns: Sequence
     ) -> tuple[list[float], dict[str, list[float]]]:
-        """(rewards, {name: unweighted scores}); a row without an external score has the others."""
+        """(rewards, {name: unweighted scores}); a row without an external score has none at all."""
         outer, parts = self.external(prompts, responses, **columns)
         if self.score_range is not None:
             outer = to_unit_range(outer, *self.score_range).tolist()
             parts[self._mapped] = outer
         inner = RewardSet(self.signals.rewards(dict.fromkeys(self.signals.names, 1.0)))
         found = inner(prompts, responses, **columns)[1]
+        # Signals alone are no reward, unless they were asked for alone (alpha 1).
+        for name in self.signals.names if self._outer else ():
+            column = zip(found[name], outer, strict=True)
+            found[name] = [math.nan if math.isnan(known) else value for value, known in column]
         parts |= {self._inner[name]: found[name] for name in self.signals.names}
         self._beside = (*self._beside[-1:], (parts, self.signals.described()))
         weights = {EXTERNAL: 0.0} | dict.fromkeys(found, 0.0) | self.components
         totals, _ = compute_adlf_rewards(outer, found, self.alpha, weights)
-        # As in RewardSet: what a row has no score of does not count there.
+        # As in RewardSet: a signal that a row has no score of does not count there.
         alone = [self._total(row) for row in zip(*parts.values(), strict=True)]
         return [
             own if math.isnan(total) else float(total)

@@ -113,7 +113,7 @@ def test_whole_numbers_may_be_written_as_floats():
 
 def test_help_shows_dashed_names_once_with_defaults(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse("--help")
+        parse("--help-all")
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
     assert "--save-file" in text and "--save_file" not in text

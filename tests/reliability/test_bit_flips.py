@@ -97,6 +97,7 @@ ROWS: dict[Path, dict] = {}  # what the newest checkpoint says of a file of rows
 def flip(run: Path, monkeypatch, pick: random.Random | None) -> Counter:
     """(file, outcome) of every flip, or of 40 a file that `pick` chooses."""
     told: list[str] = []
+    monkeypatch.chdir(run)  # elsewhere a resume says where --save-file is
     for module in (checkpoint_folder, option_files, resuming, rows_module):
         monkeypatch.setattr(module, "tell", told.append)
     folder, counts, silent = run / "run", Counter(), []

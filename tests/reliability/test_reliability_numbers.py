@@ -204,9 +204,11 @@ def test_nan_is_never_saved(server, tmp_path, infinite_model, cause):
     line = [str(infinite_model) if word == "MODEL" else word for word in line]
     ended = server.run(script, line, tmp_path)
     assert ended.code == 2
-    assert "NaN or infin" in ended.error and "--resume run" in ended.error
+    assert "NaN or infin" in ended.error
+    # Internal rewards look at the reference before there is anything to resume.
+    assert "--resume run" in ended.error or "of the reference model" in ended.error
     assert all_finite(tmp_path / "run")
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"run"}
 
 
 # One gradient of the run is NaN.

@@ -1,6 +1,7 @@
 """Internal rewards: what they measure, that it is measured once, and that it is hard to game."""
 
 import json
+import math
 from contextlib import nullcontext
 
 import mlx.core as mx
@@ -229,6 +230,22 @@ def test_a_row_s_own_score_is_not_paid_to_new_responses(loaded, rows):
     given = columns(loaded, pairs) | {"meta_eval_score": [5, 5], "reward": [5, 5]}
     _, parts = rewards(given.pop("prompts"), given.pop("responses"), ended=[True] * 2, **given)
     assert parts["external"] == [1.0, pytest.approx(1 / 3)]
+
+
+@pytest.mark.parametrize("score_range", [None, (0, 5)])
+@pytest.mark.parametrize("missing", [None, math.nan, math.inf])
+def test_signals_do_not_stand_in_for_a_score_that_is_missing(loaded, rows, score_range, missing):
+    """Neither in PPO's sums nor in the parts that group methods add up."""
+    scores = [missing, 3.0]
+    external = RewardSet([Reward("own", lambda prompts, responses: scores)], unscored=True)
+    for alpha, there in ((0.5, False), (1.0, True)):
+        signals = make(loaded, rows, ["fluency"])
+        rewards = CompositeRewards(
+            external, signals, alpha, {"fluency": 1}, score_range=score_range
+        )
+        totals, parts = called(rewards, loaded, rows[:2])
+        assert [math.isfinite(total) for total in totals] == [there, True]
+        assert math.isfinite(parts["fluency"][0]) == there and math.isfinite(parts["fluency"][1])
 
 
 def test_objectives_log_what_none_beats(loaded, rows):
