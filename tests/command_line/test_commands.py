@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from files import ROOT
 
+from models.adapter_files import read_adapter
+
 DATA = str(ROOT / "data")
 
 
@@ -362,9 +364,16 @@ def test_same_command_twice_gives_the_same_bytes(work):
             "--output-dir",
             f"sft_{name}",
         )
-    for file in ("{}.npz", "{}.value_head.safetensors", "sft_{}.npz"):
-        pair = [(work / file.format(name)).read_bytes() for name in ("once", "twice")]
-        assert pair[0] == pair[1], file
+    heads = [work / f"{name}.value_head.safetensors" for name in ("once", "twice")]
+    assert heads[0].read_bytes() == heads[1].read_bytes()
+    for file in ("{}.npz", "sft_{}.npz"):
+        arrays, told = zip(
+            *(read_adapter(work / file.format(n)) for n in ("once", "twice")), strict=True
+        )
+        bits = [{name: bytes(memoryview(a)) for name, a in found.items()} for found in arrays]
+        assert bits[0] == bits[1], file
+        assert [found.pop("run").rpartition("_")[2] for found in told] == ["once", "twice"]
+        assert told[0] == told[1]  # but for the name of its run
 
     def without_times(name):
         return [

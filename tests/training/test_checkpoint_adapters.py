@@ -46,7 +46,8 @@ def test_the_last_checkpoint_is_what_was_saved(server, tmp_path, kind):
     line = [*LINE, *words(KINDS[kind]), "--save-file", "out.npz"]
     checkpoints = trained(server, tmp_path, "sft.py", line)
     last, saved = checkpoints / "step-00000004", tmp_path / "out.npz"
-    assert read_adapter(last)[1] == read_adapter(saved)[1]
+    # What lies outside of its run says which one that is.
+    assert read_adapter(last)[1] | {"run": "run"} == read_adapter(saved)[1]
     for path in (last, last / "adapters.safetensors"):
         assert mx.array_equal(logits(path, kind), logits(saved, kind))
     assert not mx.array_equal(logits(checkpoints / "step-00000002", kind), logits(saved, kind))
