@@ -24,9 +24,9 @@ def test_without_a_chat_template_only_eos_ends():
 def test_the_end_of_a_turn_ends_a_response(name):
     tokenizer = TokenizerWrapper(tiny_tokenizer(bos=True, template=name))
     turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    plain = {"prompt_template": None, "token_format": "standard"}
+    plain = {"prompt_template": None, "token_format": "standard", "ignore_eos": False}
     assert ends(Namespace(**plain), tokenizer) == {tokenizer.eos_token_id, turn_end}
-    own = {"prompt_template": "Q: {prompt}", "token_format": "standard"}
+    own = {"prompt_template": "Q: {prompt}", "token_format": "standard", "ignore_eos": False}
     assert ends(Namespace(**own), tokenizer) == {tokenizer.eos_token_id}
 
 
