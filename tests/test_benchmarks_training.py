@@ -89,6 +89,7 @@ def test_rows_have_the_lengths_that_the_benchmark_speaks_of(model, tmp_path, nam
     assert [len(row.tokens) for row in our_rows(model, folder, by_length)] == sorted(lengths)
 
 
+@pytest.mark.long
 def test_the_workers_of_sft_run_and_count_alike(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")  # spares g++, whose runs take most of the time
     row = sft_speed.measure(SMALL["answers"], tmp_path, repeats=1, rows=sft_speed.BATCH)
@@ -110,6 +111,7 @@ def test_rewards_are_trained_alike_in_batches_and_row_by_row(tmp_path, case, mon
     assert losses[0][2] < losses[0][0]
 
 
+@pytest.mark.long
 def test_the_reward_worker_answers(tmp_path):
     (row,) = reward_training.measure(tmp_path, repeats=1, cases=("preferences",))
     assert row["case"] in reward_training.report([row])

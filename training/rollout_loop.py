@@ -271,7 +271,9 @@ class RolloutLoop(Resumable):
 
     def paces(self, made: Experience) -> dict[str, Any]:
         """What every line ends with: tokens sampled a second in this step, and the peak so far."""
-        sampled = sum(map(len, made.rollout.responses)) / max(self.seconds.get("rollout", 0.0), 1e-9)
+        sampled = sum(map(len, made.rollout.responses)) / max(
+            self.seconds.get("rollout", 0.0), 1e-9
+        )
         return {"sampled/s": round(sampled), "peak": say_gb(self.backend.peak_memory())}
 
     def score(self, rows: Sequence[PromptRow], rollout) -> tuple[list[str], list[float], dict]:

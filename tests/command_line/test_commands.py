@@ -162,7 +162,7 @@ def test_sft_goes_on_from_an_adapter_and_tests_it(work):
     [
         ["--prompt-tuning", "--num-prompt-tokens", "4"],
         ["--fine-tune-type", "full"],
-        ["--fine-tune-type", "dora"],
+        pytest.param(["--fine-tune-type", "dora"], marks=pytest.mark.long),
     ],
     ids=["prompt", "full", "dora"],
 )
@@ -289,8 +289,8 @@ def test_a_shared_base_and_a_fused_reward_model_give_the_same_scores(work):
     [
         ["--prompt_tuning"],
         ["--use_peft", "False"],
-        ["--use_peft", "--lora_layers", "1"],
-        ["--quantize", "8"],
+        pytest.param(["--use_peft", "--lora_layers", "1"], marks=pytest.mark.long),
+        pytest.param(["--quantize", "8"], marks=pytest.mark.long),
     ],
     ids=["prompt", "full", "peft", "quantised"],
 )
@@ -322,6 +322,7 @@ def test_ppo_rewards_of_ones_own(work):
     assert row["env/reward_mean"] == pytest.approx(expected)
 
 
+@pytest.mark.long
 def test_decreasing_multiples_of_three_score_by_that_rule(work):
     ppo(
         work,

@@ -40,6 +40,7 @@ def test_ppo_with_a_reward_adapter_needs_hardly_more_than_sft(small):
     assert ppo["peak"] <= memory.TARGETS["peak"] * sft["peak"]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_full_fine_tuning_holds_a_reference_which_may_be_quantised(small):
     plain, quantised = small("ppo_full"), small("ppo_full_4bit")

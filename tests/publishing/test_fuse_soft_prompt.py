@@ -108,6 +108,7 @@ def test_reads_on_as_a_model_of_its_own(digits, tmp_path):
     assert "soft prompt" in err
 
 
+@pytest.mark.long
 def test_with_lora_and_on_a_quantised_base(tmp_path):
     from models.model_folders import write_model
 

@@ -92,7 +92,10 @@ def test_reference_log_probabilities_are_computed_once_and_found_again(tmp_path,
     assert same(cached, train(tmp_path / "c", "--precompute-ref-log-probs"))
 
 
-@pytest.mark.parametrize("damage", ["bit", "end", "header"])
+@pytest.mark.parametrize(
+    "damage",
+    ["bit", *(pytest.param(other, marks=pytest.mark.long) for other in ("end", "header"))],
+)
 def test_damaged_reference_log_probabilities_are_computed_anew(tmp_path, capsys, damage):
     """They were read as other numbers in silence, or ended in a traceback."""
     train(tmp_path, "--precompute-ref-log-probs")
