@@ -73,7 +73,7 @@ def test_schedules_are_what_the_metrics_say():
     for name, (words, options) in schedules.items():
         rates = Run("--lr-schedule", name, *words, iters=8).column("train/learning_rate")
         rate = learning_rate_schedule(name, 1e-3, steps=8, **options)
-        # A float32 cosine is right to 1e-7 of the peak, whatever it is of what is left near its end.
+        # A float32 cosine is right to 1e-7 of the peak, near its end too.
         expected = [rate(step).item() for step in range(8)]
         assert rates == pytest.approx(expected, rel=1e-6, abs=1e-10)
     restarts = [1e-3 * 0.5 * (1 + math.cos(math.pi * (k % 4) / 4)) for k in range(8)]
