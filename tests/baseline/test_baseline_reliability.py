@@ -219,7 +219,8 @@ def test_held_out_rows_as_the_mlx_side_reports_them(tmp_path, data, capsys):
         reports.append(printed[printed.index("held-out rows: ") :].splitlines()[0])
     assert reports[0] == reports[1]
     summary = json.loads((run / "summary.json").read_text())
-    found = [f"{key[8:]} {value:.3f}" for key, value in summary.items() if key[:8] == "heldout/"]
+    found = {key[8:]: value for key, value in summary.items() if key[:8] == "heldout/"}
+    found = [f"{k} {v:.0f}" if k == "pairs" else f"{k} {v:.3f}" for k, v in found.items()]
     assert reports[0] == "held-out rows: " + "  ".join(found)
 
 
