@@ -1,7 +1,7 @@
 """Defaults that depend on how large the model is, filled in once it is loaded. Loads no MLX.
 
 Models under SMALL weights get the recipe of the digits task, whatever the data and the reward; all
-others one for real models on a laptop, found on SmolLM2-135M-Instruct (docs/real_models.md).
+others one for real models on a laptop; what is known of it stands in docs/real_models.md.
 """
 
 import argparse
