@@ -15,7 +15,8 @@ import fast_blas
 import tempfile
 from pathlib import Path
 
-from command_line.parser import Parser, run_main
+from command_line.exits import run_main
+from command_line.parser import Parser
 from command_line.rules import Needs, needs, refuse_idle
 from command_line.shared_flags import add_any_base
 from errors import UserError

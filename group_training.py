@@ -21,12 +21,12 @@ from command_line.adapter_file import load_copy, make_tuning
 from command_line.adlf_flags import component_weights, make_composite
 from command_line.conditioning_flags import ask_for_target
 from command_line.curriculum_flags import difficulty, make_curriculum
+from command_line.exits import run_main
 from command_line.group_flags import config_of, parse_arguments, settle_for_model
 from command_line.model_limits import check_splits, fit_lengths
-from command_line.parser import run_main
 from command_line.ppo_flags import ends, load_prompts, signal_options, stop_at, validation_prompts
-from command_line.prompt_preview import show_prompts
 from command_line.reward_flags import make_learned_reward, make_rewards
+from command_line.row_preview import show_prompts
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
 from training.launch import (
     count_trained,

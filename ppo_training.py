@@ -21,8 +21,8 @@ from command_line.conditioning_flags import ask_for_target
 from command_line.critique_flags import critique_options
 from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.dataclass_flags import dataclass_from_arguments
+from command_line.exits import run_main
 from command_line.model_limits import check_splits, fit_lengths
-from command_line.parser import run_main
 from command_line.ppo_flags import (
     ends,
     load_prompts,
@@ -32,8 +32,8 @@ from command_line.ppo_flags import (
     stop_at,
     validation_prompts,
 )
-from command_line.prompt_preview import show_prompts
 from command_line.reward_flags import make_learned_reward, make_rewards
+from command_line.row_preview import show_prompts
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
 from models.adapter_description import VALUE_HEAD
 from rl.ppo_config import PPOConfig

@@ -15,8 +15,8 @@ import fast_blas
 
 from command_line.adapter_file import load_copy, make_tuning
 from command_line.curriculum_flags import difficulty, make_curriculum
+from command_line.exits import run_main
 from command_line.model_limits import check_splits, fit_lengths
-from command_line.parser import run_main
 from command_line.preference_flags import WITH_REFERENCE, parse_arguments, task_options
 from command_line.preference_rows import least_rows, load_rows, make_plan
 from command_line.sft_flags import training_length, validation

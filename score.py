@@ -20,7 +20,7 @@ from pathlib import Path
 
 from command_line.adlf_flags import make_composite
 from command_line.data_flags import settle_date, tokenising
-from command_line.parser import run_main
+from command_line.exits import run_main
 from command_line.ppo_flags import own_ends
 from command_line.reward_flags import make_rewards
 from command_line.rules import refuse_idle

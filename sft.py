@@ -17,8 +17,8 @@ from command_line.adapter_file import make_tuning, refuse_other_pooling
 from command_line.contrastive_flags import LEAST
 from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.data_flags import flags_of_rows
+from command_line.exits import run_main
 from command_line.model_limits import check_splits, fit_lengths
-from command_line.parser import run_main
 from command_line.sft_flags import (
     load_rows,
     parse_arguments,

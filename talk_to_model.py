@@ -20,7 +20,8 @@ from dataclasses import fields
 from chat.settings import Settings
 from command_line.conditioning_flags import add_target_score
 from command_line.dataclass_flags import add_dataclass_arguments, dataclass_from_arguments
-from command_line.parser import Parser, complain, run_main
+from command_line.exits import complain, run_main
+from command_line.parser import Parser
 from command_line.rules import Needs, needs
 from command_line.shared_flags import add_any_base, add_model_arguments
 from data_utils import TOKEN_FORMATS

@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from adlf.pipeline import add_token_format, make_parser, run_pipeline
 from command_line.conditioning_flags import TEMPLATE
-from command_line.parser import run_main
+from command_line.exits import run_main
 from command_line.rules import Needs, needs
 
 DESCRIPTION = "Fine-tuning, a reward model and PPO, with more techniques than training.py."

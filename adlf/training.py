@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from adlf.pipeline import make_parser, run_pipeline
-from command_line.parser import run_main
+from command_line.exits import run_main
 
 DESCRIPTION = "Fine-tuning, a reward model and PPO with composite rewards, one after the other."
 

@@ -1,4 +1,4 @@
-"""The command line of every script: one parser class, its value types, and ``run_main``.
+"""The command line of every script: one parser class and its value types.
 
 Flags take dashes or underscores, unambiguous prefixes, and booleans in every usual form; a
 ``--config`` file or the run that is resumed gives defaults. All of it happens before argparse sees
@@ -7,15 +7,13 @@ the words, so argparse itself keeps its own plain rules. Importing this loads no
 
 import argparse
 import difflib
-import errno
-import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from command_line.exits import complain, short_name
 from command_line.option_files import (
     check_script,
     read_config,
@@ -32,20 +30,9 @@ from command_line.values import (
     shown,
     whole_number,
 )
-from errors import MEMORY_ADVICE, UserError
-from run_folder.output import lost_output, open_outputs
+from errors import UserError
 from run_folder.resuming import check_resume_options
 from run_folder.run_config import run_folder_of
-from run_folder.secrets import clean, tell
-
-# No fault of the program's, also where no file is named: the disk is full or read-only, or too many
-# files are open.
-SYSTEM_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
-LONGEST_NAME = 1000
-OUT_OF_MEMORY = re.compile(
-    "out of memory|unable to allocate|insufficient memory|attempting to allocate", re.IGNORECASE
-)
-
 
 LARGEST = 2**31 - 1  # of a size or a count
 
@@ -354,55 +341,3 @@ def last_value(words: list[str], flag: str) -> str | None:
         elif word == flag and position + 1 < len(words):
             found = words[position + 1]
     return found
-
-
-def run_main(main: Callable[[], int | None]) -> None:
-    """Run a script's ``main`` and exit: 2 and one line for what the user can put right.
-
-    Any other exception is a bug and keeps its traceback.
-    """
-    warnings.formatwarning = one_line_warning
-    open_outputs(clean)
-    try:
-        code = main() or 0
-        sys.stdout.flush()
-        if (wrong := lost_output()) is not None:
-            code = complain(f"standard output: cannot write: {wrong.strerror}")
-    except UserError as wrong:
-        code = complain(str(wrong))
-    except KeyboardInterrupt:
-        code = complain("interrupted", 130)
-    except OSError as wrong:
-        if wrong.filename is None and wrong.errno not in SYSTEM_ERRORS:
-            raise
-        more = "; a higher limit helps (ulimit -n)" if wrong.errno == errno.EMFILE else ""
-        where = f"{named(wrong.filename)}: " if wrong.filename is not None else ""
-        code = complain(f"{where}{wrong.strerror}{more}")
-    except (RuntimeError, MemoryError) as wrong:
-        if not (isinstance(wrong, MemoryError) or OUT_OF_MEMORY.search(str(wrong))):
-            raise
-        code = complain(f"out of memory ({wrong}): {MEMORY_ADVICE}")
-    sys.exit(code)
-
-
-def named(path: str | bytes | int | None) -> str | None:
-    """The name of the file that an OSError is about, as text."""
-    return short_name(path) if isinstance(path, str | bytes | os.PathLike) else None
-
-
-def short_name(path: str | bytes | os.PathLike) -> str:
-    """A file's name for a message: the ends of one that is too long for any file."""
-    name = os.fsdecode(path)
-    return name if len(name) <= LONGEST_NAME else f"{name[:40]}...{name[-40:]}"
-
-
-def one_line_warning(message, category, filename, lineno, line=None) -> str:
-    """A warning for people in one line; one about code says where, as Python does."""
-    place = "" if category is UserWarning else f"{filename}:{lineno}: {category.__name__}: "
-    return clean(f"warning: {place}{message}") + "\n"
-
-
-def complain(message: str, code: int = 2) -> int:
-    """Print ``error: MESSAGE`` as one redacted line on standard error; return the exit status."""
-    tell(f"error: {message}")
-    return code

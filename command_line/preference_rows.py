@@ -1,6 +1,5 @@
 """The rows that preference training asks for, and what is wrong with them. Loads no MLX."""
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -12,16 +11,15 @@ from command_line.data_flags import (
     tokenising,
     warn_of_digits_model,
 )
+from command_line.row_preview import show_row
 from command_line.sft_flags import encode_samples
 from data_utils import (
     BatchPlan,
     Tokenised,
     data_report,
     load_data,
-    preview,
     tokenise_pairs,
     tokenise_unpaired,
-    use_colour,
 )
 from errors import UserError
 from run_folder.console import watched
@@ -65,7 +63,7 @@ def load_rows(args, tokenizer) -> dict[str, Any]:
     if args.test:
         cut_test_rows(args, rows["test"])
     if args.preview:
-        print(preview(rows["train"][0], tokenizer, use_colour(sys.stdout)))
+        show_row(rows["train"][0], tokenizer)
     return rows
 
 

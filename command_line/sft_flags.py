@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import math
 import string
-import sys
 from collections.abc import Callable
 
 from command_line.adapter_file import check_save_file, settle_adapter
@@ -25,6 +24,7 @@ from command_line.option_files import begun_before
 from command_line.packing import NEEDS as OF_PACKING
 from command_line.packing import add_packing_arguments, pack, row_limit
 from command_line.parser import Parser
+from command_line.row_preview import show_row
 from command_line.rules import Needs, flag_of, needs, refuse_idle
 from command_line.shared_flags import (
     add_adapter_arguments,
@@ -43,16 +43,13 @@ from data_utils import (
     epoch_batches,
     load_data,
     not_for_sft,
-    preview,
     tokenise_sft,
-    use_colour,
 )
 from errors import UserError
 from models.adapter_description import REWARD_HEAD, head_path, read_head_description
 from models.reading import Reading
 from rewards.reward_rows import reading_of_rows, tokenise_reward_rows
 from run_folder.console import watched
-from run_folder.output import own_text, printable
 from run_folder.run_config import run_folder_of
 
 DESCRIPTION = (
@@ -287,7 +284,7 @@ def load_rows(args, tokenizer) -> dict:
     if args.test:
         cut_test_rows(args, rows["test"])
     if args.preview:
-        show(rows["train"][0], tokenizer)
+        show_row(rows["train"][0], tokenizer)
     return rows
 
 
@@ -327,23 +324,6 @@ def take_form(args, reading: Reading) -> None:
         if (value := getattr(reading, name)) != getattr(args, name):
             setattr(args, name, value)
             print(f"note: {flag_of(name)} is {value!r}, as in {args.resume_adapter_file}")
-
-
-class Decoder:
-    """A tokenizer whose texts hold no escape sequence, so that those of the colours can pass."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def decode(self, tokens) -> str:
-        return printable(self.tokenizer.decode(tokens))
-
-
-def show(row, tokenizer) -> None:
-    """--preview of one row."""
-    row = dataclasses.replace(row, where=printable(row.where))
-    text = preview(row, Decoder(tokenizer), use_colour(sys.stdout))
-    print(text, file=own_text(sys.stdout))
 
 
 def check_kinds(args, kinds: set[str]) -> None:

@@ -29,7 +29,8 @@ import zlib  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
-from command_line.parser import Parser, run_main  # noqa: E402
+from command_line.exits import run_main  # noqa: E402
+from command_line.parser import Parser  # noqa: E402
 from command_line.values import LongHelpFormatter  # noqa: E402
 from errors import UserError  # noqa: E402
 from rewards.digits import PROMPT_NUMBERS, digits_score  # noqa: E402

@@ -25,7 +25,8 @@ from collections.abc import Callable, Iterable  # noqa: E402
 from dataclasses import replace  # noqa: E402
 from datetime import timedelta  # noqa: E402
 
-from command_line.parser import Parser, run_main  # noqa: E402
+from command_line.exits import run_main  # noqa: E402
+from command_line.parser import Parser  # noqa: E402
 from errors import UserError  # noqa: E402
 from histories.conversations import ME, History, Limits, Rows, make_rows, prompts_of, ratings_of  # noqa: E402  # noqa: E402
 from histories.exporter import read_export  # noqa: E402

@@ -34,7 +34,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  
 from tqdm import tqdm  # noqa: E402
 
 from errors import UserError  # noqa: E402
-from command_line.parser import Parser, run_main  # noqa: E402
+from command_line.exits import run_main  # noqa: E402
+from command_line.parser import Parser  # noqa: E402
 from command_line.values import LongHelpFormatter  # noqa: E402
 from models.array_files import save_arrays  # noqa: E402
 from safe_files import check_place, replacing, write_atomically, write_json, writing  # noqa: E402

@@ -21,7 +21,8 @@ import itertools  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 
-from command_line.parser import Parser, run_main  # noqa: E402
+from command_line.exits import run_main  # noqa: E402
+from command_line.parser import Parser  # noqa: E402
 from errors import UserError  # noqa: E402
 from histories.privacy import Grams, exposure, longest_overlap, others  # noqa: E402
 from run_folder.console import Progress  # noqa: E402

@@ -20,9 +20,9 @@ from pytorch_runs import load_base, loading, make_tuned, parse, start, train
 
 from command_line import ppo_flags
 from command_line.dataclass_flags import dataclass_from_arguments
-from command_line.parser import run_main
-from command_line.prompt_preview import show_prompts
+from command_line.exits import run_main
 from command_line.reward_flags import make_rewards
+from command_line.row_preview import show_prompts
 from command_line.shared_flags import optimizer_options, schedule_options
 from data_utils import Template
 from models.adapter_description import VALUE_HEAD

@@ -22,7 +22,7 @@ from pytorch_runs import train as run_and_finish
 from command_line import sft_flags
 from command_line.adapter_file import refuse_other_pooling
 from command_line.data_flags import data_sources
-from command_line.parser import run_main
+from command_line.exits import run_main
 from command_line.shared_flags import optimizer_options, schedule_options
 from data_utils import BatchPlan, epoch_batches
 from models.adapter_description import REWARD_HEAD

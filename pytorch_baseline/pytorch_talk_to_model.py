@@ -17,7 +17,8 @@ from pytorch_reward_model import NOTHING_TRAINED
 
 from chat.conversation import Conversation, Prompting
 from chat.settings import Settings
-from command_line.parser import Parser, run_main
+from command_line.exits import run_main
+from command_line.parser import Parser
 from command_line.shared_flags import add_any_base, add_model_arguments, at_least
 from data_utils import Template
 from errors import UserError

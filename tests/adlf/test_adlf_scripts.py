@@ -17,7 +17,8 @@ import ppo_training
 import sft
 from adlf import Advanced_training, stages, training
 from adlf.stages import Stage, found, run_stages
-from command_line.parser import Parser, run_main
+from command_line.exits import run_main
+from command_line.parser import Parser
 from errors import UserError
 
 EXAMPLE = (

@@ -9,7 +9,8 @@ from flag_check import unread_flags
 from small_parser import Knobs, parse, refused, write
 
 from command_line.dataclass_flags import dataclass_from_arguments
-from command_line.parser import Parser, run_main
+from command_line.exits import run_main
+from command_line.parser import Parser
 from command_line.shared_flags import (
     optimizer_options,
 )
@@ -291,7 +292,7 @@ def test_run_main_leaves_bugs_their_traceback(error):
 
 def test_a_closed_pipe_is_no_error():
     code = (
-        "from command_line.parser import run_main\n"
+        "from command_line.exits import run_main\n"
         "def main():\n    for _ in range(100000): print('x' * 80)\nrun_main(main)"
     )
     command = f'{sys.executable} -c "$CODE" | head -1; echo ${{PIPESTATUS[0]}}'

@@ -15,7 +15,7 @@ import preference_training
 import score
 import sft
 import talk_to_model
-from command_line.parser import run_main
+from command_line.exits import run_main
 from errors import UserError
 from models.decoding import generate
 from models.limits import Limits, find_limits

@@ -10,7 +10,7 @@ import ppo_training
 import preference_training
 import score
 import sft
-from command_line.parser import run_main
+from command_line.exits import run_main
 
 PPO = "--ground_truth_reward "
 SCORE = "--input x.jsonl --ground_truth_reward "

@@ -7,7 +7,7 @@ import pytest
 from files import ROOT
 
 import sft
-from command_line.parser import run_main
+from command_line.exits import run_main
 from data_loading.critiques import CRITIQUE, check_critique_template, critique_of
 from data_utils import Record, TextRow, make_batch
 from errors import UserError

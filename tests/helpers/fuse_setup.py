@@ -12,7 +12,7 @@ import pytest
 from files import ROOT
 
 import fuse as fuse_script
-from command_line.parser import run_main
+from command_line.exits import run_main
 from models.adapter_files import save_adapter
 from models.decoding import Sampling, generate
 from models.load import load_model

@@ -10,7 +10,7 @@ import pytest
 from files import ROOT
 
 import sft
-from command_line.parser import run_main
+from command_line.exits import run_main
 
 DATA = ROOT / "data"
 

@@ -56,7 +56,7 @@ def test_without_torch_one_line_says_what_to_install(tmp_path, script, capsys, m
     import ppo_training
     import score
     import talk_to_model
-    from command_line.parser import run_main
+    from command_line.exits import run_main
 
     monkeypatch.chdir(tmp_path)
     folder = str(write_config(tmp_path / "bert"))

@@ -14,7 +14,7 @@ from tiny import tiny_model_folder
 
 import score as score_script
 import sft
-from command_line.parser import run_main
+from command_line.exits import run_main
 from data_utils import read_records, tokenise_preferences
 from models.adapter_files import save_adapter
 from models.load import load_model

@@ -212,7 +212,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
     code = """
         import resource, signal, sys
         import mlx.core as mx
-        from command_line.parser import run_main
+        from command_line.exits import run_main
         from training.checkpoints import save_checkpoint
         def main():
             save_checkpoint(sys.argv[1], 1, {"a": {"x": mx.ones(10)}}, {})
@@ -340,7 +340,8 @@ TRAINER = """
     import fast_blas, sys
     import mlx.core as mx, mlx.nn as nn, numpy as np, random
     from mlx.utils import tree_flatten
-    from command_line.parser import Parser, run_main
+    from command_line.exits import run_main
+    from command_line.parser import Parser
     from run_folder.checkpoint_folder import *
     from training.checkpoints import *
     from command_line.shared_flags import *

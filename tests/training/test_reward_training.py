@@ -14,7 +14,7 @@ from tiny import tiny_model
 import fuse
 import sft
 import training.sample_texts
-from command_line.parser import run_main
+from command_line.exits import run_main
 from data_utils import PreferenceRow, ScalarRow, make_batch, read_records, tokenise_scalar
 from mlx_sft_trainer import RewardModelTask
 from models.load import load_model

@@ -1,15 +1,34 @@
-"""--preview of methods on rollouts: what the model is given, and what rewards get. Loads no MLX."""
+"""--preview: a row as it is trained on; what rollouts are given, and what rewards get. No MLX."""
 
+import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-from data_utils import PromptRow, columns_of
+from data_utils import PromptRow, columns_of, preview, use_colour
 from rewards.texts import GIVEN
-from run_folder.output import printable
+from run_folder.output import own_text, printable
 
 SHOWN = 3  # prompts
 LONGEST = 400  # characters of a value
+
+
+class Decoder:
+    """A tokenizer whose texts hold no escape sequence, so that those of the colours can pass."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return printable(self.tokenizer.decode(tokens))
+
+
+def show_row(row: Any, tokenizer: Any) -> None:
+    """Print one row of any kind with what of it is trained on."""
+    row = dataclasses.replace(row, where=printable(row.where))
+    text = preview(row, Decoder(tokenizer), use_colour(sys.stdout))
+    print(text, file=own_text(sys.stdout))
 
 
 def show_prompts(args: Any, tokenizer: Any, rows: Sequence[PromptRow], rewards: Any) -> None:

@@ -1,0 +1,72 @@
+"""How every script ends: an exit status, and one line on stderr for people. Loads no MLX."""
+
+import errno
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+
+from errors import MEMORY_ADVICE, UserError
+from run_folder.output import lost_output, open_outputs
+from run_folder.secrets import clean, tell
+
+# No fault of the program's, also where no file is named: the disk is full or read-only, or too many
+# files are open.
+SYSTEM_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+LONGEST_NAME = 1000
+OUT_OF_MEMORY = re.compile(
+    "out of memory|unable to allocate|insufficient memory|attempting to allocate", re.IGNORECASE
+)
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a script's ``main`` and exit: 2 and one line for what the user can put right.
+
+    Any other exception is a bug and keeps its traceback.
+    """
+    warnings.formatwarning = one_line_warning
+    open_outputs(clean)
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+        if (wrong := lost_output()) is not None:
+            code = complain(f"standard output: cannot write: {wrong.strerror}")
+    except UserError as wrong:
+        code = complain(str(wrong))
+    except KeyboardInterrupt:
+        code = complain("interrupted", 130)
+    except OSError as wrong:
+        if wrong.filename is None and wrong.errno not in SYSTEM_ERRORS:
+            raise
+        more = "; a higher limit helps (ulimit -n)" if wrong.errno == errno.EMFILE else ""
+        where = f"{named(wrong.filename)}: " if wrong.filename is not None else ""
+        code = complain(f"{where}{wrong.strerror}{more}")
+    except (RuntimeError, MemoryError) as wrong:
+        if not (isinstance(wrong, MemoryError) or OUT_OF_MEMORY.search(str(wrong))):
+            raise
+        code = complain(f"out of memory ({wrong}): {MEMORY_ADVICE}")
+    sys.exit(code)
+
+
+def named(path: str | bytes | int | None) -> str | None:
+    """The name of the file that an OSError is about, as text."""
+    return short_name(path) if isinstance(path, str | bytes | os.PathLike) else None
+
+
+def short_name(path: str | bytes | os.PathLike) -> str:
+    """A file's name for a message: the ends of one that is too long for any file."""
+    name = os.fsdecode(path)
+    return name if len(name) <= LONGEST_NAME else f"{name[:40]}...{name[-40:]}"
+
+
+def one_line_warning(message, category, filename, lineno, line=None) -> str:
+    """A warning for people in one line; one about code says where, as Python does."""
+    place = "" if category is UserWarning else f"{filename}:{lineno}: {category.__name__}: "
+    return clean(f"warning: {place}{message}") + "\n"
+
+
+def complain(message: str, code: int = 2) -> int:
+    """Print ``error: MESSAGE`` as one redacted line on standard error; return the exit status."""
+    tell(f"error: {message}")
+    return code
