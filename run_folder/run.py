@@ -5,7 +5,7 @@
     samples.jsonl   decoded prompts and responses with their scores
     bad_rows.jsonl  what was in the batches of skipped updates
     summary.json    written when the run has finished
-    checkpoints/    see checkpoint_folders.py        plots/    see plots.py
+    checkpoints/    see checkpoint_folder.py        plots/    see plots.py
 
 Importing this loads neither MLX nor W&B.
 """

@@ -3,7 +3,7 @@
     step-00000100/adapters.safetensors ...   one file per group of arrays
                   adapter_config.json        what the adapter is, for a loader
                   state.json                 counters, RNG states, anything JSON has
-                  manifest.json              see checkpoint_folders.py
+                  manifest.json              see checkpoint_folder.py
 
 Nothing is ever pickled.
 """
