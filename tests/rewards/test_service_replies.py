@@ -5,6 +5,7 @@ Forty generated replies in `make test`, two hundred in `make test-long`.
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import threading
@@ -113,7 +114,8 @@ def test_a_service_that_drips_gets_its_time_and_no_more(where):
     with Service(pieces, drip) as service:
         if not drip:
             service.answer = lambda connection: (time.sleep(0.4), connection.close())
-        assert "no answer within 0.3 s" in ask(service)
+        # A busy machine may not even connect in that time.
+        assert re.search("no (answer|connection) within 0.3 s", ask(service))
 
 
 def test_a_service_that_does_not_take_the_request_gets_no_more_either():
