@@ -13,7 +13,6 @@ from rewards.reward_set import Reward
 from rewards.texts import Prompt, plain
 
 GROUND_TRUTH, NUMBERS, LEARNED = "ground_truth", "numbers", "reward_model"
-LOOKED_AT = 500  # prompts rendered before training
 NO_LIMIT = 1 << 40  # tokens; how long a text may be is the policy's affair
 
 
@@ -105,12 +104,9 @@ def _check_prompts(
     rows: Sequence[PromptRow],
     response: int,
 ) -> None:
-    """Raise UserError for a prompt that the reward model has no rows or positions for.
-
-    Of prompts that it renders itself the first are looked at: they show its template's tokens.
-    """
+    """Raise UserError for a prompt that the reward model has no rows or positions for."""
     with off():
-        for row in rows if read.as_given else rows[:LOOKED_AT]:
+        for row in rows:
             columns = {name: [value] for name, value in row.columns.items()}
             [ids] = read([row.prompt], ["a"], [row.tokens], [True], columns)
             # Where one ended, its last token gave way to the recorded ending.
