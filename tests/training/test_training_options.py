@@ -294,7 +294,7 @@ def test_flags_about_data_reach_it(tmp_path, monkeypatch):
     assert "Question: Who wrote Faust?\n\nAnswer: Goethe.</s>" in out
     out = preview("--train-file", questions, "--token-format", "turn_markers", "--mask-prompt")
     assert "<|user|>\nWho wrote Faust?\n<|assistant|>\n[[Goethe.</s>]]" in out
-    monkeypatch.setattr("command_line.sft_flags.use_colour", lambda stream: True)
+    monkeypatch.setattr("command_line.row_preview.use_colour", lambda stream: True)
     assert "\x1b[32m 22 24</s>\x1b[0m" in preview("--train-file", two, "--mask-prompt")
 
 
