@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from baseline_setup import DIGITS, ROOT, close, torch
-from files import tree
+from files import tree, without_times
 from flag_check import unread_flags
 from pytorch_files import load_adapter as load_torch_adapter
 from pytorch_models import load_model as load_torch
@@ -67,7 +67,7 @@ def ppo(folder, *words: str) -> Path:
 
 def losses(folder) -> list[dict]:
     """The rows of metrics, without times."""
-    return [{k: v for k, v in row.items() if not k.startswith("time")} for row in read_rows(folder)]
+    return [without_times(row) for row in read_rows(folder)]
 
 
 # ---- flags -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from files import ROOT
+from files import ROOT, without_times
 
 from models.adapter_files import read_adapter
 
@@ -376,14 +376,11 @@ def test_same_command_twice_gives_the_same_bytes(work):
         assert [found.pop("run").rpartition("_")[2] for found in told] == ["once", "twice"]
         assert told[0] == told[1]  # but for the name of its run
 
-    def without_times(name):
-        return [
-            {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))}
-            for row in rows(work / name / "metrics.jsonl")
-        ]
+    def metrics(name):
+        return [without_times(row) for row in rows(work / name / "metrics.jsonl")]
 
-    assert without_times("once") == without_times("twice")
-    assert without_times("sft_once") == without_times("sft_twice")
+    assert metrics("once") == metrics("twice")
+    assert metrics("sft_once") == metrics("sft_twice")
 
 
 def test_chat_answers_an_argument_and_a_pipe(work):

@@ -13,3 +13,10 @@ def tree(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.name != ".lock"
     }
+
+
+def without_times(row: dict) -> dict:
+    """A row of metrics without what the clock and the machine's memory say."""
+    return {
+        k: v for k, v in row.items() if not k.startswith(("time/", "memory/")) and k != "step_time"
+    }

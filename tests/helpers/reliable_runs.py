@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from files import without_times
 from run_server import TOUCHES
 from script_table import DATA, ROOT, RUNS, SHORT, words  # noqa: F401
 
@@ -221,13 +222,6 @@ def shared_server() -> Server:
 
 
 # ------------------------------------------------------------------------------ what a run leaves
-
-
-def without_times(row: dict) -> dict:
-    """A row of metrics without what a clock says."""
-    return {
-        k: v for k, v in row.items() if not k.startswith(("time/", "memory/")) and k != "step_time"
-    }
 
 
 def metrics(run: Path) -> list[dict]:

@@ -5,7 +5,7 @@ import json
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from files import ROOT
+from files import ROOT, without_times
 from tiny import tiny_model
 from tiny_ppo import EOS, SMALL, tuned, weights
 
@@ -143,7 +143,7 @@ def test_a_run_logs_gains_and_learns(tmp_path, monkeypatch):
     ppo_training.main(plain.split())
     rows = [
         [
-            {k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
+            without_times(json.loads(line))
             for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         ]
         for name in ("none", "plain")
