@@ -56,6 +56,7 @@ from data_loading.labels import (
     rejected_answers,  # rows of the worst answers
 )
 from data_loading.messages import BadRow  # what is wrong with one row
+from data_loading.preferences import put_soft_labels  # how certain pairs are, into their rows
 from data_loading.records import Record, Records  # one row; rows with what was refused
 from data_loading.report import data_report, histogram, preview, use_colour  # strings to print
 from data_loading.rows import (
@@ -154,6 +155,7 @@ __all__ = [
     "pack_rows",
     "pad_rows",
     "preview",
+    "put_soft_labels",
     "prompt_batch",
     "put_before",
     "ranked_pairs",
