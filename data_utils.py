@@ -84,6 +84,7 @@ from data_loading.template_date import (
 )
 from data_loading.templates import TOKEN_FORMATS, Template  # prompts and conversations to text
 from data_loading.tokenise import (
+    answer_encoder,  # a row with its answer as tokens, of any length
     columns_of,  # columns for a reward function
     encode_prompt,  # one prompt, text or messages, as a script gives it to the model
     first_words,  # the prompt in a plain text
@@ -125,6 +126,7 @@ __all__ = [
     "Tokenised",
     "UnpairedBatch",
     "UnpairedRow",
+    "answer_encoder",
     "asks_for_date",
     "check_critique_template",
     "check_template",

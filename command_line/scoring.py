@@ -73,7 +73,7 @@ def first_rows(args, tokenizer, pairs, names, **options):
     loaded = load_model(args.model, quantize=args.quantize, **choice)
     first = pairs[:ROWS]
     given = given_columns(first)
-    del given["ended"]  # no component asks for it
+    del given["ended"], given["answered_record"]  # no component asks for them
     given["prompts"] = [pair.prompt for pair in first]
     given["responses"] = [pair.response for pair in first]
     return Signals(

@@ -10,8 +10,7 @@ import numpy as np
 
 from data_utils import PromptRow
 from errors import UserError
-from rewards.scored_rows import response_text
-from rewards.texts import plain
+from rewards.texts import plain, response_text
 from rl.rollouts import join_rollouts
 from training.rollout_loop import Experience, RolloutLoop
 

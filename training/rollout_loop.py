@@ -16,8 +16,7 @@ import numpy as np
 
 from data_utils import Curriculum, PromptRow, chosen_prompts, columns_of
 from errors import UserError
-from rewards.scored_rows import response_text
-from rewards.texts import asked, reward_columns
+from rewards.texts import asked, response_text, reward_columns
 from rewards.user_function import quote_row
 from rl.ppo_statistics import logged_row, part_means
 from rl.rollouts import join_rollouts
