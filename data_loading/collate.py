@@ -43,6 +43,8 @@ class PreferenceBatch:
     margins: np.ndarray  # (P,) float32, 0 where the data gives none
     weights: np.ndarray  # (P,) float32, 1 / pairs of the same prompt, so that prompts count alike
     reference: np.ndarray | None = None  # (N, L) float32, log p under a reference, 0 off the mask
+    # (P,) float32 that the winner is the better one; None: certainly
+    probabilities: np.ndarray | None = None
     row: np.ndarray | None = None  # (N,) int32, the place of the data row of each response
 
 
@@ -108,8 +110,13 @@ def _preference_batch(
         np.array([rows[place].margin or 0.0 for place in places], np.float32),
         np.array(weights, np.float32),
         _reference([r for row in rows for r in row.reference or [None]], tokens.shape[1]),
+        _probabilities([rows[place].probability for place in places]),
         np.repeat(np.arange(len(rows), dtype=np.int32), [len(row.responses) for row in rows]),
     )
+
+
+def _probabilities(found: list[float | None]) -> np.ndarray | None:
+    return None if found[0] is None else np.array(found, np.float32)
 
 
 def _unpaired_batch(
@@ -182,6 +189,7 @@ def _preference_share(batch: PreferenceBatch, rows: np.ndarray) -> PreferenceBat
         batch.margins[pairs],
         batch.weights[pairs],
         None if batch.reference is None else batch.reference[taken, :width],
+        None if batch.probabilities is None else batch.probabilities[pairs],
         np.unique(batch.row[taken], return_inverse=True)[1].astype(np.int32),
     )
 
