@@ -66,7 +66,7 @@ def sample(args, records):
 
     The model is gone again before those of the rewards are loaded.
     """
-    from command_line.data_flags import warn_of_digits_model
+    from command_line.data_flags import warn_of_model
     from command_line.model_limits import check_rows, fit_lengths
     from data_utils import data_report, tokenise_prompts
     from models.decoding import Sampling
@@ -81,7 +81,7 @@ def sample(args, records):
         quantize=args.quantize,
         trust_remote_code=args.trust_remote_code,
     )
-    warn_of_digits_model(args, records)
+    warn_of_model(args, records, loaded.tokenizer)
     fit_lengths(args, loaded.limits, response=args.max_new_tokens)
     settle_date(args, loaded.tokenizer)
     prompts = tokenise_prompts(records, loaded.tokenizer, **tokenising(args))

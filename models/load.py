@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from errors import UserError
 from models.base_fingerprint import base_fingerprint
 from models.file_checks import check_depth, check_memory, check_model_files
 from models.hub_files import download, looks_like_hub_name
-from models.limits import Limits, find_limits
+from models.limits import Limits, context_of, find_limits
 from models.repairs import model_classes, repair
 from models.transformers_config import unnested
 
@@ -45,8 +45,8 @@ class LoadedModel:
 
     @cached_property
     def limits(self) -> Limits:
-        """Tokens and positions that the model has rows for, without virtual tokens."""
-        return find_limits(self.model)
+        """Tokens and positions that the model has rows for, without virtual tokens; its context."""
+        return replace(find_limits(self.model), context=context_of(self.config))
 
     @property
     def eos_ids(self) -> set[int]:
