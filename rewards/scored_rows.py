@@ -21,7 +21,7 @@ from data_utils import (
 from errors import UserError
 from models.reading import Ending, Reading, end_id
 from reports.reward_report import pearson, preference_report, ranks, spearman
-from rewards.texts import Prompt, plain, reward_columns
+from rewards.texts import Prompt, plain, response_text, reward_columns
 
 # Fields of rows with several responses that belong to all of them together.
 SHARED = ("chosen", "rejected", "responses", "scores", "margin")
@@ -40,6 +40,7 @@ class Pair:
     response: str
     ended: bool
     start: int | None = None  # of `tokens` the prompt; None where no token ends it
+    own: bool = True  # the response is the record's, whole
     rank: int | None = None  # among the responses of a preference row, 0 the best
     score: float = float("nan")
     parts: dict[str, float] = field(default_factory=dict)
@@ -57,17 +58,17 @@ def make_pairs(
     without a response, unless bad rows are skipped.
     """
     bad: list[tuple[str, str]] = []
-    singles: list[tuple[Record, Record, int | None]] = []
+    found: list[tuple[Record, Record, int | None]] = []
     for record in records:
-        if (problem := _unanswered(record)) is None:
-            singles += _singles(record)
+        if (problem := unanswered(record)) is None:
+            found += singles(record)
         elif options["skip_bad_rows"]:
             bad.append((record.where, problem))
         else:
             raise UserError(f"{record.where}: {problem}")
-    if not singles:
+    if not found:
         raise UserError(f"{records.name}: no row has a response; the first: {bad[0][1]}")
-    done = tokenise_scalar([single for single, _, _ in singles], tokenizer, **options)
+    done = tokenise_scalar([single for single, _, _ in found], tokenizer, **options)
     ending, left = Ending(tokenizer, Reading()), iter(done.rows)
     row = next(left, None)
     form = {key: options[key] for key in ("prompt_template", "token_format") if key in options}
@@ -75,20 +76,23 @@ def make_pairs(
     eos = end_id(tokenizer)
     turn_end = template.turn_end_id() or eos  # at which a policy stops
     pairs = []
-    for single, whole, rank in singles:
+    for single, whole, rank in found:
         if row is None or row.where != single.where:
             continue  # refused, in done.refused
         ended = ending.ends(row.tokens)
         stop = turn_end if template.writes(single) else eos
         tokens = [*ending.bare(row.tokens), stop] if ended else row.tokens
-        pairs.append(Pair(single, whole, tokens, prompt_of(single), "", "", ended, rank=rank))
+        pair = Pair(single, whole, tokens, prompt_of(single), "", "", ended, rank=rank)
+        pair.own = ended or len(row.tokens) < options["max_length"]  # else it may have been cut
+        pairs.append(pair)
         row = next(left, None)
     done.refused = bad + done.refused
     _add_texts(pairs, tokenizer, options, ending)
     return pairs, done
 
 
-def _unanswered(record: Record) -> str | None:
+def unanswered(record: Record) -> str | None:
+    """Why a row has no response; None where it has one."""
     if record.kind == "prompt":
         return "a prompt without a response; there is nothing to score"
     if record.kind == "conversation" and record.messages[-1]["role"] != "assistant":
@@ -96,7 +100,7 @@ def _unanswered(record: Record) -> str | None:
     return None
 
 
-def _singles(record: Record) -> list[tuple[Record, Record, int | None]]:
+def singles(record: Record) -> list[tuple[Record, Record, int | None]]:
     """(record with one response, the row it is from, its rank) for each response of a row."""
     if record.kind != "preference":
         kind = "prompt_completion" if record.kind == "unpaired" else record.kind
@@ -188,6 +192,7 @@ def given_columns(pairs: Sequence[Pair]) -> dict[str, Sequence]:
         ended=[pair.ended for pair in pairs],
         prompt_text=[pair.prompt_text for pair in pairs],
         response_start=[pair.start for pair in pairs],
+        answered_record=[pair.record if pair.own else None for pair in pairs],
     )
 
 
@@ -303,15 +308,3 @@ def best_rows(best: Iterable[Pair]) -> list[dict[str, Any]]:
         }
         for pair in best
     ]
-
-
-def response_text(tokenizer, query: Sequence[int], response: Sequence[int]) -> str:
-    """The text that `response` adds to `query`, so that prompt + response is the whole text.
-
-    Some decoders drop the blank in front of a text, so the two are decoded together.
-    """
-    start = tokenizer.decode(list(query), skip_special_tokens=True)
-    whole = tokenizer.decode([*query, *response], skip_special_tokens=True)
-    if whole.startswith(start):
-        return whole[len(start) :]
-    return tokenizer.decode(list(response), skip_special_tokens=True)
