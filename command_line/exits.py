@@ -7,8 +7,10 @@ import sys
 import warnings
 from collections.abc import Callable
 
+import waiting
 from command_line.meeting import enter_group
 from errors import MEMORY_ADVICE, UserError
+from run_folder.console import watched
 from run_folder.output import errors, lost_output, open_outputs
 from run_folder.secrets import clean, tell
 from workers.line import Absent
@@ -32,6 +34,7 @@ def run_main(main: Callable[[], int | None], *, workers: bool = False) -> None:
     """
     warnings.formatwarning = one_line_warning
     open_outputs(clean)
+    waiting.watch_with(watched)
     try:
         if workers:
             enter_group()

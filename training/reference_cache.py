@@ -16,6 +16,7 @@ import numpy as np
 from data_utils import BatchPlan, make_batch
 from run_folder.secrets import tell
 from safe_files import write_atomically, writing
+from waiting import watched
 from workers.group import here
 
 NAME = "reference"  # of the folder in the run folder
@@ -114,7 +115,7 @@ def computed(
     starts = np.cumsum([0, *map(sum, lengths)])
     flat = np.zeros(starts[-1], dtype=np.float32)
     workers = here()
-    for place, (numbers, batch) in enumerate(batches):
+    for place, (numbers, batch) in enumerate(watched(batches, "reference")):
         if place % workers.size != workers.rank:
             continue
         found, at = score(batch), 0
