@@ -54,13 +54,13 @@ def parse_arguments(words=None):
     return parser.parse_args(words)
 
 
-def add_row_arguments(parser: Parser) -> None:
-    """ROW_FLAGS, as the training scripts have them."""
+def add_row_arguments(parser: Parser, names: frozenset[str] = ROW_FLAGS) -> None:
+    """The flags of these names, as the training scripts have them."""
     others = Parser(add_help=False)
     add_data_arguments(others)
     group = parser.add_argument_group("data")
     for action in others._actions:
-        if ROW_FLAGS & set(action.option_strings):
+        if names & set(action.option_strings):
             group._add_action(action)
     parser.checks += others.checks
 
@@ -81,8 +81,8 @@ def check_arguments(args) -> None:
     at_least(args, 1, "batch_size")
 
 
-def check_sampling(args) -> None:
-    """Refuse what no sampling can be, and several samples where all would be the same."""
+def check_sampling(args, *, several: bool = True) -> None:
+    """Refuse what no sampling can be, and `several` samples where all would be the same."""
     at_least(args, 1, "samples", "max_new_tokens")
     at_least(args, 0, "top_k", "seed")
     if not 0 <= args.temperature < math.inf:
@@ -91,7 +91,7 @@ def check_sampling(args) -> None:
         raise UserError("--top-p: give a probability above 0; 1 leaves every token")
     if not 0 <= args.min_p < 1:
         raise UserError("--min-p: give a share from 0 up to, not including, 1")
-    if args.prompts and not args.temperature and args.samples > 1:
+    if several and args.prompts and not args.temperature and args.samples > 1:
         raise UserError(
             f"--samples {args.samples} with --temperature 0: all would be the same; give "
             "--samples 1, or a temperature"
