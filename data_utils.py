@@ -56,6 +56,7 @@ from data_loading.labels import (
     rejected_answers,  # rows of the worst answers
 )
 from data_loading.messages import BadRow  # what is wrong with one row
+from data_loading.preferences import put_soft_labels  # how certain pairs are, into their rows
 from data_loading.records import Record, Records  # one row; rows with what was refused
 from data_loading.report import data_report, histogram, preview, use_colour  # strings to print
 from data_loading.rows import (
@@ -83,6 +84,7 @@ from data_loading.template_date import (
 )
 from data_loading.templates import TOKEN_FORMATS, Template  # prompts and conversations to text
 from data_loading.tokenise import (
+    answer_encoder,  # a row with its answer as tokens, of any length
     columns_of,  # columns for a reward function
     encode_prompt,  # one prompt, text or messages, as a script gives it to the model
     first_words,  # the prompt in a plain text
@@ -124,6 +126,7 @@ __all__ = [
     "Tokenised",
     "UnpairedBatch",
     "UnpairedRow",
+    "answer_encoder",
     "asks_for_date",
     "check_critique_template",
     "check_template",
@@ -152,6 +155,7 @@ __all__ = [
     "pack_rows",
     "pad_rows",
     "preview",
+    "put_soft_labels",
     "prompt_batch",
     "put_before",
     "ranked_pairs",

@@ -249,10 +249,11 @@ class PairTask(PreferenceTask):
             tokens_per_pair = float((counts * batch.weights).sum() / batch.weights.sum())
         numbers = np.array([tokens_per_pair, batch.lengths.sum()], dtype=np.float32)
         columns = [response, better, worse, mx.array(batch.weights), mx.array(sides)]
-        return [layout.arrays(), columns, reference, mx.array(numbers)]
+        soft = [] if batch.probabilities is None else [mx.array(batch.probabilities)]
+        return [layout.arrays(), columns, reference, mx.array(numbers), soft]
 
     def loss(self, arrays: Sequence) -> tuple[mx.array, Sums]:
-        layout, (response, better, worse, weights, sides), reference, numbers = arrays
+        layout, (response, better, worse, weights, sides), reference, numbers, soft = arrays
         extras = EXTRAS + (("log_sum_sq",) if self.use_weighting else ())
         logprobs, *scored = self._score(layout, extras, gradient=self.trained.training)
         counted = layout[3]
@@ -267,6 +268,7 @@ class PairTask(PreferenceTask):
             *(reference or (None, None)),
             nll=-(logprobs * counted).sum(axis=1)[better],
             nll_tokens=counted.sum(axis=1)[better],
+            probability=soft[0] if soft else None,
             tokens_per_pair=numbers[0],
         )
         weighing = {}

@@ -138,9 +138,12 @@ class RewardModelTask(Task):
         *,
         centering: float = 0.0,
         use_margin: bool = True,
+        soft_labels: bool = False,
         pass_tokens: int | None = None,
     ):
+        """`soft_labels`: pairs count by their `probability`, and have no margin."""
         self.model, self.trained = model.model, model
+        self.soft_labels = soft_labels
         self.reward_model, self.tuning = model, model.tuning
         self.centering, self.use_margin = centering, use_margin
         on_gpu = mx.default_device().type == mx.DeviceType.gpu  # every new shape is traced anew
@@ -172,6 +175,7 @@ class RewardModelTask(Task):
             columns += [batch.rewards]
         else:
             columns += [batch.better, batch.worse, batch.margins, batch.weights]
+            columns += [batch.probabilities] if self.soft_labels else []
         return [
             [
                 [mx.array(tokens[rows, : len(prefix) + width]), mx.array(lengths[rows])]
@@ -194,14 +198,15 @@ class RewardModelTask(Task):
             weight = mx.array(float(scores.size))
             loss, metrics = regression_loss(scores, rest[0])
         else:
-            better, worse, margins, weights = rest
+            better, worse, margins, weights, *soft = rest
             weight = weights.sum()
             loss, metrics = pairwise_loss(
                 scores[better],
                 scores[worse],
-                margins if self.use_margin else None,
+                margins if self.use_margin and not soft else None,
                 centering=self.centering,
                 weights=weights,
+                probability=soft[0] if soft else None,
             )
         return loss * weight, {**{k: v * weight for k, v in metrics.items()}, "weight": weight}
 

@@ -15,17 +15,12 @@ A real one, rejection sampling: the best of several samples a prompt, for sft.py
 import fast_blas
 
 import json
-from functools import partial
-from pathlib import Path
 
-from command_line.adlf_flags import make_composite
 from command_line.data_flags import settle_date, tokenising
 from command_line.exits import run_main
-from command_line.ppo_flags import own_ends
-from command_line.reward_flags import make_rewards
-from command_line.rules import refuse_idle
+from command_line.sampling import sample
 from command_line.score_flags import parse_arguments, read_input, refuse_overwriting
-from errors import UserError
+from command_line.scoring import load_scorer, scoring_rewards
 
 # ------------------------------------------------------------------------------ main
 
@@ -39,14 +34,13 @@ def main(words=None) -> int:
     from run_folder.console import Wait
 
     fast_blas.tell_of_slowness()
-    pairs, tokenizer = sample(args, records) if args.prompts else (None, None)
-    tokenizer, reward_model = load(args, tokenizer)
+    pairs, tokenizer = sample(args, records, args.samples) if args.prompts else (None, None)
+    tokenizer, reward_model = load_scorer(args, tokenizer)
     if pairs is None:
         settle_date(args, tokenizer)
         pairs, tokenised = make_pairs(records, tokenizer, tokenising(args))
         print(data_report("responses", records, tokenised, columns=True))
-    rewards = make_rewards(args, make_learned_reward(args, tokenizer, reward_model))
-    rewards = make_composite(args, rewards, partial(first_rows, args, tokenizer, pairs))
+    rewards = scoring_rewards(args, tokenizer, reward_model, pairs)
     if args.best_of:
         refuse_promptless(pairs)
     rewards.check_columns(columns_of(pair.whole for pair in pairs))
@@ -56,121 +50,6 @@ def main(words=None) -> int:
     if args.output is not None:
         write(args, pairs)
     return 0
-
-
-# ------------------------------------------------------------------------------ model
-
-
-def sample(args, records):
-    """(--samples responses of --model to each prompt, as pairs; the model's tokenizer).
-
-    The model is gone again before those of the rewards are loaded.
-    """
-    from command_line.data_flags import warn_of_digits_model
-    from command_line.model_limits import check_rows, fit_lengths
-    from data_utils import data_report, tokenise_prompts
-    from models.decoding import Sampling
-    from models.load import load_model
-    from rewards.sampled_rows import sample_pairs
-    from run_folder.console import Wait
-
-    loaded = load_model(
-        args.model,
-        tokenizer=args.tokenizer,
-        dtype=args.dtype,
-        quantize=args.quantize,
-        trust_remote_code=args.trust_remote_code,
-    )
-    warn_of_digits_model(args, records)
-    fit_lengths(args, loaded.limits, response=args.max_new_tokens)
-    settle_date(args, loaded.tokenizer)
-    prompts = tokenise_prompts(records, loaded.tokenizer, **tokenising(args))
-    print(data_report("prompts", records, prompts))
-    check_rows(prompts.rows, loaded.limits, response=args.max_new_tokens)
-    with Wait("sampling", len(prompts) * args.samples) as wait:
-        pairs = sample_pairs(
-            loaded,
-            records,
-            prompts.rows,
-            samples=args.samples,
-            max_new_tokens=args.max_new_tokens,
-            eos_ids=own_ends(args, loaded.tokenizer),
-            sampling=Sampling(args.temperature, args.top_k, args.top_p, args.min_p),
-            batch_size=args.batch_size,
-            seed=args.seed,
-            advance=wait.advance,
-        )
-    return pairs, loaded.tokenizer
-
-
-def load(args, tokenizer=None):
-    """(the tokenizer whose templates make texts of rows, the reward model or None).
-
-    A fused reward model brings its tokenizer along; --model, as in PPO, is the model whose
-    responses are scored; its `tokenizer` may be at hand. An adapter goes on --model, or on the base
-    that it names.
-    """
-    from models.adapter_files import read_adapter
-    from models.load import load_model
-    from models.parts import recorded_base
-    from models.reward_model import load_reward_model
-
-    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    path = Path(args.reward_model or "")
-    if args.reward_model and path.exists() and not (path / "config.json").exists():
-        base = args.model or recorded_base(args.reward_model, read_adapter(path)[1])
-        loaded = load_model(base, quantize=args.quantize, tokenizer=args.tokenizer, **options)
-        return loaded.tokenizer, load_reward_model(path, loaded, any_base=args.any_base, **options)
-    if args.quantize and not args.prompts:
-        raise UserError("--quantize is for the base of an adapter in --reward-model")
-    reward_model = load_reward_model(args.reward_model, **options) if args.reward_model else None
-    own = reward_model is not None and not getattr(reward_model, "reads_pairs", False)
-    if own and args.model is None:
-        refuse_idle(args, "tokenizer", "without --model: the reward model brings its own")
-        return reward_model.source.tokenizer, reward_model
-    if tokenizer is not None:
-        return tokenizer, reward_model
-    return load_model(args.model, tokenizer=args.tokenizer, **options).tokenizer, reward_model
-
-
-def make_learned_reward(args, tokenizer, reward_model):
-    """The reward model as a reward, or None."""
-    from rewards.learned import learned_reward
-
-    if reward_model is None:
-        return None
-    return learned_reward(
-        reward_model,
-        tokenizer,
-        batch_size=args.batch_size,
-        prompt_template=args.prompt_template,
-        token_format=args.token_format,
-    )
-
-
-def first_rows(args, tokenizer, pairs, names, **options):
-    """Internal rewards under --model, calibrated on the first rows that are scored."""
-    from contextlib import nullcontext
-
-    from models.load import load_model
-    from rewards.internal import ROWS, Signals
-    from rewards.scored_rows import given_columns
-
-    choice = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    loaded = load_model(args.model, quantize=args.quantize, **choice)
-    first = pairs[:ROWS]
-    given = given_columns(first)
-    del given["ended"]  # no component asks for it
-    given["prompts"] = [pair.prompt for pair in first]
-    given["responses"] = [pair.response for pair in first]
-    return Signals(
-        lambda: nullcontext(loaded.model),
-        loaded.tokenizer,
-        names,
-        eos_ids=own_ends(args, tokenizer),
-        sample=lambda: given,
-        **options,
-    )
 
 
 # ------------------------------------------------------------------------------ results

@@ -93,7 +93,12 @@ def make_task(args, loaded):
     if args.resume_adapter_file is not None:
         load_reward_head(reward_model, args.resume_adapter_file)
         refuse_other_pooling(args, args.resume_adapter_file, reward_model.pooling)
-    return RewardModelTask(reward_model, centering=args.centering, use_margin=args.margins)
+    return RewardModelTask(
+        reward_model,
+        centering=args.centering,
+        use_margin=args.margins,
+        soft_labels=args.soft_labels,
+    )
 
 
 # ------------------------------------------------------------------------------ loop

@@ -44,6 +44,7 @@ class Scorer:
             token_ids=[[*reply.prompt_tokens, *reply.tokens]],
             ended=[reply.ended == "stop"],
             prompt_text=[reply.prompt_text],
+            response_start=[len(reply.prompt_tokens)],
         )
         _, parts = rewards([reply.prompt], [reply.text], **columns)
         return {name: scores[0] for name, scores in parts.items()}

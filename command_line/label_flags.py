@@ -7,7 +7,8 @@ from pathlib import Path
 
 from command_line.parser import Parser
 from command_line.rules import Needs, needs
-from command_line.score_flags import add_row_arguments, check_sampling
+from command_line.sampling import OF_SAMPLING, add_sampling_arguments, check_sampling
+from command_line.score_flags import add_row_arguments
 from command_line.shared_flags import add_any_base, add_model_arguments, at_least
 from errors import UserError
 
@@ -18,10 +19,9 @@ ROW_FLAGS = frozenset(
 )
 # What has an effect on labelling alone, and not on --report.
 LABELLING = (
-    "output against resume_file samples web port aspects labeller max_new_tokens temperature "
-    "top_k top_p min_p batch_size max_rows format skip_bad_rows prompt_template token_format "
-    "template_date max_length too_long model dtype fp16 quantize tokenizer trust_remote_code "
-    "any_base"
+    f"output against resume_file samples web port aspects labeller {OF_SAMPLING} batch_size "
+    "max_rows format skip_bad_rows prompt_template token_format template_date max_length too_long "
+    "model dtype fp16 quantize tokenizer trust_remote_code any_base"
 )
 NEEDS = (
     Needs(LABELLING, met=lambda args: not args.report, why="with --report", valued=False),
@@ -48,13 +48,7 @@ def parse_arguments(words=None):
     add("--plot", help="PNG that --report draws (default: beside its first file)")
     add("--seed", type=int, default=0, help="of what is sampled, of sides, of intervals")
     add = parser.add_argument_group("sampling").add_argument
-    longest = "longest reply, in tokens"
-    add("--max-new-tokens", "--max-tokens", type=int, default=128, help=longest)
-    text = "of sampling; above 0, or all replies of a model would be the same"
-    add("--temperature", "--temp", type=float, default=1.0, help=text)
-    add("--top-k", type=int, default=0, help="sample among this many tokens; 0: all")
-    add("--top-p", type=float, default=1.0, help="sample among tokens of this probability in all")
-    add("--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest")
+    add_sampling_arguments(add)
     add("--batch-size", type=int, default=16, help="replies that are sampled together")
     add_row_arguments(parser, ROW_FLAGS)
     add_model_arguments(parser)
@@ -76,7 +70,7 @@ def check_arguments(args) -> None:
             "--temperature 0: all replies of a model would be the same; give a temperature, or "
             "--against OTHER with --samples 2"
         )
-    check_sampling(args, several=False)
+    check_sampling(args)
     at_least(args, 0, "port")
     at_least(args, 1, "batch_size")
     if args.port > 65535:

@@ -28,7 +28,7 @@ LEARNING_RATES = {"lora": 1e-4, "dora": 1e-4, "full": 1e-6, "prompt": 1e-3}
 DIVERGENCE = ("f_divergence_type", "f_alpha_divergence_coef")
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 DPO_READS = {
-    "sigmoid": ("beta", "label_smoothing", *DIVERGENCE),
+    "sigmoid": ("beta", "label_smoothing", "soft_labels", *DIVERGENCE),
     "hinge": ("beta", *DIVERGENCE),
     "ipo": ("beta", *DIVERGENCE),
     "sigmoid_norm": ("beta", *DIVERGENCE),
@@ -74,6 +74,7 @@ LOSS_TYPES = list(dict.fromkeys(name for losses in READS.values() for name in lo
 DEFAULTS = {
     "beta": 0.1,
     "label_smoothing": 0.0,
+    "soft_labels": False,
     "f_divergence_type": "reverse_kl",
     "f_alpha_divergence_coef": 0.5,
     "discopop_tau": 0.05,
@@ -143,6 +144,12 @@ def add_loss_arguments(parser: Parser) -> None:
         "--label-smoothing",
         type=float,
         help="share of pairs that may be swapped (default: 0; exo_pair 0.001)",
+    )
+    add(
+        "--soft-labels",
+        type=bool,
+        default=False,
+        help="dpo, sigmoid: pairs count by the probability in judge.p, or a margin of log-odds",
     )
     add(
         "--ld-alpha", type=float, help="weight of tokens beyond the shorter answer's length, 0 to 1"
@@ -263,6 +270,10 @@ def check_ranges(args) -> None:
     smoothing = args.label_smoothing
     if not 0 <= smoothing < 0.5:
         raise UserError("--label-smoothing: give a number from 0 up to, not including, 0.5")
+    if args.soft_labels and smoothing:
+        raise UserError(
+            "--label-smoothing and --soft-labels both say how certain a pair is; drop one"
+        )
     if "exo_pair" in args.loss_type and not smoothing:
         raise UserError("--label-smoothing: exo_pair needs one above 0; its paper takes 0.001")
     if args.algorithm == "kto" and args.batch_size < 2:
@@ -294,6 +305,7 @@ def task_options(args) -> dict[str, Any]:
     values = {
         "beta": args.beta,
         "label_smoothing": args.label_smoothing,
+        "soft_labels": args.soft_labels,
         "f_divergence_type": args.f_divergence_type,
         "f_alpha_divergence_coef": args.f_alpha_divergence_coef,
         "discopop_tau": args.discopop_tau,

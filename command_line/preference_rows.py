@@ -18,6 +18,7 @@ from data_utils import (
     Tokenised,
     data_report,
     load_data,
+    put_soft_labels,
     tokenise_pairs,
     tokenise_unpaired,
 )
@@ -49,6 +50,8 @@ def load_rows(args, tokenizer) -> dict[str, Any]:
         else:
             seen = watched(records, "tokenising")
             rows[split] = tokenise_pairs(seen, tokenizer, **tokenising(args))
+            if args.soft_labels:
+                put_soft_labels(records, rows[split].rows)
         print(data_report(split, records, rows[split]))
         if args.algorithm == "kto" and "preference" in kinds:
             print("  note: of pairs, the chosen answers are wanted and the rejected ones are not")

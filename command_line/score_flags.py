@@ -1,12 +1,12 @@
 """The command line of score.py, and the rows it asks for. Loads no MLX."""
 
-import math
 import os
 
 from command_line.data_flags import add_data_arguments
 from command_line.parser import Parser
 from command_line.reward_flags import add_reward_arguments
 from command_line.rules import Needs, needs
+from command_line.sampling import OF_SAMPLING, add_sampling_arguments, check_sampling
 from command_line.shared_flags import add_any_base, add_model_arguments, at_least
 from data_utils import Records, mix_records, read_dataset, read_records
 from errors import UserError
@@ -14,7 +14,7 @@ from safe_files import check_place
 
 NEEDS = (
     Needs("force", "output"),
-    Needs("samples max_new_tokens temperature top_k top_p min_p seed", "prompts"),
+    Needs(f"samples {OF_SAMPLING} seed", "prompts"),
 )
 DESCRIPTION = "Score responses, from a file or sampled, with any reward; pick the best of several."
 # Of the flags that say where training rows come from, those that are for rows to score as well.
@@ -31,11 +31,7 @@ def parse_arguments(words=None):
     add("--input", nargs="+", help="files with prompts and responses, in any record format")
     add("--prompts", nargs="+", help="in place of --input: files of prompts, which --model answers")
     add("--samples", type=int, default=4, help="responses sampled to each prompt")
-    add("--max-new-tokens", type=int, default=128, help="longest response, in tokens")
-    add("--temperature", type=float, default=1.0, help="of sampling; 0 takes the likeliest token")
-    add("--top-k", type=int, default=0, help="sample among this many tokens; 0: all")
-    add("--top-p", type=float, default=1.0, help="sample among tokens of this probability in all")
-    add("--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest")
+    add_sampling_arguments(add)
     add("--seed", type=int, default=0, help="of what is sampled")
     add("--output", help="JSON lines to write: a row for each response, with its score")
     add(
@@ -74,28 +70,17 @@ def check_arguments(args) -> None:
         )
     if not (args.input or args.dataset or args.prompts):
         raise UserError("nothing to score: give --input FILE, --dataset NAME, or --prompts FILE")
+    at_least(args, 1, "samples")
     check_sampling(args)
-    if args.best_of and args.output is None:
-        raise UserError("--best-of needs --output FILE to write to")
-    refuse_overwriting(args)
-    at_least(args, 1, "batch_size")
-
-
-def check_sampling(args, *, several: bool = True) -> None:
-    """Refuse what no sampling can be, and `several` samples where all would be the same."""
-    at_least(args, 1, "samples", "max_new_tokens")
-    at_least(args, 0, "top_k", "seed")
-    if not 0 <= args.temperature < math.inf:
-        raise UserError("--temperature: give a number that is not below 0")
-    if not 0 < args.top_p <= 1:
-        raise UserError("--top-p: give a probability above 0; 1 leaves every token")
-    if not 0 <= args.min_p < 1:
-        raise UserError("--min-p: give a share from 0 up to, not including, 1")
-    if several and args.prompts and not args.temperature and args.samples > 1:
+    if args.prompts and not args.temperature and args.samples > 1:
         raise UserError(
             f"--samples {args.samples} with --temperature 0: all would be the same; give "
             "--samples 1, or a temperature"
         )
+    if args.best_of and args.output is None:
+        raise UserError("--best-of needs --output FILE to write to")
+    refuse_overwriting(args)
+    at_least(args, 1, "batch_size")
 
 
 def refuse_overwriting(args) -> None:

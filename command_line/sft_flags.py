@@ -43,6 +43,7 @@ from data_utils import (
     epoch_batches,
     load_data,
     not_for_sft,
+    put_soft_labels,
     tokenise_sft,
 )
 from errors import UserError
@@ -100,7 +101,8 @@ LOOP_NEEDS = (
 NEEDS = (
     *LOOP_NEEDS,
     *OF_PACKING,
-    Needs("pooling centering margins normalize_samples", "reward_model"),
+    Needs("pooling centering margins soft_labels normalize_samples", "reward_model"),
+    Needs("margins", met=lambda args: not args.soft_labels, why="with --soft-labels: it has none"),
 )
 
 
@@ -119,6 +121,12 @@ def parse_arguments(words=None):
     add("--pooling", choices=("mean", "last"), default="mean", help="of hidden states")
     add("--centering", type=float, default=0.0, help="weight of (chosen + rejected)^2 in the loss")
     add("--margins", type=bool, default=True, help="use the margins of preference rows")
+    add(
+        "--soft-labels",
+        type=bool,
+        default=False,
+        help="pairs count by the probability in judge.p, or by a margin of log-odds",
+    )
     add(
         "--normalize-samples",
         type=int,
@@ -272,6 +280,8 @@ def load_rows(args, tokenizer) -> dict:
             rows[split] = tokenise_reward_rows(
                 records, tokenizer, rows["reading"], **tokenising(args)
             )
+            if args.soft_labels:
+                put_soft_labels(records, rows[split].rows)
         print(data_report(split, records, rows[split]))
         if args.packing:
             pack(args, rows[split], tokenizer)
@@ -329,7 +339,7 @@ def take_form(args, reading: Reading) -> None:
 def check_kinds(args, kinds: set[str]) -> None:
     """Refuse what has no effect on rows of these kinds."""
     if "preference" not in kinds and args.reward_model:
-        for name in ("centering", "margins"):
+        for name in ("centering", "margins", "soft_labels"):
             refuse_idle(args, name, "on rows with a reward: it is for pairs of chosen and rejected")
     if "preference" not in kinds:
         refuse_idle(args, "chosen", "without preference rows")

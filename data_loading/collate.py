@@ -43,6 +43,8 @@ class PreferenceBatch:
     margins: np.ndarray  # (P,) float32, 0 where the data gives none
     weights: np.ndarray  # (P,) float32, 1 / pairs of the same prompt, so that prompts count alike
     reference: np.ndarray | None = None  # (N, L) float32, log p under a reference, 0 off the mask
+    # (P,) float32 that the winner is the better one; None: certainly
+    probabilities: np.ndarray | None = None
 
 
 @dataclass
@@ -107,7 +109,12 @@ def _preference_batch(
         np.array([rows[place].margin or 0.0 for place in places], np.float32),
         np.array(weights, np.float32),
         _reference([r for row in rows for r in row.reference or [None]], tokens.shape[1]),
+        _probabilities([rows[place].probability for place in places]),
     )
+
+
+def _probabilities(found: list[float | None]) -> np.ndarray | None:
+    return None if found[0] is None else np.array(found, np.float32)
 
 
 def _unpaired_batch(

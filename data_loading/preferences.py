@@ -1,5 +1,7 @@
 """Rows that say which of several responses is better: chosen and rejected, or a ranked list."""
 
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from data_loading.fields import (
@@ -15,6 +17,8 @@ from data_loading.fields import (
 )
 from data_loading.messages import BadRow, Message, list_of, read_messages
 from data_loading.records import Record, Text
+from data_loading.rows import PreferenceRow
+from errors import UserError
 
 # A row of label.py that prefers nothing: its responses, and one of these fields.
 ASIDE = {"tie": "a tie, in which nothing is preferred", "skipped": "skipped by the labeller"}
@@ -63,6 +67,36 @@ def ranked(fields: dict[str, Any], where: str) -> Record:
     return made
 
 
+def put_soft_labels(records: Iterable[Record], rows: Sequence[PreferenceRow]) -> None:
+    """Fill in the `probability` of tokenised rows from their records, which may be more."""
+    of_row = {record.where: record for record in records}
+    for row in rows:
+        row.probability = soft_label(of_row[row.where])
+
+
+def soft_label(record: Record) -> float:
+    """The probability that the chosen answer of a pair is the better one.
+
+    ``{"judge": {"p": 0.8}}``, as judge.py writes it, or a `margin` of log-odds. Raises UserError
+    for a row without either, and for a list of more than two answers.
+    """
+    if len(record.responses) != 2:
+        raise UserError(
+            f"{record.where}: --soft-labels is for pairs, and the row has "
+            f"{len(record.responses)} answers"
+        )
+    judge = record.fields.get("judge")
+    p = judge.get("p") if isinstance(judge, dict) else None
+    if p is None and record.margin is not None:
+        return 1 / (1 + math.exp(-record.margin)) if record.margin > -700 else 0.0
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
+        raise UserError(
+            f"{record.where}: --soft-labels needs the probability that the chosen answer is the "
+            "better one: a number from 0 to 1 in judge.p, or a margin of log-odds"
+        )
+    return float(p)
+
+
 def _record(
     fields: dict[str, Any], where: str, values: list[Any], names: list[str], ranks: list[int]
 ) -> Record:
@@ -95,7 +129,7 @@ def _record(
         ranks=[ranks[i] for i in order],
         margin=margin,
         prompt_fields=read.fields,
-        answer_fields=["margin"],
+        answer_fields=["margin", "judge"],
     )
 
 

@@ -43,6 +43,9 @@ class PreferenceRow:
     ranks: list[int]
     margin: float | None = None
     where: str = ""
+    # That the chosen one of a pair is the better one, where training is on that. Its margin, which
+    # is in the repr, has the same source.
+    probability: float | None = field(default=None, repr=False, kw_only=True)
     # As long as `responses`, each too. Not in the repr, of which a run's data is fingerprinted:
     # checkpoints from before rows had masks go on.
     masks: list[list[int]] = field(default_factory=list, repr=False)

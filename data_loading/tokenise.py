@@ -110,15 +110,44 @@ def tokenise_scalar(
             reward = float(record.label)
         if reward is None:
             raise BadRow("no reward: the field reward or meta_eval_score is needed")
-        ends = _ends_in_eos(encoder.template, record, add_eos) and _ends_with_answer(record)
-        rendered = encoder.template.record(record)
-        tokens, _ = encoder.encode(rendered, ends, record.kind, bare_end=True)
+        tokens, rendered = answered_tokens(encoder, record, add_eos)
         tokens, was_cut = encoder.fit(tokens)
         encoder.template.note(record, rendered)
         return ScalarRow(tokens, reward, record.where), was_cut
 
     used = (*REWARDS, "label")
     return each(records, convert, skip_bad_rows, encoder.template, used)
+
+
+def answered_tokens(
+    encoder: Encoder, record: Record, add_eos: bool | None = None
+) -> tuple[list[int], Rendered]:
+    """Tokens of a row with its answer as a reward model's row has them, and the text of them."""
+    ends = _ends_in_eos(encoder.template, record, add_eos) and _ends_with_answer(record)
+    rendered = encoder.template.record(record)
+    return encoder.encode(rendered, ends, record.kind, bare_end=True)[0], rendered
+
+
+def answer_encoder(
+    tokenizer: Any,
+    *,
+    prompt_template: str | None = None,
+    token_format: str = "standard",
+    add_eos: bool | None = None,
+) -> Callable[[Record], list[int]]:
+    """A function from a row to the tokens that `tokenise_scalar` makes of it, of any length.
+
+    It raises UserError where `tokenise_scalar` would refuse the row.
+    """
+    encoder = Encoder(Template(tokenizer, prompt_template, token_format), sys.maxsize, "refuse")
+
+    def encode(record: Record) -> list[int]:
+        try:
+            return answered_tokens(encoder, record, add_eos)[0]
+        except (BadRow, Refused) as why:
+            raise UserError(f"{record.where}: {why}") from why
+
+    return encode
 
 
 def tokenise_preferences(

@@ -91,7 +91,7 @@ class Ending:
         self.eos = end_id(tokenizer)
         self.wanted = reading.ending
         tail = tuple(template_tail(tokenizer) or ())
-        special = set(tokenizer.all_special_ids) | _special_added(tokenizer)
+        self.special = special = set(tokenizer.all_special_ids) | _special_added(tokenizer)
         # Such as <|im_end|>, without the line break: where an answer may stop.
         turns = [tail[: i + 1] for i, token in enumerate(tail) if token in special]
         eos = [(i,) for i in eos_ids(tokenizer)]

@@ -9,7 +9,7 @@ from models.adapter_description import read_json
 from models.array_files import write_json
 from models.model_folders import tokenizer_of
 from models.reading import Reading, template_tail
-from rewards.learned import Reader
+from rewards.reader import Reader
 
 PROMPT, RESPONSE = "What is 2 + 2?", "4"
 TURNS = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": RESPONSE}]
@@ -36,7 +36,7 @@ def scoring_code(folder: Path, reading: Reading) -> str:
 
 def our_ids(tokenizer: Any, reading: Reading) -> list[int]:
     """What this program scores for the prompt and the response of the card."""
-    reader = Reader(tokenizer, reading, as_given=False)
+    reader = Reader(tokenizer, reading)
     return reader([PROMPT], [RESPONSE], [[]], [True], {})[0]
 
 

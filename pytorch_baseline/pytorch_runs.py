@@ -35,6 +35,7 @@ REFUSED = {
     "adlf_alpha": "internal rewards are measured on MLX alone",
     "use_curriculum": "the order of rows is the ordinary one here",
     "use_contrastive": "that loss is MLX's side alone",
+    "soft_labels": "that loss is MLX's side alone",
     "use_decision_transformer": "scores before prompts are MLX's side alone",
     "target_score": "scores before prompts are MLX's side alone",
     "use_self_critique": "critiques are trained on MLX's side alone",

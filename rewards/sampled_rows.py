@@ -12,7 +12,8 @@ import mlx.core as mx
 
 from data_utils import PromptRow, Record
 from models.decoding import Sampling, generate
-from rewards.scored_rows import ENDED, Pair, response_text
+from rewards.scored_rows import ENDED, Pair
+from rewards.texts import response_text
 
 
 def sample_pairs(
@@ -76,4 +77,7 @@ def make_pair(
         extras=record.extras,
     )
     tokens = [*prompt.tokens, *response]
-    return Pair(replace(whole), whole, tokens, prompt.prompt, prompt.text, text, ended)
+    start = len(prompt.tokens)
+    return Pair(
+        replace(whole), whole, tokens, prompt.prompt, prompt.text, text, ended, start, own=False
+    )

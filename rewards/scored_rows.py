@@ -21,7 +21,7 @@ from data_utils import (
 from errors import UserError
 from models.reading import Ending, Reading, end_id
 from reports.reward_report import pearson, preference_report, ranks, spearman
-from rewards.texts import Prompt, plain, reward_columns
+from rewards.texts import Prompt, plain, response_text, reward_columns
 
 # Fields of rows with several responses that belong to all of them together.
 SHARED = ("chosen", "rejected", "responses", "scores", "margin")
@@ -40,6 +40,7 @@ class Pair:
     response: str
     ended: bool
     start: int | None = None  # of `tokens` the prompt; None where no token ends it
+    own: bool = True  # the response is the record's, whole
     rank: int | None = None  # among the responses of a preference row, 0 the best
     score: float = float("nan")
     parts: dict[str, float] = field(default_factory=dict)
@@ -81,7 +82,9 @@ def make_pairs(
         ended = ending.ends(row.tokens)
         stop = turn_end if template.writes(single) else eos
         tokens = [*ending.bare(row.tokens), stop] if ended else row.tokens
-        pairs.append(Pair(single, whole, tokens, prompt_of(single), "", "", ended, rank=rank))
+        pair = Pair(single, whole, tokens, prompt_of(single), "", "", ended, rank=rank)
+        pair.own = ended or len(row.tokens) < options["max_length"]  # else it may have been cut
+        pairs.append(pair)
         row = next(left, None)
     done.refused = bad + done.refused
     _add_texts(pairs, tokenizer, options, ending)
@@ -188,6 +191,7 @@ def given_columns(pairs: Sequence[Pair]) -> dict[str, Sequence]:
         ended=[pair.ended for pair in pairs],
         prompt_text=[pair.prompt_text for pair in pairs],
         response_start=[pair.start for pair in pairs],
+        answered_record=[pair.record if pair.own else None for pair in pairs],
     )
 
 
@@ -303,15 +307,3 @@ def best_rows(best: Iterable[Pair]) -> list[dict[str, Any]]:
         }
         for pair in best
     ]
-
-
-def response_text(tokenizer, query: Sequence[int], response: Sequence[int]) -> str:
-    """The text that `response` adds to `query`, so that prompt + response is the whole text.
-
-    Some decoders drop the blank in front of a text, so the two are decoded together.
-    """
-    start = tokenizer.decode(list(query), skip_special_tokens=True)
-    whole = tokenizer.decode([*query, *response], skip_special_tokens=True)
-    if whole.startswith(start):
-        return whole[len(start) :]
-    return tokenizer.decode(list(response), skip_special_tokens=True)

@@ -137,6 +137,7 @@ def pairwise_loss(
     *,
     centering: float = 0.0,
     weights: mx.array | None = None,
+    probability: mx.array | None = None,
 ) -> tuple[mx.array, Metrics]:
     """Bradley-Terry: mean of -log sigmoid(chosen - rejected - margin); all (B,).
 
@@ -144,13 +145,16 @@ def pairwise_loss(
     multiple of mean((chosen + rejected)^2), which keeps scores around 0 (Eisenstein et al. 2023).
     `weights` (B,) weigh the pairs: with 1 / pairs of the same prompt, a ranked list of any length
     counts like one pair (InstructGPT, eq. 1).
+    `probability` (B,) that the chosen one is the better: the cross-entropy with it in place of the
+    certainty, -P log sigmoid(d) - (1 - P) log sigmoid(-d), least where d is the log-odds of P.
     """
     difference = chosen - rejected
 
     def mean(x: mx.array) -> mx.array:
         return x.mean() if weights is None else (x * weights).sum() / weights.sum()
 
-    loss = mean(-nn.log_sigmoid(difference if margin is None else difference - margin))
+    wanted = difference if margin is None else difference - margin
+    loss = mean(cross_entropy(wanted, probability))
     if centering:
         loss = loss + centering * mean(mx.square(chosen + rejected))
     metrics = {
@@ -161,6 +165,13 @@ def pairwise_loss(
         "rejected": mean(rejected),
     }
     return loss, _detached(metrics)
+
+
+def cross_entropy(logits: mx.array, probability: mx.array | None = None) -> mx.array:
+    """-P log sigmoid(x) - (1 - P) log sigmoid(-x), with P = 1 where it is None; arrays of x."""
+    if probability is None:
+        return -nn.log_sigmoid(logits)
+    return -probability * nn.log_sigmoid(logits) - (1 - probability) * nn.log_sigmoid(-logits)
 
 
 def regression_loss(scores: mx.array, targets: mx.array) -> tuple[mx.array, Metrics]:

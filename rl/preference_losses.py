@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from rl.losses import _counted
+from rl.losses import _counted, cross_entropy
 
 Sums = dict[str, tuple[mx.array, mx.array]]
 MAX_EXPONENT = 80.0  # of the alpha divergence; e^80 is still a float32
@@ -40,6 +40,7 @@ class Pairs:
     ref_rejected: mx.array | None = None
     nll: mx.array | None = None  # -log p of the chosen side, which is divided by its tokens
     nll_tokens: mx.array | None = None
+    probability: mx.array | None = None  # that the chosen one is the better; None: certainly
     tokens_per_pair: mx.array | None = None  # scalar: of all passes of an update; None: of this one
 
     @property
@@ -131,10 +132,20 @@ def smoothed(x: mx.array, label_smoothing: float) -> mx.array:
 
 
 def sigmoid(
-    pairs: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0, **divergence: Any
+    pairs: Pairs,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    soft_labels: bool = False,
+    **divergence: Any,
 ) -> mx.array:
-    """DPO (Rafailov et al. 2023, eq. 7); smoothed, as TRL 0.11 has it, cDPO (Mitchell 2023)."""
-    return smoothed(beta * _difference(pairs, divergence), label_smoothing)
+    """DPO (Rafailov et al. 2023, eq. 7); smoothed, as TRL 0.11 has it, cDPO (Mitchell 2023).
+
+    With `soft_labels` each pair counts by `pairs.probability`, which is cDPO with a rate of its own
+    for every pair.
+    """
+    x = beta * _difference(pairs, divergence)
+    return cross_entropy(x, pairs.probability) if soft_labels else smoothed(x, label_smoothing)
 
 
 def hinge(pairs: Pairs, *, beta: float = 0.1, **divergence: Any) -> mx.array:

@@ -10,8 +10,7 @@ import numpy as np
 
 from data_utils import PromptRow
 from errors import UserError
-from rewards.scored_rows import response_text
-from rewards.texts import plain
+from rewards.texts import plain, response_text
 from rl.rollouts import join_rollouts
 from training.rollout_loop import Experience, RolloutLoop
 
@@ -25,6 +24,10 @@ class Critiqued(Experience):
     whole: object = None  # rollout of the rows of all kinds
     every_score: list[float] = field(default_factory=list)
     gains: list[float] = field(default_factory=list)  # R(x, y') - R(x, y)
+
+    @property
+    def trained_on(self):
+        return self.whole
 
 
 @dataclass
@@ -43,14 +46,14 @@ class CritiqueLoop(RolloutLoop):
     def collect(self) -> Critiqued:
         """Answers, critiques of them, and revisions that read both."""
         rows = self.choose()
-        answers = self.written([row.query for row in rows], 0)
-        texts, scores, parts = self.score(rows, answers)
+        answers = self.draw([row.query for row in rows], 0)
+        texts, scores, parts = self.timed_score(rows, answers)
         asked = [plain(row.prompt).strip() for row in rows]
         given = [
             self.critique_template.format(prompt=prompt, response=text.strip())
             for prompt, text in zip(asked, texts, strict=True)
         ]
-        critiques = self.written(self.encoded(given), 1)
+        critiques = self.draw(self.encoded(given), 1)
         said = [
             response_text(self.tokenizer, query, response).strip()
             for query, response in zip(critiques.queries, critiques.responses, strict=True)
@@ -59,17 +62,14 @@ class CritiqueLoop(RolloutLoop):
             self.revision_template.format(prompt=prompt, response=text.strip(), critique=critique)
             for prompt, text, critique in zip(asked, texts, said, strict=True)
         ]
-        revisions = self.written(self.encoded(given), 2)
-        _, revised, _ = self.score(rows, revisions)
+        revisions = self.draw(self.encoded(given), 2)
+        _, revised, _ = self.timed_score(rows, revisions)
         gains = (np.array(revised) - np.array(scores)).tolist()
         whole = join_rollouts([answers, critiques, revisions])
         every = [*scores, *gains, *revised]
         return Critiqued(
             rows, answers, texts, scores, parts, whole=whole, every_score=every, gains=gains
         )
-
-    def written(self, queries: Sequence[list[int]], part: int):
-        return self.trainer.generate(queries, should_stop=self.should_stop, part=part)
 
     def encoded(self, prompts: Sequence[str]) -> list[list[int]]:
         """Tokens of prompts; UserError for one that the model has no positions for."""

@@ -34,28 +34,26 @@ class GroupLoop(RolloutLoop):
         """
         config = self.trainer.config
         chosen = self.numbers(config.prompts_per_step)
-        made, seen = self.sampled(chosen), list(chosen)
+        made, seen = self.groups_of(chosen), list(chosen)
         self.resampled = 0
         for attempt in range(1, config.max_resample + 1 if config.dynamic_sampling else 1):
             equal = np.flatnonzero(self.equal_groups(made))
             if not len(equal):
                 break
             fresh = self.fresh_prompts(len(equal), attempt, seen)
-            made = replaced(made, self.sampled(fresh, attempt), equal, config.num_generations)
+            made = replaced(made, self.groups_of(fresh, attempt), equal, config.num_generations)
             seen += fresh
             self.resampled += len(equal)
         return made
 
-    def sampled(self, chosen: Sequence[int], part: int = 0) -> Experience:
+    def groups_of(self, chosen: Sequence[int], part: int = 0) -> Experience:
         """The groups of these prompts; `part` tells several calls in one step apart."""
         prompts = [self.prompts[i] for i in chosen]
-        rollout = self.trainer.generate(
-            [row.query for row in prompts], should_stop=self.should_stop, part=part
-        )
+        rollout = self.draw([row.query for row in prompts], part)
         # A copy for each group, as a prompt may stand in a batch twice.
         groups = [replace(row) for row in prompts]
         rows = [row for row in groups for _ in range(self.trainer.config.num_generations)]
-        return Experience(rows, rollout, *self.score(rows, rollout))
+        return Experience(rows, rollout, *self.timed_score(rows, rollout))
 
     def equal_groups(self, made: Experience) -> np.ndarray:
         """Of each group, whether its rewards are equal, or none is scored."""
@@ -107,7 +105,7 @@ class GroupLoop(RolloutLoop):
         shown |= {name: stats[f"rewards/{name}/mean"] for name in made.parts}
         shown |= {"equal": stats["frac_reward_zero_std"]}
         shown |= {"tokens": stats["completions/mean_length"]}
-        progress.report(self.step, shown | self.paces(made))
+        progress.report(self.step, shown | self.paces())
 
 
 def replaced(old: Experience, new: Experience, groups: Sequence[int], size: int) -> Experience:

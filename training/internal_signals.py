@@ -13,7 +13,7 @@ from models.tuning import Tuning
 from rewards.composite import CompositeRewards
 from rewards.internal import ROWS, Signals
 from rewards.reward_set import RewardSet
-from rewards.scored_rows import response_text
+from rewards.texts import response_text
 from rl.rollouts import stream
 from training.groups import Group
 from training.rollout_stages import reference_of, sample

@@ -16,8 +16,7 @@ import numpy as np
 
 from data_utils import Curriculum, PromptRow, chosen_prompts, columns_of
 from errors import UserError
-from rewards.scored_rows import response_text
-from rewards.texts import asked, reward_columns
+from rewards.texts import asked, response_text, reward_columns
 from rewards.user_function import quote_row
 from rl.ppo_statistics import logged_row, part_means
 from rl.rollouts import join_rollouts
@@ -63,6 +62,11 @@ class Experience:
     parts: dict[str, list[float]]  # of each reward
     reference: list[tuple[str, float]] = field(default_factory=list)  # (response, score) of some
 
+    @property
+    def trained_on(self):
+        """The rollout whose tokens the update reads."""
+        return self.rollout
+
 
 @dataclass
 class RolloutLoop(Resumable):
@@ -90,6 +94,7 @@ class RolloutLoop(Resumable):
     not_finite = "ppo/not_finite"  # the metric that says that a step was skipped
     progress: Progress | None = None  # while `run` runs
     seconds: dict[str, float] = field(default_factory=dict)  # of the parts of this step
+    sampled: int = 0  # tokens of this step's responses, also of those not trained on
     same_scores: int = 0  # steps in a row whose scores are all one number
 
     def rows(self) -> Sequence[PromptRow]:
@@ -154,7 +159,7 @@ class RolloutLoop(Resumable):
 
     def train_step(self, progress: Progress) -> None:
         """Prompts, responses, rewards, update, and a row of metrics."""
-        self.seconds = {}
+        self.seconds, self.sampled = {}, 0
         try:
             made = self.collect()
             self.ask_reference(made)
@@ -201,11 +206,10 @@ class RolloutLoop(Resumable):
     def times(self, stats: Mapping[str, Any], made: Experience) -> dict[str, float]:
         """Where the time of the step went, and its pace: tokens sampled, and trained on."""
         row = {f"time/ppo/{name}": seconds for name, seconds in self.seconds.items()}
-        rollout = made.rollout
-        sampled = sum(map(len, rollout.responses))
-        texts = sampled + sum(map(len, rollout.queries))
+        rollout = made.trained_on
+        texts = sum(map(len, [*rollout.responses, *rollout.queries]))
         trained = texts * self.trainer.config.ppo_epochs
-        for name, tokens in (("rollout", sampled), ("update", trained)):
+        for name, tokens in (("rollout", self.sampled), ("update", trained)):
             seconds = self.seconds.get(name)
             if name == "update":
                 seconds = stats.get("time/ppo/optimize_step", seconds)
@@ -227,11 +231,20 @@ class RolloutLoop(Resumable):
     def collect(self) -> Experience:
         """Responses to the rows of this step, with their scores."""
         rows = self.choose()
-        queries = [row.query for row in rows]
+        rollout = self.draw([row.query for row in rows])
+        return Experience(rows, rollout, *self.timed_score(rows, rollout))
+
+    def draw(self, queries: Sequence[Sequence[int]], part: int = 0):
+        """Responses to `queries`; `part` tells several calls in one step apart."""
         with self.part("rollout"):
-            rollout = self.trainer.generate(queries, should_stop=self.should_stop)
+            rollout = self.trainer.generate(queries, should_stop=self.should_stop, part=part)
+        self.sampled += sum(map(len, rollout.responses))
+        return rollout
+
+    def timed_score(self, rows: Sequence[PromptRow], rollout) -> tuple:
+        """`score`, as a part of the step."""
         with self.part("reward"):
-            return Experience(rows, rollout, *self.score(rows, rollout))
+            return self.score(rows, rollout)
 
     def learn(self, made: Experience) -> dict:
         """The trainer's step, or none where a score is not finite; its statistics."""
@@ -267,14 +280,12 @@ class RolloutLoop(Resumable):
         if "objective/kl" in stats:
             shown["kl"] = stats["objective/kl"]
         shown |= part_means(made.parts) | {"tokens": stats["tokens/responses_len_mean"]}
-        progress.report(self.step, shown | self.paces(made))
+        progress.report(self.step, shown | self.paces())
 
-    def paces(self, made: Experience) -> dict[str, Any]:
+    def paces(self) -> dict[str, Any]:
         """What every line ends with: tokens sampled a second in this step, and the peak so far."""
-        sampled = sum(map(len, made.rollout.responses)) / max(
-            self.seconds.get("rollout", 0.0), 1e-9
-        )
-        return {"sampled/s": round(sampled), "peak": say_gb(self.backend.peak_memory())}
+        pace = self.sampled / self.seconds["rollout"]
+        return {"sampled/s": round(pace), "peak": say_gb(self.backend.peak_memory())}
 
     def score(self, rows: Sequence[PromptRow], rollout) -> tuple[list[str], list[float], dict]:
         """(texts of the responses, scores, {reward: its scores})."""

@@ -7,54 +7,15 @@ text of that differs from ours, EXCEPTIONS says why.
 import copy
 import json
 import re
-from pathlib import Path
 
 import pytest
-from tiny_tokenizers import tiny_tokenizer
+from trl_templates import CALL, FOLDER, NAMES, RESULT, ROWS, answer, ask, source, tokenizer_for
 
 from data_utils import read_records, tokenise_preferences, tokenise_prompts, tokenise_sft
 from errors import UserError
 
-trl = pytest.importorskip("trl")
+pytest.importorskip("trl")
 pytestmark = pytest.mark.torch
-
-FOLDER = Path(trl.__file__).parent / "chat_templates"
-NAMES = sorted(p.stem for p in FOLDER.glob("*.jinja") if not p.stem.endswith("_training"))
-CALL = {
-    "id": "c1",
-    "type": "function",
-    "function": {"name": "weather", "arguments": {"city": "Rome"}},
-}
-CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "A city."}}}
-TOOL = {
-    "name": "weather",
-    "description": "The weather.",
-    "parameters": {**CITY, "required": ["city"]},
-}
-
-
-def ask(text):
-    return {"role": "user", "content": text}
-
-
-def answer(text, **more):
-    return {"role": "assistant", "content": text, **more}
-
-
-SYSTEM = {"role": "system", "content": "be brief"}
-RESULT = {"role": "tool", "name": "weather", "content": "12 C", "tool_call_id": "c1"}
-THOUGHT = "<think>\nTwo and two.\n</think>\n\n4"
-ROWS = {
-    "single": {"messages": [ask("what is"), answer("the answer")]},
-    "several": {"messages": [ask("what"), answer("the answer"), ask("hello"), answer("world")]},
-    "system": {"messages": [SYSTEM, ask("what"), answer("the answer")]},
-    "thought": {"messages": [ask("2+2?"), answer("4", reasoning_content="Two and two.")]},
-    "thought in text": {"messages": [ask("2+2?"), answer(THOUGHT)]},
-    "tools": {
-        "messages": [ask("Weather?"), answer("", tool_calls=[CALL]), RESULT, answer("12 degrees")],
-        "tools": [{"type": "function", "function": TOOL}],
-    },
-}
 
 # The template refuses the row itself.
 REFUSED = {
@@ -87,25 +48,11 @@ EXCEPTIONS = {
 }
 
 
-def source(name):
-    return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
-
-
 def variant(name):
     """TRL's training template: another file, or the template where it has the marks itself."""
     path = FOLDER / f"{name}_training.jinja"
     text = path.read_text(encoding="utf-8") if path.exists() else source(name)
     return text if re.search(r"{%-?\s*generation", text) else None
-
-
-def tokenizer_for(name):
-    """A tokenizer that has what the template writes as special tokens, as the model's has."""
-    made = copy.deepcopy(tiny_tokenizer(bos=False))
-    pattern = r"<[|｜][^<>\s]*>|<[^<>\s]*[|｜]>|<(?:start|end)_of_\w+>"
-    special = sorted(set(re.findall(pattern, source(name))))
-    made.add_special_tokens({"additional_special_tokens": special})
-    made.chat_template = source(name)
-    return made
 
 
 def record_of(row, folder):

@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+from scored_texts import Listening
 from tiny import tiny_model_folder
 from tiny_tokenizers import metaspace_tokenizer, tiny_tokenizer
 
@@ -15,7 +16,7 @@ from data_utils import Records
 from errors import UserError
 from models.adapter_files import attach, save_adapter
 from models.load import load_model
-from models.reading import Ending, Reading, trained_reading
+from models.reading import Ending, trained_reading
 from models.reward_model import RewardModel, save_reward_head
 from rewards.learned import learned_reward
 from rewards.reward_rows import reading_of_rows, tokenise_reward_rows
@@ -59,18 +60,6 @@ def judge(kind):
     made = copy.deepcopy(tiny_tokenizer() if kind == "template" else metaspace_tokenizer())
     made.chat_template = None if kind == "no template" else SQUARE
     return made
-
-
-class Listening:
-    """A reward model that keeps what it is asked to score."""
-
-    def __init__(self, tokenizer, reading):
-        self.source = type("Source", (), {"tokenizer": tokenizer})
-        self.reading, self.seen = Reading.described(reading.description()), []
-
-    def score(self, rows, batch_size):
-        self.seen += map(list, rows)
-        return [0.0] * len(rows)
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)

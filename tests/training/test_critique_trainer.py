@@ -111,9 +111,11 @@ def make_loop() -> CritiqueLoop:
 
 
 def test_a_critique_reads_the_answer_and_a_revision_reads_both():
-    made = make_loop().collect()
+    loop = make_loop()
+    made = loop.collect()
     count = len(made.rows)
     queries, responses = made.whole.queries, made.whole.responses
+    assert loop.sampled == sum(map(len, responses)) and {"rollout", "reward"} == {*loop.seconds}
     assert count == 4 and len(queries) == 12
     for i, row in enumerate(made.rows):
         (prompt,), answer, critique = row.tokens, responses[i], responses[count + i]

@@ -102,6 +102,15 @@ def test_dynamic_sampling_ends_with_too_few_prompts_too():
     assert stats["sampling/resampled"] == 6 and stats["frac_reward_zero_std"] == 1
 
 
+def test_the_pace_counts_what_dynamic_sampling_threw_away():
+    loop = make_loop(lambda prompts, responses: [0.0] * len(responses), dynamic_sampling=True)
+    calls = recorded(loop)
+    loop.collect()
+    assert len(calls) == 1 + loop.trainer.config.max_resample
+    drawn = sum(len(response) for _, responses in calls for response in responses)
+    assert loop.sampled == drawn and loop.seconds.keys() == {"rollout", "reward"}
+
+
 def test_without_dynamic_sampling_a_batch_is_drawn_once():
     loop = make_loop(lambda p, r: [0.0] * len(r))
     calls = recorded(loop)
