@@ -112,4 +112,4 @@ def login_name() -> str:
 
 def default_plot(report: str) -> str:
     path = Path(report)
-    return str(path.with_name(f"{path.stem}.report.png"))
+    return str(path.parent / f"{path.stem or 'labels'}.report.png")

@@ -45,6 +45,7 @@ LINES = {
         "--dataset x --reward-function f",
         "--input x --reward-url http://h",
     ],
+    "label": ["--prompts x", "--prompts x --web", "--prompts x --against y", "--report x"],
     "fuse": [
         "--adapter-file a --save-path b",
         "--model a --upload-repo u/n",
