@@ -18,6 +18,7 @@ from command_line.contrastive_flags import LEAST
 from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.data_flags import flags_of_rows
 from command_line.exits import run_main
+from command_line.memory_fit import settle_supervised_memory
 from command_line.model_limits import check_splits, fit_lengths
 from command_line.sft_flags import (
     load_rows,
@@ -54,10 +55,12 @@ def main(words=None) -> int:
     rows = load_rows(args, loaded.tokenizer)
     if args.train:
         rows["difficulty"] = difficulty(args, loaded, rows["train"].rows)
-    task = None if args.preview else make_task(args, loaded)
+    task = make_task(args, loaded)
     if rows["scores"] is not None:
         loaded.config[SCORES] = rows["scores"].described()
-    check_splits(rows, loaded.limits, task and task.tuning)
+    check_splits(rows, loaded.limits, task.tuning)
+    if args.train or args.preview:
+        settle_supervised_memory(args, loaded, task.tuning, rows["train"])
     if args.preview:
         return 0
     if args.reward_model:

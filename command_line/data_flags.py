@@ -13,6 +13,7 @@ from data_utils import (
     KNOWN_FORMATS,
     TOKEN_FORMATS,
     Record,
+    Template,
     asks_for_date,
     folder_file,
     now,
@@ -102,6 +103,24 @@ def warn_of_digits_model(args: argparse.Namespace, records: Iterable[Record]) ->
             tell(
                 "warning: no --model: it is the embedded digits model that reads these rows, and "
                 f"all it knows is numbers ({record.where} is none); give --model"
+            )
+            return
+
+
+def warn_of_model(args: argparse.Namespace, records: Iterable[Record], tokenizer: Any) -> None:
+    """Say so where rows are not what the model reads: texts for the digits model, conversations
+    for a base model."""
+    warn_of_digits_model(args, records)
+    if args.prompt_template is not None or "token_format" in args.explicit:
+        return
+    if Template(tokenizer).uses_chat_template or args.model is None:  # digits have no roles
+        return
+    for record in itertools.islice(records, 100):
+        if record.kind == "conversation" or isinstance(record.prompt, list):
+            tell(
+                f"warning: {record.where}: is a conversation, and the tokenizer of {args.model} "
+                "has no chat template: turns are written without their roles, a blank line "
+                "between; give --token-format role_markers to mark them, or an instruct model"
             )
             return
 

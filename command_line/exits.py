@@ -7,7 +7,9 @@ import sys
 import warnings
 from collections.abc import Callable
 
+import waiting
 from errors import MEMORY_ADVICE, UserError
+from run_folder.console import watched
 from run_folder.output import lost_output, open_outputs
 from run_folder.secrets import clean, tell
 
@@ -27,6 +29,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     """
     warnings.formatwarning = one_line_warning
     open_outputs(clean)
+    waiting.watch_with(watched)
     try:
         code = main() or 0
         sys.stdout.flush()

@@ -2,7 +2,7 @@
 
 import math
 
-from command_line.data_flags import settle_date, tokenising, warn_of_digits_model
+from command_line.data_flags import settle_date, tokenising, warn_of_model
 from command_line.model_limits import check_rows, fit_lengths
 from command_line.ppo_flags import own_ends
 from command_line.shared_flags import at_least
@@ -53,7 +53,7 @@ def sample(args, records, samples: int):
         quantize=args.quantize,
         trust_remote_code=args.trust_remote_code,
     )
-    warn_of_digits_model(args, records)
+    warn_of_model(args, records, loaded.tokenizer)
     fit_lengths(args, loaded.limits, response=args.max_new_tokens)
     settle_date(args, loaded.tokenizer)
     prompts = tokenise_prompts(records, loaded.tokenizer, **tokenising(args))

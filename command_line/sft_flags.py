@@ -18,7 +18,7 @@ from command_line.data_flags import (
     has_validation,
     settle_date,
     tokenising,
-    warn_of_digits_model,
+    warn_of_model,
 )
 from command_line.option_files import begun_before
 from command_line.packing import NEEDS as OF_PACKING
@@ -264,7 +264,7 @@ def load_rows(args, tokenizer) -> dict:
     rows, techniques = {}, TechniqueRows(args)
     found = load_data(splits=splits, refuse=refuse, **data_sources(args))
     for records in found.values():
-        warn_of_digits_model(args, records)
+        warn_of_model(args, records, tokenizer)
     check_kinds(args, {kind for records in found.values() for kind in records.kinds})
     for split, records in found.items():
         if not args.reward_model:

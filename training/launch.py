@@ -13,11 +13,12 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from run_folder.checkpoint_folder import latest_checkpoint, saving
-from run_folder.console import command, next_lines, say_gb, watched
+from run_folder.console import command, next_lines, say_gb
 from run_folder.run import Run, read_rows
 from run_folder.run_config import MADE_BY, checkpoint_asked_for
 from run_folder.stopping import GracefulStop, StepGivenUp
@@ -35,7 +36,7 @@ def start(seed: int, memory_limit: float | None, **model: Any):
     fast_blas.tell_of_slowness()
     seed_everything(seed)
     set_memory_limit(memory_limit)
-    return load_model(model.pop("model"), watch=lambda parts: watched(parts, "loading"), **model)
+    return load_model(model.pop("model"), **model)
 
 
 # ------------------------------------------------------------------------------ the loop
@@ -206,7 +207,8 @@ def run_training(
         if resuming:
             last = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
             loop.resume(last, force=args.force_resume)
-            where = f"after step {loop.step}" if loop.step else "at the start: it has no checkpoint"
+            where = f"after step {loop.step}" if loop.step else "at the start"
+            where += ": it has no checkpoint" * (last is None)
             print(f"{run.folder}: goes on {where}")
         with suppress(StepGivenUp), stop.giving_up():  # what it says may take long to find out
             print(f"{run.folder}: {said(loop)}")
@@ -267,7 +269,8 @@ def agreement(model: Any, rows: Sequence, plots: Path | None = None) -> dict[str
     """How far a reward model's scores agree with rewards or preferences; with `plots`, drawn."""
     from reports.reward_evaluation import evaluate_scores
 
-    report = evaluate_scores(model.score, rows, plots, gain=model.gain, offset=model.offset)
+    score = partial(model.score, watched_as="scoring")
+    report = evaluate_scores(score, rows, plots, gain=model.gain, offset=model.offset)
     told = [f"{k} {v:,.0f}" if k == "pairs" else f"{k} {v:.3f}" for k, v in report.items()]
     print("held-out rows: " + "  ".join(told))
     return report

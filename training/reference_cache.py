@@ -16,6 +16,7 @@ import numpy as np
 from data_utils import BatchPlan, make_batch
 from run_folder.secrets import tell
 from safe_files import write_atomically, writing
+from waiting import watched
 
 NAME = "reference"  # of the folder in the run folder
 
@@ -88,7 +89,7 @@ def fill_in(
                 start += len(tokens)
             _give(row, parts)
         return True, file
-    for numbers, batch in batches:
+    for numbers, batch in watched(batches, "reference"):
         found, at = score(batch), 0
         for number in numbers:
             parts = []
