@@ -162,6 +162,16 @@ def test_a_ranked_list_is_all_its_pairs(tmp_path):
     assert first == [False, True]  # one (third) and two (first) over three (second)
 
 
+def test_marks_of_single_replies_meet_too(tmp_path):
+    rows = [{"prompt": "p", "completion": f" {i}", "label": i < 5} for i in range(10)]
+    turned = [row | {"label": row["label"] or row["completion"] == " 9"} for row in rows]
+    files = [write(tmp_path / f"{k}.jsonl", some) for k, some in enumerate((rows, turned))]
+    one, other = (read_labels(path)[0] for path in files)
+    found = agreement(one, other)
+    assert found["pairs"] == 10 and found["same"]["share"] == 0.9 and found["opposite"] == 1
+    assert found["kappa"] == pytest.approx(slow_kappa([1] * 5 + [0] * 5, [1] * 5 + [0] * 4 + [1]))
+
+
 def test_the_same_name_in_two_files_and_a_pair_twice(tmp_path):
     rows = [pair(0, "a", labeller="anna"), pair(1, "a", labeller="anna")]
     files = [write(tmp_path / "x.jsonl", [*rows, pair(0, "b", labeller="anna")])]
