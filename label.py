@@ -123,8 +123,7 @@ def describe_other(args) -> dict:
 
 def describe_model(args, name, adapter) -> dict:
     """A model as a label records it: names, and what tells its weights from others."""
-    from models.base_fingerprint import base_fingerprint
-    from models.load import DEFAULT_MODEL, DEFAULT_NAME
+    from models.base_fingerprint import DEFAULT_MODEL, DEFAULT_NAME, base_fingerprint
 
     folder = Path(DEFAULT_MODEL if name is None and adapter is None else name or "")
     found = {"model": name or (DEFAULT_NAME if adapter is None else "that of the adapter")}

@@ -3,9 +3,9 @@
     python benchmarks/label_load.py                    2,000 pairs, on the embedded model
     python benchmarks/label_load.py --pairs 200        a look
 
-Opening: from the start of the process to the page's first pair, its Markdown rendered, all labels but
-those of the measured keys being there. A key: from the request to the answer with the next pair, the
-label synced in between; and the same while another process samples on all its might.
+Opening: from the start of the process to the page's first pair, its Markdown rendered, all labels
+but those of the measured keys being there. A key: from the request to the answer with the next
+pair, the label synced in between; and the same while another process samples as fast as it can.
 """
 
 import argparse
@@ -19,14 +19,16 @@ import time
 import urllib.request
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from side_by_side import ROOT
+from tables import RESULTS, machine
+
 KEYS = 200
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=2000, help="prompts in the file")
-    parser.add_argument("--output", type=Path, help="JSON file of the figures")
+    parser.add_argument("--output", type=Path, default=RESULTS / "label_load.json")
     return parser.parse_args()
 
 
@@ -123,9 +125,9 @@ def main() -> None:
         scale = 1 if name == "opened" else 1000
         median, most = (scale * found[f"{name}_{kind}"] for kind in ("median", "most"))
         print(f"{what}: median {median:.3g}, most {most:.3g}")
-    if args.output:
-        args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        print(f"wrote {args.output}")
+    text = json.dumps(found | {"machine": machine()}, indent=2)
+    args.output.write_text(text + "\n", encoding="utf-8")
+    print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

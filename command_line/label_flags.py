@@ -66,9 +66,7 @@ def check_arguments(args) -> None:
     if not (args.prompts or args.report):
         raise UserError("nothing to label: give --prompts FILE, or --report FILE of labels")
     if not 1 <= args.samples <= 4:
-        raise UserError(
-            f"--samples {args.samples}: give 2, 3 or 4 replies to compare, or 1 to mark"
-        )
+        raise UserError(f"--samples {args.samples}: give 2 to 4 replies to compare, or 1 to mark")
     alone = args.samples == 1 or (args.against and args.samples == 2)  # one reply of each model
     if args.temperature == 0 and args.prompts and not alone:
         raise UserError(

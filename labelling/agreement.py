@@ -32,8 +32,9 @@ class Verdict:
     """One pair as one labeller saw it; `key` names the pair.
 
     `better` is 1 or -1 for the first or second of its texts in an order of the texts' own, 0 for a
-    tie; of a reply that was marked alone, 1 for good and -1 for bad. `first` and `longer`: whether the text that was shown first, the longer one, was preferred;
-    None for a tie, or where that is not known or they are as long.
+    tie; of a reply that was marked alone, 1 for good and -1 for bad. `first` and `longer`: whether
+    the text that was shown first, the longer one, was preferred; None for a tie, or where that is
+    not known or they are as long.
     """
 
     key: str
