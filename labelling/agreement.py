@@ -138,8 +138,9 @@ def preferred(fields: dict[str, Any], where: str) -> tuple[str, list[str], list[
         if KINDS.get(format, format) != "preference":
             raise BadRow(f"is a row of {format}, and prefers nothing; give rows of preferences")
         record = to_record(fields, format, where)
-    judged = isinstance(fields.get("judge"), dict) and record.margin == 0
-    ranks = [0] * len(record.ranks) if set_aside(fields) or judged else record.ranks
+    judge = fields.get("judge")
+    undecided = isinstance(judge, dict) and (record.margin == 0 or judge.get("p") == 0.5)
+    ranks = [0] * len(record.ranks) if set_aside(fields) or undecided else record.ranks
     return plain_text(record.prompt), [plain_text(r) for r in record.responses], list(ranks)
 
 

@@ -53,7 +53,7 @@ def test_pairs_meet_whatever_their_sides_and_forms(tmp_path):
     messages["prompt"] = [{"role": "user", "content": messages["prompt"]}]
     for name in ("chosen", "rejected"):
         messages[name] = [{"role": "assistant", "content": messages[name].strip()}]
-    judged.append(pair(2, "a", margin=0.0, judge={"p": 0.5, "orders_agree": False}))
+    judged.append(pair(2, "a", margin=None, judge={"p": 0.5, "orders_agree": False}))
     files = [write(tmp_path / "a.jsonl", people), write(tmp_path / "b.jsonl", judged)]
     found = make_report([read_labels(path) for path in files])
     anna, judge = found["labellers"]
