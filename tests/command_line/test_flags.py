@@ -14,6 +14,7 @@ import group_training
 import judge
 import ppo_training
 import preference_training
+import rest
 import score
 import sft
 import talk_to_model
@@ -32,6 +33,7 @@ SCRIPTS = {
     fuse: ["fuse.py", "publishing/*.py"],
     score: ["score.py"],
     judge: ["judge.py"],
+    rest: ["rest.py"],
     talk_to_model: ["talk_to_model.py", "chat/*.py"],
 }
 
