@@ -13,7 +13,7 @@ from run_folder.secrets import tell
 
 # Where things are written and what is printed: a run with other values here ends the same.
 HARMLESS = frozenset(
-    "any_base changed config explicit force_resume fused_dir keep_checkpoints log_with "
+    "any_base changed config defaults explicit force_resume fused_dir keep_checkpoints log_with "
     "max_bad_steps may_change memory_limit output_dir overwrite resume save_every save_file "
     "steps_per_report typed wandb_project wandb_run_name".split()
 )

@@ -358,6 +358,11 @@ def is_empty(path: Path) -> bool:
 # ------------------------------------------------------------------------------ contents
 
 
+def differing(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """Names of the options that have another value than their default, typed or settled."""
+    return sorted(name for name, value in options.items() if value != defaults.get(name))
+
+
 def describe(
     script: str, options: Mapping[str, Any], blas: str | None, created: str | None
 ) -> dict[str, Any]:
@@ -374,6 +379,7 @@ def describe(
             "script": script,
             "created": created or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "options": redact(plain(kept)),
+            "differing": differing(kept, options.get("defaults", kept)),
             "versions": versions,
             "machine": {
                 "platform": platform.platform(),
