@@ -28,6 +28,7 @@ from command_line.sft_flags import (
     validation,
 )
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
+from command_line.worker_flags import run_workers, starts_workers
 from data_utils import BatchPlan, easy_first, epoch_batches
 from models.adapter_description import REWARD_HEAD
 from training.launch import (
@@ -48,6 +49,8 @@ from training.launch import (
 
 def main(words=None) -> int:
     args = parse_arguments(words)
+    if starts_workers(args):
+        return run_workers(args, __file__, words)
     from models.adapter_files import SCORES
 
     loaded = start(args.seed, args.memory_limit, **model_options(args))
@@ -208,4 +211,4 @@ def test(args, task, rows) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, workers=True)

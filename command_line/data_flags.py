@@ -22,6 +22,7 @@ from data_utils import (
 )
 from errors import UserError
 from run_folder.secrets import tell
+from workers.membership import given
 
 NEEDS = (Needs("dataset_config split streaming", "dataset", valued=False),)
 
@@ -129,7 +130,7 @@ def settle_date(args: argparse.Namespace, tokenizer: Any) -> None:
     """Make sure of the date that chat templates see; a run's config.json keeps it for a resume."""
     if "template_date" in args.typed and not asks_for_date(tokenizer):
         raise UserError("--template-date has no effect: the tokenizer's chat template reads none")
-    args.template_date = args.template_date or now()
+    args.template_date = args.template_date or given("date") or now()
     use_date(tokenizer, args.template_date)
 
 

@@ -9,6 +9,7 @@ MLX and what stands on it is imported when it is needed: help and mistakes answe
 """
 
 import math
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,8 @@ from run_folder.run import Run, read_rows
 from run_folder.run_config import MADE_BY, checkpoint_asked_for
 from run_folder.stopping import GracefulStop, StepGivenUp
 from safe_files import check_place
+from training.together import begin, open_run, part
+from workers.membership import member
 
 
 def start(seed: int, memory_limit: float | None, **model: Any):
@@ -63,7 +66,14 @@ def supervised_loop(
     from data_utils import BatchIterator
     from training.supervised_loop import Schedule
 
-    parts = parts or mlx_parts(args, loaded, trainer, rows)
+    if parts is None:
+        parts = mlx_parts(args, loaded, trainer, rows)
+        begin(
+            args,
+            loaded.fingerprint,
+            rows["train"].rows,
+            lambda: trained_arrays(trainer.task.trained),
+        )
     steps, batches = length
     numbers = Schedule(
         steps=steps,
@@ -140,6 +150,8 @@ def rollout_loop(
         from training import mlx_backend as backend
         from training.groups import adapter_group
 
+        model, data = trainer.model, prompts["train"].rows
+        begin(args, loaded.fingerprint, data, lambda: trained_arrays(model))
         tuning = trainer.model.tuning
         groups = {"adapters": adapter_group(tuning, describe(tuning, loaded))} | groups
     numbers = RolloutSchedule(
@@ -192,7 +204,7 @@ def run_training(
     resuming = args.resume is not None
     if args.fused_dir is not None:
         check_place(args.fused_dir)
-    run = Run(
+    run = open_run(
         kind,
         vars(args),
         output_dir=args.output_dir,
@@ -202,7 +214,7 @@ def run_training(
         outputs=outputs,
         blas=blas,
     )
-    with run, GracefulStop() as stop:
+    with run, shared_stop() as stop:
         loop = make_loop(run)
         if resuming:
             last = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
@@ -213,7 +225,10 @@ def run_training(
         with suppress(StepGivenUp), stop.giving_up():  # what it says may take long to find out
             print(f"{run.folder}: {said(loop)}")
         loop.run(stop, name or kind)
-        if not stop.requested:
+        stopped = stop.requested
+        if not part():
+            sys.exit(128 + stop.signal if stopped else 0)
+        if not stopped:
             path = args.save_file if place is None else place(run)
             with suppress(StepGivenUp), stop.giving_up():
                 with saving(path):
@@ -221,6 +236,23 @@ def run_training(
                 if write_fused is not None and args.fused_dir is not None:
                     print(next_lines(write_fused(args, run.folder)))
     stop.exit_if_requested(MADE_BY[kind], run.folder, checkpoint_is_adapter(args, run))
+
+
+def shared_stop() -> GracefulStop:
+    """What turns signals into a flag, of all workers where there are several."""
+    if member() is None:
+        return GracefulStop()
+    from workers.group import here
+    from workers.stopping import SharedStop
+
+    return SharedStop(here())
+
+
+def trained_arrays(model: Any) -> dict[str, Any]:
+    """The arrays that an optimizer moves, by name."""
+    from mlx.utils import tree_flatten
+
+    return dict(tree_flatten(model.trainable_parameters()))
 
 
 def checkpoint_is_adapter(args: Namespace, run: Run) -> str:

@@ -12,6 +12,7 @@ from script_table import training_scripts
 import fuse
 import group_training
 import judge
+import label
 import ppo_training
 import preference_training
 import score
@@ -32,6 +33,7 @@ SCRIPTS = {
     fuse: ["fuse.py", "publishing/*.py"],
     score: ["score.py"],
     judge: ["judge.py"],
+    label: ["label.py", "labelling/*.py"],
     talk_to_model: ["talk_to_model.py", "chat/*.py"],
 }
 

@@ -52,6 +52,7 @@ LINES = {
         "--input x --judge y --revise",
         "--input x --judge-url http://h",
     ],
+    "label": ["--prompts x", "--prompts x --web", "--prompts x --against y", "--report x"],
     "fuse": [
         "--adapter-file a --save-path b",
         "--model a --upload-repo u/n",
