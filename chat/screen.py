@@ -53,7 +53,8 @@ class Screen:
             for name, text in zip(names, texts, strict=True):
                 print(f"[{printable(name)}]\n{text}", file=self.out, flush=True)
             for name, note in zip(names, notes, strict=True):
-                self.note(f"[{name}] {note}")
+                if note:
+                    self.note(f"[{name}] {note}")
             return
         room = shutil.get_terminal_size().columns - len(GAP)
         width = max(NARROWEST_COLUMN, room // 2)
@@ -64,8 +65,9 @@ class Screen:
         for line in columns(cells, width):
             print(line, file=self.out)
         self.out.flush()
-        for line in columns([wrap(printable(note), width) for note in notes], width):
-            self.note(line)
+        if any(notes):
+            for line in columns([wrap(printable(note), width) for note in notes], width):
+                self.note(line)
 
 
 class ReplyWriter:

@@ -50,13 +50,13 @@ def parse_arguments(words=None):
     return parser.parse_args(words)
 
 
-def add_row_arguments(parser: Parser) -> None:
-    """ROW_FLAGS, as the training scripts have them."""
+def add_row_arguments(parser: Parser, names: frozenset[str] = ROW_FLAGS) -> None:
+    """The flags of these names, as the training scripts have them."""
     others = Parser(add_help=False)
     add_data_arguments(others)
     group = parser.add_argument_group("data")
     for action in others._actions:
-        if ROW_FLAGS & set(action.option_strings):
+        if names & set(action.option_strings):
             group._add_action(action)
     parser.checks += others.checks
 

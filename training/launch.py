@@ -9,19 +9,23 @@ MLX and what stands on it is imported when it is needed: help and mistakes answe
 """
 
 import math
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from run_folder.checkpoint_folder import latest_checkpoint, saving
-from run_folder.console import command, next_lines, say_gb, watched
+from run_folder.console import command, next_lines, say_gb
 from run_folder.run import Run, read_rows
 from run_folder.run_config import MADE_BY, checkpoint_asked_for
 from run_folder.stopping import GracefulStop, StepGivenUp
 from safe_files import check_place
+from training.together import begin, open_run, part
+from workers.membership import member
 
 
 def start(seed: int, memory_limit: float | None, **model: Any):
@@ -35,7 +39,7 @@ def start(seed: int, memory_limit: float | None, **model: Any):
     fast_blas.tell_of_slowness()
     seed_everything(seed)
     set_memory_limit(memory_limit)
-    return load_model(model.pop("model"), watch=lambda parts: watched(parts, "loading"), **model)
+    return load_model(model.pop("model"), **model)
 
 
 # ------------------------------------------------------------------------------ the loop
@@ -62,7 +66,14 @@ def supervised_loop(
     from data_utils import BatchIterator
     from training.supervised_loop import Schedule
 
-    parts = parts or mlx_parts(args, loaded, trainer, rows)
+    if parts is None:
+        parts = mlx_parts(args, loaded, trainer, rows)
+        begin(
+            args,
+            loaded.fingerprint,
+            rows["train"].rows,
+            lambda: trained_arrays(trainer.task.trained),
+        )
     steps, batches = length
     numbers = Schedule(
         steps=steps,
@@ -139,6 +150,8 @@ def rollout_loop(
         from training import mlx_backend as backend
         from training.groups import adapter_group
 
+        model, data = trainer.model, prompts["train"].rows
+        begin(args, loaded.fingerprint, data, lambda: trained_arrays(model))
         tuning = trainer.model.tuning
         groups = {"adapters": adapter_group(tuning, describe(tuning, loaded))} | groups
     numbers = RolloutSchedule(
@@ -191,7 +204,7 @@ def run_training(
     resuming = args.resume is not None
     if args.fused_dir is not None:
         check_place(args.fused_dir)
-    run = Run(
+    run = open_run(
         kind,
         vars(args),
         output_dir=args.output_dir,
@@ -201,17 +214,21 @@ def run_training(
         outputs=outputs,
         blas=blas,
     )
-    with run, GracefulStop() as stop:
+    with run, shared_stop() as stop:
         loop = make_loop(run)
         if resuming:
             last = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
             loop.resume(last, force=args.force_resume)
-            where = f"after step {loop.step}" if loop.step else "at the start: it has no checkpoint"
+            where = f"after step {loop.step}" if loop.step else "at the start"
+            where += ": it has no checkpoint" * (last is None)
             print(f"{run.folder}: goes on {where}")
         with suppress(StepGivenUp), stop.giving_up():  # what it says may take long to find out
             print(f"{run.folder}: {said(loop)}")
         loop.run(stop, name or kind)
-        if not stop.requested:
+        stopped = stop.requested
+        if not part():
+            sys.exit(128 + stop.signal if stopped else 0)
+        if not stopped:
             path = args.save_file if place is None else place(run)
             with suppress(StepGivenUp), stop.giving_up():
                 with saving(path):
@@ -219,6 +236,23 @@ def run_training(
                 if write_fused is not None and args.fused_dir is not None:
                     print(next_lines(write_fused(args, run.folder)))
     stop.exit_if_requested(MADE_BY[kind], run.folder, checkpoint_is_adapter(args, run))
+
+
+def shared_stop() -> GracefulStop:
+    """What turns signals into a flag, of all workers where there are several."""
+    if member() is None:
+        return GracefulStop()
+    from workers.group import here
+    from workers.stopping import SharedStop
+
+    return SharedStop(here())
+
+
+def trained_arrays(model: Any) -> dict[str, Any]:
+    """The arrays that an optimizer moves, by name."""
+    from mlx.utils import tree_flatten
+
+    return dict(tree_flatten(model.trainable_parameters()))
 
 
 def checkpoint_is_adapter(args: Namespace, run: Run) -> str:
@@ -267,7 +301,8 @@ def agreement(model: Any, rows: Sequence, plots: Path | None = None) -> dict[str
     """How far a reward model's scores agree with rewards or preferences; with `plots`, drawn."""
     from reports.reward_evaluation import evaluate_scores
 
-    report = evaluate_scores(model.score, rows, plots, gain=model.gain, offset=model.offset)
+    score = partial(model.score, watched_as="scoring")
+    report = evaluate_scores(score, rows, plots, gain=model.gain, offset=model.offset)
     told = [f"{k} {v:,.0f}" if k == "pairs" else f"{k} {v:.3f}" for k, v in report.items()]
     print("held-out rows: " + "  ".join(told))
     return report

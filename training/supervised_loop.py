@@ -22,6 +22,7 @@ from training.backend import Backend, Checkpoint
 from training.checkpointed import Resumable
 from training.endings import report_skipped, save_or_stop
 from training.groups import Group
+from training.together import worker_metrics
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins")  # of what there is, in every report
 
@@ -235,7 +236,9 @@ class Loop(Resumable):
         self.totals["skipped"] += bad
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
         row = {f"train/{key}": value for key, value in metrics.items()}
-        self.run_folder.log(self.step, row | self.totals_row() | dict(notes or {}))
+        self.run_folder.log(
+            self.step, row | self.totals_row() | dict(notes or {}) | worker_metrics()
+        )
         progress.advance()
         self.since.add(metrics, weight, tokens)
         if self.step % self.schedule.report_every == 0:

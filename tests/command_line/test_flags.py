@@ -11,6 +11,8 @@ from script_table import training_scripts
 
 import fuse
 import group_training
+import judge
+import label
 import ppo_training
 import preference_training
 import score
@@ -30,6 +32,8 @@ SCRIPTS = {
     group_training: ["group_training.py", "mlx_group_trainer.py", "rl/group_losses.py"],
     fuse: ["fuse.py", "publishing/*.py"],
     score: ["score.py"],
+    judge: ["judge.py"],
+    label: ["label.py", "labelling/*.py"],
     talk_to_model: ["talk_to_model.py", "chat/*.py"],
 }
 

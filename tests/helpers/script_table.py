@@ -124,7 +124,7 @@ def training_scripts() -> list[str]:
 
 def help_of(file: Path) -> str:
     """What a script says to --help; nothing for what is no script."""
-    if "run_main(main)" not in file.read_text(encoding="utf-8"):
+    if "run_main(main" not in file.read_text(encoding="utf-8"):
         return ""
     script = importlib.import_module(file.stem)
     said = io.StringIO()
