@@ -26,7 +26,8 @@ MADE_BY = {
 
 # Belong to one start of the program and are not taken over from the run that is resumed.
 OF_ONE_START = frozenset(
-    "changed config explicit force_resume may_change output_dir overwrite resume typed".split()
+    "changed config defaults explicit force_resume may_change output_dir overwrite resume "
+    "typed".split()
 )
 
 
