@@ -4,7 +4,7 @@
 
 Of two samples of a policy the person prefers the one with the higher true score and, at the rate
 of the noise, the other one. A round has 150 pairs. A reward model learns from all pairs so far; PPO
-and ReST follow it, from the embedded model on. DPO goes on from its last adapter with the new pairs.
+and ReST follow it, from the embedded model on. DPO goes on from its adapter with the new pairs.
 Each method samples its second round from its own policy. Runs lie below runs/feedback_rounds/.
 """
 
