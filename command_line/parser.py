@@ -222,7 +222,8 @@ class Parser(argparse.ArgumentParser):
             check_script(resumed, self.script)
         config = last_value(words, "--config") if "--config" in self._flags() else None
         old = self._take(args, read_run_options(resumed)) if resumed else {}
-        from_file = self._take(args, read_config(Path(config), self._flags())) if config else {}
+        settings = read_config(Path(config), self._flags(), given) if config else []
+        from_file = self._take(args, settings)
         self._replace_alternatives(args, set(from_file))
         self._replace_alternatives(args, given)
         explicit = given | {name for name in from_file if hasattr(args, name)}
@@ -232,6 +233,7 @@ class Parser(argparse.ArgumentParser):
         args.explicit = explicit
         args.changed = {n for n in explicit if getattr(args, n) != self.get_default(n)}
         args.typed = args.changed & given
+        args.defaults = {action.dest: self.get_default(action.dest) for action in self._actions}
         args.may_change = self.harmless
         if resumed:
             self._settle_resume(args, old)

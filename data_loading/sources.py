@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,17 @@ def read_dataset(
     else:
         rows = dataset_rows(name, split, config=config, streaming=streaming)
     return collect_records(rows, name, format, skip_bad_rows, max_rows, refuse)
+
+
+def raw_rows(
+    path: str | Path | None, dataset: str | None, *, split: str = "train", config: str | None = None
+) -> Iterator[RawRow]:
+    """Rows as they are, of a file or else of a data set. UserError where it cannot be read."""
+    name = path if path is not None else dataset
+    try:
+        yield from read_rows(path) if path else dataset_rows(dataset, split, config=config)
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error})") from error
 
 
 def collect_records(
