@@ -233,6 +233,7 @@ class Parser(argparse.ArgumentParser):
         args.explicit = explicit
         args.changed = {n for n in explicit if getattr(args, n) != self.get_default(n)}
         args.typed = args.changed & given
+        args.defaults = {action.dest: self.get_default(action.dest) for action in self._actions}
         args.may_change = self.harmless
         if resumed:
             self._settle_resume(args, old)

@@ -11,6 +11,7 @@ Importing this loads neither MLX nor W&B.
 """
 
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -42,6 +43,7 @@ from safe_files import (
     writing,
 )
 
+HELD_OUT = ("eval/", "valid/")  # how metrics of held-out rows begin
 LIBRARIES = ("mlx", "mlx-lm", "transformers", "numpy")
 RUNS = "runs"  # where runs lie that are given no folder
 OWN_NAMES = ["config.json", *ROW_FILES, "summary.json", "checkpoints", "plots", *LOGGERS]
@@ -202,7 +204,20 @@ class Run:
         row = numbered(step, metrics)
         self._files["metrics.jsonl"].append(row)
         self._to_logger(lambda logger: logger.log(step, row))
+        if any(name.startswith(HELD_OUT) for name in row) and not self.private:
+            self._send_samples(step)
         return row
+
+    def log_values(self, step: int, name: str, values: Sequence[float]) -> None:
+        """Send the finite ones among numbers of one step to the logger, as a histogram."""
+        known = [float(value) for value in values if math.isfinite(value)]
+        if known:
+            self._to_logger(lambda logger: logger.log_values(step, name, known))
+
+    def _send_samples(self, step: int) -> None:
+        """The samples so far, to the logger: during training at each look at held-out rows."""
+        if self.logger is not None and (samples := read_rows(self.folder / "samples.jsonl")):
+            self._to_logger(lambda logger: logger.log_samples(samples, step))
 
     def _to_logger(self, send: Callable[[Any], None]) -> None:
         """Give the logger something; one that fails (its process was killed, say) costs itself."""
@@ -284,11 +299,14 @@ class Run:
         finally:
             self._free()
 
-    def _last_words(self, summary: Mapping[str, Any] | None) -> tuple[list, Mapping | None]:
-        """(samples, summary) for the logger: of a private run numbers alone."""
+    def _last_words(
+        self, summary: Mapping[str, Any] | None
+    ) -> tuple[list, Mapping | None, list[Path]]:
+        """(samples, summary, plots) for the logger: of a private run numbers alone."""
         if self.private:
-            return [], {k: v for k, v in (summary or {}).items() if is_number(v)}
-        return read_rows(self.folder / "samples.jsonl"), summary
+            return [], {k: v for k, v in (summary or {}).items() if is_number(v)}, []
+        plots = sorted(self.plots.glob("*.png"))
+        return read_rows(self.folder / "samples.jsonl"), summary, plots
 
     def _free(self) -> None:
         for file in (*self._files.values(), self._output, self._lock):
@@ -340,6 +358,11 @@ def is_empty(path: Path) -> bool:
 # ------------------------------------------------------------------------------ contents
 
 
+def differing(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """Names of the options that have another value than their default, typed or settled."""
+    return sorted(name for name, value in options.items() if value != defaults.get(name))
+
+
 def describe(
     script: str, options: Mapping[str, Any], blas: str | None, created: str | None
 ) -> dict[str, Any]:
@@ -356,6 +379,7 @@ def describe(
             "script": script,
             "created": created or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "options": redact(plain(kept)),
+            "differing": differing(kept, options.get("defaults", kept)),
             "versions": versions,
             "machine": {
                 "platform": platform.platform(),
