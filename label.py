@@ -37,13 +37,17 @@ def main(words=None) -> int:
 
 def label(args) -> int:
     """Label until all is done or the person leaves."""
+    from data_loading.report import refusals
     from data_utils import mix_records, read_records
     from labelling.items import refuse_promptless
     from labelling.label_file import LabelFile
+    from run_folder.secrets import tell
 
     reading = {name: getattr(args, name) for name in ("format", "skip_bad_rows", "max_rows")}
     sets = [read_records(path, refuse=refuse_promptless, **reading) for path in args.prompts]
     records = mix_records(sets)
+    for line in [*records.notes, *refusals(records.refused)]:
+        tell(f"note: {line}")
     face = make_face(args)  # a terminal or a port that is not there is an error before any work
     labels = LabelFile(args.output)
     try:
@@ -119,8 +123,7 @@ def describe_other(args) -> dict:
 
 def describe_model(args, name, adapter) -> dict:
     """A model as a label records it: names, and what tells its weights from others."""
-    from models.base_fingerprint import base_fingerprint
-    from models.load import DEFAULT_MODEL, DEFAULT_NAME
+    from models.base_fingerprint import DEFAULT_MODEL, DEFAULT_NAME, base_fingerprint
 
     folder = Path(DEFAULT_MODEL if name is None and adapter is None else name or "")
     found = {"model": name or (DEFAULT_NAME if adapter is None else "that of the adapter")}
@@ -174,6 +177,7 @@ def start_sampling(args, records, ids, head, path):
     if sampler.problem:
         sampler.close()
         raise UserError(sampler.problem)
+    sampler.tell_notes()
     return sampler
 
 
@@ -211,6 +215,8 @@ def run_face(args, desk, face) -> int:
         code = 128 + signal.SIGINT
     finally:
         tell_end(args, desk)
+    if desk.sampler is not None and desk.sampler.problem and not desk.finished:
+        raise UserError(desk.sampler.problem)
     return code
 
 
@@ -229,9 +235,10 @@ def tell_end(args, desk) -> None:
     lines = [command("label.py", report=output)]
     if desk.labels.counts()["choice"]:
         own = {"model": args.model, "train_file": output}
+        kto = {"algorithm": "kto"} if args.samples == 1 else {}
         lines += [
             command("sft.py", "--reward-model", "--train", **own),
-            command("preference_training.py", "--train", **own),
+            command("preference_training.py", "--train", **kto, **own),
         ]
     if not desk.finished:
         left = desk.total - desk.done

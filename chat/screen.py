@@ -5,11 +5,13 @@ import shutil
 import sys
 import textwrap
 import unicodedata
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from chat.speaker import Reply
 from run_folder.output import own_text, printable
 from run_folder.secrets import clean
+
+if TYPE_CHECKING:  # loads MLX, which label.py shows replies without
+    from chat.speaker import Reply
 
 GAP = "  │  "
 NARROWEST_COLUMN = 20
@@ -138,7 +140,7 @@ class WordWrap:
         return gap + word
 
 
-def describe(reply: Reply, scores: dict[str, float]) -> str:
+def describe(reply: "Reply", scores: dict[str, float]) -> str:
     """Length, speed and scores of a reply, one line."""
     count = len(reply.tokens)
     parts = [f"{count} token{'s' * (count != 1)}, {reply.tokens_per_second:,.0f} tokens/s"]

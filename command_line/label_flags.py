@@ -26,6 +26,7 @@ LABELLING = (
 NEEDS = (
     Needs(LABELLING, met=lambda args: not args.report, why="with --report", valued=False),
     Needs("port", "web"),
+    Needs("against aspects", met=lambda args: args.samples > 1, why="with --samples 1"),
     Needs("plot", "report"),
 )
 ASPECT = re.compile(r"[\w][\w .-]{0,39}")
@@ -40,7 +41,8 @@ def parse_arguments(words=None):
     add("--output", default="labels.jsonl", help="where labels are added, as training rows")
     add("--against", metavar="OTHER", help="second model, or an adapter on the same one")
     add("--resume-file", help="adapter or soft prompt to put on --model (a file or a folder)")
-    add("--samples", type=int, default=2, help="replies to each prompt, 2 to 4; above 2: ranked")
+    text = "replies to each prompt: 2 for pairs, 3 or 4 to rank, 1 to mark as good or bad"
+    add("--samples", type=int, default=2, help=text)
     add("--aspects", help="also asked of each pair, such as helpful,harmless")
     add("--labeller", help="who labels, for the records (default: the name you are logged in as)")
     add("--web", type=bool, default=False, help="label in a browser on this machine")
@@ -63,9 +65,10 @@ def check_arguments(args) -> None:
         raise UserError("--prompts and --report: --report reads labels that are there; give one")
     if not (args.prompts or args.report):
         raise UserError("nothing to label: give --prompts FILE, or --report FILE of labels")
-    if not 2 <= args.samples <= 4:
-        raise UserError(f"--samples {args.samples}: give 2, 3 or 4 replies to compare")
-    if args.temperature == 0 and args.prompts and not (args.against and args.samples == 2):
+    if not 1 <= args.samples <= 4:
+        raise UserError(f"--samples {args.samples}: give 2 to 4 replies to compare, or 1 to mark")
+    alone = args.samples == 1 or (args.against and args.samples == 2)  # one reply of each model
+    if args.temperature == 0 and args.prompts and not alone:
         raise UserError(
             "--temperature 0: all replies of a model would be the same; give a temperature, or "
             "--against OTHER with --samples 2"

@@ -19,6 +19,7 @@ from data_loading.files import read_rows
 from data_loading.formats import KINDS, recognise, to_record
 from data_loading.messages import BadRow
 from data_loading.preferences import is_true, set_aside
+from data_loading.records import Record
 from errors import UserError
 
 RESAMPLES = 2000  # of the bootstrap; its error on an end of an interval is about 0.01
@@ -31,8 +32,9 @@ class Verdict:
     """One pair as one labeller saw it; `key` names the pair.
 
     `better` is 1 or -1 for the first or second of its texts in an order of the texts' own, 0 for a
-    tie. `first` and `longer`: whether the text that was shown first, the longer one, was preferred;
-    None for a tie, or where that is not known or they are as long.
+    tie; of a reply that was marked alone, 1 for good and -1 for bad. `first` and `longer`: whether
+    the text that was shown first, the longer one, was preferred; None for a tie, or where that is
+    not known or they are as long.
     """
 
     key: str
@@ -86,12 +88,14 @@ def add_row(one: Labeller, fields: dict[str, Any], where: str) -> None:
     if set_aside(fields) and is_true(fields.get("skipped")):
         one.skipped += 1
         return
+    format = recognise(fields)
+    if format == "unpaired" and not set_aside(fields):
+        return add_mark(one, to_record(fields, format, where))
     prompt, texts, ranks = preferred(fields, where)
     tie = len(set(ranks)) == 1
     one.ties += tie
     one.choices += not tie
-    if isinstance(fields.get("seconds"), int | float):
-        one.seconds.append(float(fields["seconds"]))
+    one.seconds += seconds_of(fields)
     judge = fields.get("judge")
     if isinstance(judge, dict) and isinstance(judge.get("orders_agree"), bool):
         one.orders_agree.append(judge["orders_agree"])
@@ -106,6 +110,23 @@ def add_row(one: Labeller, fields: dict[str, Any], where: str) -> None:
                 one.verdicts[verdict.key] = verdict
 
 
+def add_mark(one: Labeller, record: Record) -> None:
+    """Count a reply that was marked as good or bad: shared where prompt and text are."""
+    one.choices += 1
+    one.seconds += seconds_of(record.fields)
+    words = [plain_text(record.prompt), plain_text(record.completion)]
+    key = hashlib.sha256("\n".join(words).encode("utf-8", "replace")).hexdigest()
+    one.again += key in one.verdicts
+    one.verdicts[key] = Verdict(key, 1 if record.label else -1, None, None)
+
+
+def seconds_of(fields: dict[str, Any]) -> list[float]:
+    """How long a label took, as a list of one; empty where that is not known."""
+    value = fields.get("seconds")
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return [float(value)] if known else []
+
+
 def preferred(fields: dict[str, Any], where: str) -> tuple[str, list[str], list[int]]:
     """(prompt, responses, ranks) of a row as plain texts; all ranks are 0 for a tie."""
     if set_aside(fields):
@@ -117,8 +138,9 @@ def preferred(fields: dict[str, Any], where: str) -> tuple[str, list[str], list[
         if KINDS.get(format, format) != "preference":
             raise BadRow(f"is a row of {format}, and prefers nothing; give rows of preferences")
         record = to_record(fields, format, where)
-    judged = isinstance(fields.get("judge"), dict) and record.margin == 0
-    ranks = [0] * len(record.ranks) if set_aside(fields) or judged else record.ranks
+    judge = fields.get("judge")
+    undecided = isinstance(judge, dict) and (record.margin == 0 or judge.get("p") == 0.5)
+    ranks = [0] * len(record.ranks) if set_aside(fields) or undecided else record.ranks
     return plain_text(record.prompt), [plain_text(r) for r in record.responses], list(ranks)
 
 

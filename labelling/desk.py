@@ -36,7 +36,8 @@ class Desk:
     ):
         self.ids, self.samples, self.labels, self.sampler = list(ids), samples, labels, sampler
         self.models, self.labeller, self.aspects = models, labeller, list(aspects)
-        self.ranked, self.seed = ranked, seed
+        # Two labellers see other sides, or a habit of the left one would look like agreement.
+        self.ranked, self.shuffle = ranked, f"{seed} {labeller}"
         self.items: dict[str, Item] = {}
         self.same: set[str] = set()  # items whose replies are all the same: nothing to ask
         self.left_out: set[str] = set()  # items whose prompt was refused
@@ -50,7 +51,7 @@ class Desk:
     def _take(self, row: dict[str, Any]) -> None:
         if row.get(LEFT_OUT):
             self.left_out.add(row["pair"])
-        elif (item := make_item(row, self.seed)) is None:
+        elif (item := make_item(row, self.shuffle)) is None:
             self.same.add(row["pair"])
         else:
             self.items[item.id] = item

@@ -29,7 +29,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt and two or more replies that differ; `order[place]` is the number of a reply."""
+    """A prompt and replies that differ, or one alone; `order[place]` is the number of a reply."""
 
     id: str
     prompt: Text
@@ -43,20 +43,21 @@ class Item:
         return [self.replies[number].text for number in self.order]
 
 
-def make_item(row: dict[str, Any], seed: int) -> Item | None:
+def make_item(row: dict[str, Any], shuffle: str) -> Item | None:
     """An item of a row of samples; None where fewer than two replies have words and differ.
 
-    Which reply stands where depends on the seed and the item alone.
+    Of one sample, it is enough that it has words. Which reply stands where depends on the item and
+    the words of `shuffle` alone.
     """
     replies: list[Reply] = []
     for reply in row["replies"]:
         known = {other.text.strip() for other in replies}
         if reply["text"].strip() and reply["text"].strip() not in known:
             replies.append(Reply(reply["text"], reply["model"], reply["ended"]))
-    if len(replies) < 2:
+    if len(replies) < min(2, len(row["replies"])):
         return None
     order = list(range(len(replies)))
-    random.Random(f"{seed} {row['pair']}").shuffle(order)
+    random.Random(f"{shuffle} {row['pair']}").shuffle(order)
     return Item(row["pair"], row["prompt"], replies, order, row.get("extras", {}))
 
 
@@ -92,6 +93,7 @@ def refuse_promptless(kind: str) -> str | None:
 class Choice:
     """What a person said of an item: ranks by place, 0 the best and equal ones a tie; None: skip.
 
+    Of a reply alone: [0] for good, [1] for bad.
     `aspects`: of each aspect the place of the best reply, None where none is better.
     """
 
@@ -102,7 +104,7 @@ class Choice:
 
     @property
     def tied(self) -> bool:
-        return self.ranks is not None and len(set(self.ranks)) == 1
+        return self.ranks is not None and len(self.ranks) > 1 and len(set(self.ranks)) == 1
 
 
 LONGEST_NOTE = 2000
@@ -116,7 +118,9 @@ def check_choice(choice: Choice, item: Item, aspects: Sequence[str]) -> None:
         known = all(isinstance(r, int) and not isinstance(r, bool) for r in choice.ranks)
         if not known or len(choice.ranks) != len(places):
             raise UserError(f"ranks: {len(places)} whole numbers are needed, one for each reply")
-        if sorted(set(choice.ranks)) != list(range(len(set(choice.ranks)))):
+        if len(places) == 1 and choice.ranks[0] not in (0, 1):
+            raise UserError("ranks: of one reply, 0 is good and 1 is bad")
+        if len(places) > 1 and sorted({*choice.ranks}) != list(range(len({*choice.ranks}))):
             raise UserError("ranks: 0 is the best, 1 the next, without a gap")
         if missing := [name for name in aspects if name not in choice.aspects]:
             raise UserError(f"aspects: {missing[0]} has no answer")

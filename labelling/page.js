@@ -85,7 +85,7 @@ function turn(said) {
 function reply(html, place) {
   const box = element("article", "reply");
   const head = box.appendChild(element("div", "place"));
-  head.append(element("span", "", `Reply ${place + 1}`), element("span", "rank"));
+  head.append(element("span", "name", `Reply ${place + 1}`), element("span", "rank"));
   box.append(rendered(html));
   return box;
 }
@@ -123,6 +123,12 @@ function ready() {
   $("choices").replaceChildren();
   if (!item) return;
   const two = item.replies.length === 2;
+  document.body.classList.toggle("alone", item.replies.length === 1);
+  if (item.replies.length === 1) {
+    question.append("Is it ", element("b", "", "good"), "?");
+    $("choices").append(button("Good", "g", () => mark(0)), button("Bad", "b", () => mark(1)));
+    return;
+  }
   const what = aspect || (asked.rank ? "next best" : two ? "better" : "best");
   question.append("Which is ", aspect ? (two ? "more " : "most ") : "", element("b", "", what), "?");
   const left = aspect ? item.replies.map((_, place) => place) : open();
@@ -165,6 +171,11 @@ function pick(place) {
   }
   if (rated() && !nextAspect()) label(Array.from(asked.ranks));
   else ready();
+}
+
+// A reply alone: 0 good, 1 bad.
+function mark(rank) {
+  if (!busy && state && state.item) label([rank]);
 }
 
 function label(ranks) {

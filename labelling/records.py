@@ -18,7 +18,8 @@ def label_row(
     models: Sequence[dict[str, Any]],
     ranked: bool,
 ) -> dict[str, Any]:
-    """A preference record or, of a `ranked` file, a list of responses with scores.
+    """A preference record; of a `ranked` file a list of responses with scores; of one reply an
+    unpaired record.
 
     A tie and a skipped item have `responses` and "tie" or "skipped", which no reader of preferences
     takes for one. Lists about responses (models, ended, shown) have their order: chosen, rejected,
@@ -32,6 +33,8 @@ def label_row(
     row: dict[str, Any] = {"prompt": item.prompt}
     if choice.ranks is None:
         row |= {"responses": texts, "skipped": True}
+    elif len(texts) == 1:
+        row |= {"completion": texts[0], "label": choice.ranks == [0]}
     elif choice.tied:
         row |= {"responses": texts, "tie": True}
     elif ranked:

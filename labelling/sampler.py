@@ -22,6 +22,7 @@ from typing import Any
 from data_utils import Record, asks_for_date, use_date
 from errors import UserError
 from labelling.sample_file import HEAD, LEFT_OUT, SampleFile
+from run_folder.secrets import tell
 from safe_files import refuse_links, sync_folder, writing
 
 NICENESS = 10  # below whatever answers keys
@@ -91,6 +92,12 @@ class Sampler:
                 self.problem = text
             else:
                 raise RuntimeError(f"the process that samples has failed:\n{text}")
+
+    def tell_notes(self) -> None:
+        """Say what it had to say so far: warnings of loading, for the most part."""
+        for note in filter(None, self.notes):
+            tell(note)
+        self.notes.clear()
 
     def close(self) -> None:
         self._pipe.close()

@@ -12,7 +12,9 @@ from labelling.progress import time_left
 from run_folder.output import printable
 
 LEFT_RIGHT = {"l": 0, "r": 1, "\x1b[D": 0, "\x1b[C": 1}
+GOOD_BAD = {"g": 0, "b": 1}
 COMMON = {"t": "tie", "=": "tie", "s": "skip", "u": "undo", "n": "note", "q": "quit"}
+RANK_KEYS = "1, 2, ... the best, then the best of the rest"
 PAIR_KEYS = "l or 1 left, r or 2 right"
 MORE_KEYS = "t tie, s skip, u undo, n note, q quit; each label is on disk when it is said"
 WAIT_SECONDS = 0.1  # between looks for new samples; nobody presses a key meanwhile
@@ -35,7 +37,7 @@ class Terminal:
 
     def run(self) -> None:
         """Raises UserError where sampling has failed and nothing is left to label."""
-        places = "1, 2, ... the best, then the best of the rest" if self.desk.ranked else PAIR_KEYS
+        places = RANK_KEYS if self.desk.ranked else PAIR_KEYS
         self.screen.note(f"keys: {places}, {MORE_KEYS}")
         try:
             while (item := self._next()) is not None:
@@ -82,6 +84,8 @@ class Terminal:
     def _told(self, ranks: list[int] | None) -> str:
         if ranks is None:
             return "skipped"
+        if len(ranks) == 1:
+            return f"labelled: {('good', 'bad')[ranks[0]]}"
         if len(set(ranks)) == 1:
             return "labelled: tie"
         if len(ranks) == 2:
@@ -103,7 +107,8 @@ class Terminal:
             self.screen.side_by_side(["left", "right"], texts, ["", ""])
             return
         for place, text in enumerate(texts, 1):
-            print(f"[{place}]\n{printable(text.strip())}", file=self.screen.out, flush=True)
+            head = f"[{place}]\n" if len(texts) > 1 else ""
+            print(head + printable(text.strip()), file=self.screen.out, flush=True)
 
     def _progress(self) -> str:
         left = time_left(self.desk.seconds_left())
@@ -114,6 +119,9 @@ class Terminal:
     def _ranks(self, item: Item) -> list[int] | None:
         """Ranks by place; None for skip."""
         count = len(item.replies)
+        if count == 1:
+            answer = self._ask("good (g), bad (b)", GOOD_BAD, {"t", "="})
+            return None if answer == "skip" else [answer]
         ranks, rank, left = [0] * count, 0, list(range(count))
         while len(left) > 1:
             what = "better" if count == 2 else ("best" if rank == 0 else "best of the rest")
@@ -134,7 +142,7 @@ class Terminal:
         every = list(range(count))
         meanings = self._places(every, count)
         question = f"{'more' if count == 2 else 'most'} {name}: {self._names(every, count)}"
-        answer = self._ask(question, meanings, skip=False)
+        answer = self._ask(question, meanings, {"s"})
         return None if answer == "tie" else answer
 
     @staticmethod
@@ -148,10 +156,11 @@ class Terminal:
         digits = {str(place + 1): place for place in left}
         return digits | (LEFT_RIGHT if count == 2 else {})
 
-    def _ask(self, question: str, places: dict[str, Any], *, skip: bool = True) -> Any:
-        """The meaning of a key: a place, "tie" or "skip"."""
-        meanings = places | {k: v for k, v in COMMON.items() if skip or v != "skip"}
-        text = f"{question}, tie (t){', skip (s)' * skip}? {self._progress()} "
+    def _ask(self, question: str, places: dict[str, Any], without: set[str] = frozenset()) -> Any:
+        """The meaning of a key: a place, "tie" or "skip"; keys of COMMON `without` these."""
+        meanings = places | {k: v for k, v in COMMON.items() if k not in without}
+        more = ", tie (t)" * ("t" not in without) + ", skip (s)" * ("s" not in without)
+        text = f"{question}{more}? {self._progress()} "
         while True:
             answer = self.keys.read(meanings, lambda: self.screen.progress(text))
             self.screen.progress("")

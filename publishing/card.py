@@ -26,6 +26,7 @@ METHODS = {  # by what config.json calls a run
     "pytorch_reward_model": ("reward-model training", []),
     "preference": ("preference training", ["preference"]),
     "group": ("group reinforcement learning", ["reinforcement-learning", "rlhf"]),
+    "rest": ("ReST", ["sft", "rlhf"]),
 }
 MARK = "<!-- written by mlx-rlhf: fuse.py replaces this file -->"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

@@ -18,6 +18,7 @@ MADE_BY = {
     "preference": "preference_training.py",
     "ppo": "ppo_training.py",
     "group": "group_training.py",
+    "rest": "rest.py",
     "pytorch_sft": "pytorch_baseline/pytorch_sft.py",
     "pytorch_reward_model": "pytorch_baseline/pytorch_sft.py",
     "pytorch_ppo": "pytorch_baseline/pytorch_ppo_training.py",

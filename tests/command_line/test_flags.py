@@ -15,6 +15,7 @@ import judge
 import label
 import ppo_training
 import preference_training
+import rest
 import score
 import sft
 import talk_to_model
@@ -33,6 +34,7 @@ SCRIPTS = {
     fuse: ["fuse.py", "publishing/*.py"],
     score: ["score.py"],
     judge: ["judge.py"],
+    rest: ["rest.py"],
     label: ["label.py", "labelling/*.py"],
     talk_to_model: ["talk_to_model.py", "chat/*.py"],
 }

@@ -66,6 +66,7 @@ LINES = {
     "preference_training": ["--train", "--train --algorithm kto", "--train --test", "--preview"],
     "group_training": ["--ground-truth-reward"],
     "memorisation": ["--data x"],
+    "rest": ["--ground-truth-reward", "--reward-model x --thresholds .5 .7"],
 }
 
 

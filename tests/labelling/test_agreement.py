@@ -53,7 +53,7 @@ def test_pairs_meet_whatever_their_sides_and_forms(tmp_path):
     messages["prompt"] = [{"role": "user", "content": messages["prompt"]}]
     for name in ("chosen", "rejected"):
         messages[name] = [{"role": "assistant", "content": messages[name].strip()}]
-    judged.append(pair(2, "a", margin=0.0, judge={"p": 0.5, "orders_agree": False}))
+    judged.append(pair(2, "a", margin=None, judge={"p": 0.5, "orders_agree": False}))
     files = [write(tmp_path / "a.jsonl", people), write(tmp_path / "b.jsonl", judged)]
     found = make_report([read_labels(path) for path in files])
     anna, judge = found["labellers"]
@@ -160,6 +160,16 @@ def test_a_ranked_list_is_all_its_pairs(tmp_path):
     assert found["same"]["share"] == pytest.approx(2 / 3) and found["opposite"] == 1
     first = sorted(v.first for v in one.verdicts.values() if v.first is not None)
     assert first == [False, True]  # one (third) and two (first) over three (second)
+
+
+def test_marks_of_single_replies_meet_too(tmp_path):
+    rows = [{"prompt": "p", "completion": f" {i}", "label": i < 5} for i in range(10)]
+    turned = [row | {"label": row["label"] or row["completion"] == " 9"} for row in rows]
+    files = [write(tmp_path / f"{k}.jsonl", some) for k, some in enumerate((rows, turned))]
+    one, other = (read_labels(path)[0] for path in files)
+    found = agreement(one, other)
+    assert found["pairs"] == 10 and found["same"]["share"] == 0.9 and found["opposite"] == 1
+    assert found["kappa"] == pytest.approx(slow_kappa([1] * 5 + [0] * 5, [1] * 5 + [0] * 4 + [1]))
 
 
 def test_the_same_name_in_two_files_and_a_pair_twice(tmp_path):

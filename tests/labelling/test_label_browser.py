@@ -65,7 +65,7 @@ class Page:
 
     def press(self, keys, count=None):
         """Keys one after the other; then wait until so many are labelled."""
-        for key in keys if keys in ("", *"12tsunq3") or len(keys) > 1 else [keys]:
+        for key in keys if len(keys) > 1 else [keys]:
             self.wait(lambda: not self.script("return busy"))
             ActionChains(self.browser).send_keys(key).perform()
         if count is not None:
@@ -131,6 +131,16 @@ def test_lists_and_aspects_with_keys(browser, tmp_path):
     assert [text.strip() for text in row["responses"]] == [shown[2], shown[0], shown[1]]
     assert row["aspects"] == {"helpful": 0, "harmless": "tie"} and row["scores"] == [2, 1, 0]
     assert tie["tie"] is True and tie["aspects"] == {"helpful": 0, "harmless": 1}
+
+
+def test_a_reply_alone_with_keys(browser, tmp_path):
+    write_samples(tmp_path, [[" 22 30"], [" 7"]], "--samples", "1")
+    with Server(tmp_path, "--samples", "1") as server:
+        page = Page(browser, server)
+        assert page.text("#question") == "Is it good?"
+        page.press("g", 1)
+        page.press("b", 2)
+    assert [row["label"] for row in rows_of(tmp_path)] == [True, False]
 
 
 # ------------------------------------------------------------------------------ what replies try

@@ -41,8 +41,10 @@ def folder(tmp_path, monkeypatch):
 AT_ONCE = [
     ("", "nothing to label: give --prompts FILE, or --report"),
     (f"{PROMPTS} --report foreign.jsonl", "--prompts and --report"),
-    (f"{PROMPTS} --samples 1", "--samples 1: give 2, 3 or 4"),
-    (f"{PROMPTS} --samples 5", "--samples 5: give 2, 3 or 4"),
+    (f"{PROMPTS} --samples 0", "--samples 0: give 2 to 4"),
+    (f"{PROMPTS} --samples 1 --against x", "--against x has no effect with --samples 1"),
+    (f"{PROMPTS} --samples 1 --aspects x", "--aspects x has no effect with --samples 1"),
+    (f"{PROMPTS} --samples 5", "--samples 5: give 2 to 4"),
     (f"{PROMPTS} --temperature 0", "--temperature 0: all replies"),
     (f"{PROMPTS} --temperature 0 --against x --samples 3", "--temperature 0: all replies"),
     (f"{PROMPTS} --top-p 0", "--top-p: give a probability"),

@@ -11,7 +11,7 @@ import pytest
 from adapters import LORA, write_adapter
 from label_setup import REPLIES, line, rows_of, write_samples
 
-from data_utils import read_records, tokenise_pairs, tokenise_preferences
+from data_utils import read_records, tokenise_pairs, tokenise_preferences, tokenise_unpaired
 from models.load import load_model
 
 CTRL_C, LEFT, RIGHT = "\x03", "\x1b[D", "\x1b[C"
@@ -199,6 +199,26 @@ def test_a_note_is_kept_and_two_models_take_turns(prompts, tmp_path):
     assert loaded.tokenizer.decode(tokens, skip_special_tokens=True).startswith(
         row["prompt"] + text
     )
+
+
+def test_a_reply_alone_is_good_or_bad(tmp_path):
+    write_samples(tmp_path, [[" 22 30"], [" 7"], [""], [" 9"]], "--samples", "1")
+    person = Person(tmp_path, "--samples", 1)
+    person.see(r"good \(g\), bad \(b\), skip \(s\)\? 0 of 3 done")
+    person.child.send("t")  # no tie with nothing
+    person.child.send("g")
+    person.see("labelled: good")
+    person.press("b")
+    person.press("s")
+    code, shown = person.end()
+    assert code == 0 and "3 labels (2 choices, 0 ties, 1 skipped)" in shown
+    assert "preference_training.py --algorithm kto" in shown
+    records = read_records(tmp_path / "labels.jsonl")
+    assert [(r.kind, r.completion, r.label) for r in records] == [
+        ("unpaired", " 22 30", True),
+        ("unpaired", " 7", False),
+    ]
+    assert len(tokenise_unpaired(records, load_model().tokenizer)) == 2
 
 
 def test_replies_that_are_the_same_are_not_asked_about(tmp_path):
