@@ -23,6 +23,7 @@ from command_line.conditioning_flags import ask_for_target
 from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.exits import run_main
 from command_line.group_flags import config_of, parse_arguments, settle_for_model
+from command_line.memory_fit import settle_rollout_memory
 from command_line.model_limits import check_splits, fit_lengths
 from command_line.ppo_flags import ends, load_prompts, signal_options, stop_at, validation_prompts
 from command_line.reward_flags import make_learned_reward, make_rewards
@@ -46,7 +47,7 @@ def main(words=None) -> int:
     from data_utils import columns_of
     from training.internal_signals import reference_signals
 
-    loaded = start(args.seed, args.memory_limit, **model_options(args))
+    loaded = start(args.seed, args.memory_limit, resume=args.resume, **model_options(args))
     settle_for_model(args, loaded.weights)
     fit_lengths(args, loaded.limits, response=args.max_new_tokens)
     per_step = config_of(args).prompts_per_step
@@ -62,6 +63,9 @@ def main(words=None) -> int:
     options = signal_options(args, loaded, policy.tuning, reference, prompts)
     rewards = make_composite(args, rewards, partial(reference_signals, **options))
     rewards.check_columns([*columns_of(prompts["train"].rows), "group_ids"])
+    unit = 2 if args.online_dpo else 1
+    beside = (reference, learned and learned.model)
+    settle_rollout_memory(args, loaded, policy.tuning, prompts["train"].rows, *beside, unit=unit)
     if args.preview:
         show_prompts(args, loaded.tokenizer, prompts["train"].rows, rewards)
     else:

@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from data_utils import PreferenceBatch, UnpairedBatch
-from mlx_sft_trainer import Sums, Task
+from mlx_sft_trainer import Sums, Task, has_share, own_share
 from models.packing import Layout, lay_out, least_padding, left_justified
 from models.reference import Reference
 from models.shared_prompts import can_share_prompts, hidden_after
@@ -35,6 +35,7 @@ from rl.preference_losses import (
 )
 from rl.reference_free_losses import cpo_loss, orpo_loss
 from training.groups import Group, adapter_group
+from workers.group import here
 
 # On a CPU: the most tokens of a pass, beyond which its arrays outgrow the caches, and the tokens
 # that one more pass is worth.
@@ -204,7 +205,7 @@ class PairTask(PreferenceTask):
             tokens += float((counts[batch.better] * batch.weights).sum())
             pairs += float(batch.weights.sum())
         for batch in batches:
-            yield self.arrays(batch, tokens / pairs)
+            yield self.arrays(own_share(batch), tokens / pairs)
 
     def _picked(self, batch: PreferenceBatch) -> np.ndarray:
         """(N, L) tokens whose log-probability is needed: with ORPO also the chosen's prompts."""
@@ -305,8 +306,12 @@ class UnpairedTask(PreferenceTask):
     def rows(batch: UnpairedBatch) -> int:
         return len(batch.label)
 
-    def arrays(self, batch: UnpairedBatch) -> list:
-        """What of a batch goes into `loss`."""
+    def inputs(self, batches: Iterable[UnpairedBatch]) -> Iterator[list]:
+        for batch in batches:
+            yield self.arrays(own_share(batch), has_share(batch))
+
+    def arrays(self, batch: UnpairedBatch, counts: bool = True) -> list:
+        """What of a batch goes into `loss`; `counts`: into the baseline of all workers too."""
         count = len(batch.label)
         own, other = slice(0, count), slice(count, None)
         picked = batch.mask[own]
@@ -324,7 +329,8 @@ class UnpairedTask(PreferenceTask):
             mx.eval(logprobs)
             reference = self._reference_logprobs(batch, other, picked)
             # Token by token: a difference of two sums would lose digits.
-            baseline = kto_baseline((logprobs - reference).sum(axis=1))
+            ratios = (logprobs - reference).sum(axis=1)
+            baseline = kto_baseline(ratios if here().alone else mean_of_all(ratios, counts))
         tokens = mx.array(float(batch.lengths[own].sum()))
         return [layout.arrays(), mx.array(batch.label), ref_logps, baseline, tokens]
 
@@ -351,6 +357,13 @@ class UnpairedTask(PreferenceTask):
         if None not in sides:
             metrics = {**metrics, "rewards/margins": sides[0] - sides[1]}
         return metrics
+
+
+def mean_of_all(values: mx.array, counts: bool) -> mx.array:
+    """(1,) the mean over the values of all workers, of which this one's may not count."""
+    own = [values.sum() * counts, mx.array(float(values.size * counts))]
+    total, number = here().sum(own, "the baseline of KTO")
+    return (total / number)[None]
 
 
 def make_task(

@@ -6,6 +6,7 @@ several batches add up to the gradient of one large batch: 8 x 1 = 1 x 8.
 
 import fast_blas  # noqa: F401
 
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -15,7 +16,14 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
 
-from data_loading.collate import PreferenceBatch, ScalarBatch, TextBatch, UnpairedBatch
+from data_loading.collate import (
+    PreferenceBatch,
+    ScalarBatch,
+    TextBatch,
+    UnpairedBatch,
+    count_rows,
+    share_of,
+)
 from models.adapter_description import REWARD_HEAD
 from models.packing import pick_targets
 from models.reward_network import RewardModel
@@ -26,6 +34,7 @@ from rl.contrastive import contrastive_loss, pooled
 from rl.losses import pairwise_loss, regression_loss
 from training.groups import Group, adapter_group
 from training.update import added, apply_update, checkpointed_blocks, loss_and_gradient
+from workers.group import here
 
 Batch = TextBatch | ScalarBatch | PreferenceBatch | UnpairedBatch
 # Sums over a batch. "weight" is what each of them is divided by, but for those that are pairs of a
@@ -43,8 +52,8 @@ class Task:
     share_prompts = False  # a prompt may go through the model once for several responses
 
     def inputs(self, batches: Iterable[Batch]) -> Iterator[Sequence]:
-        """What goes into `loss` for each batch of an update, made when its turn comes."""
-        return map(self.arrays, batches)
+        """What goes into `loss` for this worker's share of each batch, made when its turn comes."""
+        return (self.arrays(own_share(batch)) for batch in batches)
 
 
 class LanguageModelTask(Task):
@@ -215,6 +224,17 @@ class RewardModelTask(Task):
         return metrics
 
 
+def own_share(batch: Batch) -> Batch:
+    """The rows of a batch that this worker takes: alone, all."""
+    workers = here()
+    return batch if workers.alone else share_of(batch, workers.rank, workers.size)
+
+
+def has_share(batch: Batch) -> bool:
+    """Whether this worker has a row of the batch; else its share is a stand-in that counts 0."""
+    return here().alone or here().rank < count_rows(batch)
+
+
 def by_length(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
     """Row numbers in groups of like lengths, all with about as many tokens, at least `tokens`."""
     order = np.argsort(lengths, kind="stable")
@@ -237,15 +257,20 @@ class SupervisedTrainer:
         grad_checkpoint: bool = False,
         compile: bool | None = None,
     ):
-        self.task, self.optimizer = task, optimizer
+        self.task = task
         self.max_grad_norm, self.grad_checkpoint = max_grad_norm, grad_checkpoint
         if grad_checkpoint:  # which makes blocks anew without the prompt's keys and values
             task.share_prompts = False
-        optimizer.init(task.trained.trainable_parameters())
+        self.begin(optimizer)
         on_gpu = mx.default_device().type == mx.DeviceType.gpu
         compiled = on_gpu if compile is None else compile
         self._loss_and_grad = loss_and_gradient(task.trained, task.loss, compiled)
         self.before_update: Callable[[], None] = lambda: None  # called before weights move
+
+    def begin(self, optimizer: optim.Optimizer) -> None:
+        """Go on with a new optimizer, which knows nothing of the updates before."""
+        self.optimizer = optimizer
+        optimizer.init(self.task.trained.trainable_parameters())
 
     def step(self, batches: Iterable[Batch]) -> dict[str, float]:
         """One update from one or more batches, weighted by their tokens (or rows).
@@ -254,12 +279,14 @@ class SupervisedTrainer:
         is 1, where loss or gradient is NaN or infinite.
         """
         self.task.trained.train()
-        total = None
-        for arrays in self.task.inputs(batches):
-            with checkpointed_blocks(self.task.model, self.grad_checkpoint):
-                (_, sums), gradient = self._loss_and_grad(arrays)
-            total = added(total, (gradient, sums))
-        gradient, sums = total
+        total, workers, batches = None, here(), list(batches)
+        with workers.own_draws(self.optimizer):
+            for batch, arrays in zip(batches, self.task.inputs(batches), strict=True):
+                with checkpointed_blocks(self.task.model, self.grad_checkpoint):
+                    (_, sums), gradient = self._loss_and_grad(arrays)
+                part = gradient, sums
+                total = added(total, part if has_share(batch) else tree_map(mx.zeros_like, part))
+        gradient, sums = workers.sum(total, "the sum of gradients")
         metrics = means(sums)
         metrics["grad_norm"] = apply_update(
             self.task.trained,
@@ -292,15 +319,27 @@ def means(sums: dict) -> dict[str, float]:
     return found
 
 
+def added_up(every: Sequence[dict]) -> dict:
+    """The sums of several workers as those of one; pairs are lists where JSON had them."""
+    found: dict = {}
+    for sums in every:
+        for name, value in sums.items():
+            value = tuple(value) if isinstance(value, list) else value
+            found[name] = tree_map(operator.add, found[name], value) if name in found else value
+    return found
+
+
 def evaluate(task: Task, batches: Iterable[Batch]) -> dict[str, float]:
     """Mean loss and metrics over `batches`, dropout off."""
     task.trained.eval()
     sums: dict = {}
-    for arrays in task.inputs(batches):
+    batches, counted = itertools.tee(batches)
+    for batch, arrays in zip(counted, task.inputs(batches), strict=True):
         _, found = task.loss(arrays)
         mx.eval(found)
         # In Python's own floats: a float32 sum over many batches would lose digits.
-        found = tree_map(lambda value: value.item(), found)
+        counts = has_share(batch)
+        found = tree_map(lambda value, counts=counts: value.item() if counts else 0.0, found)
         sums = tree_map(operator.add, sums, found) if sums else found
-    found = means(sums)
+    found = means(sums if here().alone else added_up(here().gather(sums, "the evaluation")))
     return task.summary({name: value for name, value in found.items() if name not in TOTALS})

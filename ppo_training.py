@@ -22,6 +22,7 @@ from command_line.critique_flags import critique_options
 from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.dataclass_flags import dataclass_from_arguments
 from command_line.exits import run_main
+from command_line.memory_fit import settle_rollout_memory
 from command_line.model_limits import check_splits, fit_lengths
 from command_line.ppo_flags import (
     ends,
@@ -54,7 +55,7 @@ def main(words=None) -> int:
     args = parse_arguments(words)
     from training.internal_signals import reference_signals
 
-    loaded = start(args.seed, args.memory_limit, **model_options(args))
+    loaded = start(args.seed, args.memory_limit, resume=args.resume, **model_options(args))
     settle_for_model(args, loaded.weights)
     fit_lengths(args, loaded.limits, response=args.max_new_tokens)
     prompts = load_prompts(args, loaded.tokenizer, loaded.weights)
@@ -68,6 +69,9 @@ def main(words=None) -> int:
         rewards.check_prompts(split.rows, args.max_new_tokens)
     options = signal_options(args, loaded, policy.tuning, reference, prompts)
     rewards = make_composite(args, rewards, partial(reference_signals, **options))
+    texts = 3 if args.use_self_critique else 1  # answer, critique, revision
+    beside = (reference, learned and learned.model)
+    settle_rollout_memory(args, loaded, policy.tuning, prompts["train"].rows, *beside, texts=texts)
     if args.preview:
         show_prompts(args, loaded.tokenizer, prompts["train"].rows, rewards)
     else:

@@ -21,6 +21,7 @@ from command_line.preference_flags import WITH_REFERENCE, parse_arguments, task_
 from command_line.preference_rows import least_rows, load_rows, make_plan
 from command_line.sft_flags import training_length, validation
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
+from command_line.worker_flags import run_workers, starts_workers
 from data_utils import easy_first, epoch_batches
 from training.launch import (
     count_trained,
@@ -40,7 +41,9 @@ from training.launch import (
 
 def main(words=None) -> int:
     args = parse_arguments(words)
-    loaded = start(args.seed, args.memory_limit, **model_options(args))
+    if starts_workers(args):
+        return run_workers(args, __file__, words)
+    loaded = start(args.seed, args.memory_limit, resume=args.resume, **model_options(args))
     fit_lengths(args, loaded.limits)
     rows = load_rows(args, loaded.tokenizer)
     if args.train:
@@ -189,4 +192,4 @@ def finish(args, loaded, run, loop, rows) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, workers=True)

@@ -18,6 +18,7 @@ from command_line.contrastive_flags import LEAST
 from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.data_flags import flags_of_rows
 from command_line.exits import run_main
+from command_line.memory_fit import settle_supervised_memory
 from command_line.model_limits import check_splits, fit_lengths
 from command_line.sft_flags import (
     load_rows,
@@ -27,6 +28,7 @@ from command_line.sft_flags import (
     validation,
 )
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
+from command_line.worker_flags import run_workers, starts_workers
 from data_utils import BatchPlan, easy_first, epoch_batches
 from models.adapter_description import REWARD_HEAD
 from training.launch import (
@@ -47,17 +49,21 @@ from training.launch import (
 
 def main(words=None) -> int:
     args = parse_arguments(words)
+    if starts_workers(args):
+        return run_workers(args, __file__, words)
     from models.adapter_files import SCORES
 
-    loaded = start(args.seed, args.memory_limit, **model_options(args))
+    loaded = start(args.seed, args.memory_limit, resume=args.resume, **model_options(args))
     fit_lengths(args, loaded.limits)
     rows = load_rows(args, loaded.tokenizer)
     if args.train:
         rows["difficulty"] = difficulty(args, loaded, rows["train"].rows)
-    task = None if args.preview else make_task(args, loaded)
+    task = make_task(args, loaded)
     if rows["scores"] is not None:
         loaded.config[SCORES] = rows["scores"].described()
-    check_splits(rows, loaded.limits, task and task.tuning)
+    check_splits(rows, loaded.limits, task.tuning)
+    if args.train or args.preview:
+        settle_supervised_memory(args, loaded, task.tuning, rows["train"])
     if args.preview:
         return 0
     if args.reward_model:
@@ -205,4 +211,4 @@ def test(args, task, rows) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, workers=True)

@@ -31,9 +31,10 @@ METHODS = {
 # All weights, which learn faster here than LoRA of rank 16; an entropy term, so that sampling goes
 # on finding answers that are right seldom.
 TRAINING = (
-    "--answer_reward answer --answer_from text --max-new-tokens 4 --num-steps 600 --batch-size 256 "
-    "--num-generations 8 --beta 0 --use_peft False --learning-rate 1e-3 --lr-schedule constant "
-    "--entropy_coef 0.005 --eval-every 0 --save-every 0 --steps-per-report 50"
+    "--answer_reward answer --answer_from text --max-new-tokens 4 --num-steps 1000 "
+    "--batch-size 256 --num-generations 8 --beta 0 --use_peft False "
+    "--learning-rate 1e-3 --lr-schedule constant --entropy_coef 0.005 "
+    "--eval-every 0 --save-every 0 --steps-per-report 50"
 )
 
 

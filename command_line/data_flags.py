@@ -13,6 +13,7 @@ from data_utils import (
     KNOWN_FORMATS,
     TOKEN_FORMATS,
     Record,
+    Template,
     asks_for_date,
     folder_file,
     now,
@@ -21,6 +22,7 @@ from data_utils import (
 )
 from errors import UserError
 from run_folder.secrets import tell
+from workers.membership import given
 
 NEEDS = (Needs("dataset_config split streaming", "dataset", valued=False),)
 
@@ -106,11 +108,29 @@ def warn_of_digits_model(args: argparse.Namespace, records: Iterable[Record]) ->
             return
 
 
+def warn_of_model(args: argparse.Namespace, records: Iterable[Record], tokenizer: Any) -> None:
+    """Say so where rows are not what the model reads: texts for the digits model, conversations
+    for a base model."""
+    warn_of_digits_model(args, records)
+    if args.prompt_template is not None or "token_format" in args.explicit:
+        return
+    if Template(tokenizer).uses_chat_template or args.model is None:  # digits have no roles
+        return
+    for record in itertools.islice(records, 100):
+        if record.kind == "conversation" or isinstance(record.prompt, list):
+            tell(
+                f"warning: {record.where}: is a conversation, and the tokenizer of {args.model} "
+                "has no chat template: turns are written without their roles, a blank line "
+                "between; give --token-format role_markers to mark them, or an instruct model"
+            )
+            return
+
+
 def settle_date(args: argparse.Namespace, tokenizer: Any) -> None:
     """Make sure of the date that chat templates see; a run's config.json keeps it for a resume."""
     if "template_date" in args.typed and not asks_for_date(tokenizer):
         raise UserError("--template-date has no effect: the tokenizer's chat template reads none")
-    args.template_date = args.template_date or now()
+    args.template_date = args.template_date or given("date") or now()
     use_date(tokenizer, args.template_date)
 
 

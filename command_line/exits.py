@@ -7,9 +7,15 @@ import sys
 import warnings
 from collections.abc import Callable
 
+import waiting
+from command_line.meeting import enter_group
 from errors import MEMORY_ADVICE, UserError
-from run_folder.output import lost_output, open_outputs
+from run_folder.console import watched
+from run_folder.output import errors, lost_output, open_outputs
 from run_folder.secrets import clean, tell
+from workers.line import Absent
+from workers.membership import LOST, member
+from workers.place import Lost
 
 # No fault of the program's, also where no file is named: the disk is full or read-only, or too many
 # files are open.
@@ -20,20 +26,28 @@ OUT_OF_MEMORY = re.compile(
 )
 
 
-def run_main(main: Callable[[], int | None]) -> None:
+def run_main(main: Callable[[], int | None], *, workers: bool = False) -> None:
     """Run a script's ``main`` and exit: 2 and one line for what the user can put right.
 
-    Any other exception is a bug and keeps its traceback.
+    Any other exception is a bug and keeps its traceback. ``workers``: the script may be one of
+    several that train together; they meet first.
     """
     warnings.formatwarning = one_line_warning
     open_outputs(clean)
+    waiting.watch_with(watched)
     try:
+        if workers:
+            enter_group()
         code = main() or 0
         sys.stdout.flush()
         if (wrong := lost_output()) is not None:
             code = complain(f"standard output: cannot write: {wrong.strerror}")
     except UserError as wrong:
         code = complain(str(wrong))
+    except Lost:
+        code = complain_of_loss()
+    except Absent as wrong:
+        code = complain(str(wrong), LOST) if str(wrong) else LOST
     except KeyboardInterrupt:
         code = complain("interrupted", 130)
     except OSError as wrong:
@@ -67,6 +81,18 @@ def one_line_warning(message, category, filename, lineno, line=None) -> str:
 
 
 def complain(message: str, code: int = 2) -> int:
-    """Print ``error: MESSAGE`` as one redacted line on standard error; return the exit status."""
-    tell(f"error: {message}")
+    """Print ``error: MESSAGE`` as one redacted line on standard error; return the exit status.
+
+    Of several workers that fail alike one says it.
+    """
+    said = message if member() is None else member().error(message)
+    if said is not None:
+        tell(f"error: {said}", errors())
     return code
+
+
+def complain_of_loss() -> int:
+    """The end of a worker that lost another one."""
+    if (said := member().lost()) is not None:
+        tell(f"error: {said}", errors())
+    return LOST

@@ -15,6 +15,8 @@ class Limits(Protocol):
 
     def check_one(self, ids: Any, where: str, room: int = 0) -> None: ...
 
+    def check_context(self, count: int, where: str, response: int) -> None: ...
+
 
 def fit_lengths(args: Any, limits: Limits, *, response: int = 0) -> None:
     """Lower a default --max-length to what the model has positions for, and say so.
@@ -61,6 +63,8 @@ def check_rows(rows: Iterable[Any], limits: Limits, *, prefix: int = 0, response
         where = getattr(row, "where", "") or "a row"
         for ids in getattr(row, "responses", None) or [row.tokens]:
             limits.check_one(ids, where, prefix + response)
+            if response:
+                limits.check_context(prefix + len(ids), where, response)
 
 
 def check_splits(

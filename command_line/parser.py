@@ -48,7 +48,7 @@ COMMON = frozenset(
     "learning_rate fine_tune_type prompt_tuning lora_rank init_kl_coef eval_every steps_per_eval "
     "steps_per_report save_file fused_dir output_dir seed config resume log_with adapter_file "
     "save_path upload_repo force input prompts samples output best_of prompt system_prompt temp "
-    "max_tokens resume_file resume_adapter_file compare rate".split()
+    "max_tokens resume_file resume_adapter_file compare rate report against web aspects".split()
 )
 FEW = 30  # so many flags are shown whole
 
@@ -245,7 +245,8 @@ class Parser(argparse.ArgumentParser):
             check_script(resumed, self.script)
         config = last_value(words, "--config") if "--config" in self._flags() else None
         old = self._take(args, read_run_options(resumed)) if resumed else {}
-        from_file = self._take(args, read_config(Path(config), self._flags())) if config else {}
+        settings = read_config(Path(config), self._flags(), given) if config else []
+        from_file = self._take(args, settings)
         self._replace_alternatives(args, set(from_file))
         self._replace_alternatives(args, given)
         explicit = given | {name for name in from_file if hasattr(args, name)}
@@ -255,6 +256,7 @@ class Parser(argparse.ArgumentParser):
         args.explicit = explicit
         args.changed = {n for n in explicit if getattr(args, n) != self.get_default(n)}
         args.typed = args.changed & given
+        args.defaults = {action.dest: self.get_default(action.dest) for action in self._actions}
         args.may_change = self.harmless
         if resumed:
             self._settle_resume(args, old)

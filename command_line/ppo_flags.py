@@ -18,7 +18,7 @@ from command_line.data_flags import (
     has_validation,
     settle_date,
     tokenising,
-    warn_of_digits_model,
+    warn_of_model,
 )
 from command_line.dataclass_flags import add_dataclass_arguments, dataclass_from_arguments
 from command_line.model_size import settle_evaluation, settle_size
@@ -271,7 +271,7 @@ def load_prompts(args, tokenizer, weights: int, per_step: int | None = None) -> 
     settle_date(args, tokenizer)
     found, loaded = {}, load_data(splits=("train", "valid"), **data_sources(args))
     for records in loaded.values():
-        warn_of_digits_model(args, records)
+        warn_of_model(args, records, tokenizer)
     if not any("text" in records.kinds for records in loaded.values()):
         refuse_idle(args, "prompt_words", "on rows that have prompts of their own")
     for split, records in loaded.items():

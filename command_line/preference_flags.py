@@ -18,6 +18,7 @@ from command_line.shared_flags import (
     add_run_arguments,
     at_least,
 )
+from command_line.worker_flags import add_worker_arguments, refuse_across_rows
 from errors import UserError
 
 DESCRIPTION = "Preference training: DPO and its family, KTO, ORPO, CPO, SimPO, AlphaPO."
@@ -109,6 +110,7 @@ def parse_arguments(words=None):
     note = "default: lora 1e-4, full 1e-6, prompt 1e-3, by flags or --resume-adapter-file"
     add_optimizer_arguments(parser, learning_rate=None, max_grad_norm=1.0, learning_rate_note=note)
     add_run_arguments(parser)
+    add_worker_arguments(parser)
     never = Needs(
         "lora_dropout",
         met=lambda args: False,
@@ -212,6 +214,8 @@ def check_losses(args) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     check_ranges(args)
+    for name in {"aot", "aot_unpaired"} & {*named}:
+        refuse_across_rows(args, f"--loss-type {name}", "compares the rows of a batch")
 
 
 def check_idle(args) -> None:

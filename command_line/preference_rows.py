@@ -9,7 +9,7 @@ from command_line.data_flags import (
     data_sources,
     settle_date,
     tokenising,
-    warn_of_digits_model,
+    warn_of_model,
 )
 from command_line.row_preview import show_row
 from command_line.sft_flags import encode_samples
@@ -35,7 +35,7 @@ def load_rows(args, tokenizer) -> dict[str, Any]:
     splits = (["train", "valid"] if args.train or args.preview else []) + ["test"] * args.test
     rows, found = {}, load_data(splits=splits, **data_sources(args))
     for records in found.values():
-        warn_of_digits_model(args, records)
+        warn_of_model(args, records, tokenizer)
     for split, records in found.items():
         kinds = set(records.kinds)
         judged = all(row.kind == "preference" or row.label is not None for row in records)

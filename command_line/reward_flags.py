@@ -1,6 +1,8 @@
 """Flags that say what is rewarded, and the rewards they ask for. Loads no MLX."""
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
@@ -35,7 +37,12 @@ RULES = (
     ),
 )
 NEEDS = (
-    Needs("answer_from answer_tag answer_match", "answer_reward"),
+    Needs(
+        "answer_from answer_tag",
+        met=lambda args: args.answer_reward or getattr(args, "weigh_answers", None),
+        why="without --answer-reward",
+    ),
+    Needs("answer_match", "answer_reward"),
     Needs("reward_retries", "reward_url"),
     Needs(
         "reward_timeout",
@@ -53,8 +60,13 @@ NEEDS = (
 CHECKED_ANSWERS = ("answer_reward", "format_reward", "length_reward", "json_reward")
 
 
-def add_reward_arguments(parser: Parser) -> None:
-    """The digits score, a reward model, functions, services; and their weights."""
+def add_reward_arguments(
+    parser: Parser, needed: Callable[[argparse.Namespace], bool] = lambda args: True
+) -> None:
+    """The digits score, a reward model, functions, services; and their weights.
+
+    `needed`: whether a command line must name one.
+    """
     add = parser.add_argument_group("reward").add_argument
     add("--ground-truth-reward", type=bool, default=False, help="the digits task's true score")
     add(
@@ -91,11 +103,12 @@ def add_reward_arguments(parser: Parser) -> None:
     add("--decreasing", type=bool, default=None, help="digits score: numbers fall")
     add("--multiple-of", type=int, default=2, help="digits score: of this number")
     add("--min-length", type=int, default=5, help="digits score: fewer words count as this many")
-    parser.checks += [needs(RULES), check_rewards, needs(NEEDS)]
+    check = partial(check_rewards, needed=needed)
+    parser.checks += [needs(RULES), check, needs(NEEDS)]
     add_adlf_arguments(parser)
 
 
-def check_rewards(args: argparse.Namespace) -> None:
+def check_rewards(args: argparse.Namespace, needed: Callable[[argparse.Namespace], bool]) -> None:
     """Refuse no reward, weights that do not fit, and rules of a score that is not used."""
     if args.increasing and args.decreasing:
         raise UserError("--increasing and --decreasing contradict each other; give one of them")
@@ -104,7 +117,7 @@ def check_rewards(args: argparse.Namespace) -> None:
     count = args.ground_truth_reward + bool(args.reward_model)
     count += len(args.reward_function or ()) + len(args.reward_url or ())
     count += sum(getattr(args, name) is not None for name in CHECKED_ANSWERS)
-    if not count:
+    if not count and needed(args):
         raise UserError(
             "no reward: give --ground-truth-reward, --reward-model, --reward-function, "
             "--reward-url, --answer-reward, --format-reward, --length-reward or "
@@ -122,11 +135,15 @@ def check_rewards(args: argparse.Namespace) -> None:
 
 def refuse_sending(args: argparse.Namespace) -> None:
     """UserError for a service elsewhere where the rows, or the model, are private."""
-    elsewhere = [url for url in args.reward_url or () if host_of(url) not in THIS_MACHINE]
+    services = [("--reward-url", url) for url in args.reward_url or ()]
+    if getattr(args, "judge_url", None) is not None:
+        services.append(("--judge-url", args.judge_url))
+    elsewhere = [service for service in services if host_of(service[1]) not in THIS_MACHINE]
     if elsewhere and (folder := private_folder(vars(args))):
+        flag, url = elsewhere[0]
         raise UserError(
-            f"--reward-url {elsewhere[0]}: {folder} is private, so its texts go to no other "
-            "machine; a service on http://localhost may have them"
+            f"{flag} {url}: {folder} is private, so its texts go to no other machine; a service "
+            "on http://localhost may have them"
         )
 
 

@@ -18,7 +18,7 @@ from command_line.data_flags import (
     has_validation,
     settle_date,
     tokenising,
-    warn_of_digits_model,
+    warn_of_model,
 )
 from command_line.option_files import begun_before
 from command_line.packing import NEEDS as OF_PACKING
@@ -35,6 +35,7 @@ from command_line.shared_flags import (
     at_least,
 )
 from command_line.technique_rows import TechniqueRows, add_technique_arguments
+from command_line.worker_flags import add_worker_arguments, refuse_across_rows
 from data_utils import (
     BatchPlan,
     Records,
@@ -67,7 +68,8 @@ OF_TRAINING = (
     "validation_file validation_split_percentage lora_dropout grad_checkpoint optimizer "
     "learning_rate lr_schedule num_cycles lr_power warmup_steps lr_end_factor weight_decay "
     "max_grad_norm adam_beta1 adam_beta2 adam_eps momentum output_dir overwrite save_every "
-    "keep_checkpoints log_with wandb_project wandb_run_name max_bad_steps"
+    "keep_checkpoints log_with wandb_project wandb_run_name max_bad_steps "
+    "num_training_workers cpus_per_worker worker_timeout"
 )
 
 # A test alone makes no adapter: it has that of a file, or none.
@@ -144,6 +146,7 @@ def parse_arguments(words=None):
     )
     add_optimizer_arguments(parser, learning_rate=None, max_grad_norm=1.0, learning_rate_note=note)
     add_run_arguments(parser)
+    add_worker_arguments(parser)
     parser.checks += [check_arguments, needs(NEEDS), settle_arguments]
     return parser.parse_args(words)
 
@@ -205,13 +208,15 @@ def check_loop(args) -> None:
 
 def check_arguments(args) -> None:
     """Refuse what contradicts itself."""
-    for name in ("mask_prompt", "packing", "sample_prompts", "chosen"):
+    for name in ("mask_prompt", "packing", "sample_prompts", "chosen", "use_decision_transformer"):
         if getattr(args, name) and args.reward_model:
             raise UserError(f"{flag_of(name)} has no effect with --reward-model")
     if args.test and not args.train and args.resume_adapter_file is None and args.reward_model:
         raise UserError("--test of a reward model needs --resume-adapter-file, or --train")
     at_least(args, 0, "centering")
     check_normalisation(args)
+    if args.use_contrastive:
+        refuse_across_rows(args, "--use-contrastive", "compares the rows of a batch")
 
 
 def settle_arguments(args) -> None:
@@ -264,7 +269,7 @@ def load_rows(args, tokenizer) -> dict:
     rows, techniques = {}, TechniqueRows(args)
     found = load_data(splits=splits, refuse=refuse, **data_sources(args))
     for records in found.values():
-        warn_of_digits_model(args, records)
+        warn_of_model(args, records, tokenizer)
     check_kinds(args, {kind for records in found.values() for kind in records.kinds})
     for split, records in found.items():
         if not args.reward_model:

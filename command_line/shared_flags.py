@@ -50,7 +50,11 @@ def add_run_arguments(parser: Parser, *, save_every: int = 100) -> None:
     add("--log-with", choices=("none", *LOGGERS), default="none", help="where else metrics go")
     add("--wandb-project", help="project on W&B (default: WANDB_PROJECT, else mlx-rlhf)")
     add("--wandb-run-name", help="name of the run on W&B (default: that of its folder)")
-    add("--memory-limit", type=float, help="stop with advice above so many GB in use")
+    add(
+        "--memory-limit",
+        type=float,
+        help="GB to keep to: minibatches are chosen to fit, and more ends in advice",
+    )
     add(
         "--max-bad-steps",
         type=int,

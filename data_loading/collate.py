@@ -8,7 +8,7 @@ import numpy as np
 
 from data_loading.rows import PreferenceRow, ScalarRow, TextRow, UnpairedRow, ranked_pairs
 from errors import UserError
-from padding import pad_rows
+from padding import pad_rows, round_up
 
 
 @dataclass
@@ -45,6 +45,7 @@ class PreferenceBatch:
     reference: np.ndarray | None = None  # (N, L) float32, log p under a reference, 0 off the mask
     # (P,) float32 that the winner is the better one; None: certainly
     probabilities: np.ndarray | None = None
+    row: np.ndarray | None = None  # (N,) int32, the place of the data row of each response
 
 
 @dataclass
@@ -110,6 +111,7 @@ def _preference_batch(
         np.array(weights, np.float32),
         _reference([r for row in rows for r in row.reference or [None]], tokens.shape[1]),
         _probabilities([rows[place].probability for place in places]),
+        np.repeat(np.arange(len(rows), dtype=np.int32), [len(row.responses) for row in rows]),
     )
 
 
@@ -137,6 +139,64 @@ def _reference(rows: Sequence[np.ndarray | None], width: int) -> np.ndarray | No
     if rows[0] is None:
         return None
     return np.stack([np.pad(row, (0, width - len(row))) for row in rows])
+
+
+# A worker's share ---------------------------------------------------------------------------
+
+
+def count_rows(batch: Batch) -> int:
+    """Rows of the data in a batch."""
+    if isinstance(batch, PreferenceBatch):
+        return int(batch.row[-1]) + 1
+    return len(batch.label) if isinstance(batch, UnpairedBatch) else len(batch.tokens)
+
+
+def share_of(batch: Batch, rank: int, size: int) -> Batch:
+    """Rows rank, rank + size, ... of a batch; the first one where there is none of those.
+
+    What depends on other rows, such as mismatched ones, is that of the whole batch.
+    """
+    rows = np.arange(count_rows(batch))[rank::size]
+    rows = rows if len(rows) else np.zeros(1, dtype=np.int64)
+    if isinstance(batch, PreferenceBatch):
+        return _preference_share(batch, rows)
+    taken = rows
+    if isinstance(batch, UnpairedBatch):
+        taken = np.concatenate([rows, rows + len(batch.label)])
+    width = _share_width(batch, taken)
+    found = {}
+    for name, array in vars(batch).items():
+        if array is None:
+            found[name] = None
+        else:
+            part = array[taken if name in ("tokens", "mask", "lengths") else rows]
+            found[name] = part[:, :width] if part.ndim == 2 else part
+    return type(batch)(**found)
+
+
+def _preference_share(batch: PreferenceBatch, rows: np.ndarray) -> PreferenceBatch:
+    (taken,) = np.nonzero(np.isin(batch.row, rows))
+    place = np.full(len(batch.row), -1, dtype=np.int32)  # of a response in the share
+    place[taken] = np.arange(len(taken))
+    pairs = place[batch.better] >= 0
+    width = _share_width(batch, taken)
+    return PreferenceBatch(
+        batch.tokens[taken, :width],
+        batch.mask[taken, :width],
+        batch.lengths[taken],
+        place[batch.better[pairs]],
+        place[batch.worse[pairs]],
+        batch.margins[pairs],
+        batch.weights[pairs],
+        None if batch.reference is None else batch.reference[taken, :width],
+        None if batch.probabilities is None else batch.probabilities[pairs],
+        np.unique(batch.row[taken], return_inverse=True)[1].astype(np.int32),
+    )
+
+
+def _share_width(batch: Batch, taken: np.ndarray) -> int:
+    """Padded length that the rows `taken` need, in steps of 16 for compiled code."""
+    return min(batch.tokens.shape[1], round_up(int(batch.lengths[taken].max()), 16))
 
 
 # Packing ------------------------------------------------------------------------------------

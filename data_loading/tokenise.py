@@ -247,16 +247,18 @@ def encode_prompt(
     prompt_template: str | None = None,
     token_format: str = "standard",
     extras: dict[str, Any] | None = None,
+    behind: str = "",
 ) -> list[int]:
     """Tokens of one prompt, text or messages, exactly as in training: one BOS, template, header.
 
-    `extras`: tools and documents, for a chat template.
+    `extras`: tools and documents, for a chat template. `behind`: a text that follows the header.
     """
     template = Template(tokenizer, prompt_template, token_format)
     asked = {"prompt": prompt} if isinstance(prompt, str) else {}
     try:
         record = Record("prompt", "the prompt", asked, prompt=prompt, extras=extras or {})
         made = template.prompt(record)
+        made.text += behind
         return Encoder(template, sys.maxsize, "refuse").encode(made, False, "prompt")[0]
     except (BadRow, Refused) as why:
         raise UserError(f"the prompt: {why}") from why

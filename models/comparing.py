@@ -7,6 +7,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from waiting import watched
+
 CHECK_TEXTS = ("2 4 6 8 10", "The quick brown fox jumps over the lazy dog.", "Question: why?")
 FORGOTTEN = 110.0  # exp(-110) is below the least float32
 RANDOM_ROWS, RANDOM_LENGTH, LONGEST = 3, 12, 32
@@ -28,7 +30,7 @@ def all_logits(
     """Logits (T, V) float32 of each sequence, those of the prefix left out."""
     model.eval()
     found = []
-    for ids in sequences:
+    for ids in watched(sequences, "checking"):
         logits = model(mx.array([[*prefix, *ids]]))[0, len(prefix) :]
         found.append(np.array(logits.astype(mx.float32)))
     return found

@@ -12,7 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from models.load import in_parts
 from models.lora import Adapter, base_layer
+from waiting import watched
 
 
 class Blend(nn.Module):
@@ -78,7 +80,8 @@ def fuse_adapters(
     found = adapted_layers(adapters, weights)
     fused = [(path, fused_layer(layers, dequantize, dtype)) for path, layers in found.items()]
     model.update_modules(tree_unflatten(fused))
-    mx.eval(model.parameters())
+    for part in watched(in_parts(model), "fusing"):
+        mx.eval(part)
     return len(fused)
 
 

@@ -1,7 +1,8 @@
 """How many tokens and positions a model has a row for. MLX reads beyond a table without a word."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.nn as nn
 
@@ -17,6 +18,7 @@ class Limits:
 
     tokens: int | None = None
     positions: int | None = None
+    context: int | None = None  # tokens that the model was made for, where it could run on
 
     def check(
         self, sequences: Iterable[Sequence[int]], *, where: str = "a text", room: int = 0
@@ -44,9 +46,37 @@ class Limits:
                 f"{self.positions} positions; give shorter ones"
             )
 
+    def check_context(self, count: int, where: str, response: int) -> None:
+        """Raise UserError for a prompt of `count` tokens whose response may leave the context."""
+        if self.context is None or count + response <= self.context:
+            return
+        least = self.context - count
+        shorter = f"--max-new-tokens {least} or fewer" if least > 0 else "a shorter prompt"
+        rest = self.context - response
+        fits = f", or --max-length {rest} --too-long cut" if rest > 0 else ""
+        raise UserError(
+            f"{where}: a prompt of {count} tokens and a response of up to {response} are longer "
+            f"than the model's context, {self.context} tokens; give {shorter}{fits}"
+        )
+
     def room(self, count: int, wanted: int) -> int:
         """How many of `wanted` tokens fit behind `count` others; at least one."""
         return wanted if self.positions is None else max(1, min(wanted, self.positions - count))
+
+
+CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+
+
+def context_of(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a model was trained for, by its config.json, with what stretches its positions
+    (YaRN and others, whose factor multiplies the length before)."""
+    config = {**config, **(config.get("text_config") or {})}
+    known = next((config[name] for name in CONTEXT if isinstance(config.get(name), int)), None)
+    scaling = config.get("rope_scaling") or config.get("rope_parameters")
+    factor = scaling.get("factor") if isinstance(scaling, dict) else None
+    if known is None or not isinstance(factor, int | float) or factor <= 1:
+        return known
+    return int(known * factor)
 
 
 def find_limits(model: nn.Module) -> Limits:

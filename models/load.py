@@ -5,9 +5,9 @@ import fast_blas
 import glob
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,15 +16,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from errors import UserError
-from models.base_fingerprint import base_fingerprint
+from models.base_fingerprint import DEFAULT_MODEL, DEFAULT_NAME, base_fingerprint
 from models.file_checks import check_depth, check_memory, check_model_files
 from models.hub_files import download, looks_like_hub_name
-from models.limits import Limits, find_limits
+from models.limits import Limits, context_of, find_limits
 from models.repairs import model_classes, repair
 from models.transformers_config import unnested
+from waiting import watched
 
-DEFAULT_NAME = "data/digits_model"  # what files record as their base, wherever the project lies
-DEFAULT_MODEL = Path(__file__).resolve().parent.parent / DEFAULT_NAME
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 QUANTIZE_GROUP_SIZES = (64, 32)  # mlx's default, then what narrow layers divide by
 
@@ -45,8 +44,8 @@ class LoadedModel:
 
     @cached_property
     def limits(self) -> Limits:
-        """Tokens and positions that the model has rows for, without virtual tokens."""
-        return find_limits(self.model)
+        """Tokens and positions that the model has rows for, without virtual tokens; its context."""
+        return replace(find_limits(self.model), context=context_of(self.config))
 
     @property
     def eos_ids(self) -> set[int]:
@@ -66,14 +65,13 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     tokenizer: str | Path | None = None,
-    watch: Callable[[Sequence], Iterable] = iter,
 ) -> LoadedModel:
     """Load a local folder, a hub name ``USER/NAME``, or (None) the embedded digits model.
 
     `dtype` is "auto", "stored" (as in the file), "float32", "bfloat16" or "float16"; `quantize`
     is 4 or 8 bits for the linear layers and embeddings of a model that is not quantised yet.
     `tokenizer` names another model's folder, or hub name, to read with. The weights are read in
-    parts, which go through `watch`, for a bar.
+    parts, for a bar.
     Raises UserError when the model cannot be found, read, or is not supported.
     """
     name = str(name_or_path) if name_or_path is not None else DEFAULT_NAME
@@ -98,7 +96,7 @@ def load_model(
         cast(model, dtype)
     model.freeze()
     fast_blas.use_in(model)
-    for part in watch(in_parts(model)):
+    for part in watched(in_parts(model), "loading"):
         mx.eval(part)
     found = LoadedModel(
         model, tokenizer, config, path, name, base_fingerprint(path), quantized, reader

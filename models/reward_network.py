@@ -66,10 +66,15 @@ class RewardModel(TextScores, nn.Module):
             pooled = hidden.sum(axis=1) / lengths[:, None]  # (B, D)
         return (pooled @ self.head["weight"].T).squeeze(-1) + self.head["bias"]
 
-    def score(self, sequences: Sequence[Sequence[int]], batch_size: int = 64) -> list[float]:
+    def score(
+        self,
+        sequences: Sequence[Sequence[int]],
+        batch_size: int = 64,
+        watched_as: str | None = None,
+    ) -> list[float]:
         """Normalised scores of whole texts (token ids, prompt and response), in their order."""
         with self._scoring():
-            return self._score_sorted(sequences, batch_size)
+            return self._score_sorted(sequences, batch_size, watched_as)
 
     def check(self, sequence: Sequence[int], *, where: str, room: int = 0) -> None:
         """Raise UserError, before anything is scored, for a text that has a token without a row in
@@ -92,13 +97,16 @@ class RewardModel(TextScores, nn.Module):
             if not was_active:
                 tuning.deactivate()
 
-    def _score_sorted(self, sequences: Sequence[Sequence[int]], batch_size: int) -> list[float]:
+    def _score_sorted(
+        self, sequences: Sequence[Sequence[int]], batch_size: int, watched_as: str | None
+    ) -> list[float]:
         sequences = [self.prepared(sequence) for sequence in sequences]
         find_limits(self.model).check(sequences, where="a text to score")
         return self.scaled(
             sequences,
             batch_size,
             lambda tokens, lengths: np.array(self(mx.array(tokens), mx.array(lengths))),
+            watched_as,
         )
 
     @property

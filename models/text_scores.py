@@ -12,6 +12,7 @@ import numpy as np
 from errors import UserError
 from models.reading import Reading
 from padding import pad_rows
+from waiting import watched
 
 POOLINGS = ("mean", "last")
 
@@ -56,14 +57,16 @@ class TextScores:
         sequences: Sequence[Sequence[int]],
         batch_size: int,
         raw: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        watched_as: str | None = None,
     ) -> list[float]:
         """Scores of prepared texts in their order, by `raw(tokens (B, L), lengths (B,)) -> (B,)`.
 
-        Texts of like lengths go together.
+        Texts of like lengths go together. `watched_as`: what a bar calls it; None: there is none.
         """
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         scores = np.zeros(len(sequences), dtype=np.float32)
-        for start in range(0, len(order), batch_size):
+        starts = range(0, len(order), batch_size)
+        for start in starts if watched_as is None else watched(starts, watched_as):
             rows = order[start : start + batch_size]
             scores[rows] = raw(*pad_rows([sequences[i] for i in rows]))
         return (self.gain * scores + self.offset).tolist()

@@ -45,12 +45,17 @@ class RewardModel(TextScores, nn.Module):
         return (pooled @ self.weight.T).squeeze(-1) + self.bias
 
     @torch.no_grad()
-    def score(self, sequences: Sequence[Sequence[int]], batch_size: int = 64) -> list[float]:
+    def score(
+        self,
+        sequences: Sequence[Sequence[int]],
+        batch_size: int = 64,
+        watched_as: str | None = None,
+    ) -> list[float]:
         """Normalised scores of whole texts (token ids, prompt and response), in their order."""
         was_training = self.training
         self.eval()
         prepared = [self.prepared(sequence) for sequence in sequences]
-        scores = self.scaled(prepared, batch_size, self.raw_scores)
+        scores = self.scaled(prepared, batch_size, self.raw_scores, watched_as)
         self.train(was_training)
         return scores
 

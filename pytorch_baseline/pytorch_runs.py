@@ -69,6 +69,8 @@ def refuse_what_is_missing(args) -> None:
     for name, reason in REFUSED.items():
         if getattr(args, name, None):
             raise UserError(f"--{name.replace('_', '-')}: {reason}; leave it out")
+    if args.num_training_workers > 1:
+        raise UserError("--num-training-workers: the baseline trains in one process; leave it out")
 
 
 def parse(flags: ModuleType, words: list[str] | None = None):

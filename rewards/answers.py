@@ -152,10 +152,11 @@ def same_value(found: str, known: str) -> bool:
 
 def same_text(found: str, known: str) -> bool:
     """Equal but for case, spacing, LaTeX's wrappings and a full stop at the end."""
-    return _plain(found) == _plain(known)
+    return plain_answer(found) == plain_answer(known)
 
 
-def _plain(text: str) -> str:
+def plain_answer(text: str) -> str:
+    """Without case, spacing, LaTeX's wrappings and a full stop at the end."""
     text = LATEX_NOISE.sub("", LATEX_WORD.sub(r"\1", text))
     return SPACES.sub(" ", text).strip().rstrip(".").strip().casefold()
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from data_utils import PromptRow
 from errors import UserError
@@ -32,6 +33,7 @@ class Reward:
     columns: tuple[str, ...] = ()  # of the data that it reads, beside those its signature names
     # Looks at prompts, and how many tokens a response may have, before any is scored.
     check: Callable[[Sequence[PromptRow], int], None] | None = None
+    model: Any = None  # that gives the scores, where one in this process does
 
 
 class RewardSet:

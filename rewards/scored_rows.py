@@ -1,6 +1,5 @@
 """Pairs of prompt and response out of any records, scored by a reward set, and what is written."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -58,17 +57,17 @@ def make_pairs(
     without a response, unless bad rows are skipped.
     """
     bad: list[tuple[str, str]] = []
-    singles: list[tuple[Record, Record, int | None]] = []
+    found: list[tuple[Record, Record, int | None]] = []
     for record in records:
-        if (problem := _unanswered(record)) is None:
-            singles += _singles(record)
+        if (problem := unanswered(record)) is None:
+            found += singles(record)
         elif options["skip_bad_rows"]:
             bad.append((record.where, problem))
         else:
             raise UserError(f"{record.where}: {problem}")
-    if not singles:
+    if not found:
         raise UserError(f"{records.name}: no row has a response; the first: {bad[0][1]}")
-    done = tokenise_scalar([single for single, _, _ in singles], tokenizer, **options)
+    done = tokenise_scalar([single for single, _, _ in found], tokenizer, **options)
     ending, left = Ending(tokenizer, Reading()), iter(done.rows)
     row = next(left, None)
     form = {key: options[key] for key in ("prompt_template", "token_format") if key in options}
@@ -76,7 +75,7 @@ def make_pairs(
     eos = end_id(tokenizer)
     turn_end = template.turn_end_id() or eos  # at which a policy stops
     pairs = []
-    for single, whole, rank in singles:
+    for single, whole, rank in found:
         if row is None or row.where != single.where:
             continue  # refused, in done.refused
         ended = ending.ends(row.tokens)
@@ -91,7 +90,8 @@ def make_pairs(
     return pairs, done
 
 
-def _unanswered(record: Record) -> str | None:
+def unanswered(record: Record) -> str | None:
+    """Why a row has no response; None where it has one."""
     if record.kind == "prompt":
         return "a prompt without a response; there is nothing to score"
     if record.kind == "conversation" and record.messages[-1]["role"] != "assistant":
@@ -99,7 +99,7 @@ def _unanswered(record: Record) -> str | None:
     return None
 
 
-def _singles(record: Record) -> list[tuple[Record, Record, int | None]]:
+def singles(record: Record) -> list[tuple[Record, Record, int | None]]:
     """(record with one response, the row it is from, its rank) for each response of a row."""
     if record.kind != "preference":
         kind = "prompt_completion" if record.kind == "unpaired" else record.kind
@@ -273,37 +273,3 @@ def scored_rows(pairs: Iterable[Pair]) -> list[dict[str, Any]]:
             row["rank"] = pair.rank
         rows.append(row | {SCORE: pair.score, PARTS: pair.parts})
     return rows
-
-
-def refuse_promptless(pairs: Sequence[Pair]) -> None:
-    """UserError for a row whose response answers nothing."""
-    for pair in pairs:
-        if not prompt_of(pair.record):
-            raise UserError(
-                f"{pair.whole.where}: --best-of picks among the responses to a prompt, "
-                "and this row has none"
-            )
-
-
-def best_of(pairs: Sequence[Pair]) -> list[Pair]:
-    """The pair with the highest score of each prompt, the first of equals; in order of prompts."""
-    best: dict[str, Pair] = {}
-    for pair in pairs:
-        key = json.dumps(prompt_of(pair.record), sort_keys=True)
-        if key not in best or pair.score > best[key].score:
-            best[key] = pair
-    return list(best.values())
-
-
-def best_rows(best: Iterable[Pair]) -> list[dict[str, Any]]:
-    """Rows of prompt and completion for supervised fine-tuning."""
-    return [
-        {
-            "prompt": prompt_of(pair.record),
-            "completion": answer_of(pair.record),
-            **pair.record.extras,
-            SCORE: pair.score,
-            PARTS: pair.parts,
-        }
-        for pair in best
-    ]

@@ -1,81 +1,28 @@
-"""A reward that asks an HTTP service, with the standard library alone."""
+"""A reward that asks an HTTP service."""
 
-import base64
-import contextlib
-import http.client
 import json
-import logging
-import math
-import queue
-import socket
-import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from errors import UserError
-from rewards.user_function import describe, quote_row, shorten
-
-log = logging.getLogger(__name__)
-
-RETRIED_STATUS = {408, 425, 429}  # and every 5xx
-LONGEST_WAIT = 60.0  # seconds, whatever the service's Retry-After says
-LARGEST_REPLY = 1 << 26  # bytes
-PLAIN_HEADERS = ("Content-Type", "Accept")
-SHORTEST_SECRET = 4  # characters; "?v=2" must not blot every 2 out of a message
+from rewards.http_client import Client, Failed
+from rewards.user_function import quote_row, shorten
 
 
-class HTTPReward:
+class HTTPReward(Client):
     """POST ``{"prompts": [...], "responses": [...], COLUMN: [...]}`` and read scores back.
 
     The reply is ``{"scores": [...]}`` or ``{"rewards": [...]}``, a number for each response, in
-    order. `batch_size` rows go into a request. A request gets `timeout` seconds by the clock, from
-    the look-up of the name to the last byte of the reply, whatever arrives meanwhile; connection
-    errors, timeouts, statuses 5xx, 408, 425 and 429 are tried `retries` times more, after
-    `backoff`, 2 `backoff`, 4 `backoff`... seconds or what Retry-After asks for, if that is longer.
-    Other statuses, redirects included, fail at once.
-
-    ``user:password@`` in the URL becomes a Basic authorization header; `headers` are sent along.
-    Messages and logs never show these, nor what stands behind the URL's ``?``.
+    order. `batch_size` rows go into a request; deadline, attempts and secrets are `Client`'s.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        batch_size: int = 32,
-        timeout: float = 30.0,
-        retries: int = 3,
-        backoff: float = 1.0,
-        headers: Mapping[str, str] | None = None,
-    ):
-        """Raises UserError for a URL that is not http(s), or a number that makes no sense."""
-        if batch_size < 1 or not 0 < timeout < math.inf or retries < 0 or backoff < 0:
-            raise UserError(
-                "reward service: batch size >= 1, timeout > 0, retries >= 0 and backoff >= 0 "
-                f"are needed, got {batch_size}, {timeout}, {retries} and {backoff}"
-            )
-        parts, host = _split(url)
-        self.batch_size, self.timeout = batch_size, timeout
-        self.retries, self.backoff = retries, backoff
-        self.shown_url = urllib.parse.urlunsplit((parts.scheme, host, parts.path, "", ""))
-        self._url = urllib.parse.urlunsplit((parts.scheme, host, parts.path, parts.query, ""))
-        self._headers = dict.fromkeys(PLAIN_HEADERS, "application/json")
-        self._headers |= _basic_authorization(parts)
-        self._headers |= dict(headers or {})
-        values = [value for _, value in urllib.parse.parse_qsl(parts.query)]
-        password = parts.password or ""
-        user = parts.username or ""
-        known = [parts.query, *values, user, urllib.parse.unquote(user)]
-        known += [password, urllib.parse.unquote(password)]
-        for name, value in self._headers.items():
-            known += [] if name in PLAIN_HEADERS else [value, value.rpartition(" ")[2]]
-        self._secrets = sorted({s for s in known if len(s) >= SHORTEST_SECRET}, key=len)[::-1]
+    what = "reward service"
 
-    def __repr__(self) -> str:
-        return f"HTTPReward({self.shown_url!r})"
+    def __init__(self, url: str, *, batch_size: int = 32, **options):
+        """`options` are those of `Client`. Raises UserError as it does."""
+        if batch_size < 1:
+            raise UserError(f"reward service: batch size >= 1 is needed, got {batch_size}")
+        super().__init__(url, **options)
+        self.batch_size = batch_size
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], /, **columns: Sequence
@@ -90,173 +37,29 @@ class HTTPReward:
             stop = min(start + self.batch_size, len(responses))
             batch = {name: list(column[start:stop]) for name, column in table.items()}
             try:
-                scores += self._scores(self._post(_encode(batch)), stop - start)
-            except _Failed as error:
+                scores += self._scores(self.post(_encode(batch)), stop - start)
+            except Failed as error:
                 raise UserError(
                     f"reward service {self.shown_url}, rows {start} to {stop - 1}: "
-                    f"{self._without_secrets(str(error))}; "
+                    f"{self.without_secrets(str(error))}; "
                     f"row {start}: {quote_row(prompts, responses, start)}"
                 ) from None  # the cause may show the whole URL
         return scores
-
-    def _post(self, body: bytes) -> bytes:
-        """The reply's body; tries again as the class says."""
-        for attempt in range(self.retries + 1):
-            try:
-                return self._post_once(body)
-            except _Passing as error:
-                if attempt == self.retries:
-                    raise _Failed(f"{error} ({attempt + 1} attempts)") from error
-                wait = max(self.backoff * 2**attempt, error.retry_after)
-                log.warning(
-                    "reward service %s: %s; again in %g s (attempt %d of %d)",
-                    self.shown_url,
-                    self._without_secrets(str(error)),
-                    wait,
-                    attempt + 2,
-                    self.retries + 1,
-                )
-                time.sleep(wait)
-        raise AssertionError("the last attempt returns or raises")
-
-    def _post_once(self, body: bytes) -> bytes:
-        """The reply's body, or what went wrong within `timeout`.
-
-        A thread of its own does it, as a name's look-up cannot be interrupted; at the end of the
-        time, or when a signal ends the wait, its connection is shut down and it ends by itself.
-        """
-        answer: queue.SimpleQueue = queue.SimpleQueue()
-        sockets: list[socket.socket] = []
-        thread = threading.Thread(target=self._exchange, args=(body, sockets, answer), daemon=True)
-        thread.start()
-        try:
-            found = answer.get(timeout=self.timeout)
-        except queue.Empty:
-            raise _Passing(f"no answer within {self.timeout:g} s") from None
-        finally:
-            for connection in sockets:
-                with contextlib.suppress(OSError):  # closed already
-                    # Not SSLSocket's own, which changes the object that the thread is reading from.
-                    socket.socket.shutdown(connection, socket.SHUT_RDWR)
-        if isinstance(found, BaseException):
-            raise found
-        return found
-
-    def _exchange(self, body: bytes, sockets: list, answer: queue.SimpleQueue) -> None:
-        """Put the reply's body into `answer`, or an exception; open sockets into `sockets`."""
-        try:
-            answer.put(self._request(body, sockets))
-        except BaseException as error:
-            answer.put(error)
-
-    def _request(self, body: bytes, sockets: list) -> bytes:
-        request = urllib.request.Request(self._url, body, self._headers, method="POST")
-        opener = urllib.request.build_opener(_NoRedirect, _Plain(sockets), _Secure(sockets))
-        try:
-            with opener.open(request, timeout=self.timeout) as reply:
-                return _read(reply)
-        except urllib.error.HTTPError as error:
-            problem = f"status {error.code} {error.reason}{_error_text(error)}"
-            if error.code >= 500 or error.code in RETRIED_STATUS:
-                raise _Passing(problem, _retry_after(error.headers)) from error
-            raise _Failed(problem) from error
-        except (OSError, http.client.HTTPException, ValueError) as error:  # URLError: an OSError
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, TimeoutError):
-                raise _Passing(f"no connection within {self.timeout:g} s") from error
-            problem = describe(reason) if isinstance(reason, Exception) else str(reason)
-            raise _Passing(problem) from error
 
     def _scores(self, reply: bytes, count: int) -> list:
         try:
             answer = json.loads(reply)
         except (ValueError, RecursionError) as error:  # includes UnicodeDecodeError
             start = shorten(repr(reply[:200].decode(errors="replace")))
-            raise _Failed(f"the reply is not JSON: {start}") from error
+            raise Failed(f"the reply is not JSON: {start}") from error
         found = [k for k in ("scores", "rewards") if isinstance(answer, dict) and k in answer]
         if len(found) != 1 or not isinstance(answer[found[0]], list):
             wanted = '{"scores": [...]} or {"rewards": [...]}'
-            raise _Failed(f"the reply is {shorten(repr(answer))}, {wanted} is needed")
+            raise Failed(f"the reply is {shorten(repr(answer))}, {wanted} is needed")
         scores = answer[found[0]]
         if len(scores) != count:
-            raise _Failed(f"{len(scores)} {found[0]} came back for {count} responses")
+            raise Failed(f"{len(scores)} {found[0]} came back for {count} responses")
         return scores
-
-    def _without_secrets(self, text: str) -> str:
-        """For a service that quotes the request in its error page."""
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
-
-
-class _Failed(Exception):
-    """The request failed and will go on failing."""
-
-
-class _Passing(Exception):
-    """The request failed and may succeed later."""
-
-    def __init__(self, problem: str, retry_after: float = 0.0):
-        super().__init__(problem)
-        self.retry_after = retry_after
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """urllib would follow with a GET, without the prompts."""
-
-    def redirect_request(self, *args, **kwargs):
-        return None
-
-
-class _Plain(urllib.request.HTTPHandler):
-    """Notes the sockets it opens."""
-
-    def __init__(self, sockets: list[socket.socket]):
-        super().__init__()
-        self.sockets = sockets
-
-    def http_open(self, request):
-        return self.do_open(_noting(http.client.HTTPConnection, self.sockets), request)
-
-
-class _Secure(urllib.request.HTTPSHandler):
-    """Notes the sockets it opens."""
-
-    def __init__(self, sockets: list[socket.socket]):
-        super().__init__()
-        self.sockets = sockets
-
-    def https_open(self, request):
-        return self.do_open(_noting(http.client.HTTPSConnection, self.sockets), request)
-
-
-def _noting(kind: type[http.client.HTTPConnection], sockets: list[socket.socket]) -> type:
-    class Noting(kind):
-        def connect(self) -> None:
-            super().connect()
-            sockets.append(self.sock)
-
-    return Noting
-
-
-def _split(url: str) -> tuple[urllib.parse.SplitResult, str]:
-    """The URL's parts, and host:port without user and password."""
-    needed = "reward service: a URL like http://host:port/path is needed"
-    try:
-        parts = urllib.parse.urlsplit(url)
-        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number, an unclosed bracket
-        fits = False
-    if not fits or not url.isascii() or any(c <= " " or c == "\x7f" for c in url):
-        raise UserError(needed)  # without the URL, which may hold a password
-    return parts, parts.netloc.rpartition("@")[2]
-
-
-def _basic_authorization(parts: urllib.parse.SplitResult) -> dict[str, str]:
-    if parts.username is None:
-        return {}
-    user, password = (urllib.parse.unquote(p or "") for p in (parts.username, parts.password))
-    return {"Authorization": f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"}
 
 
 def _encode(batch: dict[str, list]) -> bytes:
@@ -264,32 +67,5 @@ def _encode(batch: dict[str, list]) -> bytes:
         try:
             json.dumps(column, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise _Failed(f"column {name!r} cannot be sent as JSON: {error}") from error
+            raise Failed(f"column {name!r} cannot be sent as JSON: {error}") from error
     return json.dumps(batch).encode()
-
-
-def _read(reply: http.client.HTTPResponse) -> bytes:
-    body = bytearray()
-    while piece := reply.read1(1 << 16):
-        body += piece
-        if len(body) > LARGEST_REPLY:
-            raise _Failed(f"the reply is longer than {LARGEST_REPLY} bytes")
-    if reply.length:  # announced by Content-Length and never sent
-        raise http.client.IncompleteRead(bytes(body), reply.length)
-    return bytes(body)
-
-
-def _error_text(error: urllib.error.HTTPError) -> str:
-    """``: what the service says`` on one line, or nothing."""
-    try:
-        with error:
-            said = " ".join(error.read(2000).decode(errors="replace").split())
-    except (OSError, http.client.HTTPException):
-        return ""
-    return f": {shorten(said)}" if said else ""
-
-
-def _retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds from a Retry-After header; 0 without one, or where it is a date."""
-    value = headers.get("Retry-After", "").strip()
-    return min(float(value), LONGEST_WAIT) if value.isdigit() else 0.0

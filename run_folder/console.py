@@ -124,8 +124,10 @@ class Wait:
         *,
         stream: TextIO | None = None,
         live: bool | None = None,
-        patience: float = PATIENCE,
+        patience: float | None = None,
     ) -> None:
+        """`patience`: seconds of silence; None: PATIENCE."""
+        patience = PATIENCE if patience is None else patience
         self.name, self.total, self.done, self.patience = name, total, 0, patience
         self.stream = stream or sys.stderr
         live = self.stream.isatty() if live is None else live

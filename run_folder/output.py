@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import traceback
 import unicodedata
 from collections.abc import Callable
 from typing import TextIO
@@ -94,6 +95,30 @@ def open_outputs(clean: Callable[[str], str]) -> None:
         if hasattr(stream, "reconfigure"):  # "é" on a terminal that has ASCII alone
             stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, Output(stream, clean))
+
+
+def say_on(number: int) -> None:
+    """Standard error of Python is the open file `number`; that of libraries stays as it is."""
+    stream = os.fdopen(number, "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+    sys.stderr = Output(stream, sys.stderr.clean)
+
+
+def mute() -> None:
+    """From now on nothing that is printed is seen, but errors: for one of several processes that
+    all say the same.
+    """
+    global _errors
+    _errors = sys.stderr
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.excepthook = lambda *wrong: traceback.print_exception(*wrong, file=_errors)
+
+
+_errors: TextIO | None = None
+
+
+def errors() -> TextIO:
+    """Where errors are printed, also when all else is muted."""
+    return _errors or sys.stderr
 
 
 def lost_output() -> OSError | None:

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import quote, quote_plus, unquote
 
 from run_folder.output import printable
@@ -94,9 +94,9 @@ def redact(value: Any, secrets: list[str] | None = None, name: str = "") -> Any:
     return IN_QUERY.sub(rf"\1{REDACTED}", IN_URL.sub(REDACTED, value))
 
 
-def tell(message: str) -> None:
+def tell(message: str, stream: TextIO | None = None) -> None:
     """Print a line for people (``note: ...``, ``warning: ...``) on standard error, cleaned."""
-    print(" ".join(clean(message).split()), file=sys.stderr, flush=True)
+    print(" ".join(clean(message).split()), file=stream or sys.stderr, flush=True)
 
 
 def clean(text: str) -> str:

@@ -21,6 +21,8 @@ from run_folder.stopping import GracefulStop, StepGivenUp
 from training.backend import Backend, Checkpoint
 from training.endings import check_memory, not_finite
 from training.groups import Arrays, Group
+from training.together import from_worker_0, largest, largest_difference, speaks, stay_alike
+from workers.membership import member
 
 
 @dataclass
@@ -75,20 +77,28 @@ class Resumable:
 
     def resume(self, path: Path | None, *, force: bool = False) -> None:
         """Go back to a checkpoint (None: to the start); `force`: also with other data or base."""
-        saved = self.backend.load_checkpoint(path) if path is not None else None
+        saved = from_worker_0(lambda: self.checked(path, force))
         if saved is not None:
-            check_checkpoint_options(path, self.run_folder, force)
-            if not force:
-                check_same_data(saved.state, self.data)
-                check_same_base(saved.state, self.base)
-                self.check_position(saved)
             self.take(saved)
         # Nothing refuses from here on, and until here the run folder is as it was.
-        set_aside_after(path, self.run_folder.checkpoints)
-        number_old_ones(self.run_folder.checkpoints, self.run_folder.own_options)
+        if speaks():
+            set_aside_after(path, self.run_folder.checkpoints)
+            number_old_ones(self.run_folder.checkpoints, self.run_folder.own_options)
         self.run_folder.load_state_dict({} if saved is None else saved.state["run"])
         if saved is not None and force:  # what was allowed to differ is a checkpoint's own now
             self.checkpoint()
+
+    def checked(self, path: Path | None, force: bool) -> Checkpoint | None:
+        """The checkpoint at `path`, which this run may go on from; UserError where it may not."""
+        if path is None:
+            return None
+        saved = self.backend.load_checkpoint(path)
+        check_checkpoint_options(path, self.run_folder, force)
+        if not force:
+            check_same_data(saved.state, self.data)
+            check_same_base(saved.state, self.base)
+            self.check_position(saved)
+        return saved
 
     def take(self, saved: Checkpoint) -> None:
         """The weights of a checkpoint, and where its run stood."""
@@ -141,12 +151,32 @@ class Resumable:
         )
 
     def checkpoint(self, metric: Metric | None = None) -> None:
+        if member() is not None:
+            self.even_out()
         self.save(self.snapshot(), metric)
+
+    def even_out(self) -> None:
+        """Worker 0's weights at all workers, where they have come apart."""
+        before = self.snapshot().arrays
+        if (arrays := stay_alike(before)) is None:
+            return
+        optimizer, (_, generators) = (
+            arrays.pop("optimizer"),
+            self.backend.training_state(self.trainer),
+        )
+        for name, group in self.groups.items():
+            group.put(arrays[name])
+        self.backend.restore_training(self.trainer, optimizer, generators, self.trained())
+        drift = largest_difference(arrays, before)
+        self.run_folder.log(self.step, {"distributed/drift": drift})
 
     def save(self, now: Snapshot, metric: Metric | None = None, unfinished: bool = False) -> None:
         """Write a checkpoint; rows of the run folder that are younger than it are taken back."""
         self.run_folder.cut_back(now.state["run"])
         try:
+            if not speaks():  # worker 0 writes, and raises the same
+                self.backend.refuse_non_finite(now.arrays)
+                return
             self.backend.save_checkpoint(
                 self.run_folder.checkpoints,
                 now.step,
@@ -162,4 +192,5 @@ class Resumable:
             raise not_finite(self.run_folder, str(wrong)) from None
 
     def check_memory(self) -> None:
-        check_memory(self.schedule.memory_limit, self.backend.peak_memory())
+        if (limit := self.schedule.memory_limit) is not None:
+            check_memory(limit, largest(self.backend.peak_memory()))

@@ -9,23 +9,30 @@ MLX and what stands on it is imported when it is needed: help and mistakes answe
 """
 
 import math
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from run_folder.checkpoint_folder import latest_checkpoint, saving
-from run_folder.console import command, next_lines, say_gb, watched
+from run_folder.console import command, next_lines, say_gb
 from run_folder.run import Run, read_rows
-from run_folder.run_config import MADE_BY, checkpoint_asked_for
+from run_folder.run_config import MADE_BY, checkpoint_asked_for, read_run_config
 from run_folder.stopping import GracefulStop, StepGivenUp
 from safe_files import check_place
+from training.together import begin, open_run, part
+from workers.membership import member
 
 
-def start(seed: int, memory_limit: float | None, **model: Any):
-    """Seed everything, limit the memory (GB), and load the model (options of `load_model`)."""
+def start(seed: int, memory_limit: float | None, *, resume: str | None = None, **model: Any):
+    """Seed everything, limit the memory (GB), and load the model (options of `load_model`).
+
+    `resume`: a run to go on with, on the kernels and threads that it was computed with.
+    """
     import fast_blas
 
     from models.load import load_model
@@ -35,7 +42,10 @@ def start(seed: int, memory_limit: float | None, **model: Any):
     fast_blas.tell_of_slowness()
     seed_everything(seed)
     set_memory_limit(memory_limit)
-    return load_model(model.pop("model"), watch=lambda parts: watched(parts, "loading"), **model)
+    loaded = load_model(model.pop("model"), **model)
+    recorded = None if resume is None else read_run_config(resume).get("machine") or {}
+    fast_blas.settle(loaded.weights, recorded, alone=member() is None)
+    return loaded
 
 
 # ------------------------------------------------------------------------------ the loop
@@ -62,7 +72,14 @@ def supervised_loop(
     from data_utils import BatchIterator
     from training.supervised_loop import Schedule
 
-    parts = parts or mlx_parts(args, loaded, trainer, rows)
+    if parts is None:
+        parts = mlx_parts(args, loaded, trainer, rows)
+        begin(
+            args,
+            loaded.fingerprint,
+            rows["train"].rows,
+            lambda: trained_arrays(trainer.task.trained),
+        )
     steps, batches = length
     numbers = Schedule(
         steps=steps,
@@ -139,6 +156,8 @@ def rollout_loop(
         from training import mlx_backend as backend
         from training.groups import adapter_group
 
+        model, data = trainer.model, prompts["train"].rows
+        begin(args, loaded.fingerprint, data, lambda: trained_arrays(model))
         tuning = trainer.model.tuning
         groups = {"adapters": adapter_group(tuning, describe(tuning, loaded))} | groups
     numbers = RolloutSchedule(
@@ -188,10 +207,12 @@ def run_training(
     run folder)` makes --fused-dir of what was saved and gives commands to go on with. `blas`: the
     library that MLX computes with. Exits with 130 or 143 after a stop.
     """
+    import fast_blas
+
     resuming = args.resume is not None
     if args.fused_dir is not None:
         check_place(args.fused_dir)
-    run = Run(
+    run = open_run(
         kind,
         vars(args),
         output_dir=args.output_dir,
@@ -199,19 +220,24 @@ def run_training(
         overwrite=args.overwrite,
         log_with=args.log_with,
         outputs=outputs,
-        blas=blas,
+        computing={} if blas is None else fast_blas.settings(),
     )
-    with run, GracefulStop() as stop:
+    with run, shared_stop() as stop:
         loop = make_loop(run)
         if resuming:
             last = checkpoint_asked_for(args.resume) or latest_checkpoint(run.checkpoints)
             loop.resume(last, force=args.force_resume)
-            where = f"after step {loop.step}" if loop.step else "at the start: it has no checkpoint"
+            where = f"after step {loop.step}" if loop.step else "at the start"
+            where += ": it has no checkpoint" * (last is None)
             print(f"{run.folder}: goes on {where}")
         with suppress(StepGivenUp), stop.giving_up():  # what it says may take long to find out
-            print(f"{run.folder}: {said(loop)}")
+            told = fast_blas.told() if blas is not None else ""
+            print(f"{run.folder}: {said(loop)}" + f"; {told}" * bool(told))
         loop.run(stop, name or kind)
-        if not stop.requested:
+        stopped = stop.requested
+        if not part():
+            sys.exit(128 + stop.signal if stopped else 0)
+        if not stopped:
             path = args.save_file if place is None else place(run)
             with suppress(StepGivenUp), stop.giving_up():
                 with saving(path):
@@ -219,6 +245,23 @@ def run_training(
                 if write_fused is not None and args.fused_dir is not None:
                     print(next_lines(write_fused(args, run.folder)))
     stop.exit_if_requested(MADE_BY[kind], run.folder, checkpoint_is_adapter(args, run))
+
+
+def shared_stop() -> GracefulStop:
+    """What turns signals into a flag, of all workers where there are several."""
+    if member() is None:
+        return GracefulStop()
+    from workers.group import here
+    from workers.stopping import SharedStop
+
+    return SharedStop(here())
+
+
+def trained_arrays(model: Any) -> dict[str, Any]:
+    """The arrays that an optimizer moves, by name."""
+    from mlx.utils import tree_flatten
+
+    return dict(tree_flatten(model.trainable_parameters()))
 
 
 def checkpoint_is_adapter(args: Namespace, run: Run) -> str:
@@ -267,7 +310,8 @@ def agreement(model: Any, rows: Sequence, plots: Path | None = None) -> dict[str
     """How far a reward model's scores agree with rewards or preferences; with `plots`, drawn."""
     from reports.reward_evaluation import evaluate_scores
 
-    report = evaluate_scores(model.score, rows, plots, gain=model.gain, offset=model.offset)
+    score = partial(model.score, watched_as="scoring")
+    report = evaluate_scores(score, rows, plots, gain=model.gain, offset=model.offset)
     told = [f"{k} {v:,.0f}" if k == "pairs" else f"{k} {v:.3f}" for k, v in report.items()]
     print("held-out rows: " + "  ".join(told))
     return report

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from training.checkpoints import load_checkpoint, save_checkpoint
+from training.checkpoints import load_checkpoint, refuse_non_finite, save_checkpoint
 from training.groups import Arrays
 from training.memory import peak_memory
 from training.optimizers import optimizer_arrays, restore_optimizer
@@ -11,6 +11,7 @@ from training.streams import rng_state, set_rng_state
 __all__ = [
     "load_checkpoint",
     "peak_memory",
+    "refuse_non_finite",
     "restore_training",
     "save_checkpoint",
     "training_state",

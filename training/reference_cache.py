@@ -16,6 +16,8 @@ import numpy as np
 from data_utils import BatchPlan, make_batch
 from run_folder.secrets import tell
 from safe_files import write_atomically, writing
+from waiting import watched
+from workers.group import here
 
 NAME = "reference"  # of the folder in the run folder
 
@@ -74,45 +76,67 @@ def fill_in(
     `batches`: (row numbers, batch) of all rows; `score(batch)` gives (N, L) of a batch's responses
     in order. Returns whether the file was there, and the file.
     """
+    workers = here()
+    kept, file = find_kept(folder, key) if workers.rank == 0 else (None, None)
+    if workers.once(lambda: kept is not None, "the reference's log-probabilities"):
+        flat = workers.arrays({"flat": mx.array(kept)} if workers.rank == 0 else None, NAME)["flat"]
+        give(rows, np.array(flat))
+        return True, file
+    flat = computed(rows, batches, score)
+    give(rows, flat)
+    if workers.rank == 0:
+        content = io.BytesIO()
+        np.save(content, flat, allow_pickle=False)
+        file = folder / f"{key}-{sum_of(content.getvalue())}.npy"
+        with writing(file):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, content.getvalue())
+    return False, file
+
+
+def find_kept(folder: Path, key: str) -> tuple[np.ndarray | None, Path | None]:
+    """(the flat array, its file) that was kept under a name that begins with `key`."""
     for file in folder.glob(f"{key}-*.npy"):
         content = file.read_bytes()
-        if file.stem != f"{key}-{sum_of(content)}":
-            tell(f"warning: {file}: is torn or was altered; it is computed anew")
-            file.unlink()
+        if file.stem == f"{key}-{sum_of(content)}":
+            return np.load(io.BytesIO(content), allow_pickle=False), file
+        tell(f"warning: {file}: is torn or was altered; it is computed anew")
+        file.unlink()
+    return None, None
+
+
+def computed(
+    rows: Sequence,
+    batches: Iterable[tuple[np.ndarray, object]],
+    score: Callable[[object], np.ndarray],
+) -> np.ndarray:
+    """The flat array; each of several workers scores every so many batches."""
+    lengths = [[len(tokens) for tokens, _ in responses_of(row)] for row in rows]
+    starts = np.cumsum([0, *map(sum, lengths)])
+    flat = np.zeros(starts[-1], dtype=np.float32)
+    workers = here()
+    for place, (numbers, batch) in enumerate(watched(batches, "reference")):
+        if place % workers.size != workers.rank:
             continue
-        flat, start = np.load(io.BytesIO(content), allow_pickle=False), 0
-        for row in rows:
-            parts = []
-            for tokens, _ in responses_of(row):
-                parts.append(flat[start : start + len(tokens)])
-                start += len(tokens)
-            _give(row, parts)
-        return True, file
-    for numbers, batch in batches:
         found, at = score(batch), 0
         for number in numbers:
-            parts = []
-            for tokens, _ in responses_of(rows[number]):
-                parts.append(found[at, : len(tokens)].copy())
-                at += 1
-            _give(rows[number], parts)
-    every = [part for row in rows for part in _given(row)]
-    content = io.BytesIO()
-    np.save(content, np.concatenate(every), allow_pickle=False)
-    file = folder / f"{key}-{sum_of(content.getvalue())}.npy"
-    with writing(file):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, content.getvalue())
-    return False, file
+            start = starts[number]
+            for length in lengths[number]:
+                flat[start : start + length] = found[at, :length]
+                start, at = start + length, at + 1
+    return np.array(workers.sum(mx.array(flat), "the reference's log-probabilities"))
+
+
+def give(rows: Sequence, flat: np.ndarray) -> None:
+    """Put the flat array's numbers into the rows."""
+    start = 0
+    for row in rows:
+        parts = []
+        for tokens, _ in responses_of(row):
+            parts.append(flat[start : start + len(tokens)])
+            start += len(tokens)
+        row.reference = parts if hasattr(row, "responses") else parts[0]
 
 
 def sum_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _give(row, parts: list[np.ndarray]) -> None:
-    row.reference = parts if hasattr(row, "responses") else parts[0]
-
-
-def _given(row) -> list[np.ndarray]:
-    return row.reference if hasattr(row, "responses") else [row.reference]

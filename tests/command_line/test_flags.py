@@ -11,8 +11,11 @@ from script_table import training_scripts
 
 import fuse
 import group_training
+import judge
+import label
 import ppo_training
 import preference_training
+import rest
 import score
 import sft
 import talk_to_model
@@ -30,6 +33,9 @@ SCRIPTS = {
     group_training: ["group_training.py", "mlx_group_trainer.py", "rl/group_losses.py"],
     fuse: ["fuse.py", "publishing/*.py"],
     score: ["score.py"],
+    judge: ["judge.py"],
+    rest: ["rest.py"],
+    label: ["label.py", "labelling/*.py"],
     talk_to_model: ["talk_to_model.py", "chat/*.py"],
 }
 

@@ -45,6 +45,14 @@ LINES = {
         "--dataset x --reward-function f",
         "--input x --reward-url http://h",
     ],
+    "judge": [
+        "--input x --judge y",
+        "--input x --ground-truth-reward",
+        "--prompts x --judge y --debate 1",
+        "--input x --judge y --revise",
+        "--input x --judge-url http://h",
+    ],
+    "label": ["--prompts x", "--prompts x --web", "--prompts x --against y", "--report x"],
     "fuse": [
         "--adapter-file a --save-path b",
         "--model a --upload-repo u/n",
@@ -58,6 +66,7 @@ LINES = {
     "preference_training": ["--train", "--train --algorithm kto", "--train --test", "--preview"],
     "group_training": ["--ground-truth-reward"],
     "memorisation": ["--data x"],
+    "rest": ["--ground-truth-reward", "--reward-model x --thresholds .5 .7"],
 }
 
 

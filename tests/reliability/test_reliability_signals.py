@@ -74,6 +74,7 @@ def test_a_signal_gives_up_a_step_that_has_moved_no_weight(server, tmp_path, pla
     name, owner, function = PLACES[place]
     script, line = RUNS[name]
     run, rows = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    goes_on = ""
     for number, code, count in ((signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 3)):
         prelude = AT.format(owner=owner, function=function, count=count)
         running = server.start(script, line, tmp_path, prelude=prelude)
@@ -83,14 +84,20 @@ def test_a_signal_gives_up_a_step_that_has_moved_no_weight(server, tmp_path, pla
         assert ended.code == code, ended.err
         assert f"python {script} --resume run" in ended.out and "Traceback" not in ended.err
         assert "is given up; once more stops at once" in ended.err
+        last = latest_checkpoint(run / "checkpoints").relative_to(tmp_path)
+        assert "its last checkpoint is an adapter as well" in ended.out
+        assert f"python talk_to_model.py --resume-file {last}" in ended.out
+        assert goes_on in ended.out
         saved = load_checkpoint(latest_checkpoint(run / "checkpoints"))
         updates = [r for r in metrics(run) if not any("valid" in k or "eval" in k for k in r)]
         assert saved.step == len(updates)
         assert rows.stat().st_size == saved.state["run"]["metrics.jsonl"]["bytes"]
         assert not (run / "summary.json").exists() and not (tmp_path / "out.npz").exists()
+        where = f"after step {saved.step}" if saved.step else "at the start"
+        goes_on = f"run: goes on {where}\n"
         line = ["--resume", "run"]
     ended = server.run(script, line, tmp_path)
-    assert ended.code == 0, ended.err
+    assert ended.code == 0 and goes_on in ended.out, ended.err
     assert differences(whole(name)[0], left_by(run, "out.npz")) == []
 
 

@@ -115,7 +115,7 @@ def test_http_reward_gives_up(service):
 
 def test_http_reward_waits_longer_each_time(service, monkeypatch):
     waits = []
-    monkeypatch.setattr("rewards.service.time.sleep", waits.append)
+    monkeypatch.setattr("rewards.http_client.time.sleep", waits.append)
     service.replies = [(500, ""), (500, ""), (429, "", {"Retry-After": "7"}), (500, "")]
     service.replies += [(503, "", {"Retry-After": "86400"})]
     HTTPReward(service.url, retries=5, backoff=0.5)(PROMPTS, RESPONSES)

@@ -265,12 +265,12 @@ def test_a_signal_ends_the_wait_for_a_service_that_drips(tmp_path, where):
     script, line = RUNS["ppo"]
     line = [word for word in line if word != "--ground_truth_reward"]
     prelude = f"""
-import sys, rewards.service
-inner = rewards.service.HTTPReward._post
+import sys, rewards.http_client
+inner = rewards.http_client.Client.post
 def said(self, body):
     sys.stderr.write("{NOW}\\n")
     return inner(self, body)
-rewards.service.HTTPReward._post = said
+rewards.http_client.Client.post = said
 """
     with Service(*DRIPS[where]) as service:
         line = [*line, "--reward-url", service.url, "--reward-timeout", "600"]

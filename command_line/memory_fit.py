@@ -1,0 +1,153 @@
+"""Memory that training will take, said before its first step, and minibatches small enough for it.
+
+Loads no MLX until a model is there.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from command_line.rules import flag_of
+from run_folder.console import say_gb
+
+SHARE = 0.8  # of the machine's memory; the rest is for the system and for what was not foreseen
+
+
+def settle_rollout_memory(
+    args: Namespace,
+    loaded: Any,
+    tuning: Any,
+    rows: Sequence[Any],
+    *others: Any,
+    unit: int = 1,
+    texts: int = 1,
+) -> None:
+    """Say what steps on prompts take, and choose --mini-batch-size where nothing was asked for.
+
+    `others` are models (or None) in memory beside the policy's; a minibatch stays a multiple of
+    `unit`; `texts` responses are written to a prompt of the batch, one after another.
+    """
+    from models.memory_estimate import rollout_memory
+
+    shape, trained = described(args, loaded, tuning, others)
+    prompt = len(tuning.prefix) + max(len(row.query) for row in rows)
+    prompt += (texts - 1) * args.max_new_tokens  # each reads those before it
+
+    def expected(count: int) -> Any:
+        batch = args.batch_size * texts
+        return rollout_memory(shape, trained, batch, count * texts, prompt, args.max_new_tokens)
+
+    each = args.batch_size // args.gradient_accumulation_steps
+    settle(args, expected, each, unit, ("mini_batch_size", "gradient_accumulation_steps"))
+
+
+def settle_supervised_memory(args: Namespace, loaded: Any, tuning: Any, rows: Any) -> None:
+    """Say what updates on `rows` (of data_utils) take, and choose --batch-size where none was."""
+    from models.memory_estimate import supervised_memory
+
+    shape, trained = described(args, loaded, tuning, ())
+    length = len(tuning.prefix) + max(rows.lengths)
+    sequences = max(map(len, rows.sequences))  # that a row brings into a batch
+    scored = getattr(args, "reward_model", False)
+    masks = [sum(row.mask[1:]) for row in rows.rows if hasattr(row, "mask")]
+    counted = 0 if scored else max(masks, default=length)
+
+    def expected(count: int) -> Any:
+        return supervised_memory(shape, trained, count * sequences, length, count * counted)
+
+    settle(args, expected, args.batch_size, 1, ("batch_size", "gradient_accumulation_steps"))
+
+
+def described(args: Namespace, loaded: Any, tuning: Any, others: Sequence[Any]) -> tuple[Any, Any]:
+    """(sizes of the model, what is trained of it) of models/memory_estimate.py."""
+    from models.memory_estimate import shape_of, trained_of
+
+    beside = [model for model in others if hasattr(model, "parameters")]
+    trained = trained_of(
+        loaded.model, tuning, args.optimizer, checkpointed=bool(args.grad_checkpoint)
+    )
+    return shape_of(loaded.model, loaded.config, tuning, *beside), trained
+
+
+# ------------------------------------------------------------------------------ the choice
+
+
+def settle(
+    args: Namespace,
+    expected: Callable[[int], Any],
+    count: int,
+    unit: int,
+    names: tuple[str, str],
+) -> None:
+    """Say what a gradient of `count` rows takes; of fewer, where those fit and none were asked for.
+
+    `names`: the options that set the rows and how many gradients are summed up for an update. They
+    are changed together, so that an update stays one of as many rows; a resumed run keeps its own.
+    """
+    usable = usable_memory(args.memory_limit)
+    memory = expected(count)
+    fewer = count
+    if memory.total > usable:
+        fewer = largest_that_fits(expected, count, unit, usable)
+    changed = {names[0]: fewer, names[1]: getattr(args, names[1]) * (count // fewer)}
+    flags = " ".join(f"{flag_of(name)} {value}" for name, value in changed.items())
+    if fewer < count and args.resume is None and not set(names) & args.explicit:
+        vars(args).update(changed)
+        print(f"to fit the memory: {flags}")
+        memory, fewer = expected(fewer), count
+    if memory.total <= usable:
+        print(f"memory expected: {said(memory)} of {say_gb(usable / 1e9)}")
+        return
+    less = LESS.get(memory.moment, ELSE)
+    if fewer < count:
+        less = f"{flags} ({say_gb(expected(fewer).total / 1e9)})"
+    print(
+        f"warning: memory expected: {said(memory)}, and {say_gb(usable / 1e9)} may be used; "
+        f"less is taken by {less}"
+    )
+
+
+def largest_that_fits(expected: Callable[[int], Any], count: int, unit: int, usable: float) -> int:
+    """The largest divisor of `count`, and multiple of `unit`, of which the rows fit.
+
+    Where none does: the largest of those that take least.
+    """
+    sizes = [n for n in range(count, 0, -1) if not count % n and not n % unit] or [count]
+    usable = max(usable, expected(sizes[-1]).total)
+    return next(n for n in sizes if expected(n).total <= usable)
+
+
+def usable_memory(limit: float | None) -> float:
+    """Bytes that training may fill: --memory-limit (GB), or else what the machine can spare.
+
+    On Apple silicon that is what Metal recommends, where MLX tells it.
+    """
+    import mlx.core as mx
+
+    from models.file_checks import machine_memory
+
+    if limit is not None:
+        return limit * 1e9
+    told = mx.device_info() if hasattr(mx, "device_info") else {}
+    return told.get("max_recommended_working_set_size") or SHARE * machine_memory()
+
+
+# ------------------------------------------------------------------------------ words
+
+# What takes less memory, by the fullest moment.
+LESS = {
+    "sampling": "a smaller --batch-size or --max-new-tokens, fewer or shorter prompts",
+    "moving the adapter": "a lower --lora-rank, or --optimizer lion",
+    "moving the weights": "an adapter in place of every weight, or --optimizer lion",
+}
+ELSE = "--grad-checkpoint, fewer --lora-layers, a shorter --max-length, or --quantize 4"
+
+
+def said(memory: Any) -> str:
+    """``1.23 GB (logits: weights 0.54 GB, activations 0.45 GB)``: the fullest moment, its parts."""
+    parts = [
+        f"{name} {say_gb(size / 1e9)}"
+        for name, size in memory.terms.items()
+        if size >= 1e-3 * memory.total
+    ]
+    return f"{say_gb(memory.total / 1e9)} ({memory.moment}: {', '.join(parts)})"

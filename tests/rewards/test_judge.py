@@ -1,0 +1,419 @@
+"""judge.py: verdicts over both orders, debates, rewards as judges, revisions, going on."""
+
+import contextlib
+import io
+import json
+import math
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from files import ROOT
+from tiny import tiny_model_folder
+
+import judge
+import sft
+from command_line.exits import run_main
+from models.load import load_model
+from rewards.constitution import Principle, drawn, read_constitution
+from rewards.digits import digits_score
+from rewards.judge import Case, LocalJudge, Unanswered, judge_cases, verdict_text
+
+DIGITS = str(ROOT / "data" / "digits_model")
+PAIRS = str(ROOT / "data" / "preference_increasing_mult_2_test.jsonl")
+FAIR = Principle("fair", "The better answer is fair.", "What is unfair in it?", "Make it fair.")
+CASE = Case("8 20", "22 30 36", "21 7", FAIR)
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def run(*words, status: int = 0) -> tuple[str, str]:
+    """(standard output, standard error) of judge.py."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with pytest.raises(SystemExit) as end:
+            run_main(lambda: judge.main([str(word) for word in words]))
+    assert end.value.code == status, out.getvalue() + err.getvalue()
+    return out.getvalue(), err.getvalue()
+
+
+def lines(name) -> list[dict]:
+    return [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines()]
+
+
+def write(name: str, rows: list[dict]) -> str:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return name
+
+
+class Scripted:
+    """A judge that remembers what it reads; `first` says how sure it is of answer 1."""
+
+    name = "scripted"
+
+    def __init__(self, first=lambda text: 0.5, writes=lambda text: "because"):
+        self.first, self.writes, self.verdicts, self.asked = first, writes, [], []
+
+    def first_wins(self, texts):
+        self.verdicts += texts
+        return [self.first(text) for text in texts]
+
+    def write(self, texts):
+        self.asked += texts
+        return [self.writes(text) for text in texts]
+
+
+# ------------------------------------------------------------------------------ P
+
+
+@pytest.fixture(scope="module", params=["chatml", None])
+def local(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("judges") / "model"
+    path = tiny_model_folder(folder, template=request.param) if request.param else DIGITS
+    return LocalJudge(load_model(path), batch_size=3)
+
+
+def test_p_is_the_softmax_over_1_and_2_as_the_next_token(local):
+    """By the model's own logits of one text without padding, and the tokenizer alone."""
+    texts = [verdict_text(CASE), verdict_text(CASE.swapped()), "1 or 2?", "which?"]
+    tokenizer, found = local.loaded.tokenizer, local.first_wins(texts)
+    for text, p in zip(texts, found, strict=True):
+        if local.chat:
+            turns = [{"role": "user", "content": text}]
+            asked = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            blank = ""
+        else:
+            asked, blank = f"{text}\n\nAnswer:", " "
+        one, two = (tokenizer.encode(asked + blank + d) for d in "12")
+        assert one[:-1] == two[:-1] and tokenizer.decode([one[-1]]).strip() == "1"
+        logits = np.array(local.loaded.model(mx.array([one[:-1]]))[0, -1].astype(mx.float32))
+        pair = np.exp(np.float64(logits[[one[-1], two[-1]]] - logits.max()))
+        assert p == pytest.approx(pair[0] / pair.sum(), abs=1e-5)  # float32 logits of a batch
+
+
+@pytest.mark.parametrize("debate", [0, 1])
+def test_a_swapped_pair_gives_1_minus_p(local, debate):
+    judge_ = LocalJudge(local.loaded, batch_size=4, max_new_tokens=4)
+    one, other = judge_cases(judge_, [CASE, CASE.swapped()], debate)
+    assert one.p + other.p == pytest.approx(1, abs=1e-6)
+    assert one.orders == pytest.approx(other.orders[::-1], abs=1e-6)
+
+
+def test_a_judge_that_sees_the_place_alone_prefers_neither_answer():
+    """One order alone would say .9."""
+    (verdict,) = judge_cases(Scripted(lambda text: 0.9), [CASE])
+    assert verdict.p == pytest.approx(0.5, abs=1e-12) and not verdict.orders_agree
+
+
+def test_a_judge_that_sees_the_answers_is_believed():
+    scripted = Scripted(lambda text: 0.8 if "Answer 1:\n22 30 36" in text else 0.3)
+    verdict, swapped = judge_cases(scripted, [CASE, CASE.swapped()])
+    assert verdict.orders == (0.8, 0.3) and verdict.p == pytest.approx(0.75)
+    assert verdict.orders_agree and swapped.p == pytest.approx(0.25)
+    for text in scripted.verdicts:
+        assert "8 20" in text and FAIR.principle in text and "1 or 2" in text
+        assert "22 30 36" in text and "21 7" in text
+
+
+def test_what_cannot_be_answered_costs_its_own_pair_alone():
+    failing = Scripted(lambda text: Unanswered("no") if "Answer 1:\n21 7" in text else 0.7)
+    other = Case("2", "4", "6", FAIR)
+    first, second = judge_cases(failing, [CASE, other])
+    assert first == Unanswered("no") and second.p == pytest.approx(0.5)
+
+
+# ------------------------------------------------------------------------------ debate
+
+
+def test_in_a_debate_each_side_is_argued_for_and_the_judge_reads_it():
+    scripted = Scripted(writes=lambda text: f"argument {len(scripted.asked)}")
+    count = iter(range(100))
+    scripted.writes = lambda text: f"argument {next(count)}"
+    judge_cases(scripted, [CASE], debate=2)
+    assert len(scripted.asked) == 2 * 2 * 2  # orders, sides, rounds
+    advocates = ["advocate of answer 1" in text for text in scripted.asked]
+    assert advocates == [True, True, False, False] * 2
+    # The other side and the next round read what was said; so does the verdict.
+    assert "argument 0" in scripted.asked[2] and "argument 1" in scripted.asked[3]
+    assert "argument 2" in scripted.asked[4] and "argument 3" not in scripted.asked[4]
+    for text, own in zip(scripted.verdicts, ((0, 2, 4, 6), (1, 3, 5, 7)), strict=True):
+        assert [f"argument {i}" in text for i in range(8)] == [i in own for i in range(8)]
+    silent = Scripted()
+    judge_cases(silent, [CASE], debate=0)
+    assert silent.asked == [] and silent.verdicts == [
+        verdict_text(CASE),
+        verdict_text(CASE.swapped()),
+    ]
+
+
+def test_no_debate_is_the_same_bytes_and_one_round_changes_what_is_judged():
+    words = ["--input", PAIRS, "--max-rows", 3, "--judge", DIGITS, "--output"]
+    run(*words, "a.jsonl")
+    run(*words, "b.jsonl", "--debate", 0)
+    run(*words, "c.jsonl", "--debate", 1, "--judge-max-tokens", 4)
+    assert Path("a.jsonl").read_bytes() == Path("b.jsonl").read_bytes()
+    plain, debated = lines("a.jsonl"), lines("c.jsonl")
+    assert debated[0]["judge"]["debate"] == 1 and "debate" not in plain[0]["judge"]
+    assert all(
+        a["judge"]["first_wins"] != c["judge"]["first_wins"]
+        for a, c in zip(plain, debated, strict=True)
+    )
+
+
+# ------------------------------------------------------------------------------ rows
+
+
+def test_rows_are_preferences_with_log_odds_and_what_the_judge_said():
+    _, err = run("--input", PAIRS, "--max-rows", 6, "--judge", DIGITS, "--output", "a.jsonl")
+    names = {principle.name for principle in read_constitution(ROOT / "data/constitution.yaml")}
+    for i, (row, given) in enumerate(zip(lines("a.jsonl"), lines(PAIRS), strict=False)):
+        one, other = row["judge"]["first_wins"]
+        p = (one + 1 - other) / 2
+        assert row["judge"]["p"] == pytest.approx(max(p, 1 - p)) and row["judge"]["pair"] == i
+        assert row["margin"] == pytest.approx(math.log(max(p, 1 - p) / min(p, 1 - p)))
+        assert (row["chosen"] == given["chosen"]) == (p > 0.5)
+        assert {row["chosen"], row["rejected"]} == {given["chosen"], given["rejected"]}
+        assert row["judge"]["orders_agree"] is ((one > 0.5) == (other < 0.5))
+        assert row["judge"]["principle"] in names and row["prompt"] == given["prompt"]
+    # The digits model cannot read, and always names the same place.
+    assert "warning: the judge prefers the first place in 100%" in err
+
+
+def test_a_swapped_file_gives_the_same_labels():
+    rows = lines(PAIRS)[:5]
+    write("one.jsonl", rows)
+    write("two.jsonl", [r | {"chosen": r["rejected"], "rejected": r["chosen"]} for r in rows])
+    for name in ("one", "two"):
+        run("--input", f"{name}.jsonl", "--judge", DIGITS, "--output", f"{name}.out.jsonl")
+    for a, b in zip(lines("one.out.jsonl"), lines("two.out.jsonl"), strict=True):
+        assert (a["chosen"], a["rejected"]) == (b["chosen"], b["rejected"])
+        assert a["judge"]["p"] == pytest.approx(b["judge"]["p"], abs=1e-6)
+
+
+def test_the_true_score_as_judge_is_right_where_length_is_wrong():
+    """Planted: the longer answer is the worse one in half of the pairs."""
+    short, long = " 22 30 36 40 44", " 22 30 36 40 44 46 48 50 52 54"
+    rows = []
+    for i in range(8):
+        good, bad = (short, long) if i % 2 else (long, short)
+        bad = " ".join(str(int(n) + (n != "22")) for n in bad.split())
+        rows.append({"prompt": "8 20", "chosen": good, "rejected": " " + bad})
+        rows[-1] |= {"chosen": rows[-1]["rejected"], "rejected": good} if i > 3 else {}
+    out, _ = run("--input", write("p.jsonl", rows), "--ground-truth-reward")
+    for row in lines("judged.jsonl"):
+        assert digits_score("8 20" + row["chosen"]) == 1 > digits_score("8 20" + row["rejected"])
+        assert row["judge"]["p"] == 1 and row["margin"] is None
+    assert "agreement  0.500 with what 8 rows prefer themselves" in out
+
+
+def test_soft_labels_of_a_reward_are_the_sigmoid_of_the_difference():
+    run("--input", PAIRS, "--ground-truth-reward", "--soft-labels", "--output", "a.jsonl")
+    for row in lines("a.jsonl"):
+        gain = digits_score(row["prompt"] + row["chosen"])
+        gain -= digits_score(row["prompt"] + row["rejected"])
+        assert row["judge"]["p"] == pytest.approx(1 / (1 + math.exp(-gain)))
+        assert row["margin"] == pytest.approx(gain)
+
+
+def test_ties_equal_answers_and_doubtful_pairs_are_counted_and_kept_aside():
+    rows = [
+        {"prompt": "2", "chosen": " 4 6", "rejected": " 8 10"},  # both right
+        {"prompt": "2", "chosen": " 4 6", "rejected": " 4 6"},
+        {"prompt": "2", "chosen": " 4 6", "rejected": " 4 5"},
+        {"prompt": "2", "chosen": " 4 6 8 10", "rejected": " 3 3 1 1"},
+    ]
+    words = ["--input", write("p.jsonl", rows), "--ground-truth-reward", "--soft-labels"]
+    out, _ = run(*words, "--min-confidence", 0.6)
+    assert "4: 1 labelled, 1 left: a tie, 1 left: both answers are the same, 1 left: P" in out
+    (row,) = lines("judged.jsonl")
+    assert row["chosen"] == " 4 6 8 10"
+    left = lines("judged.unlabelled.jsonl")
+    assert [row["judge"]["pair"] for row in left] == [0, 1, 2] and left[0]["tie"] is True
+    assert left[2]["responses"] == [" 4 6", " 4 5"]
+    _, err = run(*words, "--min-confidence", 0.5, status=2)
+    assert "was judged with another --min-confidence" in err
+
+
+def test_sampled_pairs_are_two_answers_to_each_prompt():
+    words = ["--prompts", PAIRS, "--max-rows", 5, "--judge", DIGITS, "--max-new-tokens", 8]
+    run(*words)
+    rows = lines("judged.jsonl")
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in lines(PAIRS)[:5]]
+    assert len({row["chosen"] for row in rows} | {row["rejected"] for row in rows}) > 6
+    run(*words, "--output", "other.jsonl", "--seed", 1)
+    assert [r["chosen"] for r in lines("other.jsonl")] != [r["chosen"] for r in rows]
+
+
+def test_principles_are_drawn_by_seed_and_row():
+    several = [Principle(str(i), "p") for i in range(5)]
+    first = [drawn(several, 0, row).name for row in range(50)]
+    assert first == [drawn(several, 0, row).name for row in range(50)]
+    assert first != [drawn(several, 1, row).name for row in range(50)]
+    assert set(first) == {"0", "1", "2", "3", "4"}
+
+
+def test_labels_train_a_reward_model_as_the_command_that_is_printed_says():
+    out, _ = run("--input", PAIRS, "--judge", DIGITS, "--soft-labels", "--max-rows", 8)
+    (command,) = [line for line in out.splitlines() if "sft.py" in line]
+    words = command.removeprefix("next: ").split()[2:]
+    assert {"--soft-labels", "--reward-model", "judged.jsonl"} <= {*words}
+    assert sft.main([*words, "--iters", "2", "--save-every", "0", "--steps-per-eval", "0"]) == 0
+
+
+# ------------------------------------------------------------------------------ going on
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.98])
+def test_a_stopped_run_is_gone_on_with_by_the_same_command(share):
+    """A kill leaves whole lines, and a torn one at the most."""
+    words = ["--input", PAIRS, "--judge", DIGITS, "--max-rows", 6, "--batch-size", 2]
+    run(*words)
+    whole = Path("judged.jsonl").read_bytes()
+    Path("judged.jsonl").write_bytes(whole[: int(share * len(whole))])
+    out, _ = run(*words)
+    assert Path("judged.jsonl").read_bytes() == whole
+    assert ("goes on after" in out) == (share > 0)
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--seed", 3], "was judged with another principle"),
+        (["--debate", 1], "was judged with another debate: None, not 1"),
+        (["--input", "other.jsonl"], "is about other answers than this input has there"),
+        (["--max-rows", 1], "is no row of this input"),
+    ],
+)
+def test_labels_of_another_judge_or_input_are_not_mixed_in(more, said):
+    words = ["--input", PAIRS, "--judge", DIGITS, "--max-rows", 3]
+    run(*words)
+    before = Path("judged.jsonl").read_bytes()
+    write("other.jsonl", lines(PAIRS)[3:9])
+    _, err = run(*words, *more, status=2)
+    assert said in err and "--force begins anew" in err and err.count("error:") == 1
+    assert Path("judged.jsonl").read_bytes() == before
+    run(*words, *more, "--force")
+    assert len(lines("judged.jsonl")) == (1 if "--max-rows" in more else 3)
+
+
+def test_a_file_of_something_else_is_left_alone():
+    Path("judged.jsonl").write_text('{"prompt": "mine"}\n')
+    _, err = run("--input", PAIRS, "--ground-truth-reward", status=2)
+    assert "judged.jsonl:1: is no row of this input" in err
+    assert Path("judged.jsonl").read_text() == '{"prompt": "mine"}\n'
+
+
+# ------------------------------------------------------------------------------ revisions
+
+
+def test_answers_are_criticised_and_written_anew_for_sft():
+    words = ["--input", PAIRS, "--max-rows", 2, "--judge", DIGITS, "--revise"]
+    run(*words, "--judge-max-tokens", 6)
+    rows = lines("revised.jsonl")
+    given = lines(PAIRS)[:2]
+    answers = [row[side] for row in given for side in ("chosen", "rejected")]
+    assert [row["revision"]["answer"] for row in rows] == answers
+    assert all(row["completion"].strip() and row["revision"]["critique"] for row in rows)
+    assert (
+        sft.main(
+            "--train --mask-prompt --train-file revised.jsonl --iters 2 --save-every 0 "
+            "--steps-per-eval 0".split()
+        )
+        == 0
+    )
+    whole = Path("revised.jsonl").read_bytes()
+    Path("revised.jsonl").write_bytes(whole[:-20])
+    run(*words, "--judge-max-tokens", 6)
+    assert Path("revised.jsonl").read_bytes() == whole
+
+
+def test_the_revision_is_asked_for_with_the_critique():
+    from data_utils import Record
+    from rewards.revisions import revisions
+
+    scripted = Scripted(writes=lambda text: "it is odd" if "unfair" in text else "4 6")
+    record = Record("prompt_completion", "x:1", {}, prompt="2", completion=" 3 5")
+    ((row, good),) = revisions(scripted, [(0, record, FAIR)])
+    assert good and row["completion"] == "4 6" and row["revision"]["critique"] == "it is odd"
+    critique, revision = scripted.asked
+    assert "3 5" in critique and "Make it fair." not in critique
+    assert "3 5" in revision and "it is odd" in revision and "Make it fair." in revision
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "has no principles"),
+        ("principles: []", "has no principles"),
+        ("principles:\n", "has no principles"),
+        ("rules:\n- name: a\n", "unknown key 'rules'"),
+        ("principles: fair\n", "principles must be a list"),
+        ("- name: a\n  principle: ''\n", "principle must be a text that is not empty"),
+        ("- name: '  '\n  principle: b\n", "name must be a text that is not empty"),
+        ("- name: a\n  principle: 3\n", "principle must be a text"),
+        ("- name: a\n", "principle is missing"),
+        ("- principle: a\n", "name is missing"),
+        ("- name: a\n  principle: b\n  weight: 3\n", "unknown key 'weight'"),
+        ("- name: a\n  principle: b\n- name: a\n  principle: c\n", "two principles have the name"),
+        ("- just a text\n", "principle 1: must have name and principle"),
+        ("principles: [\n", "not YAML"),
+        ("- !!python/object/apply:os.system [ls]\n", "not YAML"),
+    ],
+)
+def test_a_constitution_that_says_nothing_is_refused(text, said):
+    Path("c.yaml").write_text(text)
+    _, err = run("--input", PAIRS, "--judge", DIGITS, "--constitution", "c.yaml", status=2)
+    assert said in err and err.startswith("error: c.yaml") and err.count("\n") == 1
+    assert not Path("judged.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (f"--input {PAIRS}", "no judge: give --judge MODEL"),
+        ("--judge x", "nothing to judge"),
+        (f"--input {PAIRS} --prompts p --judge x", "--input and --prompts: both say"),
+        (f"--input {PAIRS} --judge nowhere", "nowhere: no model folder there"),
+        (f"--input {PAIRS} --judge .", "not a model folder: config.json is missing"),
+        (f"--input {PAIRS} --judge x --ground-truth-reward", "give one judge"),
+        (f"--input {PAIRS} --judge x --constitution none.yaml", "cannot read the constitution"),
+        ("--input lone.jsonl --ground-truth-reward", "lone.jsonl:1: one answer to its prompt"),
+        ("--input prompts.jsonl --ground-truth-reward", "prompts.jsonl:1: a prompt without a resp"),
+        ("--input text.jsonl --ground-truth-reward", "text.jsonl:1: plain text has no prompt"),
+        ("--input empty.jsonl --ground-truth-reward", "empty.jsonl"),
+        (
+            f"--input {PAIRS} --ground-truth-reward --debate 1",
+            "--debate 1 has no effect on",
+        ),
+        (f"--input {PAIRS} --ground-truth-reward --revise", "--revise has no effect on rewards"),
+        (
+            f"--input {PAIRS} --judge x --revise --debate 1",
+            "--debate 1 has no effect with",
+        ),
+        (f"--input {PAIRS} --judge x --judge-retries 1", "no effect without --judge-url"),
+        (f"--input {PAIRS} --judge x --min-confidence .4", "--min-confidence: give a probability"),
+        (f"--input {PAIRS} --judge x --model y", "--model y has no effect without --prompts"),
+        (f"--input {PAIRS} --judge x --top-k 3", "--top-k 3 has no effect without --prompts"),
+        (f"--input {PAIRS} --judge-url ftp://x", "judge: a URL like http://host:port/path"),
+        (
+            f"--input {PAIRS} --judge-url http://x --judge-key NO_KEY",
+            "no such environment",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(words, said):
+    write("lone.jsonl", [{"prompt": "2", "completion": "4"}])
+    write("prompts.jsonl", [{"prompt": "2"}])
+    write("text.jsonl", [{"text": "2 4"}])
+    Path("empty.jsonl").write_text("")
+    _, err = run(*words.split(), status=2)
+    assert said in err and err.count("error: ") == 1 and "Traceback" not in err, err
+    assert not Path("judged.jsonl").exists()

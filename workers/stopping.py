@@ -1,0 +1,35 @@
+"""A signal at one of several workers: all finish the step and stop alike."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+from run_folder.stopping import SIGNALS, GracefulStop
+from workers.group import Workers
+
+
+class SharedStop(GracefulStop):
+    """`GracefulStop` whose flag counts once every worker has it.
+
+    It goes with the next sum over the workers (`Workers.sum`). No step is given up: the others are
+    in it.
+    """
+
+    def __init__(self, workers: Workers) -> None:
+        super().__init__()
+        self.workers = workers
+
+    @property
+    def requested(self) -> bool:
+        self.signal = self.workers.stop
+        return self.signal is not None
+
+    @contextlib.contextmanager
+    def giving_up(self) -> Iterator[None]:
+        yield
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.workers.heard = number
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
