@@ -85,7 +85,8 @@ class Rounds:
             texts = sampled(policy, self.prompts, 2, seed := seed + 1)
             for prompt, one, other in zip(self.prompts, texts[::2], texts[1::2], strict=True):
                 gain = digits_score(prompt + one) - digits_score(prompt + other)
-                if gain and len(rows) < PAIRS:
+                # What says nothing is no record, and of two equals the person prefers none.
+                if gain and one.strip() and other.strip() and len(rows) < PAIRS:
                     best = gain > 0
                     best ^= self.random.random() < self.noise
                     chosen, rejected = (one, other) if best else (other, one)

@@ -15,6 +15,7 @@ from typing import Any
 
 from command_line.values import Setting, refuse_doubles
 from errors import UserError
+from workers.place import place
 
 # Our flag names for each of theirs, in order of preference; a script has one of them or none.
 FLAGS_FOR = {
@@ -105,6 +106,9 @@ def read_conf(
     mapped, notes = [], []
     for setting in settings:
         name = choose_flag(setting, keys, flags)
+        if name == "cpus-per-worker" and workers == 1 and "num_training_workers" not in typed:
+            notes.append(f"{setting.key} is not used with one worker")
+            continue
         if name is None:
             notes.append(f"{setting.key} is not used here")
             continue
@@ -117,13 +121,16 @@ def read_conf(
         if not any(setting.key == "train" for setting in mapped):
             mapped.append(Setting("train", True, str(path)))
             notes.append("--train, which such a file asks for")
-    if notes:
+    mine = place()
+    if notes and (mine is None or (mine.rank == 0 and not mine.started_here)):  # else it was said
         print(f"note: {path}: " + "; ".join(notes))
     return refuse_doubles(mapped)
 
 
 def workers_of(settings: Iterable[Setting], flags: Mapping[str, Action]) -> int:
     """How many workers share the batches of a file; 1 where a script has no such flag."""
+    if (mine := place()) is not None and "--num-training-workers" in flags:
+        return mine.size
     for setting in settings:
         if setting.key == "num_training_workers" and "--num-training-workers" in flags:
             if is_count(setting.value):
@@ -141,8 +148,9 @@ def of_all_workers(setting: Setting, name: str, value: Any, workers: int) -> tup
         return value * workers, f" ({value} for each of {workers} workers)"
     if name == "cpus-per-worker" and is_count(value):
         cores = os.cpu_count() or 1
-        if value > cores:
-            return cores, f" (not {value}: there are {cores} cores)"
+        share = max(1, cores // workers)
+        if value > share:
+            return share, f" (not {value}: there are {cores} cores for {workers} workers)"
     return value, ""
 
 

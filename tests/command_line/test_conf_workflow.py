@@ -37,6 +37,7 @@ def test_the_three_commands_on_the_samples(tmp_path):
     run(tmp_path, *convert, "runs/conf/ppo_data.jsonl", "--kind", "prompts")
     out = run(tmp_path, "sft.py", "--config_path", "finetune.conf")
     assert "wrote runs/conf/sft_model" in out and "--train, which such a file asks for" in out
+    assert out.count("batch_size -> --batch-size 4 (2 for each of 2 workers)") == 1
     out = run(tmp_path, "sft.py", "--reward-model", "--config_path", "reward.conf")
     assert "wrote runs/conf/rm_model" in out
     out = run(tmp_path, "ppo_training.py", "--config_path", "ppo.conf")
@@ -101,11 +102,22 @@ def test_batches_are_counted_for_all_workers(tmp_path, capsys, ppo, keys, found)
     assert "num_training_workers is not used here" in note
 
 
-@pytest.mark.parametrize("asked", [1, CORES, CORES + 30])
+@pytest.mark.parametrize(
+    "key", ['"num_training_workers": 1, ', '"num_training_workers": None, ', ""]
+)
+def test_one_worker_has_all_cores(tmp_path, capsys, key):
+    text = f'{{"Training": {{{key}"batch_size": 4, "resources_per_worker": {{"CPU": 32}}}}}}'
+    made, note = settings(tmp_path, capsys, text)
+    assert "cpus-per-worker" not in made and made["batch-size"] == 4
+    assert "resources_per_worker is not used with one worker" in note
+
+
+@pytest.mark.parametrize("asked", [1, CORES + 1, CORES + 30])
 def test_no_worker_gets_more_cores_than_there_are(tmp_path, capsys, asked):
     made, note = settings(tmp_path, capsys, training('"seed": 1', asked))
-    assert made["cpus-per-worker"] == min(asked, CORES)
-    assert (f"(not {asked}: there are {CORES} cores)" in note) == (asked > CORES)
+    share = max(1, CORES // 3)
+    assert made["cpus-per-worker"] == min(asked, share)
+    assert (f"(not {asked}: there are {CORES} cores for 3 workers)" in note) == (asked > share)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +133,10 @@ def test_resources_that_are_none_are_named(tmp_path, capsys, value, wrong):
     parser = Parser()
     parser.add_argument("--config")
     parser.add_argument("--cpus-per-worker", type=int)
+    parser.add_argument("--num-training-workers", type=int)
     file = tmp_path / "w.conf"
-    file.write_text(f'{{"Training": {{\n"resources_per_worker": {value}}}}}')
+    text = f'"resources_per_worker": {value}, "num_training_workers": 2'
+    file.write_text(f'{{"Training": {{\n{text}}}}}')
     with pytest.raises(SystemExit) as end:
         parser.parse_args(["--config", str(file)])
     said = capsys.readouterr().err
