@@ -32,6 +32,12 @@ from data_loading.conditioning import (
     conditioned,  # a row with its score
     put_before,  # a prompt with words before it
 )
+from data_loading.conversion import (
+    Converted,
+    to_instructions,  # {instruction, context, response}
+    to_pairs,  # {instruction, chosen, rejected}
+    to_prompts,  # {prompt}
+)
 from data_loading.critiques import (
     CRITIQUE,  # asks for a critique
     REVISION,  # asks for an answer that heeds it
@@ -72,6 +78,7 @@ from data_loading.sources import (  # rows of a file, of a data set
     folder_file,  # the file of a split in a folder
     load_data,  # train, valid and test rows from the choices of the command line
     mix_records,  # several data sets as one, by weights
+    raw_rows,  # rows of a file or a data set, of whatever kind
     read_dataset,
     read_records,
     split_records,  # a percentage for validation
@@ -98,6 +105,7 @@ from data_loading.tokenise_answers import (
     tokenise_pairs,  # chosen and rejected, for preference training
     tokenise_unpaired,  # answers with a label
 )
+from data_loading.values import RawRow  # a row as it was read
 from padding import pad_rows  # token lists to (B, L) and lengths
 
 __all__ = [
@@ -111,11 +119,13 @@ __all__ = [
     "BatchIterator",
     "BatchPlan",
     "Conditioning",
+    "Converted",
     "Curriculum",
     "REVISION",
     "PreferenceBatch",
     "PreferenceRow",
     "PromptRow",
+    "RawRow",
     "Record",
     "Records",
     "ScalarBatch",
@@ -159,12 +169,16 @@ __all__ = [
     "prompt_batch",
     "put_before",
     "ranked_pairs",
+    "raw_rows",
     "read_dataset",
     "read_date",
     "read_records",
     "refuse_unlabelled",
     "rejected_answers",
     "split_records",
+    "to_instructions",
+    "to_pairs",
+    "to_prompts",
     "tokenise_pairs",
     "tokenise_preferences",
     "tokenise_prompts",

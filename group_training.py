@@ -50,7 +50,7 @@ def main(words=None) -> int:
     from data_utils import columns_of
     from training.internal_signals import reference_signals
 
-    loaded = start(args.seed, args.memory_limit, **model_options(args))
+    loaded = start(args.seed, args.memory_limit, resume=args.resume, **model_options(args))
     settle_for_model(args, loaded.weights)
     fit_lengths(args, loaded.limits, response=args.max_new_tokens)
     per_step = config_of(args).prompts_per_step

@@ -257,15 +257,20 @@ class SupervisedTrainer:
         grad_checkpoint: bool = False,
         compile: bool | None = None,
     ):
-        self.task, self.optimizer = task, optimizer
+        self.task = task
         self.max_grad_norm, self.grad_checkpoint = max_grad_norm, grad_checkpoint
         if grad_checkpoint:  # which makes blocks anew without the prompt's keys and values
             task.share_prompts = False
-        optimizer.init(task.trained.trainable_parameters())
+        self.begin(optimizer)
         on_gpu = mx.default_device().type == mx.DeviceType.gpu
         compiled = on_gpu if compile is None else compile
         self._loss_and_grad = loss_and_gradient(task.trained, task.loss, compiled)
         self.before_update: Callable[[], None] = lambda: None  # called before weights move
+
+    def begin(self, optimizer: optim.Optimizer) -> None:
+        """Go on with a new optimizer, which knows nothing of the updates before."""
+        self.optimizer = optimizer
+        optimizer.init(self.task.trained.trainable_parameters())
 
     def step(self, batches: Iterable[Batch]) -> dict[str, float]:
         """One update from one or more batches, weighted by their tokens (or rows).

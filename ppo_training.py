@@ -58,7 +58,7 @@ def main(words=None) -> int:
         return run_workers(args, __file__, words)
     from training.internal_signals import reference_signals
 
-    loaded = start(args.seed, args.memory_limit, **model_options(args))
+    loaded = start(args.seed, args.memory_limit, resume=args.resume, **model_options(args))
     settle_for_model(args, loaded.weights)
     fit_lengths(args, loaded.limits, response=args.max_new_tokens)
     prompts = load_prompts(args, loaded.tokenizer, loaded.weights)

@@ -130,12 +130,13 @@ def write_in_editor(text: str) -> str:
 class Keys:
     """Single key presses, from standard input or, where that is a pipe, from the terminal."""
 
-    def __init__(self):
+    def __init__(self, who: str = "--rate"):
+        """Raises UserError, naming who reads keys, where there is no terminal."""
         try:
             self._terminal = sys.stdin if sys.stdin.isatty() else open("/dev/tty")  # noqa: SIM115
             import termios  # noqa: F401  absent on Windows
         except (OSError, ImportError):
-            raise UserError("--rate reads key presses and needs a terminal") from None
+            raise UserError(f"{who} reads key presses and needs a terminal") from None
 
     def read(self, meanings: dict[str, str], ask: Callable[[], None]) -> str | None:
         """The meaning of the first key in `meanings`; None for Ctrl-D and Escape.
@@ -160,6 +161,11 @@ class Keys:
                         return meanings[key]
         finally:
             termios.tcsetattr(handle, termios.TCSADRAIN, before)
+
+    def line(self, ask: Callable[[], None]) -> str:
+        """A line, as the terminal lets it be edited; "" for Ctrl-D alone."""
+        ask()
+        return self._terminal.readline().rstrip("\n")
 
 
 class StopKey:

@@ -5,11 +5,13 @@ import shutil
 import sys
 import textwrap
 import unicodedata
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from chat.speaker import Reply
 from run_folder.output import own_text, printable
 from run_folder.secrets import clean
+
+if TYPE_CHECKING:  # loads MLX, which label.py shows replies without
+    from chat.speaker import Reply
 
 GAP = "  │  "
 NARROWEST_COLUMN = 20
@@ -53,7 +55,8 @@ class Screen:
             for name, text in zip(names, texts, strict=True):
                 print(f"[{printable(name)}]\n{text}", file=self.out, flush=True)
             for name, note in zip(names, notes, strict=True):
-                self.note(f"[{name}] {note}")
+                if note:
+                    self.note(f"[{name}] {note}")
             return
         room = shutil.get_terminal_size().columns - len(GAP)
         width = max(NARROWEST_COLUMN, room // 2)
@@ -64,8 +67,9 @@ class Screen:
         for line in columns(cells, width):
             print(line, file=self.out)
         self.out.flush()
-        for line in columns([wrap(printable(note), width) for note in notes], width):
-            self.note(line)
+        if any(notes):
+            for line in columns([wrap(printable(note), width) for note in notes], width):
+                self.note(line)
 
 
 class ReplyWriter:
@@ -136,7 +140,7 @@ class WordWrap:
         return gap + word
 
 
-def describe(reply: Reply, scores: dict[str, float]) -> str:
+def describe(reply: "Reply", scores: dict[str, float]) -> str:
     """Length, speed and scores of a reply, one line."""
     count = len(reply.tokens)
     parts = [f"{count} token{'s' * (count != 1)}, {reply.tokens_per_second:,.0f} tokens/s"]

@@ -45,8 +45,6 @@ def check_conditioning(args: argparse.Namespace) -> None:
     if not args.use_decision_transformer:
         return
     check_template(args.score_template)
-    if args.reward_model:
-        raise UserError("--use-decision-transformer has no effect with --reward-model")
     if args.prompt_template is not None:
         raise UserError(
             "--use-decision-transformer and --prompt-template both write what stands before a "

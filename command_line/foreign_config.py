@@ -6,14 +6,16 @@ Python literals; ``None`` means "not set". Nothing is evaluated but literals.
 """
 
 import ast
+import os
 import re
 from argparse import Action
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from command_line.values import Setting, refuse_doubles
 from errors import UserError
+from workers.place import place
 
 # Our flag names for each of theirs, in order of preference; a script has one of them or none.
 FLAGS_FOR = {
@@ -58,6 +60,8 @@ FLAGS_FOR = {
     "eval-every steps-per-eval": "eval_steps eval_interval",
     "steps-per-report": "logging_steps log_interval",
     "log-with": "report_to",
+    "num-training-workers": "num_training_workers",
+    "cpus-per-worker": "resources_per_worker",
 }
 # Our own names count as theirs, so that max_seq_length finds --max-length.
 OURS = {
@@ -68,36 +72,98 @@ OURS = {
 NO_COUNTERPART = frozenset(
     "accelerate accelerate_mode bias dataloader_num_workers ddp deepspeed device "
     "device_map failure_config flash_attention fsdp gpt_base_model group inference_mode local_rank "
-    "max_failures num_gpus num_proc num_training_workers num_workers pin_memory "
-    "preprocessing_num_workers resources_per_worker save_strategy shuffle task_type "
+    "max_failures num_gpus num_proc num_workers pin_memory "
+    "preprocessing_num_workers save_strategy shuffle task_type "
     "tokenizer_name use_auth_token use_deepspeed use_flash_attention".split()
 )
 # A trained model, which comes before the base model that other keys name.
 TRAINED = {"model_pretrain": "model", "rm_pretrain": "reward-model"}
 # Dictionaries inside a section whose entries count as the section's own, some under other names.
-INNER = {"config": {}, "lora_config": {"r": "lora_r"}, "peft_config": {"r": "lora_r"}}
+INNER = {
+    "config": {},
+    "lora_config": {"r": "lora_r"},
+    "peft_config": {"r": "lora_r"},
+    "resources_per_worker": {"CPU": "resources_per_worker", "GPU": "num_gpus"},
+}
+# Their keys that count the rows of one worker; ours count those of all.
+PER_WORKER = ("batch_size", "per_device_train_batch_size")
 OPTIMIZERS = ("adamw", "adafactor", "adam", "lion", "sgd", "muon")
 
 
-def read_conf(path: Path, text: str, flags: Mapping[str, Action]) -> list[Setting]:
-    """The settings of a ``.conf`` file under our names; prints what each was mapped to."""
+def read_conf(
+    path: Path, text: str, flags: Mapping[str, Action], typed: Container[str] = ()
+) -> list[Setting]:
+    """The settings of a ``.conf`` file under our names; prints what each was mapped to.
+
+    Such a file asks for training, so it says --train too, unless the command line (`typed`: the
+    names on it) says what to do.
+    """
     found = opened(entries(path, text))
     settings = refuse_doubles([entry for entry in found if entry.value is not None])
     settings = [setting for setting in settings if not replaced(setting, settings)]
     keys = {setting.key for setting in settings}
+    workers = workers_of(settings, flags)
     mapped, notes = [], []
     for setting in settings:
         name = choose_flag(setting, keys, flags)
+        if name == "cpus-per-worker" and workers == 1 and "num_training_workers" not in typed:
+            notes.append(f"{setting.key} is not used with one worker")
+            continue
         if name is None:
             notes.append(f"{setting.key} is not used here")
             continue
-        value = translate(name, setting.value)
+        value, why = of_all_workers(setting, name, translate(name, setting.value), workers)
         mapped.append(Setting(name, value, setting.where))
         if "--" + name.replace("_", "-") in flags:  # else the parser refuses it
-            notes.append(f"{setting.key} -> --{name} {value}")
-    if notes:
+            notes.append(f"{setting.key} -> --{name} {value}{why}")
+    notes += cap_minibatch(mapped)
+    if "--train" in flags and not any(name in typed for name in ("train", "test", "preview")):
+        if not any(setting.key == "train" for setting in mapped):
+            mapped.append(Setting("train", True, str(path)))
+            notes.append("--train, which such a file asks for")
+    mine = place()
+    if notes and (mine is None or (mine.rank == 0 and not mine.started_here)):  # else it was said
         print(f"note: {path}: " + "; ".join(notes))
     return refuse_doubles(mapped)
+
+
+def workers_of(settings: Iterable[Setting], flags: Mapping[str, Action]) -> int:
+    """How many workers share the batches of a file; 1 where a script has no such flag."""
+    if (mine := place()) is not None and "--num-training-workers" in flags:
+        return mine.size
+    for setting in settings:
+        if setting.key == "num_training_workers" and "--num-training-workers" in flags:
+            if is_count(setting.value):
+                return setting.value
+    return 1  # the parser says what is wrong with another value
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def of_all_workers(setting: Setting, name: str, value: Any, workers: int) -> tuple[Any, str]:
+    """(a value as ours counts it, what was done to it)."""
+    if setting.key in PER_WORKER and workers > 1 and is_count(value):
+        return value * workers, f" ({value} for each of {workers} workers)"
+    if name == "cpus-per-worker" and is_count(value):
+        cores = os.cpu_count() or 1
+        share = max(1, cores // workers)
+        if value > share:
+            return share, f" (not {value}: there are {cores} cores for {workers} workers)"
+    return value, ""
+
+
+def cap_minibatch(mapped: list[Setting]) -> list[str]:
+    """Lower a minibatch that is larger than the batch to that; what was done, for the note."""
+    sizes = {setting.key.replace("_", "-"): setting for setting in mapped}
+    batch, mini = sizes.get("batch-size"), sizes.get("mini-batch-size")
+    if batch is None or mini is None or not (is_count(batch.value) and is_count(mini.value)):
+        return []
+    if mini.value <= batch.value:
+        return []
+    mapped[mapped.index(mini)] = Setting(mini.key, batch.value, mini.where)
+    return [f"--mini-batch-size is {batch.value}, not {mini.value}: the batch has {batch.value}"]
 
 
 def replaced(setting: Setting, settings: Iterable[Setting]) -> bool:

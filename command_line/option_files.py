@@ -7,7 +7,7 @@ executed: YAML goes through the safe loader, ``.conf`` values through ``ast.lite
 import json
 import re
 from argparse import Action
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,13 @@ from safe_files import read_small
 # ------------------------------------------------------------------------------ --config
 
 
-def read_config(path: Path, flags: Mapping[str, Action]) -> list[Setting]:
-    """The settings of a YAML, JSON or ``.conf`` file; ``flags``: the script's, by ``--name``."""
+def read_config(
+    path: Path, flags: Mapping[str, Action], typed: Container[str] = ()
+) -> list[Setting]:
+    """The settings of a YAML, JSON or ``.conf`` file; ``flags``: the script's, by ``--name``.
+
+    `typed`: the names that the command line gives.
+    """
     try:
         text = read_small(path, "utf-8-sig")
     except OSError as wrong:
@@ -43,7 +48,7 @@ def read_config(path: Path, flags: Mapping[str, Action]) -> list[Setting]:
     except ValueError as wrong:  # a NUL character in the name
         raise UserError(f"{str(path)!r}: cannot read the config file: {wrong}") from None
     if path.suffix == ".conf":
-        return read_conf(path, text, flags)
+        return read_conf(path, text, flags, typed)
     return read_json(path, text) if path.suffix == ".json" else read_yaml(path, text)
 
 

@@ -15,8 +15,10 @@ OF_SAMPLING = "max_new_tokens temperature top_k top_p min_p"
 
 def add_sampling_arguments(add) -> None:
     """How long responses may be, and how tokens are picked."""
-    add("--max-new-tokens", type=int, default=128, help="longest response, in tokens")
-    add("--temperature", type=float, default=1.0, help="of sampling; 0 takes the likeliest token")
+    longest = "longest response, in tokens"
+    add("--max-new-tokens", "--max-tokens", type=int, default=128, help=longest)
+    text = "of sampling; 0 takes the likeliest token"
+    add("--temperature", "--temp", type=float, default=1.0, help=text)
     add("--top-k", type=int, default=0, help="sample among this many tokens; 0: all")
     add("--top-p", type=float, default=1.0, help="sample among tokens of this probability in all")
     add("--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest")

@@ -208,7 +208,7 @@ def check_loop(args) -> None:
 
 def check_arguments(args) -> None:
     """Refuse what contradicts itself."""
-    for name in ("mask_prompt", "packing", "sample_prompts", "chosen"):
+    for name in ("mask_prompt", "packing", "sample_prompts", "chosen", "use_decision_transformer"):
         if getattr(args, name) and args.reward_model:
             raise UserError(f"{flag_of(name)} has no effect with --reward-model")
     if args.test and not args.train and args.resume_adapter_file is None and args.reward_model:

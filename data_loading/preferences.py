@@ -20,6 +20,21 @@ from data_loading.records import Record, Text
 from data_loading.rows import PreferenceRow
 from errors import UserError
 
+# A row of label.py that prefers nothing: its responses, and one of these fields.
+ASIDE = {"tie": "a tie, in which nothing is preferred", "skipped": "skipped by the labeller"}
+
+
+def set_aside(fields: dict[str, Any]) -> str | None:
+    """Why a labelled row is no preference, or None. Such rows are kept in a file and left out."""
+    if given(fields, "chosen") or not given(fields, "responses"):
+        return None
+    return next((why for name, why in ASIDE.items() if is_true(fields.get(name))), None)
+
+
+def is_true(value: Any) -> bool:
+    """Also as a string, which is all that a CSV file has."""
+    return value is True or str(value).lower() == "true"
+
 
 def preference(fields: dict[str, Any], where: str) -> Record:
     """A row with chosen and rejected; rejected may be a list of answers."""

@@ -64,7 +64,7 @@ class Records:
     rows: list[Record]
     refused: list[tuple[str, str]] = field(default_factory=list)
     name: str = ""
-    notes: list[str] = field(default_factory=list)  # what mixing did, a line for each data set
+    notes: list[str] = field(default_factory=list)  # what was mixed or left out, a line each
 
     def __len__(self) -> int:
         return len(self.rows)

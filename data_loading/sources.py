@@ -1,7 +1,8 @@
 """From command-line choices to training, validation and test rows."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from data_loading.files import DATA_SUFFIXES, dataset_rows, read_rows, refuse_options
 from data_loading.formats import ALIASES, FORMATS, KINDS, KNOWN_FORMATS, recognise, to_record
 from data_loading.messages import BadRow
+from data_loading.preferences import set_aside
 from data_loading.records import Records
 from data_loading.values import RawRow
 from errors import UserError
@@ -75,6 +77,17 @@ def read_dataset(
     return collect_records(rows, name, format, skip_bad_rows, max_rows, refuse)
 
 
+def raw_rows(
+    path: str | Path | None, dataset: str | None, *, split: str = "train", config: str | None = None
+) -> Iterator[RawRow]:
+    """Rows as they are, of a file or else of a data set. UserError where it cannot be read."""
+    name = path if path is not None else dataset
+    try:
+        yield from read_rows(path) if path else dataset_rows(dataset, split, config=config)
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error})") from error
+
+
 def collect_records(
     rows: Iterable[RawRow],
     name: str,
@@ -89,7 +102,7 @@ def collect_records(
         format = ALIASES.get(format, format)
         if format not in FORMATS:
             raise UserError(f"format {format}: no such format; known: {', '.join(KNOWN_FORMATS)}")
-    records = Records([], name=name)
+    records, aside = Records([], name=name), Counter()
     if max_rows is not None and max_rows < 1:
         raise UserError(f"max_rows {max_rows}: must be at least 1")
     try:
@@ -97,6 +110,9 @@ def collect_records(
             try:
                 if row.fields is None:
                     raise BadRow(row.problem)
+                if why := set_aside(row.fields):
+                    aside[why] += 1
+                    continue
                 format = format or recognise(row.fields)
                 if refuse is not None and not records.rows:
                     if problem := refuse(KINDS.get(format, format)):
@@ -110,9 +126,12 @@ def collect_records(
                 break
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error})") from error
+    records.notes += [f"{name}: {n:,} left out: {why}" for why, n in aside.items()]
     if not records.rows:
         bad = len(records.refused)
         why = f"all {bad} rows are bad; the first: {records.refused[0][1]}" if bad else "no rows"
+        if aside and not bad:
+            why = "nothing to use: " + "; ".join(f"{n:,} rows: {w}" for w, n in aside.items())
         raise UserError(f"{name}: {why}")
     return records
 
@@ -221,7 +240,10 @@ def split_records(records: Records, percentage: float, seed: int = 0) -> tuple[R
     drawn = set(np.random.default_rng(seed % 2**64).permutation(len(records))[:count].tolist())
     train = [row for i, row in enumerate(records) if i not in drawn]
     valid = [row for i, row in enumerate(records) if i in drawn]
-    return Records(train, records.refused, records.name), Records(valid, [], records.name)
+    return (
+        Records(train, records.refused, records.name, records.notes),
+        Records(valid, [], records.name),
+    )
 
 
 def mix_records(
@@ -251,6 +273,7 @@ def mix_records(
         mixed.rows += rows.rows * whole
         mixed.rows += [rows[i] for i in sorted(random.permutation(len(rows))[:part])]
         mixed.refused += rows.refused
+        mixed.notes += rows.notes
         if len(sets) > 1:
             mixed.notes.append(
                 f"{rows.name}: {count / sum(counts):.0%} of an epoch, each of its {len(rows)} rows "

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 from errors import UserError
 from models.file_checks import safetensors_header
 
+DEFAULT_NAME = "data/digits_model"  # what files record as their base, wherever the project lies
+DEFAULT_MODEL = Path(__file__).resolve().parent.parent / DEFAULT_NAME
 KEY = "base_fingerprint"  # beside "model" in an adapter's description
 QUANTIZATION = "base_quantization"  # {"bits", "group_size"} where --quantize rounded the base
 LENGTH = 16  # hexadecimal digits: 64 bits, and still fit for a message

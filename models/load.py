@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from errors import UserError
-from models.base_fingerprint import base_fingerprint
+from models.base_fingerprint import DEFAULT_MODEL, DEFAULT_NAME, base_fingerprint
 from models.file_checks import check_depth, check_memory, check_model_files
 from models.hub_files import download, looks_like_hub_name
 from models.limits import Limits, context_of, find_limits
@@ -24,8 +24,6 @@ from models.repairs import model_classes, repair
 from models.transformers_config import unnested
 from waiting import watched
 
-DEFAULT_NAME = "data/digits_model"  # what files record as their base, wherever the project lies
-DEFAULT_MODEL = Path(__file__).resolve().parent.parent / DEFAULT_NAME
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 QUANTIZE_GROUP_SIZES = (64, 32)  # mlx's default, then what narrow layers divide by
 

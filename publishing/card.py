@@ -26,6 +26,7 @@ METHODS = {  # by what config.json calls a run
     "pytorch_reward_model": ("reward-model training", []),
     "preference": ("preference training", ["preference"]),
     "group": ("group reinforcement learning", ["reinforcement-learning", "rlhf"]),
+    "rest": ("ReST", ["sft", "rlhf"]),
 }
 MARK = "<!-- written by mlx-rlhf: fuse.py replaces this file -->"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -101,7 +102,42 @@ def header(facts: Facts) -> str:
         metadata["base_model_relation"] = "adapter" if adapter else "finetune"
     if dataset := _hub_dataset(facts):
         metadata["datasets"] = [dataset]
+    if found := held_out(facts):
+        metadata |= {"model_name": facts.name.split("/")[-1], "eval_results": found}
     return ModelCardData(**metadata).to_yaml().strip()
+
+
+HELD_OUT = {  # metric -> its kind, and what it is
+    "eval/greedy/score": ("reward", "mean reward, greedy responses"),
+    "eval/sampled/score": ("reward", "mean reward, sampled responses"),
+    "valid/loss": ("loss", "loss"),
+    "valid/perplexity": ("perplexity", "perplexity"),
+    "valid/accuracy": ("accuracy", "accuracy"),
+    "valid/rewards/accuracies": ("accuracy", "share of pairs in the right order"),
+}
+
+
+def held_out(facts: Facts) -> list[Any]:
+    """What the run measured on held-out rows, for the header's model-index."""
+    from huggingface_hub import EvalResult
+
+    if facts.run is None:
+        return []
+    options = facts.run.options
+    data = _hub_dataset(facts) or options.get("data") or options.get("train_file") or "data"
+    task = TASKS.get(facts.kind, "text-generation")
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=_hub_dataset(facts) or "local",
+            dataset_name=f"held-out rows of {data}",
+            metric_type=kind,
+            metric_name=text,
+            metric_value=facts.run.metrics[name],
+        )
+        for name, (kind, text) in HELD_OUT.items()
+        if name in facts.run.metrics
+    ]
 
 
 def _hub_dataset(facts: Facts) -> str | None:
@@ -236,9 +272,11 @@ def making(facts: Facts) -> str:
         data = run.options.get("dataset") or run.options.get("data")
         if data:
             lines.append(f"- Data: {data}")
-        lines += ["", "Options:", "", "```"]
-        lines += [f"{name}: {value}" for name, value in run.options.items()]
-        lines += ["```"]
+        shown = run.options
+        if run.differing is not None:
+            shown = {name: value for name, value in shown.items() if name in run.differing}
+        lines += ["", "Options" + " that differ from the defaults" * (shown != run.options) + ":"]
+        lines += ["", "```", *(f"{name}: {value}" for name, value in shown.items()), "```"]
     if facts.difference:
         lines += ["", f"Largest difference from the unfused model: {facts.difference}."]
     return "\n".join(lines) + "\n"

@@ -47,6 +47,7 @@ class RunFacts:
     steps: int | None
     plots: list[Path]
     versions: dict[str, str]
+    differing: list[str] | None = None  # names of options; None: an older run does not say
 
 
 def read_run(folder: str | Path) -> RunFacts:
@@ -65,6 +66,7 @@ def read_run(folder: str | Path) -> RunFacts:
         folder=folder,
         script=script,
         options={k: _public(v) for k, v in redact(options).items() if _counts(k, v)},
+        differing=_differing(config, options),
         metrics=_last_values(rows),
         steps=max((row.get("step", 0) for row in rows), default=None),
         plots=plots,
@@ -117,6 +119,11 @@ def copy_plots(facts: RunFacts, folder: Path) -> list[str]:
 def plot_name(plot: Path) -> str:
     """Where a plot of a run lies in a model folder."""
     return f"plots/{plot.name}"
+
+
+def _differing(config: dict[str, Any], options: dict[str, Any]) -> list[str] | None:
+    names = config.get("differing")
+    return [name for name in names if name in options] if isinstance(names, list) else None
 
 
 def _counts(name: str, value: Any) -> bool:

@@ -26,6 +26,7 @@ from models.adapter_description import (
     is_single_file,
     read_description,
     read_head_description,
+    recorded_run,
     remove_old_heads,
 )
 from models.base_fingerprint import (
@@ -72,11 +73,14 @@ def save_trained(
     loaded: LoadedModel,
     tokenizer: str | None,
     head: str | None = None,
+    *,
+    run: Path | None = None,
 ) -> list[Path]:
     """Write what was trained: an adapter file, or a merged folder; returns what was written.
 
     A soft prompt has no weights to be merged into: a folder then is an adapter of the MLX side.
-    `head`: name of the head that the caller saves beside it; those of an older adapter go.
+    `head`: name of the head that the caller saves beside it; those of an older adapter go. `run`:
+    the folder of the run, for its model card.
     """
     path = Path(path)
     if not is_adapter(path, model):
@@ -84,7 +88,7 @@ def save_trained(
         return [path]
     file = path if is_single_file(path) else path / "soft_prompt.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
-    described = description(model, loaded)
+    described = {**description(model, loaded), **recorded_run(path, run)}
     arrays = {name: mlx_layout(name, a.detach()) for name, a in model.arrays().items()}
     write_arrays(file, arrays, {CONFIG_KEY: described}, lambda: remove_old_heads(path, head))
     if file != path:

@@ -116,7 +116,7 @@ def make_learned_reward(args, loaded):
 def finish(args, loaded, run, loop, path) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
     policy = loop.trainer.model
-    written = save_trained(path, policy.model, loaded, args.tokenizer, VALUE_HEAD)
+    written = save_trained(path, policy.model, loaded, args.tokenizer, VALUE_HEAD, run=run.recorded)
     written.append(save_head(path, VALUE_HEAD, policy.value_head.state_dict(), {}))
     adapter = is_adapter(path, policy.model)
     where = {"model": loaded.name, "resume_file": path} if adapter else {"model": path}

@@ -158,15 +158,15 @@ def finish(args, loaded, rows, run, loop, path) -> None:
         written = pytorch_encoder.save_encoder(path, loaded)
         going_on = command("ppo_training.py", reward_model=path)
     else:
-        written, going_on = save(args, loaded, trainer, rows, path)
+        written, going_on = save(args, loaded, trainer, rows, path, run.recorded)
     peak, valid = loop.backend.peak_memory(), sft_flags.validated(args, rows.get("valid"))
     finish_supervised(args, run, loop, written, valid, reward_model, going_on, peak_memory=peak)
 
 
-def save(args, loaded, trainer, rows, path) -> tuple[list, str]:
+def save(args, loaded, trainer, rows, path, run) -> tuple[list, str]:
     """Write an adapter or a merged model, and its reward head; what takes it next."""
     head = REWARD_HEAD if args.reward_model else None
-    written = save_trained(path, trainer.tuned, loaded, args.tokenizer, head)
+    written = save_trained(path, trainer.tuned, loaded, args.tokenizer, head, run=run)
     adapter = is_adapter(path, trainer.tuned)
     base = args.model if adapter else None
     if args.reward_model:

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from errors import UserError
 from safe_files import write_atomically
@@ -31,6 +31,10 @@ GREY = "#4D4D4D"
 DOTS_PER_INCH = 150
 # Fewer points than this are shown as they are; more get a running mean over a twentieth of them.
 SMOOTH_FROM = 60
+
+# Values up to so many times those that a twentieth stays below are shown on a logarithmic axis.
+LOG_FROM = 50
+TICKS = [1, 2, 5, 10]  # steps between ticks, times a power of ten: what people count in
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -72,6 +76,7 @@ def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color(GREY)
         axis.tick_params(colors=GREY, labelsize=9)
+        axis.yaxis.set_major_locator(MaxNLocator(steps=TICKS))
     return figure, axes
 
 
@@ -92,12 +97,42 @@ def label(axis: Axes, x: str, y: str, title: str = "") -> None:
         axis.set_title(title, fontsize=11, loc="left")
 
 
+def count_steps(axis: Axes) -> None:
+    """Ticks of an axis of steps: whole numbers, with a comma from a thousand on."""
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=TICKS))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def scale(axis: Axes) -> None:
+    """A logarithmic y axis where what is drawn asks for it: all above 0, over a wide range."""
+    drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axis.lines])
+    low = np.quantile(drawn, 0.05) if len(drawn) else 0.0  # a KL may begin at next to nothing
+    if not len(drawn) or drawn.min() <= 0 or drawn.max() < LOG_FROM * low:
+        return
+    axis.set_yscale("log")
+    axis.set_ylim(bottom=max(drawn.min(), low / 10) / 1.2)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def draw_points(axis: Axes, rows: Rows, name: str, colour: str, text: str, **style: Any) -> bool:
+    """One metric that few steps have, held-out scores say: a line through points."""
+    steps, values = series(rows, name)
+    if not len(steps):
+        return False
+    count_steps(axis)
+    style = {"marker": "o", "ms": 4, "lw": 1.8} | style
+    axis.plot(steps, values, color=colour, label=text, **style)
+    return True
+
+
 def draw_series(axis: Axes, rows: Rows, name: str, colour: str, text: str) -> bool:
     """One metric over steps: raw and faint with a running mean, or plain where it is short."""
     steps, values = series(rows, name)
     if not len(steps):
         return False
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    count_steps(axis)
     if len(steps) < SMOOTH_FROM:
         marker = "o" if len(steps) < 25 else None
         axis.plot(steps, values, color=colour, linewidth=1.8, marker=marker, ms=3.5, label=text)

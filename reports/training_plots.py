@@ -6,17 +6,22 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from reports.plot_style import (
     BLUE,
+    GREEN,
     GREY,
     ORANGE,
     SEED_COLOURS,
     SKY,
     SMOOTH_FROM,
+    TICKS,
     VERMILION,
     Rows,
+    count_steps,
+    draw_points,
     draw_series,
     label,
     legend,
@@ -24,6 +29,7 @@ from reports.plot_style import (
     require,
     running_mean,
     save,
+    scale,
     series,
 )
 
@@ -43,10 +49,9 @@ def plot_losses(
     figure, axes = new_figure()
     axis = axes[0, 0]
     drawn = draw_series(axis, rows, train, BLUE, "training")
-    steps, values = series(rows, valid)
-    if len(steps):
-        axis.plot(steps, values, color=VERMILION, marker="o", ms=4, lw=1.8, label="validation")
-    require(drawn or len(steps) > 0, path, f"{train} or {valid}")
+    drawn |= draw_points(axis, rows, valid, VERMILION, "validation")
+    require(drawn, path, f"{train} or {valid}")
+    scale(axis)
     label(axis, "step", f"loss ({unit})" if unit and unit != "loss" else "loss", title)
     legend(axis)
     return save(figure, path)
@@ -62,20 +67,43 @@ def plot_ppo(
     kl_target: float | None = None,
     title: str = "PPO",
 ) -> Path:
-    """Mean score of a batch, and its KL divergence from the reference, over steps."""
-    figure, axes = new_figure(2, 1, (6.4, 5.4), sharex=True)
-    above, below = axes[:, 0]
-    drawn = draw_series(above, rows, score, BLUE, "mean score")
-    drawn |= draw_series(below, rows, kl, VERMILION, "KL to the reference")
+    """Scores of batches and of held-out prompts, KL divergence from the reference, and lengths."""
+    figure, axes = new_figure(3, 1, (6.4, 7.6), sharex=True)
+    above, middle, below = axes[:, 0]
+    drawn = draw_series(above, rows, score, BLUE, "batch")
+    drawn |= draw_series(middle, rows, kl, VERMILION, "KL to the reference")
     require(drawn, path, f"{score} or {kl}")
+    draw_held_out(above, rows)
+    scale(middle)
     if kl_target is not None:
-        below.axhline(kl_target, color=GREY, linewidth=1, linestyle="--", label="target")
-    label(above, "", "score", title)
-    label(below, "step", f"KL (nats per {unit})")
-    for axis in (above, below):
+        middle.axhline(kl_target, color=GREY, linewidth=1, linestyle="--", label="target")
+    draw_lengths(below, rows)
+    label(above, "", "mean score", title)
+    label(middle, "", f"KL (nats per {unit})")
+    label(below, "step", "response (tokens)")
+    return save(with_legends(figure), path)
+
+
+def draw_held_out(axis: Axes, rows: Rows) -> None:
+    """Mean scores of the responses to held-out prompts, greedy and sampled ones."""
+    draw_points(axis, rows, "eval/greedy/score", VERMILION, "held out, greedy")
+    style = {"marker": "s", "ls": "--"}
+    draw_points(axis, rows, "eval/sampled/score", GREEN, "held out, sampled", **style)
+
+
+def draw_lengths(axis: Axes, rows: Rows, name: str = "tokens/responses_len_mean") -> None:
+    """Mean lengths of the batches' responses, and of those to held-out prompts."""
+    draw_series(axis, rows, name, BLUE, "batch")
+    draw_points(axis, rows, "eval/greedy/response_tokens", VERMILION, "held out, greedy")
+    axis.set_ylim(bottom=0)
+
+
+def with_legends(figure: Figure) -> Figure:
+    """The figure, with a legend in each panel that has something to name."""
+    for axis in figure.axes:
         if axis.get_legend_handles_labels()[0]:
             legend(axis)
-    return save(figure, path)
+    return figure
 
 
 def plot_preferences(rows: Rows, path: str | Path, *, title: str = "Preferences") -> Path:
@@ -91,26 +119,25 @@ def plot_preferences(rows: Rows, path: str | Path, *, title: str = "Preferences"
     require(drawn, path, "train/rewards/margins or train/logps/chosen")
     label(above, "", "reward margin", title)
     label(below, "step", "log-probability (nats)")
-    for axis in (above, below):
-        if axis.get_legend_handles_labels()[0]:
-            legend(axis)
-    return save(figure, path)
+    return save(with_legends(figure), path)
 
 
 def plot_groups(rows: Rows, path: str | Path, *, title: str = "Group training") -> Path:
-    """Mean reward of a batch, and the share of groups that taught nothing, over steps."""
-    figure, axes = new_figure(2, 1, (6.4, 5.4), sharex=True)
-    above, below = axes[:, 0]
-    drawn = draw_series(above, rows, "reward", BLUE, "mean reward")
-    drawn |= draw_series(below, rows, "frac_reward_zero_std", GREY, "groups of equal rewards")
-    drawn |= draw_series(below, rows, "kl", VERMILION, "KL to the reference, nats per token")
+    """Rewards of batches and of held-out prompts, groups that taught nothing, KL, and lengths."""
+    figure, axes = new_figure(3, 1, (6.4, 7.6), sharex=True)
+    above, middle, below = axes[:, 0]
+    drawn = draw_series(above, rows, "reward", BLUE, "batch")
+    drawn |= draw_series(middle, rows, "frac_reward_zero_std", GREY, "groups of equal rewards")
+    drawn |= draw_series(middle, rows, "kl", VERMILION, "KL to the reference, nats per token")
     require(drawn, path, "reward, frac_reward_zero_std or kl")
-    label(above, "", "reward", title)
-    label(below, "step", "share, KL")
-    for axis in (above, below):
-        if axis.get_legend_handles_labels()[0]:
-            legend(axis)
-    return save(figure, path)
+    if not any(line.get_ydata().any() for line in middle.lines):
+        middle.set_ylim(-0.02, 1)  # a share of 0 throughout
+    draw_held_out(above, rows)
+    draw_lengths(below, rows, "completions/mean_length")
+    label(above, "", "mean reward", title)
+    label(middle, "", "share, KL")
+    label(below, "step", "response (tokens)")
+    return save(with_legends(figure), path)
 
 
 def plot_learned_and_true(
@@ -121,21 +148,28 @@ def plot_learned_and_true(
     true: str = "env/true_score",
     title: str = "Learned reward against the true score",
 ) -> Path:
-    """Both scores over steps, and one against the other: where they part, the model is gamed."""
+    """Each score over steps in a panel of its own, and one against the other:
+    where they part, the model is gamed."""
     both = [row for row in rows if len(series([row], learned)[0]) and len(series([row], true)[0])]
     require(bool(both), path, f"{learned} and {true}")
-    figure, axes = new_figure(1, 2, (9.6, 4.2), width_ratios=(1.25, 1))
-    left, right = axes[0]
-    draw_series(left, both, learned, ORANGE, "learned")
-    draw_series(left, both, true, BLUE, "true")
-    label(left, "step", "mean score of a batch", title)
-    legend(left)
+    figure, axes = new_figure(1, 3, (12.0, 3.8))
+    left, middle, right = axes[0]
+    for axis, name, colour, text in (
+        (left, learned, ORANGE, "learned"),
+        (middle, true, BLUE, "true"),
+    ):
+        draw_series(axis, both, name, colour, text)
+        label(axis, "step", f"{text} score, mean of a batch")
+    left.set_title(title, fontsize=11, loc="left")
     steps, x = series(both, learned)
     _, y = series(both, true)
     dots = right.scatter(x, y, c=steps, cmap="viridis", s=16, edgecolors="none")
     bar = figure.colorbar(dots, ax=right, label="step")
     bar.outline.set_visible(False)
+    bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True, steps=TICKS))
     label(right, "learned score", "true score")
+    for axis in (left, middle):
+        legend(axis)
     return save(figure, path)
 
 
@@ -166,12 +200,14 @@ def plot_seeds(
 
 def draw_seeds(axis: Axes, runs: Mapping[Any, Rows], name: str, path: str | Path) -> None:
     """Every seed's curve of one metric; mean and spread over the steps that all of them have."""
-    curves = []
+    curves, smoothed = [], set()
     for index, (seed, rows) in enumerate(runs.items()):
         steps, values = series(rows, name)
         require(len(steps) > 0, path, f"{name} (seed {seed})")
         if len(values) >= SMOOTH_FROM:
-            values = running_mean(values, len(values) // 20 | 1)
+            window = len(values) // 20 | 1
+            values = running_mean(values, window)
+            smoothed.add(window)
         colour = SEED_COLOURS[index % len(SEED_COLOURS)]
         axis.plot(steps, values, color=colour, lw=1, alpha=0.75, label=f"seed {seed}")
         curves.append(dict(zip(steps, values, strict=True)))
@@ -181,7 +217,10 @@ def draw_seeds(axis: Axes, runs: Mapping[Any, Rows], name: str, path: str | Path
         mean, spread = table.mean(0), table.std(0, ddof=1)
         axis.fill_between(shared, mean - spread, mean + spread, color=GREY, alpha=0.18, lw=0)
         axis.plot(shared, mean, color="black", linewidth=2.2, label="mean ± sd")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    count_steps(axis)
+    if smoothed:
+        text = "means of " + " or ".join(map(str, sorted(smoothed))) + " steps"
+        axis.annotate(text, (0.99, 0.02), xycoords="axes fraction", ha="right", fontsize=8)
 
 
 # ------------------------------------------------------------------------------ reward models

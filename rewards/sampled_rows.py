@@ -27,13 +27,15 @@ def sample_pairs(
     sampling: Sampling,
     batch_size: int,
     seed: int = 0,
+    prefix: Sequence[int] = (),
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[Pair]:
     """`samples` responses to each prompt, those of one prompt adjoining, in the prompts' order.
 
     `loaded`: a LoadedModel. `records`: the rows that the prompts are from. About `batch_size`
     responses are sampled together, to prompts of like lengths; `advance` is told how many are done.
-    What is sampled depends on the prompts, these options and the seed.
+    What is sampled depends on the prompts, these options and the seed. `prefix`: virtual tokens
+    that stand before every prompt.
     """
     rows = {record.where: record for record in records}
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].tokens))
@@ -44,7 +46,7 @@ def sample_pairs(
         places = order[start : start + together]
         rollout = generate(
             loaded.model,
-            [prompts[i].tokens for i in places],
+            [[*prefix, *prompts[i].query] for i in places],
             max_tokens=max_new_tokens,
             eos_ids=eos_ids,
             sampling=sampling,

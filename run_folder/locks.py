@@ -21,7 +21,7 @@ class OutputLock:
     """Keeps a second run from writing the same ``--save-file``: an adapter of one and a head of the
     other would lie side by side. ``close`` frees it; None locks nothing."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, flag: str = "--save-file") -> None:
         """Raises ``UserError`` where another run has it, or no file can be made there."""
         self._file = None
         if path is None:
@@ -33,7 +33,7 @@ class OutputLock:
         self._place = path.with_name(f".{name}.lock")
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            taken = f"--save-file {path}: is going to be written by process"
+            taken = f"{flag} {path}: is going to be written by process"
             while self._file is None:
                 file = _lock(self._place, taken)
                 if _is_at(file, self._place):

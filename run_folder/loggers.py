@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from errors import UserError
 from run_folder.secrets import tell
 from safe_files import write_atomically
@@ -119,19 +121,32 @@ class WandbRun:
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
         self.run.log(numbers, step=step)
 
-    def finish(
-        self, samples: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None
-    ) -> None:
-        """Send every decoded sample in one table and end the run.
+    def log_values(self, step: int, name: str, values: Sequence[float]) -> None:
+        """Send numbers of one step as a histogram."""
+        self.run.log({name: self.wandb.Histogram(list(values))}, step=step)
+
+    def log_samples(self, samples: Sequence[Mapping[str, Any]], step: int | None = None) -> None:
+        """Send every decoded sample so far in one table.
 
         A table logged at each step is a new artifact each time: fifty steps, fifty artifacts.
         """
+        shown = samples[-TABLE_ROWS:]
+        columns = list(dict.fromkeys(name for row in shown for name in row))
+        data = [[row.get(name) for name in columns] for row in shown]
+        table = self.wandb.Table(columns=columns, data=data, allow_mixed_types=True)
+        self.run.log({"samples": table}, step=step)
+
+    def finish(
+        self,
+        samples: Sequence[Mapping[str, Any]],
+        summary: Mapping[str, Any] | None,
+        plots: Sequence[Path] = (),
+    ) -> None:
+        """Send every decoded sample and the plots, and end the run."""
         if samples:
-            shown = samples[-TABLE_ROWS:]
-            columns = list(dict.fromkeys(name for row in shown for name in row))
-            data = [[row.get(name) for name in columns] for row in shown]
-            table = self.wandb.Table(columns=columns, data=data, allow_mixed_types=True)
-            self.run.log({"samples": table})
+            self.log_samples(samples)
+        if plots:
+            self.run.log({f"plots/{p.stem}": self.wandb.Image(str(p)) for p in plots})
         for name, value in (summary or {}).items():
             self.run.summary[name] = value
         self.run.finish()
@@ -164,16 +179,29 @@ class TensorboardRun:
                 self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
+    def log_values(self, step: int, name: str, values: Sequence[float]) -> None:
+        """Write numbers of one step as a histogram."""
+        if self.writer is not None and values:
+            self.writer.add_histogram(name, np.asarray(values, dtype=float), step)
+
+    def log_samples(self, samples: Sequence[Mapping[str, Any]], step: int | None = None) -> None:
+        """Write the last step's decoded samples as text."""
+        if self.writer is not None:
+            last = samples[-1]["step"]
+            shown = [sample for sample in samples if sample["step"] == last]
+            self.writer.add_text("samples", as_block(shown), last)
+
     def finish(
-        self, samples: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None
+        self,
+        samples: Sequence[Mapping[str, Any]],
+        summary: Mapping[str, Any] | None,
+        plots: Sequence[Path] = (),
     ) -> None:
         """Write the last decoded samples and the summary as text, and close the file."""
         if self.writer is None:
             return
         if samples:
-            last = samples[-1]["step"]
-            shown = [sample for sample in samples if sample["step"] == last]
-            self.writer.add_text("samples", as_block(shown), last)
+            self.log_samples(samples)
         if summary:
             self.writer.add_text("summary", as_block(summary))
         self.writer.close()

@@ -13,10 +13,10 @@ from run_folder.secrets import tell
 
 # Where things are written and what is printed: a run with other values here ends the same.
 HARMLESS = frozenset(
-    "any_base changed config cpus_per_worker explicit force_resume fused_dir keep_checkpoints "
-    "log_with max_bad_steps may_change memory_limit num_training_workers output_dir overwrite "
-    "resume save_every save_file steps_per_report typed wandb_project wandb_run_name "
-    "worker_timeout".split()
+    "any_base changed config cpus_per_worker defaults explicit force_resume fused_dir "
+    "keep_checkpoints log_with max_bad_steps may_change memory_limit num_training_workers "
+    "output_dir overwrite resume save_every save_file steps_per_report typed wandb_project "
+    "wandb_run_name worker_timeout".split()
 )
 # How long a run goes on: harmless as long as the learning rate does not depend on it.
 LENGTHS = frozenset({"epochs", "iters", "num_steps", "steps"})

@@ -11,6 +11,7 @@ Importing this loads neither MLX nor W&B.
 """
 
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -42,6 +43,7 @@ from safe_files import (
     writing,
 )
 
+HELD_OUT = ("eval/", "valid/")  # how metrics of held-out rows begin
 LIBRARIES = ("mlx", "mlx-lm", "transformers", "numpy")
 RUNS = "runs"  # where runs lie that are given no folder
 OWN_NAMES = ["config.json", *ROW_FILES, "summary.json", "checkpoints", "plots", *LOGGERS]
@@ -64,15 +66,16 @@ class Run:
         overwrite: bool = False,
         log_with: str = "none",
         outputs: Sequence[str] = (),
-        blas: str | None = None,
+        computing: Mapping[str, Any] | None = None,
     ) -> None:
         """Open a new folder, or with ``resume`` the one of an earlier start.
 
         That one stays as it is until ``load_state_dict``, so that a script can still refuse.
         ``options``: every resolved option by name. ``outputs``: names of what the script itself
-        writes into the folder, deleted with the rest by ``overwrite``. ``blas``: name of the BLAS
-        in use. Raises ``UserError`` when the folder holds another run, is in use, or holds files
-        under a run's names that are no run's, with ``overwrite`` too.
+        writes into the folder, deleted with the rest by ``overwrite``. ``computing``: what matrix
+        products are computed with (``settings`` of fast_blas.py). Raises ``UserError`` when the
+        folder holds another run, is in use, or holds files under a run's names that are no run's,
+        with ``overwrite`` too.
         """
         if log_with != "none":
             check_installed(log_with)
@@ -92,7 +95,7 @@ class Run:
             self._output = OutputLock(Path(saved).expanduser() if saved else None)
             self.may_change = tuple(options.get("may_change", ()))
             self.typed = frozenset(options.get("explicit", ()))
-            self._open(script, options, resume, overwrite, outputs, blas)
+            self._open(script, options, resume, overwrite, outputs, computing or {})
             self._keep_private(options)
             self.logger, self._log_with = None, log_with
             if not resume:
@@ -113,7 +116,7 @@ class Run:
                 "config.json has its script and options); choose another --output-dir"
             )
 
-    def _open(self, script, options, resume, overwrite, outputs, blas) -> None:
+    def _open(self, script, options, resume, overwrite, outputs, computing) -> None:
         if resume:
             old = read_run_config(self.folder)
             created = old.get("created")
@@ -133,7 +136,7 @@ class Run:
             for name in (*OWN_NAMES, *outputs):
                 if name != "config.json":
                     remove(self.folder / name)
-        self.config = describe(script, options, blas, created)
+        self.config = describe(script, options, computing, created)
         if not resume:  # before any other file: without it they would be no run's
             self.write_config()
         self._files = {name: RowFile(self.folder / name) for name in ROW_FILES}
@@ -202,7 +205,20 @@ class Run:
         row = numbered(step, metrics)
         self._files["metrics.jsonl"].append(row)
         self._to_logger(lambda logger: logger.log(step, row))
+        if any(name.startswith(HELD_OUT) for name in row) and not self.private:
+            self._send_samples(step)
         return row
+
+    def log_values(self, step: int, name: str, values: Sequence[float]) -> None:
+        """Send the finite ones among numbers of one step to the logger, as a histogram."""
+        known = [float(value) for value in values if math.isfinite(value)]
+        if known:
+            self._to_logger(lambda logger: logger.log_values(step, name, known))
+
+    def _send_samples(self, step: int) -> None:
+        """The samples so far, to the logger: during training at each look at held-out rows."""
+        if self.logger is not None and (samples := read_rows(self.folder / "samples.jsonl")):
+            self._to_logger(lambda logger: logger.log_samples(samples, step))
 
     def _to_logger(self, send: Callable[[Any], None]) -> None:
         """Give the logger something; one that fails (its process was killed, say) costs itself."""
@@ -284,11 +300,14 @@ class Run:
         finally:
             self._free()
 
-    def _last_words(self, summary: Mapping[str, Any] | None) -> tuple[list, Mapping | None]:
-        """(samples, summary) for the logger: of a private run numbers alone."""
+    def _last_words(
+        self, summary: Mapping[str, Any] | None
+    ) -> tuple[list, Mapping | None, list[Path]]:
+        """(samples, summary, plots) for the logger: of a private run numbers alone."""
         if self.private:
-            return [], {k: v for k, v in (summary or {}).items() if is_number(v)}
-        return read_rows(self.folder / "samples.jsonl"), summary
+            return [], {k: v for k, v in (summary or {}).items() if is_number(v)}, []
+        plots = sorted(self.plots.glob("*.png"))
+        return read_rows(self.folder / "samples.jsonl"), summary, plots
 
     def _free(self) -> None:
         for file in (*self._files.values(), self._output, self._lock):
@@ -340,8 +359,16 @@ def is_empty(path: Path) -> bool:
 # ------------------------------------------------------------------------------ contents
 
 
+def differing(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """Names of the options that have another value than their default, typed or settled."""
+    return sorted(name for name, value in options.items() if value != defaults.get(name))
+
+
 def describe(
-    script: str, options: Mapping[str, Any], blas: str | None, created: str | None
+    script: str,
+    options: Mapping[str, Any],
+    computing: Mapping[str, Any],
+    created: str | None,
 ) -> dict[str, Any]:
     """What ``config.json`` holds; secrets are redacted."""
     kept = {name: value for name, value in options.items() if name not in OF_ONE_START}
@@ -356,12 +383,13 @@ def describe(
             "script": script,
             "created": created or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "options": redact(plain(kept)),
+            "differing": differing(kept, options.get("defaults", kept)),
             "versions": versions,
             "machine": {
                 "platform": platform.platform(),
                 "processor": platform.processor() or platform.machine(),
                 "cpu_count": os.cpu_count(),
-                "blas": blas,
+                **computing,
                 "folder": os.getcwd(),  # which relative paths among the options start from
             },
         }

@@ -18,6 +18,7 @@ MADE_BY = {
     "preference": "preference_training.py",
     "ppo": "ppo_training.py",
     "group": "group_training.py",
+    "rest": "rest.py",
     "pytorch_sft": "pytorch_baseline/pytorch_sft.py",
     "pytorch_reward_model": "pytorch_baseline/pytorch_sft.py",
     "pytorch_ppo": "pytorch_baseline/pytorch_ppo_training.py",
@@ -25,7 +26,8 @@ MADE_BY = {
 
 # Belong to one start of the program and are not taken over from the run that is resumed.
 OF_ONE_START = frozenset(
-    "changed config explicit force_resume may_change output_dir overwrite resume typed".split()
+    "changed config defaults explicit force_resume may_change output_dir overwrite resume "
+    "typed".split()
 )
 
 

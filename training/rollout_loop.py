@@ -175,6 +175,7 @@ class RolloutLoop(Resumable):
         row = self.logged(stats, made) | reference_means(made) | self.notes
         row |= self.times(stats, made) | worker_metrics()
         self.run_folder.log(self.step, row)
+        self.run_folder.log_values(self.step, "scores", made.scores)
         progress.advance()
         if len(stats) > 1:  # a skipped step says that alone
             self.write_samples(made, stats.get("objective/kl_dist"))

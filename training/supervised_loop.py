@@ -161,14 +161,19 @@ class Loop(Resumable):
 
     def end_step(self, progress: Progress) -> None:
         """Validation and checkpoint where they are due."""
-        plan, metric = self.schedule, None
+        metric = None
         if self.evaluation_due():
             with self.step_to_give_up():
                 metric = self.validate(progress)
         if self.step:
             best = metric is not None and self.since_best == 0
-            due = plan.save_every and (best or self.step % plan.save_every == 0)
-            save_or_stop(self, bool(due), metric if best else None, "loss or gradient")
+            due = self.checkpoint_due(best)
+            save_or_stop(self, due, metric if best else None, "loss or gradient")
+
+    def checkpoint_due(self, best: bool) -> bool:
+        """Whether this step ends with a checkpoint; `best`: after the best validation so far."""
+        every = self.schedule.save_every
+        return bool(every and (best or self.step % every == 0))
 
     def take_best(self) -> None:
         """Go back to the weights of the best validation."""

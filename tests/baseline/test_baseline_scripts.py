@@ -325,7 +325,7 @@ def test_adapters_go_on_their_own_base_alone(tmp_path, name, words):
     described = read_adapter(path)[1]
     assert described[KEY] == load_torch(MODEL).fingerprint == base.fingerprint
     ours = tmp_path / f"ours-{name}"
-    save_adapter(ours, load_adapter(base, path), base)
+    save_adapter(ours, load_adapter(base, path), base, run=tmp_path / "a")
     load_torch_adapter(load_torch(MODEL), str(ours))
     with pytest.raises(UserError, match="is another base"):
         load_adapter(load_model(other), path)
@@ -340,7 +340,7 @@ def test_an_adapter_file_says_what_the_mlx_side_would(tmp_path, kind):
     path, ours = tmp_path / "a.npz", tmp_path / "ours.npz"
     sft(tmp_path / "a", "--fine-tune-type", kind, "--save-file", str(path))
     base = load_model(DIGITS, dtype="float32")
-    save_adapter(ours, load_adapter(base, path), base)
+    save_adapter(ours, load_adapter(base, path), base, run=tmp_path / "a")
     assert read_adapter(ours)[1] == read_adapter(path)[1]
     tokens = torch.tensor([[1, 30, 40, 50, 60]])
     model = load_torch_adapter(load_torch(MODEL), str(path)).eval()

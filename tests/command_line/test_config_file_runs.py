@@ -108,7 +108,7 @@ PPO = """{
         "learning_rate": 1e-3,
         "lr_scheduler": "cosine",
         "kl_coeff": 0.2,
-        "num_training_workers": 2,
+        "num_training_workers": 1,
         "resources_per_worker": {
             "CPU": 56
         },
@@ -128,7 +128,8 @@ def test_a_conf_file_of_the_other_workflow_trains(tmp_path):
     out = run(sft, "--train", "--config", "finetune.conf")
     assert "lora_r -> --lora-rank 3" in out and "lr_scheduler -> --lr-schedule linear" in out
     assert "checkpoint_dir -> --fused-dir tuned/model" in out
-    assert "resources_per_worker is not used" in out
+    assert "batch_size -> --batch-size 20 (10 for each of 2 workers)" in out
+    assert "resources_per_worker -> --cpus-per-worker" in out
     assert (tmp_path / "tuned" / "model" / "model.safetensors").is_file()
     options = options_of("conf_run")
     assert (options["optimizer"], options["weight_decay"], options["dtype"]) == (
@@ -140,8 +141,8 @@ def test_a_conf_file_of_the_other_workflow_trains(tmp_path):
     with open("conf_run/metrics.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     trained = [row for row in rows if "train/loss" in row]
-    assert len(trained) == 12  # 150 rows less a fifth, ten at a time, once
-    assert trained[-1]["train/learning_rate"] == pytest.approx(1e-3 / 12)
+    assert len(trained) == 6  # 150 rows less a fifth, twice ten at a time, once
+    assert trained[-1]["train/learning_rate"] == pytest.approx(1e-3 / 6)
     assert any("valid/loss" in row for row in rows)
 
 

@@ -12,8 +12,10 @@ from script_table import training_scripts
 import fuse
 import group_training
 import judge
+import label
 import ppo_training
 import preference_training
+import rest
 import score
 import sft
 import talk_to_model
@@ -32,6 +34,8 @@ SCRIPTS = {
     fuse: ["fuse.py", "publishing/*.py"],
     score: ["score.py"],
     judge: ["judge.py"],
+    rest: ["rest.py"],
+    label: ["label.py", "labelling/*.py"],
     talk_to_model: ["talk_to_model.py", "chat/*.py"],
 }
 

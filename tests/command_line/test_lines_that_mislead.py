@@ -15,6 +15,7 @@ import score
 import sft
 from command_line.ppo_flags import parse_arguments as ppo_arguments
 from command_line.sft_flags import parse_arguments as sft_arguments
+from errors import UserError
 from publishing.card import METHODS
 from run_folder.console import command
 from run_folder.run_config import MADE_BY
@@ -285,10 +286,18 @@ def test_accuracy_stands_beside_the_pairs_that_it_is_over(capsys):
     assert re.search(r"accuracy \S+  pairs 6", capsys.readouterr().out)
 
 
-def test_an_empty_data_base_is_shown_as_one(tmp_path, capsys):
-    write("train.jsonl", [{"text": "1 2 3"}])
-    write("other_train.jsonl", [{"text": "1 2 3"}])
-    with pytest.raises(Exception, match="could be '' or other_"):
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["train.jsonl"], "could be ''$"),
+        (["train.jsonl", "other_train.jsonl"], "could be '' or other_$"),
+        (["train.json", "b_train.csv", "a_train.jsonl"], "could be '' or a_ or b_$"),
+    ],
+)
+def test_an_empty_data_base_is_shown_as_one(tmp_path, names, shown):
+    for name in names:
+        write(name, [{"text": "1 2 3"}])
+    with pytest.raises(UserError, match=shown):
         sft.main([*TRAIN, "--data", str(tmp_path), "--data-base", "none_"])
 
 

@@ -92,6 +92,7 @@ AT_ONCE = [
     ("group_training.py --ground-truth-reward --num-generations 1", "--num-generations"),
     ("score.py", "nothing to score|--input"),
     ("fuse.py --save-pth x", "did you mean --save-path?"),
+    ("label.py", "nothing to label|--prompts FILE|--report FILE"),
     ("talk_to_model.py --tmp 1", "did you mean --temp?"),
     ("data/make_digits_model.py --sede 1", "did you mean --seed?"),
     # option files
@@ -123,6 +124,8 @@ LATER = [
     ("fuse.py --adapter-file nowhere.npz --save-path y", "nowhere.npz: no such file"),
     ("talk_to_model.py --model nowhere hello", "nowhere: no model folder there"),
     ("talk_to_model.py --resume-file nowhere.npz hello", "nowhere.npz: no such file"),
+    ("label.py --prompts nowhere.jsonl --web", "nowhere.jsonl: no such file"),
+    ("label.py --prompts torn_train.jsonl --web", "torn_train.jsonl:1: the rows are plain texts"),
     ("score.py --ground-truth-reward --input nowhere.jsonl --output y", "nowhere.jsonl"),
     ("score.py --ground-truth-reward --input torn_train.jsonl --output y", "torn_train.jsonl:2"),
     # data

@@ -52,6 +52,7 @@ LINES = {
         "--input x --judge y --revise",
         "--input x --judge-url http://h",
     ],
+    "label": ["--prompts x", "--prompts x --web", "--prompts x --against y", "--report x"],
     "fuse": [
         "--adapter-file a --save-path b",
         "--model a --upload-repo u/n",
@@ -65,6 +66,7 @@ LINES = {
     "preference_training": ["--train", "--train --algorithm kto", "--train --test", "--preview"],
     "group_training": ["--ground-truth-reward"],
     "memorisation": ["--data x"],
+    "rest": ["--ground-truth-reward", "--reward-model x --thresholds .5 .7"],
 }
 
 

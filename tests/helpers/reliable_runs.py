@@ -251,6 +251,7 @@ def left_by(run: Path, saved: str) -> dict:
     if best := best_checkpoint(checkpoints):
         found["best"] = checkpoint_contents(best)
         found["best.json"] = json.loads((checkpoints / "best.json").read_text())
+    found |= {file.name: file.read_bytes() for file in sorted(run.glob("grow_*.jsonl"))}
     stem = Path(saved).stem
     for file in sorted(run.parent.glob(f"{stem}.*")):
         found[file.name] = file.read_bytes()

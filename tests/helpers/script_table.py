@@ -67,6 +67,16 @@ RUNS = {
             "--entropy-target 5 --eval-every 3 --eval-prompts 4 --eval-samples 1"
         ),
     ),
+    "rest": (
+        "rest.py",
+        words(
+            f"--ground_truth_reward --data DATA {COMMON} --grow-steps 2 --samples-per-prompt 2 "
+            "--quantiles 0.3 0.6 --iters 3 --batch-size 8 --gradient-accumulation-steps 2 "
+            "--max-rows 12 --max-new-tokens 6 --lora-dropout 0.2 --learning-rate 3e-3 "
+            "--lr-schedule cosine --warmup-steps 1 --start-from base --mix-data --eval-prompts 3 "
+            "--eval-samples 1"
+        ),
+    ),
     "ppo": (
         "ppo_training.py",
         words(
@@ -99,6 +109,13 @@ SHORT = {
         ),
     ),
     "preference": Short("preference_training.py", words(f"{LOOP} {FEW}")),
+    "rest": Short(
+        "rest.py",
+        words(
+            f"--ground_truth_reward --grow-steps 1 --samples-per-prompt 2 --quantiles 0.5 "
+            f"--iters 2 --max-rows 4 --max-new-tokens 4 --eval-prompts 2 --eval-samples 1 {FEW}"
+        ),
+    ),
     "group": Short(
         "group_training.py",
         words(

@@ -50,6 +50,13 @@ def test_a_card_names_the_script_and_the_options(kind, tmp_path, monkeypatch):
     fuse.main(["--adapter-file", "../moved/a.npz", "--save-path", "model"])
     card = Path("model/README.md").read_text()
     assert f"(`{name}`" in card and "\nseed: 1\n" in card
+    assert "\nOptions that differ from the defaults:\n" in card
+    options = card.split("defaults:\n\n```\n")[1].split("```")[0].splitlines()
+    names = {line.partition(":")[0] for line in options}
+    assert {"data", "seed"} <= names and not {"optimizer", "lora_rank"} & names
+    config = json.loads((tmp_path / "logs" / "run7" / "config.json").read_text())
+    assert set(config["differing"]) >= names  # settled ones too, such as the rate
+    assert "learning_rate" in names
     assert read_description(tmp_path / "moved" / "a.npz")["run"] == os.path.join(
         "..", "logs", "run7"
     )

@@ -305,6 +305,14 @@ def test_card_tells_what_was_done(made):
     found = metadata(card)
     assert found["license"] == "apache-2.0" and found["library_name"] == "mlx"
     assert found["pipeline_tag"] == "text-generation" and {"sft", "mlx-rlhf"} <= set(found["tags"])
+    (index,) = found["model-index"]
+    assert index["name"] in card
+    (result,) = index["results"]
+    assert result["task"] == {"type": "text-generation"}
+    assert result["dataset"] == {"type": "local", "name": "held-out rows of data"}
+    (metric,) = result["metrics"]  # held-out rows alone, not what training was on
+    assert metric == {"type": "loss", "value": 1.5, "name": "loss"}
+    assert "\nOptions:\n" in card  # a run from before it said which differ
     assert "base_model" not in found  # the embedded model is not on the hub
     assert "LoRA of rank 4, scale 2.0" in card and "supervised fine-tuning" in card
     assert "learning_rate: 0.003" in card and "`valid/loss` | 1.5 |" in card

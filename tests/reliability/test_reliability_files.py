@@ -163,6 +163,7 @@ SCRIPTS = {
     "sft.py": "--train --data DATA --model model --resume-adapter-file a.npz",
     "ppo_training.py": "--ground_truth_reward --data DATA --model model --resume-file a.npz",
     "talk_to_model.py": "--model model --resume-file a.npz hello",
+    "label.py": "--prompts DATA/samples/prompts.jsonl --web --model model --resume-file a.npz",
     "fuse.py": "--model model --adapter-file a.npz --save-path fused",
 }
 

@@ -24,6 +24,9 @@ def rows(count: int = 100, seed: int = 0) -> list[dict]:
             "env/reward_mean": k / count + noise[k],
             "env/true_score": k / count,
             "objective/kl": k / 10 if k != 5 else None,
+            "tokens/responses_len_mean": 20 + k / 10,
+            "eval/greedy/score": k / 50 if k % 25 == 0 else None,
+            "eval/greedy/response_tokens": 12.0 if k % 25 == 0 else None,
         }
         for k in range(count)
     ]
@@ -88,6 +91,77 @@ def test_losses_are_the_ones_in_the_rows(tmp_path, figures):
     training, validation = figures[0].axes[0].get_lines()
     assert list(training.get_ydata()) == [row["train/loss"] for row in few]
     assert list(validation.get_xdata()) == [1.0] and list(validation.get_ydata()) == [3.0]
+
+
+def panel(figure, place: int) -> dict[str, np.ndarray]:
+    """Named curves of one panel: values by the name in the legend."""
+    lines = figure.axes[place].lines
+    return {line.get_label(): line.get_ydata() for line in lines if line.get_label()[0] != "_"}
+
+
+@pytest.mark.parametrize("plot", [plots.plot_ppo, plots.plot_groups])
+def test_held_out_scores_and_lengths_stand_beside(tmp_path, figures, plot):
+    more = [
+        row | {"reward": row["env/reward_mean"], "completions/mean_length": 20 + k / 10}
+        for k, row in enumerate(rows())
+    ]
+    plot(more, tmp_path / "a.png")
+    scores, lengths = panel(figures[0], 0), panel(figures[0], 2)
+    np.testing.assert_allclose(scores["held out, greedy"], [0, 0.5, 1, 1.5])
+    assert "batch (mean of 5 steps)" in scores and "batch (mean of 5 steps)" in lengths
+    np.testing.assert_allclose(lengths["held out, greedy"], 12)
+    assert "tokens" in figures[0].axes[2].get_ylabel()
+    assert figures[0].axes[2].get_ylim()[0] == 0
+
+
+def test_learned_and_true_score_have_a_panel_each(tmp_path, figures):
+    plots.plot_learned_and_true(rows(), tmp_path / "a.png")
+    assert [*panel(figures[0], 0)] == ["learned (mean of 5 steps)"]
+    assert [*panel(figures[0], 1)] == ["true (mean of 5 steps)"]
+
+
+def falling(first: float, last: float) -> list[dict]:
+    values = np.geomspace(first, last, 40)
+    return [{"step": k, "train/loss": float(value)} for k, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    "first, last, scale", [(3, 2, "linear"), (9, 0.01, "log"), (9, 1, "linear")]
+)
+def test_a_wide_range_has_a_logarithmic_axis(tmp_path, figures, first, last, scale):
+    plots.plot_losses(falling(first, last), tmp_path / "a.png")
+    axis = figures[0].axes[0]
+    assert axis.get_yscale() == scale
+    figures[0].canvas.draw()
+    shown = [float(text.get_text()) for text in axis.get_yticklabels() if text.get_text()]
+    inside = [value for value in shown if last <= value <= first]
+    assert len(inside) > 1
+    if scale == "log":  # 1, 2 and 5 times a power of ten, in plain numbers
+        assert all(f"{value:e}"[0] in "125" for value in inside)
+
+
+def test_a_kl_that_begins_at_nothing_stays_linear(tmp_path, figures):
+    some = [{"step": k, "objective/kl": max(k / 10, 1e-9)} for k in range(60)]
+    plots.plot_ppo(some, tmp_path / "a.png")
+    assert figures[0].axes[1].get_yscale() == "linear"
+
+
+@pytest.mark.parametrize("count", [7, 60, 2500])
+def test_ticks_are_what_people_count_in(tmp_path, figures, count):
+    plots.plot_losses([{"step": k, "train/loss": 1.5} for k in range(count)], tmp_path / "a.png")
+    axis = figures[0].axes[0]
+    figures[0].canvas.draw()
+    steps = np.diff(axis.get_xticks())
+    assert np.allclose(steps, steps[0]) and f"{steps[0]:e}"[:4] in ("1.00", "2.00", "5.00")
+    texts = [text.get_text() for text in axis.get_xticklabels()]
+    assert all(text.replace("−", "").replace("-", "").replace(",", "").isdigit() for text in texts)
+    assert ("1,000" in texts) == (count > 1000)
+
+
+def test_smoothing_over_seeds_is_stated(tmp_path, figures):
+    two = {seed: rows(seed=seed) for seed in range(2)}
+    plots.plot_seeds(two, tmp_path / "a.png", metrics={"env/reward_mean": "score"})
+    assert [text.get_text() for text in figures[0].axes[0].texts] == ["means of 5 steps"]
 
 
 def test_gaps_are_left_out_not_drawn_as_zero():

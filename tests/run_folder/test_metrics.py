@@ -161,7 +161,7 @@ def test_resume_cuts_the_files_back_to_the_checkpoint(folder, capsys):
 
 def test_config_holds_options_versions_and_machine(folder):
     options = {"iters": 3, "keys": ["a"], "resume": None, "explicit": {"iters"}, "path": Path("x")}
-    with Run("sft", options, output_dir=folder, blas="libopenblas.so.0"):
+    with Run("sft", options, output_dir=folder, computing={"blas": "libopenblas.so.0"}):
         pass
     config = json.loads((folder / "config.json").read_text())
     assert config["script"] == "sft" and config["machine"]["blas"] == "libopenblas.so.0"
@@ -365,6 +365,7 @@ def test_secrets_are_redacted_by_name_by_value_and_in_urls(monkeypatch):
 TRACKED = """
     import random, sys
     import numpy as np
+    from PIL import Image
     from run_folder.run import Run
     folder, steps = sys.argv[1], int(sys.argv[2])
     options = {"learning_rate": 0.125, "hub_token": "tok_in_options"}
@@ -374,6 +375,11 @@ TRACKED = """
         for step in range(1, steps + 1):
             run.log(step, {"ppo/mean_scores": step / 8, "objective/kl": float("nan")})
             run.log_samples(step, [{"prompt": "2 4", "response": "6 8", "score": 1.0}])
+            run.log_values(step, "scores", [1.0, 2.5, float("nan")])
+            if step == 2:  # a look at held-out rows sends the samples so far
+                run.log(step, {"eval/greedy/score": 0.5})
+        run.plots.mkdir()
+        Image.new("RGB", (4, 4)).save(run.plots / "ppo.png")
         # Seeded draws must not depend on whether W&B listens.
         assert before == (random.getstate(), np.random.get_state()[1].tolist())
         run.finish({"score": 0.875})
@@ -392,17 +398,19 @@ def tracked(folder: Path, steps: int, **env: str) -> tuple[list[Path], str]:
     return [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()], err
 
 
-def test_wandb_offline_makes_one_table_and_no_file_per_step(folder, tmp_path):
+def test_wandb_offline_makes_a_table_an_evaluation_and_no_file_per_step(folder, tmp_path):
     pytest.importorskip("wandb")
     secret = "value_of_a_secret_variable"
     files, _ = tracked(folder, 50, WANDB_MODE="offline", MY_API_TOKEN=secret)
     few, _ = tracked(tmp_path / "few", 2, WANDB_MODE="offline")
-    assert len(files) == len(few) < 20
-    (table,) = [path for path in files if path.name.endswith(".table.json")]
-    assert len(json.loads(table.read_text())["data"]) == 50
+    assert len(files) == len(few) + 1 < 20  # both tables of two steps are one file
+    tables = [path for path in files if path.name.endswith(".table.json")]
+    assert sorted(len(json.loads(table.read_text())["data"]) for table in tables) == [2, 50]
+    assert len([path for path in files if path.suffix == ".png" and "media" in path.parts]) == 1
     (record,) = [path for path in files if path.suffix == ".wandb"]
     written = record.read_bytes()
-    for text in (b"ppo/mean_scores", b"6.25", b"learning_rate", b"0.125", b"0.875"):
+    numbers = (b"ppo/mean_scores", b"6.25", b"learning_rate", b"0.125", b"0.875")
+    for text in (*numbers, b"histogram", b"plots/ppo"):
         assert text in written, text
     for path in files:
         data = path.read_bytes()

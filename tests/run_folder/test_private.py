@@ -31,8 +31,14 @@ class Recorder:
     def log(self, step, row):
         self.sent.append(row)
 
-    def finish(self, samples, summary):
-        self.sent.append([*samples, summary])
+    def log_values(self, step, name, values):
+        self.sent.append({name: float(sum(values))})
+
+    def log_samples(self, samples, step):
+        self.sent.append({"samples": [*samples]})
+
+    def finish(self, samples, summary, plots):
+        self.sent.append([*samples, *map(str, plots), summary])
 
 
 @pytest.fixture

@@ -99,6 +99,28 @@ def test_the_date_can_be_given_and_is_what_the_model_reads(model, monkeypatch, c
     assert "Today is 03 Feb 2001" in capsys.readouterr().out
 
 
+FORMS = {
+    # As Llama 3.1: only where no date_string was given.
+    "set": "{% if strftime_now is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+    "{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}Today is {{ date_string }}. ",
+    # As gpt-oss: in a macro.
+    "macro": "{% macro now() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}Today is {{ now() }}. ",
+    "weekday": "{{ strftime_now('%A, ') }}Today is {{ strftime_now('%d %b %Y') }}. ",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_way_of_asking_for_the_date_gets_the_recorded_one(form, model, tmp_path, monkeypatch):
+    make_model(tmp_path / form, FORMS[form] + TURNS + NEXT)
+    words = ["--model", form, *SFT, "rows.jsonl"]
+    sft.main([*words, "--iters", "4", "--output-dir", "whole", "--save-file", "whole.npz"])
+    sft.main([*words, "--iters", "2", "--output-dir", "part", "--save-file", "part.npz"])
+    days_later(monkeypatch, 2)
+    sft.main(["--resume", "part", "--iters", "4"])
+    whole, part = mx.load("whole.npz"), mx.load("part.npz")
+    assert all(mx.array_equal(whole[key], part[key]) for key in whole if "lora" in key)
+
+
 def test_a_date_that_nothing_reads_or_that_is_none_is_refused(model, tmp_path):
     make_model(tmp_path / "timeless", TURNS + NEXT)
     with pytest.raises(UserError, match="no effect"):
