@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from distributed.membership import member
 from run_folder.checkpoint_folder import latest_checkpoint, saving
 from run_folder.console import command, next_lines, say_gb
 from run_folder.run import Run, read_rows
@@ -25,7 +26,6 @@ from run_folder.run_config import MADE_BY, checkpoint_asked_for, read_run_config
 from run_folder.stopping import GracefulStop, StepGivenUp
 from safe_files import check_place
 from training.together import begin, open_run, part
-from workers.membership import member
 
 
 def start(seed: int, memory_limit: float | None, *, resume: str | None = None, **model: Any):
@@ -251,8 +251,8 @@ def shared_stop() -> GracefulStop:
     """What turns signals into a flag, of all workers where there are several."""
     if member() is None:
         return GracefulStop()
-    from workers.group import here
-    from workers.stopping import SharedStop
+    from distributed.group import here
+    from distributed.stopping import SharedStop
 
     return SharedStop(here())
 

@@ -14,10 +14,10 @@ import mlx.core as mx
 import numpy as np
 
 from data_utils import BatchPlan, make_batch
+from distributed.group import here
 from run_folder.secrets import tell
 from safe_files import write_atomically, writing
 from waiting import watched
-from workers.group import here
 
 NAME = "reference"  # of the folder in the run folder
 
