@@ -178,7 +178,7 @@ def test_what_was_trained_on_it_is_followed(messages, script, words):
         assert "resume_file" not in config["options"] and beside(Path("p.npz")).is_file()
         return
     far = run(script, *words, "--reward-url", "http://example.org/score", status=2)
-    assert f"{Path('whole').resolve()} is private" in far
+    assert f"{Path('my_model').resolve()} is private" in far
 
 
 def test_a_fused_model_is_private_and_an_upload_is_warned_of(messages, capsys):
