@@ -15,6 +15,8 @@ from rewards.texts import Prompt, plain
 
 TIE, EQUAL = "a tie", "both answers are the same"
 EMPTY = "an answer says nothing, which no record holds"
+NUL = "an answer has a NUL character, which no reader takes"
+NEVER = (EQUAL, EMPTY, NUL)  # whatever a judge says
 BIASED = 0.8  # a share of verdicts for one place beyond which the place is what is judged
 
 
@@ -137,7 +139,7 @@ def below(least: float) -> str:
 def may_answer_later(row: dict[str, Any]) -> bool:
     """Whether a row was left without a label because the judge gave no answer."""
     judge = row.get("judge")
-    return isinstance(judge, dict) and "p" not in judge and judge.get("why") not in (EQUAL, EMPTY)
+    return isinstance(judge, dict) and "p" not in judge and judge.get("why") not in NEVER
 
 
 def not_to_judge(comparison: Comparison) -> str | None:
@@ -145,7 +147,10 @@ def not_to_judge(comparison: Comparison) -> str | None:
     one, other = comparison.answers
     if one == other:
         return EQUAL
-    return None if answer_text(one) and answer_text(other) else EMPTY
+    texts = answer_text(one), answer_text(other)
+    if "\0" in "".join(texts):
+        return NUL
+    return None if all(texts) else EMPTY
 
 
 def earlier(

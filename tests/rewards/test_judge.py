@@ -242,15 +242,15 @@ def test_ties_equal_answers_and_doubtful_pairs_are_counted_and_kept_aside():
 def test_an_answer_that_says_nothing_makes_no_record_that_a_reader_refuses(monkeypatch):
     from rewards import sampled_rows
 
-    texts = iter(["", " 4 6", " 98", " 9 9", "  ", " 2"])
+    texts = iter(["", " 4 6", " 98", " 9 9", " 4\0", " 2"])
     monkeypatch.setattr(sampled_rows, "response_text", lambda *_: next(texts))
     words = ["--prompts", PAIRS, "--max-rows", 3, "--ground-truth-reward"]
     run(*words)
     assert [row["judge"]["pair"] for row in lines("judged.jsonl")] == [1]
     left = lines("judged.unlabelled.jsonl")
-    assert [row["judge"]["why"] for row in left] == [
-        "an answer says nothing, which no record holds"
-    ] * 2
+    whys = ["an answer says nothing, which no record holds"]
+    whys.append("an answer has a NUL character, which no reader takes")
+    assert [row["judge"]["why"] for row in left] == whys
 
 
 def test_sampled_pairs_are_two_answers_to_each_prompt():
