@@ -201,6 +201,22 @@ def test_a_note_is_kept_and_two_models_take_turns(prompts, tmp_path):
     )
 
 
+@pytest.mark.parametrize("samples", [2, 1])
+def test_a_reply_cannot_rewrite_the_screen(tmp_path, samples):
+    texts = [" \x1b[2J\x1b]0;gone\x07 one \x9b31m two\r", " three"][:samples]
+    words = ("--samples", str(samples))
+    write_samples(tmp_path, [texts], *words, prompts=["8 \x1b[1A 20"])
+    person = Person(tmp_path, *words)
+    person.press("lg"[samples == 1])
+    code, shown = person.end()
+    assert code == 0 and "[2J]0;gone one 31m two" in shown
+    for sign in ("\x1b[2J", "\x1b]0", "\x9b", "\x1b[1A", "\x07"):
+        assert sign not in shown
+    (row,) = rows_of(tmp_path)
+    kept = [row.get(name) for name in ("chosen", "rejected", "completion")]
+    assert {*filter(None, kept)} == {*texts}  # what was sampled is what is kept
+
+
 def test_a_reply_alone_is_good_or_bad(tmp_path):
     write_samples(tmp_path, [[" 22 30"], [" 7"], [""], [" 9"]], "--samples", "1")
     person = Person(tmp_path, "--samples", 1)
