@@ -61,13 +61,14 @@ def generate(
     min_tokens: int = 0,
     should_stop: Callable[[list[int]], bool] | None = None,
     samples: int = 1,
+    uniforms: mx.array | None = None,
 ) -> Generation:
     """Sample `samples` responses to each prompt (lists of token ids, none empty).
 
     Those of one prompt adjoin, and the prompt is read once for all of them. `max_tokens` is a limit
-    for all rows or one for each. `key` seeds the sampling (default: the
-    global state). `should_stop(tokens)` ends a row early (stop strings). `min_tokens` forbids EOS
-    before that many tokens.
+    for all rows or one for each. `key` seeds the sampling (default: the global state); `uniforms`
+    (step, B), numbers in [0, 1), take its place. `should_stop(tokens)` ends a row early (stop
+    strings). `min_tokens` forbids EOS before that many tokens.
     """
     sampling = sampling or Sampling()
     count = len(prompts) * samples
@@ -78,7 +79,8 @@ def generate(
     for row, limit in enumerate(limits):
         known.check_one(prompts[row // samples], "a prompt", limit)
     state = _Rows(limits, eos_ids, should_stop, value_head is not None)
-    uniforms = mx.random.uniform(shape=(max(limits), count), key=key)  # (step, B)
+    if uniforms is None:
+        uniforms = mx.random.uniform(shape=(max(limits), count), key=key)  # (step, B)
     tokens, cache = _left_pad(model, prompts)
     eos = mx.array(sorted(eos_ids)) if min_tokens else None
     for step in range(max(limits)):
