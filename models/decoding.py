@@ -66,16 +66,17 @@ def generate(
     min_tokens: int = 0,
     should_stop: Callable[[list[int]], bool] | None = None,
     samples: int = 1,
+    uniforms: mx.array | None = None,
     ahead: bool | None = None,
 ) -> Generation:
     """Sample `samples` responses to each prompt (lists of token ids, none empty).
 
     Those of one prompt adjoin, and the prompt is read once for all of them. `max_tokens` is a limit
-    for all rows or one for each. `key` seeds the sampling (default: the
-    global state). `should_stop(tokens)` ends a row early (stop strings). `min_tokens` forbids EOS
-    before that many tokens. `ahead`: a step is handed to the device before the tokens of the last
-    one are looked at, so that it never waits for Python; a row is then seen to end one step later.
-    None: on a GPU.
+    for all rows or one for each. `key` seeds the sampling (default: the global state); `uniforms`
+    (step, B), numbers in [0, 1), take its place. `should_stop(tokens)` ends a row early (stop
+    strings). `min_tokens` forbids EOS before that many tokens. `ahead`: a step is handed to the
+    device before the tokens of the last one are looked at, so that it never waits for Python; a
+    row is then seen to end one step later. None: on a GPU.
     """
     sampling = sampling or Sampling()
     count = len(prompts) * samples
@@ -88,7 +89,8 @@ def generate(
     if ahead is None:
         ahead = mx.default_device().type == mx.DeviceType.gpu
     state = _Rows(limits, eos_ids, should_stop, value_head is not None)
-    uniforms = mx.random.uniform(shape=(max(limits), count), key=key)  # (step, B)
+    if uniforms is None:
+        uniforms = mx.random.uniform(shape=(max(limits), count), key=key)  # (step, B)
     tokens, cache = _left_pad(model, prompts)
     tokens = prefilled(model, tokens, cache)
     eos = mx.array(sorted(eos_ids)) if min_tokens else None
