@@ -14,11 +14,9 @@ def set_memory_limit(gigabytes: float | None) -> None:
     Where the device says how much memory is to be used (Metal), so much is wired, as mlx-lm does in
     training, and a share of it is the most that buffers for later arrays may hold.
     """
-    from mlx_lm.utils import maybe_set_recommended_wired_limit
-
     told = mx.device_info().get("max_recommended_working_set_size")
     if told is not None:
-        maybe_set_recommended_wired_limit()
+        mx.set_wired_limit(told)
         mx.set_cache_limit(int(CACHE_SHARE * told))
     if gigabytes is not None:
         mx.set_memory_limit(int(gigabytes * GB))
