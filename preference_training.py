@@ -43,7 +43,7 @@ def main(words=None) -> int:
     args = parse_arguments(words)
     if starts_workers(args):
         return run_workers(args, __file__, words)
-    loaded = start(args.seed, args.memory_limit, **model_options(args))
+    loaded = start(args.seed, args.memory_limit, resume=args.resume, **model_options(args))
     fit_lengths(args, loaded.limits)
     rows = load_rows(args, loaded.tokenizer)
     if args.train:

@@ -30,7 +30,8 @@ def main(words=None) -> int:
     records = read_input(args)
     # MLX and what stands on it come after the command line: help and mistakes answer at once.
     from data_utils import columns_of, data_report
-    from rewards.scored_rows import make_pairs, refuse_promptless, score_pairs
+    from rewards.best_of import refuse_promptless
+    from rewards.scored_rows import make_pairs, score_pairs
     from run_folder.console import Wait
 
     fast_blas.tell_of_slowness()
@@ -67,21 +68,34 @@ def print_summary(pairs) -> None:
         print(f"{name:<{width}}  " + "  ".join(cells).rstrip())
 
 
+def pick(args, pairs) -> list:
+    """The best response to each prompt, with a line on it."""
+    from rewards.best_of import best_of, kl_of_best, weighted_best_of
+
+    if args.weigh_answers is None:
+        best = best_of(pairs)
+        how = f", KL from the model at most {kl_of_best(pairs):.3g} nats"
+    else:
+        best = weighted_best_of(pairs, args.weigh_answers, args.answer_from, args.answer_tag)
+        how = f", answers weighed by {args.weigh_answers}"
+    before, after = (sum(p.score for p in some) / len(some) for some in (pairs, best))
+    print(
+        f"best of {len(pairs) / len(best):.3g} responses to each of {len(best)} prompts: "
+        f"mean score {before:.4g} -> {after:.4g}{how}"
+    )
+    return best
+
+
 def write(args, pairs) -> None:
     """All rows with their scores, or the best of each prompt; aside, then renamed."""
-    from rewards.scored_rows import best_of, best_rows, scored_rows
+    from rewards.best_of import best_rows
+    from rewards.scored_rows import scored_rows
     from run_folder.console import command, next_lines
     from safe_files import plain, write_atomically
 
     rows = scored_rows(pairs)
     if args.best_of:
-        best = best_of(pairs)
-        rows = best_rows(best)
-        before, after = (sum(p.score for p in some) / len(some) for some in (pairs, best))
-        print(
-            f"best of {len(pairs) / len(best):.3g} responses to each of {len(best)} prompts: "
-            f"mean score {before:.4g} -> {after:.4g}"
-        )
+        rows = best_rows(pick(args, pairs))
     refuse_overwriting(args)
     lines = [json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows]
     write_atomically(args.output, "".join(lines))

@@ -6,7 +6,9 @@ the words, so argparse itself keeps its own plain rules. Importing this loads no
 """
 
 import argparse
+import contextlib
 import difflib
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -46,7 +48,9 @@ COMMON = frozenset(
     "learning_rate fine_tune_type prompt_tuning lora_rank init_kl_coef eval_every steps_per_eval "
     "steps_per_report save_file fused_dir output_dir seed config resume log_with adapter_file "
     "save_path upload_repo force input prompts samples output best_of prompt system_prompt temp "
-    "max_tokens resume_file resume_adapter_file compare rate report against web aspects".split()
+    "max_tokens resume_file resume_adapter_file compare rate report against web aspects "
+    "judge judge_url constitution debate revise soft_labels grow_steps samples_per_prompt "
+    "thresholds quantiles start_from".split()
 )
 FEW = 30  # so many flags are shown whole
 
@@ -148,11 +152,12 @@ class Parser(argparse.ArgumentParser):
         """Words with every flag in full and every boolean as ``--flag=value``; names given."""
         out: list[str] = []
         given: set[str] = set()
+        said: dict[str, dict[str, list[str]]] = {}  # of each flag, by the names it was given as
         position = 0
         while position < len(words):
-            word = words[position]
+            typed = words[position]
             position += 1
-            word = self._in_full(word)
+            word = self._in_full(typed)
             if word == "--":
                 return out + words[position - 1 :], given
             if not word.startswith("--"):
@@ -161,6 +166,7 @@ class Parser(argparse.ArgumentParser):
             written, equals, value = word.partition("=")
             name, action = self._find(written)
             given.add(action.dest)
+            names = said.setdefault(action.dest, {})
             if action.type is bool:
                 following = words[position] if position < len(words) else "-"
                 if not equals and self._is_value(following):
@@ -168,8 +174,27 @@ class Parser(argparse.ArgumentParser):
                 word = self._boolean_word(name, action, value if equals else "true")
             else:  # the first of its names: what is looked for before argparse has run
                 word = action.option_strings[0] + equals + value
+                spelt = name if typed.startswith("--") else typed[:2]
+                names[spelt] = [value] if equals else self._values(action, words[position:])
+                self._refuse_two_values(action, names)
             out.append(word)
         return out, given
+
+    def _values(self, action: argparse.Action, words: list[str]) -> list[str]:
+        """The words that a flag with these words behind it takes."""
+        count = 1 if action.nargs is None else action.nargs
+        words = list(itertools.takewhile(lambda w: not self._in_full(w).startswith("--"), words))
+        return words[:count] if isinstance(count, int) else words
+
+    def _refuse_two_values(self, action: argparse.Action, names: dict[str, list[str]]) -> None:
+        """Exit where two names of one flag say different things; of one name given twice the last
+        counts, as everywhere.
+        """
+        with contextlib.suppress(argparse.ArgumentError, ValueError):  # argparse says what is wrong
+            converted = [self._get_values(action, values) for values in names.values()]
+            if any(value != converted[0] for value in converted):
+                both = " and ".join(" ".join([name, *values]) for name, values in names.items())
+                self.error(f"{both} are one flag and say different things; remove one")
 
     def _in_full(self, word: str) -> str:
         """``-m 5``, ``-m5`` or ``-m=5`` with the flag's long name; any other word as it is."""

@@ -243,8 +243,10 @@ def check_idle(args) -> None:
     fixed = [n for n in named if n != "sft" and "f_divergence_type" not in READS["dpo"].get(n, ())]
     if algorithm == "dpo" and args.f_divergence_type != "reverse_kl" and fixed:
         raise UserError(f"{written(args, 'f_divergence_type')}: {fixed[0]} has no such form")
-    if args.use_weighting and "aot" in named:
-        raise UserError("--use-weighting weighs pairs, and aot compares sorted sides; drop one")
+    if args.use_weighting and (ranks := [name for name in named if name.startswith("aot")]):
+        raise UserError(
+            f"--use-weighting weighs pairs, and {ranks[0]} compares sorted sides; drop one"
+        )
     if args.reference == "base" and args.resume_adapter_file is None:
         raise UserError("--reference base has no effect without --resume-adapter-file")
 

@@ -37,7 +37,12 @@ RULES = (
     ),
 )
 NEEDS = (
-    Needs("answer_from answer_tag answer_match", "answer_reward"),
+    Needs(
+        "answer_from answer_tag",
+        met=lambda args: args.answer_reward or getattr(args, "weigh_answers", None),
+        why="without --answer-reward",
+    ),
+    Needs("answer_match", "answer_reward"),
     Needs("reward_retries", "reward_url"),
     Needs(
         "reward_timeout",

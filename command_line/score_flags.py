@@ -1,6 +1,7 @@
 """The command line of score.py, and the rows it asks for. Loads no MLX."""
 
 import os
+from typing import get_args
 
 from command_line.data_flags import add_data_arguments
 from command_line.parser import Parser
@@ -10,10 +11,12 @@ from command_line.sampling import OF_SAMPLING, add_sampling_arguments, check_sam
 from command_line.shared_flags import add_any_base, add_model_arguments, at_least
 from data_utils import Records, mix_records, read_dataset, read_records
 from errors import UserError
+from rewards.best_of import Weighing
 from safe_files import check_place
 
 NEEDS = (
     Needs("force", "output"),
+    Needs("weigh_answers", "best_of"),
     Needs(f"samples {OF_SAMPLING} seed", "prompts"),
 )
 DESCRIPTION = "Score responses, from a file or sampled, with any reward; pick the best of several."
@@ -40,6 +43,9 @@ def parse_arguments(words=None):
         default=False,
         help="write the best response to each prompt alone, as a row for sft.py",
     )
+    text = "with --best-of: the best of those whose answer (--answer-from) has the largest sum of "
+    text += "rewards, or of their exponentials"
+    add("--weigh-answers", choices=get_args(Weighing), help=text)
     add("--force", type=bool, default=False, help="overwrite --output")
     add("--batch-size", type=int, default=64, help="responses that are scored together")
     parser.checks += [check_arguments, needs(NEEDS)]

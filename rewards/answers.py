@@ -25,16 +25,23 @@ AnswerMatch = Literal["value", "text", "math"]
 # response's fault as much as the pattern's, and must not cost the run.
 PATIENCE = 1.0
 
-# A sign belongs to a number unless something that can be subtracted from stands before it. The
-# bounds keep conversion linear on hostile text.
+# A sign belongs to a number unless something that can be subtracted from stands before it. What is
+# only the beginning of one (3.1 in 3.1.4, 1 in 1e100) is none. The bounds keep conversion linear on
+# hostile text.
 NUMBER = re.compile(
     r"(?<![\w.])(?:(?<![)\]}])[-+\u2212])?"
-    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3}){1,12}(?![0-9])|[0-9]{1,60})(?:\.[0-9]{1,60})?|\.[0-9]{1,60})"
-    r"(?:[eE][-+]?[0-9]{1,2}(?![0-9]))?(?:/[0-9]{1,60}(?![0-9.]))?"
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3}){1,12}(?![0-9])|[0-9]{1,60}+)(?:\.[0-9]{1,60}+)?+|\.[0-9]{1,60}+)"
+    r"(?:[eE][-+]?[0-9]{1,2}+)?+(?!\.?[0-9]|[eE][-+]?[0-9])"
+    r"(?:/[0-9]{1,60}+(?!\.?[0-9]))?"
 )
 SPACES = re.compile(r"\s+")
+BOX, BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{"), re.compile(r"[{}]")
 FENCE = re.compile(r"\s*```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
-FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?[0-9]{1,60})\s*\}\s*\{\s*([0-9]{1,60})\s*\}")
+# \frac{1}{2} and \frac12
+FRACTION = re.compile(
+    r"\\[dt]?frac\s*(?:\{\s*(?P<over>-?[0-9]{1,60})\s*\}|(?P<o>[0-9]))"
+    r"\s*(?:\{\s*(?P<under>[0-9]{1,60})\s*\}|(?P<u>[0-9]))"
+)
 # What LaTeX writes around a number or a word without changing it.
 LATEX_WORD = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
 LATEX_NOISE = re.compile(
@@ -46,20 +53,23 @@ LATEX_NOISE = re.compile(
 
 
 def last_number(text: str) -> str | None:
-    """The last number written in `text`, as it stands there; None without one."""
-    found = [match.group() for match in NUMBER.finditer(text)]
+    """The last number written in `text`, as it stands there but for LaTeX's fractions, which become
+    ``1/2``; None without one.
+    """
+    found = [match.group() for match in NUMBER.finditer(plain_fractions(text))]
     return found[-1] if found else None
 
 
 def boxed(text: str) -> str | None:
     r"""What stands in the last ``\boxed{...}`` whose braces close; None without one."""
-    for start in reversed([m.end() for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
-        depth = 1
-        for place in range(start, len(text)):
-            depth += (text[place] == "{") - (text[place] == "}")
-            if not depth:
-                return text[start:place]
-    return None
+    starts = {match.end() for match in BOX.finditer(text)}
+    last, answer, opened = -1, None, []
+    for brace in BRACE.finditer(text):  # one pass, however many boxes are left open
+        if brace.group() == "{":
+            opened.append(brace.end())
+        elif opened and (start := opened.pop()) in starts and start > last:
+            last, answer = start, text[start : brace.start()]
+    return answer
 
 
 def tagged(text: str, tag: str) -> str | None:
@@ -110,7 +120,7 @@ def as_number(text: str) -> Fraction | None:
     Takes signs, thousands, decimals, exponents to 99, fractions, a currency sign in front, a
     percent sign or full stop behind, and LaTeX's fractions.
     """
-    plain = FRACTION.sub(r"\1/\2", LATEX_NOISE.sub("", LATEX_WORD.sub(r"\1", text)))
+    plain = plain_fractions(LATEX_NOISE.sub("", LATEX_WORD.sub(r"\1", text)))
     plain = plain.strip().strip("€£").rstrip(".%").strip().replace("\u2212", "-")
     if len(plain) > 200 or not NUMBER.fullmatch(plain):
         return None
@@ -119,6 +129,17 @@ def as_number(text: str) -> Fraction | None:
         return Fraction(over) / Fraction(under or 1)
     except (ValueError, ZeroDivisionError):
         return None
+
+
+def plain_fractions(text: str) -> str:
+    r"""``\frac{1}{2}`` and ``\frac12`` as ``1/2``."""
+
+    def plain(match: re.Match) -> str:
+        over, under = match["over"] or match["o"], match["under"] or match["u"]
+        mixed = text[match.start() - 1 : match.start()].isdigit()  # 2\\frac12 is not 21/2
+        return f"{' ' * mixed}{over}/{under}"
+
+    return FRACTION.sub(plain, text)
 
 
 def same_value(found: str, known: str) -> bool:
@@ -131,10 +152,11 @@ def same_value(found: str, known: str) -> bool:
 
 def same_text(found: str, known: str) -> bool:
     """Equal but for case, spacing, LaTeX's wrappings and a full stop at the end."""
-    return _plain(found) == _plain(known)
+    return plain_answer(found) == plain_answer(known)
 
 
-def _plain(text: str) -> str:
+def plain_answer(text: str) -> str:
+    """Without case, spacing, LaTeX's wrappings and a full stop at the end."""
     text = LATEX_NOISE.sub("", LATEX_WORD.sub(r"\1", text))
     return SPACES.sub(" ", text).strip().rstrip(".").strip().casefold()
 
@@ -187,8 +209,12 @@ def answer_reward(
         if known is None:
             return None
         number = as_number(known) is not None
-        found = find_answer(response, answer_from, answer_tag, number=number)
-        return float(found is not None and bool(patiently(same, found, known)))
+
+        def right(response: str) -> bool:
+            found = find_answer(response, answer_from, answer_tag, number=number)
+            return found is not None and same(found, known)
+
+        return float(bool(patiently(right, response)))
 
     def answer(
         prompts: Sequence[str], responses: Sequence[str], **columns: Sequence

@@ -1,6 +1,5 @@
 """Pairs of prompt and response out of any records, scored by a reward set, and what is written."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -274,37 +273,3 @@ def scored_rows(pairs: Iterable[Pair]) -> list[dict[str, Any]]:
             row["rank"] = pair.rank
         rows.append(row | {SCORE: pair.score, PARTS: pair.parts})
     return rows
-
-
-def refuse_promptless(pairs: Sequence[Pair]) -> None:
-    """UserError for a row whose response answers nothing."""
-    for pair in pairs:
-        if not prompt_of(pair.record):
-            raise UserError(
-                f"{pair.whole.where}: --best-of picks among the responses to a prompt, "
-                "and this row has none"
-            )
-
-
-def best_of(pairs: Sequence[Pair]) -> list[Pair]:
-    """The pair with the highest score of each prompt, the first of equals; in order of prompts."""
-    best: dict[str, Pair] = {}
-    for pair in pairs:
-        key = json.dumps(prompt_of(pair.record), sort_keys=True)
-        if key not in best or pair.score > best[key].score:
-            best[key] = pair
-    return list(best.values())
-
-
-def best_rows(best: Iterable[Pair]) -> list[dict[str, Any]]:
-    """Rows of prompt and completion for supervised fine-tuning."""
-    return [
-        {
-            "prompt": prompt_of(pair.record),
-            "completion": answer_of(pair.record),
-            **pair.record.extras,
-            SCORE: pair.score,
-            PARTS: pair.parts,
-        }
-        for pair in best
-    ]

@@ -271,8 +271,9 @@ def group_loss(
     `tokens_per_pass`: the tokens of the whole batch over its number of passes. `options` are those
     of the surrogate. `beta` weighs the KL to the reference (`ref_logprobs` is needed), estimated by
     k3 and, with `use_bias_correction_kl`, times the ratio, gradient included. The entropy term
-    (`entropy_coef` not None) is minus the coefficient times the mean entropy. The other two are
-    `entropy_mask` and `off_policy_mask`; neither touches the KL.
+    (`entropy_coef` not None) is minus the coefficient times the mean entropy of the tokens that the
+    policy's loss keeps. The other two are `entropy_mask` and `off_policy_mask`; neither touches the
+    KL.
     """
     surrogate, reduction = LOSSES[loss_type]
     sizes = {"tokens_per_pass": tokens_per_pass, "max_completion_length": max_completion_length}
@@ -300,10 +301,9 @@ def group_loss(
     metrics["entropy"] = mean_of(entropy, mask)
     if entropy_coef is not None:
         metrics["policy_loss"] = loss
-        if reduction is over_batch_tokens:
-            mean_entropy = over_batch_tokens(entropy, kept, **sizes)
-        else:
-            mean_entropy = over_pass_tokens(entropy, kept, **sizes)
+        mean_entropy = mean_of(entropy, kept)
+        if reduction is over_batch_tokens:  # a pass weighs as its tokens do, as in the loss
+            mean_entropy = mean_entropy * over_batch_tokens(mx.ones_like(mask), mask, **sizes)
         # What the adaptive coefficient reads: a sum and a count over the passes of an update.
         metrics["entropy_sum"] = _total(entropy, kept)
         metrics["entropy_count"] = kept.sum()

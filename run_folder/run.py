@@ -66,15 +66,16 @@ class Run:
         overwrite: bool = False,
         log_with: str = "none",
         outputs: Sequence[str] = (),
-        blas: str | None = None,
+        computing: Mapping[str, Any] | None = None,
     ) -> None:
         """Open a new folder, or with ``resume`` the one of an earlier start.
 
         That one stays as it is until ``load_state_dict``, so that a script can still refuse.
         ``options``: every resolved option by name. ``outputs``: names of what the script itself
-        writes into the folder, deleted with the rest by ``overwrite``. ``blas``: name of the BLAS
-        in use. Raises ``UserError`` when the folder holds another run, is in use, or holds files
-        under a run's names that are no run's, with ``overwrite`` too.
+        writes into the folder, deleted with the rest by ``overwrite``. ``computing``: what matrix
+        products are computed with (``settings`` of fast_blas.py). Raises ``UserError`` when the
+        folder holds another run, is in use, or holds files under a run's names that are no run's,
+        with ``overwrite`` too.
         """
         if log_with != "none":
             check_installed(log_with)
@@ -95,7 +96,7 @@ class Run:
             self.may_change = tuple(options.get("may_change", ()))
             self.typed = frozenset(options.get("explicit", ()))
             self._find_out_whether_private(options)
-            self._open(script, options, resume, overwrite, outputs, blas)
+            self._open(script, options, resume, overwrite, outputs, computing or {})
             if self.private:
                 mark_private(self.folder)
             self.logger, self._log_with = None, log_with
@@ -117,7 +118,7 @@ class Run:
                 "config.json has its script and options); choose another --output-dir"
             )
 
-    def _open(self, script, options, resume, overwrite, outputs, blas) -> None:
+    def _open(self, script, options, resume, overwrite, outputs, computing) -> None:
         if resume:
             old = read_run_config(self.folder)
             created = old.get("created")
@@ -137,7 +138,7 @@ class Run:
             for name in (*OWN_NAMES, *outputs):
                 if name != "config.json":
                     remove(self.folder / name)
-        self.config = describe(script, options, blas, created)
+        self.config = describe(script, options, computing, created)
         if not resume:  # before any other file: without it they would be no run's
             self.write_config()
         self._files = {name: RowFile(self.folder / name) for name in ROW_FILES}
@@ -369,7 +370,10 @@ def differing(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[s
 
 
 def describe(
-    script: str, options: Mapping[str, Any], blas: str | None, created: str | None
+    script: str,
+    options: Mapping[str, Any],
+    computing: Mapping[str, Any],
+    created: str | None,
 ) -> dict[str, Any]:
     """What ``config.json`` holds; secrets are redacted."""
     kept = {name: value for name, value in options.items() if name not in OF_ONE_START}
@@ -390,7 +394,7 @@ def describe(
                 "platform": platform.platform(),
                 "processor": platform.processor() or platform.machine(),
                 "cpu_count": os.cpu_count(),
-                "blas": blas,
+                **computing,
                 "folder": os.getcwd(),  # which relative paths among the options start from
             },
         }

@@ -20,6 +20,9 @@ class SilentRun:
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         return numbered(step, metrics)
 
+    def log_values(self, step: int, name: str, values: Iterable[float]) -> None:
+        """Nothing."""
+
     def log_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """Nothing."""
 

@@ -22,15 +22,18 @@ from run_folder.checkpoint_folder import latest_checkpoint, saving
 from run_folder.console import command, next_lines, say_gb
 from run_folder.private import forget_private, keep_private
 from run_folder.run import Run, read_rows
-from run_folder.run_config import MADE_BY, checkpoint_asked_for
+from run_folder.run_config import MADE_BY, checkpoint_asked_for, read_run_config
 from run_folder.stopping import GracefulStop, StepGivenUp
 from safe_files import check_place
 from training.together import begin, open_run, part
 from workers.membership import member
 
 
-def start(seed: int, memory_limit: float | None, **model: Any):
-    """Seed everything, limit the memory (GB), and load the model (options of `load_model`)."""
+def start(seed: int, memory_limit: float | None, *, resume: str | None = None, **model: Any):
+    """Seed everything, limit the memory (GB), and load the model (options of `load_model`).
+
+    `resume`: a run to go on with, on the kernels and threads that it was computed with.
+    """
     import fast_blas
 
     from models.load import load_model
@@ -40,7 +43,10 @@ def start(seed: int, memory_limit: float | None, **model: Any):
     fast_blas.tell_of_slowness()
     seed_everything(seed)
     set_memory_limit(memory_limit)
-    return load_model(model.pop("model"), **model)
+    loaded = load_model(model.pop("model"), **model)
+    recorded = None if resume is None else read_run_config(resume).get("machine") or {}
+    fast_blas.settle(loaded.weights, recorded, alone=member() is None)
+    return loaded
 
 
 # ------------------------------------------------------------------------------ the loop
@@ -202,6 +208,8 @@ def run_training(
     run folder)` makes --fused-dir of what was saved and gives commands to go on with. `blas`: the
     library that MLX computes with. Exits with 130 or 143 after a stop.
     """
+    import fast_blas
+
     resuming = args.resume is not None
     if args.fused_dir is not None:
         check_place(args.fused_dir)
@@ -213,7 +221,7 @@ def run_training(
         overwrite=args.overwrite,
         log_with=args.log_with,
         outputs=outputs,
-        blas=blas,
+        computing={} if blas is None else fast_blas.settings(),
     )
     with run, shared_stop() as stop:
         loop = make_loop(run)
@@ -224,7 +232,8 @@ def run_training(
             where += ": it has no checkpoint" * (last is None)
             print(f"{run.folder}: goes on {where}")
         with suppress(StepGivenUp), stop.giving_up():  # what it says may take long to find out
-            print(f"{run.folder}: {said(loop)}")
+            told = fast_blas.told() if blas is not None else ""
+            print(f"{run.folder}: {said(loop)}" + f"; {told}" * bool(told))
         loop.run(stop, name or kind)
         stopped = stop.requested
         if not part():

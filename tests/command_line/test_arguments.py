@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import parsers
 import pytest
 from flag_check import unread_flags
 from small_parser import Knobs, parse, refused, write
@@ -106,6 +107,30 @@ def test_what_is_wrong_is_said_in_one_line(capsys, words, parts):
     err = refused(capsys, *words)
     for part in parts:
         assert part in err
+
+
+TWO_VALUES = {int: ("3", "5"), float: ("0.3", "0.5"), bool: ("true", "false")}
+
+
+@pytest.mark.parametrize("script", parsers.SCRIPTS)
+def test_two_names_of_a_flag_that_say_different_things_are_refused(script, capsys):
+    parser = parsers.parser_of(script)
+    several = [a for a in parser._actions if len(a.option_strings) > 1 and a.type is not bool]
+    for action in (a for a in several if a.dest != "help"):
+        a, b = action.choices[:2] if action.choices else TWO_VALUES.get(action.type, ("3", "5"))
+        one, other = action.option_strings[:2]
+        for line in (
+            [one, a, other, b],
+            [f"{other}={b}", "--seed", "1", f"{one}={a}"],
+            [other.replace("-", "_") if other.startswith("--") else other, b, one, a, other, b],
+        ):
+            with pytest.raises(SystemExit) as stop:
+                parser._spell_out(line)
+            err = capsys.readouterr().err
+            assert stop.value.code == 2 and err.count("\n") == 1
+            assert f"{one} {a}" in err and f"{other} {b}" in err and "one flag" in err
+        parser._spell_out([one, a, other, a])  # one thing, said twice
+        parser._spell_out([one, a, one, b])  # a line that is changed at its end
 
 
 def test_whole_numbers_may_be_written_as_floats():

@@ -112,6 +112,8 @@ def test_defaults_and_defaults_written_out(line, wanted):
         ("--loss-type sigmoid nca_pair --f-divergence-type forward_kl", "nca_pair has no such"),
         ("--f-alpha-divergence-coef 2", "needs --f-divergence-type alpha_divergence"),
         ("--loss-type aot --use-weighting", "--use-weighting weighs pairs"),
+        ("--loss-type aot_unpaired --use-weighting", "pairs, and aot_unpaired compares sorted"),
+        ("--loss-type sigmoid aot_unpaired --use-weighting", "and aot_unpaired compares sorted"),
         ("--loss-type exo_pair --label-smoothing 0", "exo_pair needs one above 0"),
         ("--loss-type robust --label-smoothing 0.5", "not including, 0.5"),
         ("--beta 0", "--beta: give a number above 0"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import threading
 
 import pytest
@@ -48,7 +49,9 @@ HOSTILE = [
     "[" * 100_000,
     "{" * 5_000,
     '{"a":' * 3_000,
-    "\\boxed{" * 500,
+    "\\boxed{" * 20_000,
+    "\\boxed{1" + "{" * 50_000,
+    "\\boxed{}" * 10_000,
     "\\boxed{",
     "}",
     "<answer>",
@@ -109,6 +112,15 @@ def schema(tmp_path):
         ("no number", None),
         ("v2", None),
         ("\u22124", "\u22124"),
+        ("The answer is 2/3.", "2/3"),
+        ("It is 12/18 = 2/3. Done", "2/3"),
+        ("so $\\frac{2}{3}$.", "2/3"),
+        ("-\\dfrac12", "-1/2"),
+        ("2\\frac{1}{2}", "1/2"),
+        ("5, or 1e100", "5"),
+        ("5, or 1.5e100", "5"),
+        ("see 3.1.4", None),
+        ("7 " + "9" * 61, "7"),
     ],
 )
 def test_last_number(text, number):
@@ -133,6 +145,9 @@ def test_boxed_and_tagged():
         ("1e3", 1000),
         ("-7.", -7),
         ("\\frac{3}{4}", 0.75),
+        ("\\frac34", 0.75),
+        ("\\dfrac{-3}4", -0.75),
+        ("2\\frac{1}{2}", None),
         ("\\text{8}", 8),
         ("6/4", 1.5),
         ("5 apples", None),
@@ -151,6 +166,12 @@ def test_answer_auto_takes_tag_then_box_then_number_then_text():
     responses = ["<answer>7</answer> 8", "\\boxed{7} 8", "8 then 7", "7 then 8", "seven"]
     assert answers_to(7, *responses) == [1, 1, 1, 0, 0]
     assert answers_to("Paris", " paris.", "It is Paris", "<answer>Paris</answer>") == [1, 0, 1]
+
+
+def test_a_fraction_at_the_end_of_a_sentence_is_one_number():
+    ends = ["The answer is 2/3.", "so $\\frac23$.", "4/6, I think"]
+    assert answers_to("2/3", *ends) == [1, 1, 1]
+    assert answers_to(3, *ends) == [0, 0, 0]
 
 
 def test_answer_from_one_place():
@@ -253,6 +274,39 @@ def test_any_text_and_any_known_answer(response, known):
 def test_numbers_of_any_form_are_read_or_not(text):
     number = as_number(text)
     assert number is None or number == as_number(str(number))
+
+
+@pytest.mark.parametrize("text", ["\\boxed{" * 9, "\\boxed{1}{" * 9, "}" * 9 + "\\boxed{2{" * 9])
+def test_the_time_of_a_box_grows_with_the_text_alone(text):
+    def steps(text: str) -> int:
+        count = 0
+
+        def seen(frame, event, _):
+            nonlocal count
+            count += 1
+            return seen
+
+        sys.settrace(seen)
+        try:
+            boxed(text)
+        finally:
+            sys.settrace(None)
+        return count
+
+    assert steps(text * 20) < 25 * steps(text)
+
+
+def test_a_search_that_does_not_end_costs_its_row_alone(monkeypatch):
+    monkeypatch.setattr(answers, "PATIENCE", 0.1)
+    monkeypatch.setattr(answers, "boxed", lambda text: "7" if text == "7" else slow())
+    reward = answer_reward("answer", answer_from="boxed")
+    with time_limit(30):
+        assert scores(reward, ["x", "7"], answer=["7", "7"]) == [0, 1]
+
+
+def slow():
+    while True:
+        pass
 
 
 def test_a_pattern_that_backtracks_without_end_costs_its_row_alone(monkeypatch):

@@ -312,6 +312,26 @@ def test_eight_rows_once_are_four_rows_twice():
             np.testing.assert_allclose(half / 2, whole[part], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.2])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_the_entropy_term_is_the_mean_of_the_kept_tokens_whatever_the_loss(loss_type, share):
+    """TRL 1.16's GRPOTrainer._compute_loss: (entropies * kept).sum() / kept.sum()."""
+    batch = rows(3)
+    options = {"top_entropy_quantile": share, "entropy_coef": 0.05}
+    entropy, mask = np.array(batch.entropy), np.array(batch.mask) > 0
+    kept = mask & (entropy >= np.quantile(entropy[mask], 1 - share) - 1e-7)
+
+    def loss(of_entropy):
+        some = changed(batch, entropy=of_entropy)
+        sizes = {"tokens_per_pass": batch.mask.sum(), "max_completion_length": T}
+        found, metrics = group_loss(some, loss_type=loss_type, **sizes, **options)
+        return found - metrics["policy_loss"]
+
+    value, gradient = mx.value_and_grad(loss)(batch.entropy)
+    np.testing.assert_allclose(value.item(), -0.05 * entropy[kept].mean(), rtol=1e-5)
+    np.testing.assert_allclose(np.array(gradient), -0.05 * kept / kept.sum(), atol=1e-7)
+
+
 def test_entropy_mask_is_numpy_s_quantile():
     rng = np.random.default_rng(5)
     entropy, mask = rng.exponential(size=(N, T)), rng.random((N, T)) < 0.7

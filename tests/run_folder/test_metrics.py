@@ -161,7 +161,7 @@ def test_resume_cuts_the_files_back_to_the_checkpoint(folder, capsys):
 
 def test_config_holds_options_versions_and_machine(folder):
     options = {"iters": 3, "keys": ["a"], "resume": None, "explicit": {"iters"}, "path": Path("x")}
-    with Run("sft", options, output_dir=folder, blas="libopenblas.so.0"):
+    with Run("sft", options, output_dir=folder, computing={"blas": "libopenblas.so.0"}):
         pass
     config = json.loads((folder / "config.json").read_text())
     assert config["script"] == "sft" and config["machine"]["blas"] == "libopenblas.so.0"

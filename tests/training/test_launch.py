@@ -67,7 +67,8 @@ def test_a_run_ends_with_what_finish_leaves(tmp_path, capsys):
     finished = []
     loop = third_script(["--output-dir", str(tmp_path / "run")], finished=finished)
     assert finished == [3] and loop.kind == "sft" and loop.resumed is None
-    assert f"{tmp_path / 'run'}: 3 steps\n" in capsys.readouterr().out
+    told = "; ".join(filter(None, ["3 steps", fast_blas.told()]))
+    assert f"{tmp_path / 'run'}: {told}\n" in capsys.readouterr().out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
     assert summary["finished"] and summary["steps"] == 3
     config = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
