@@ -29,6 +29,7 @@ from command_line.ppo_flags import ends, load_prompts, signal_options, stop_at, 
 from command_line.reward_flags import make_learned_reward, make_rewards
 from command_line.row_preview import show_prompts
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
+from command_line.worker_flags import run_workers, starts_workers
 from training.launch import (
     count_trained,
     finish_rollouts,
@@ -44,6 +45,8 @@ from training.launch import (
 
 def main(words=None) -> int:
     args = parse_arguments(words)
+    if starts_workers(args):
+        return run_workers(args, __file__, words)
     from data_utils import columns_of
     from training.internal_signals import reference_signals
 
@@ -63,7 +66,7 @@ def main(words=None) -> int:
     options = signal_options(args, loaded, policy.tuning, reference, prompts)
     rewards = make_composite(args, rewards, partial(reference_signals, **options))
     rewards.check_columns([*columns_of(prompts["train"].rows), "group_ids"])
-    unit = 2 if args.online_dpo else 1
+    unit = args.num_training_workers * (2 if args.online_dpo else 1)
     beside = (reference, learned and learned.model)
     settle_rollout_memory(args, loaded, policy.tuning, prompts["train"].rows, *beside, unit=unit)
     if args.preview:
@@ -164,4 +167,4 @@ def finish(args, loaded, run, loop) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, workers=True)

@@ -42,8 +42,10 @@ from rl.group_statistics import (
 )
 from rl.ppo_statistics import sampling_warnings
 from rl.rollouts import SAMPLING, Rollout, minibatch_order
+from training.group_share import group_share, own_rows
 from training.rollout_stages import fit_columns, score_reference
 from training.rollout_trainer import RolloutTrainer
+from workers.group import here
 
 if TYPE_CHECKING:
     from models.policy import Policy
@@ -233,7 +235,11 @@ class GroupTrainer(RolloutTrainer):
         """The gradient of one pass, None where it must not move the weights; its metrics."""
         if not any(rollout.masks[row].any() for row in rows):
             return None, {"skipped": 1.0}
-        packed, index, width = self._packed(rollout, rows)
+        share = own = None
+        if not here().alone:
+            own = own_rows(rows, 2 if self.config.online_dpo else 1)
+            share = group_share(self.config, rollout, rows, own)
+        packed, index, width = self._packed(rollout, rows if own is None else own)
         advantages = rollout.advantages[index]
         if rollout.advantages.shape[1] > 1 or rollout.mask.shape[1] == 1:
             advantages = fit_columns(advantages, width)
@@ -241,8 +247,11 @@ class GroupTrainer(RolloutTrainer):
         if rollout.ref_logprobs is not None:
             columns.append(fit_columns(rollout.ref_logprobs[index], width))
         passes = self.config.batch_size / self.config.mini_batch_size
-        scalars = [rollout.mask.sum() / passes, mx.array(self.entropy_weight)]
-        gradient, metrics = self._pass(packed.arrays(), columns, scalars)
+        weight = self.entropy_weight
+        if share is not None:
+            weight *= share.entropy
+        scalars = [rollout.mask.sum() / passes, mx.array(weight)]
+        gradient, metrics = self._pass(packed.arrays(), columns, scalars, share=share)
         return (None if metrics["skipped"] else gradient), metrics
 
     def _loss(self, packed, columns, scalars) -> tuple[mx.array, dict]:

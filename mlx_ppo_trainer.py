@@ -33,13 +33,15 @@ from models.actor_critic import ActorCritic
 from models.packing import Packed
 from rl.advantages import gae
 from rl.kl import kl_penalty
-from rl.losses import masked_mean, masked_whiten, policy_loss, value_loss
+from rl.losses import masked_mean, masked_var, masked_whiten, policy_loss, value_loss
 from rl.ppo_config import PPOConfig
 from rl.rollouts import Rollout
 from rl.shaping import per_token_rewards, rollout_stats
+from training.pass_share import PassShare, token_shares
 from training.rollout_stages import fit_columns, score_reference, whole_kl
 from training.rollout_steps import PPOSteps
 from training.rollout_trainer import RolloutTrainer
+from workers.group import here
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 
@@ -111,13 +113,24 @@ class PPOTrainer(PPOSteps, RolloutTrainer):
 
     def _gradient(self, rollout: Rollout, rows: np.ndarray) -> tuple[dict | None, dict]:
         """The gradient of one minibatch, None where it must not move the weights; its metrics."""
-        packed, index, width = self._packed(rollout, rows)
+        workers, share = here(), None
+        if not workers.alone:
+            share = PassShare(token_shares(rollout.masks, rows, workers.size)[workers.rank])
+        packed, index, width = self._packed(rollout, workers.share(rows))
         columns = (rollout.logprobs, rollout.values, rollout.advantages, rollout.returns)
         columns = [fit_columns(column[index], width) for column in columns]  # (b, r)
-        gradient, metrics = self._pass(packed.arrays(), columns, total="loss/total")
+        gradient, metrics = self._pass(packed.arrays(), columns, total="loss/total", share=share)
+        if share is not None:
+            metrics |= self.variances(rollout, mx.array(rows))
         if self.runs_away(metrics):
             metrics["skipped"] = 1.0
         return (None if metrics["skipped"] else gradient), metrics
+
+    def variances(self, rollout: Rollout, rows: mx.array) -> dict[str, float]:
+        """The metrics of `value_loss` that are no means over the tokens of `rows`."""
+        mask = rollout.mask[rows]
+        found = {"val/var": rollout.values, "returns/var": rollout.returns}
+        return {name: masked_var(column[rows], mask).item() for name, column in found.items()}
 
     def _loss(self, packed: list[mx.array], columns: list[mx.array]) -> tuple[mx.array, dict]:
         """Loss of one minibatch, and its metrics."""

@@ -36,6 +36,7 @@ from command_line.ppo_flags import (
 from command_line.reward_flags import make_learned_reward, make_rewards
 from command_line.row_preview import show_prompts
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
+from command_line.worker_flags import run_workers, starts_workers
 from models.adapter_description import VALUE_HEAD
 from rl.ppo_config import PPOConfig
 from training.launch import (
@@ -53,6 +54,8 @@ from training.launch import (
 
 def main(words=None) -> int:
     args = parse_arguments(words)
+    if starts_workers(args):
+        return run_workers(args, __file__, words)
     from training.internal_signals import reference_signals
 
     loaded = start(args.seed, args.memory_limit, resume=args.resume, **model_options(args))
@@ -71,7 +74,15 @@ def main(words=None) -> int:
     rewards = make_composite(args, rewards, partial(reference_signals, **options))
     texts = 3 if args.use_self_critique else 1  # answer, critique, revision
     beside = (reference, learned and learned.model)
-    settle_rollout_memory(args, loaded, policy.tuning, prompts["train"].rows, *beside, texts=texts)
+    settle_rollout_memory(
+        args,
+        loaded,
+        policy.tuning,
+        prompts["train"].rows,
+        *beside,
+        unit=args.num_training_workers,
+        texts=texts,
+    )
     if args.preview:
         show_prompts(args, loaded.tokenizer, prompts["train"].rows, rewards)
     else:
@@ -173,4 +184,4 @@ def finish(args, loaded, run, loop) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, workers=True)

@@ -14,6 +14,7 @@ from command_line.ppo_flags import (
 )
 from command_line.reward_flags import add_reward_arguments
 from command_line.rules import Needs, needs
+from command_line.worker_flags import refuse_across_rows, refuse_uneven
 from rl.group_config import GroupConfig
 
 DESCRIPTION = "GRPO, RLOO, REINFORCE++ or online DPO on a language model: no value function."
@@ -155,6 +156,9 @@ def settle_arguments(args) -> None:
     """Fill in what follows from other flags, and make sure of the algorithm's own options."""
     settle_tuning(args)
     config_of(args)
+    refuse_uneven(args, 2 if args.online_dpo else 1)
+    if args.top_entropy_quantile < 1:
+        refuse_across_rows(args, "--top-entropy-quantile", "ranks the tokens of a minibatch")
 
 
 # By kind of training, from 5 million weights on: TRL's for full fine-tuning, ten times that for

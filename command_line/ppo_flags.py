@@ -33,6 +33,7 @@ from command_line.shared_flags import (
     add_run_arguments,
     at_least,
 )
+from command_line.worker_flags import add_worker_arguments, refuse_across_rows, refuse_uneven
 from data_utils import Template, data_report, load_data, tokenise_prompts
 from errors import UserError
 from rl.ppo_config import PPOConfig
@@ -171,6 +172,7 @@ def add_shared_arguments(parser: Parser, *, learning_rate_note: str) -> None:
         learning_rate_note=learning_rate_note,
     )
     add_run_arguments(parser)
+    add_worker_arguments(parser)
 
 
 def check_arguments(args) -> None:
@@ -242,6 +244,9 @@ def settle_arguments(args) -> None:
     if args.use_dynamic_kl and "horizon" not in args.explicit:
         args.horizon = 2.0 * args.batch_size
     dataclass_from_arguments(PPOConfig, args)
+    refuse_uneven(args)
+    if args.use_self_critique:
+        refuse_across_rows(args, "--use-self-critique", "weighs thirds of a minibatch")
 
 
 def settle_tuning(args) -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from command_line.parser import Parser
-from command_line.rules import Needs
+from command_line.rules import Needs, flag_of
 from command_line.shared_flags import at_least
 from errors import UserError
 from run_folder.secrets import tell
@@ -73,15 +73,16 @@ def refuse_across_rows(args: argparse.Namespace, what: str, why: str) -> None:
         )
 
 
-def refuse_uneven(args: argparse.Namespace, *names: str) -> None:
-    """UserError where a number of rows cannot be shared out evenly."""
-    count = args.num_training_workers
-    for name in names:
-        if getattr(args, name) % count:
-            flag = "--" + name.replace("_", "-")
+def refuse_uneven(args: argparse.Namespace, unit: int = 1) -> None:
+    """UserError where rows of a rollout or a minibatch, in units, cannot be shared out evenly."""
+    each = args.num_training_workers * unit
+    for name in ("batch_size", "mini_batch_size"):
+        size = getattr(args, name)
+        if args.num_training_workers > 1 and size is not None and size % each:
+            pairs = " in pairs" if unit > 1 else ""
             raise UserError(
-                f"{flag} {getattr(args, name)} is not a multiple of the {count} workers: it counts "
-                "the rows of all of them"
+                f"{flag_of(name)} {size} cannot be shared out among {args.num_training_workers} "
+                f"workers{pairs}: it counts the rows of all of them; give a multiple of {each}"
             )
 
 

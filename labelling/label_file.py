@@ -26,6 +26,7 @@ class LabelFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._made = [folder for folder in self.path.parents if not folder.exists()]
         self._lock = OutputLock(self.path, "--output")
         self._file = None
         self.rows: list[dict[str, Any]] = []
@@ -43,6 +44,9 @@ class LabelFile:
             self._file.close()
             self._file = None
         self._lock.close()
+        for folder in self._made:  # of no use where nothing was written
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     # ----------------------------------------------------------------- reading
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import signal
-import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -119,7 +118,7 @@ def run(plan: Plan, pipe: Any) -> None:
     """What the child does: load, say so, sample what is not there yet."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     os.nice(NICENESS)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # standard output is the labeller's
     warnings.showwarning = lambda message, *_, **__: pipe.send(("note", f"warning: {message}"))
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the parent has gone
         try:

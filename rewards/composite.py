@@ -9,6 +9,7 @@ import numpy as np
 from rewards.internal import Signals
 from rewards.reward_set import Reward, RewardSet
 from rl.adlf import compute_adlf_rewards, normalised, pareto_share, to_unit_range
+from workers.membership import member
 
 EXTERNAL = "external"
 
@@ -73,7 +74,7 @@ class CompositeRewards(RewardSet):
             column = zip(found[name], outer, strict=True)
             found[name] = [math.nan if math.isnan(known) else value for value, known in column]
         parts |= {self._inner[name]: found[name] for name in self.signals.names}
-        self._beside = (*self._beside[-1:], (parts, self.signals.described()))
+        self._beside = (*self._beside[-1:], (parts, described_by_all(self.signals, len(responses))))
         weights = {EXTERNAL: 0.0} | dict.fromkeys(found, 0.0) | self.components
         totals, _ = compute_adlf_rewards(outer, found, self.alpha, weights)
         # As in RewardSet: a signal that a row has no score of does not count there.
@@ -103,6 +104,20 @@ class CompositeRewards(RewardSet):
             values = [parts[self._inner[n]] for n in self.signals.names] + [parts[self._mapped]]
             found["objectives/pareto"] = pareto_share(np.nan_to_num(values))
         return found
+
+
+def described_by_all(signals: Signals, count: int) -> dict[str, list[float]]:
+    """What explains the scores of `count` responses, of those that other workers measured too."""
+    own = signals.described()
+    if member() is None:
+        return own
+    from workers.group import here
+
+    found: dict[str, list[float]] = {}
+    for said in here().gather(own if here().rank < count else {}, "the rewards"):
+        for name, column in said.items():
+            found.setdefault(name, []).extend(column)
+    return found
 
 
 def _made_of_parts(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:

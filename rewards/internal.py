@@ -104,7 +104,9 @@ class Signals:
 
     def rewards(self, weights: Mapping[str, float]) -> list[Reward]:
         """A reward for each component, all from one measurement of a batch."""
-        return [Reward(name, self._component(name), weights[name]) for name in self.names]
+        return [
+            Reward(name, self._component(name), weights[name], by_row=True) for name in self.names
+        ]
 
     def _component(self, name: str) -> Callable:
         def component(

@@ -94,7 +94,7 @@ def learned_reward(
         with off():
             return model.score(texts, batch_size)
 
-    return Reward(LEARNED, reward_model, weight, check=check, model=model)
+    return Reward(LEARNED, reward_model, weight, check=check, model=model, by_row=True)
 
 
 def _check_prompts(

@@ -20,6 +20,7 @@ from rewards.user_function import (
     no_float32,
     quote_row,
 )
+from workers.membership import member
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Reward:
     # Looks at prompts, and how many tokens a response may have, before any is scored.
     check: Callable[[Sequence[PromptRow], int], None] | None = None
     model: Any = None  # that gives the scores, where one in this process does
+    by_row: bool = False  # a model runs, and the score of a row does not depend on others
 
 
 class RewardSet:
@@ -75,8 +77,9 @@ class RewardSet:
         """
         prompts, responses = list(prompts), list(responses)
         _check_columns(prompts, responses, columns)
+        call = _call if member() is None else SharedCall(len(responses), columns)
         parts = {
-            name: _call(name, reward, prompts, responses, columns, self.unscored)
+            name: call(name, reward, prompts, responses, columns, self.unscored)
             for name, reward in zip(self.names, self.rewards, strict=True)
         }
         totals = [self._total(row) for row in zip(*parts.values(), strict=True)]
@@ -153,6 +156,39 @@ def _call(
         row = _row_to_blame(reward, prompts, responses, columns)
         raise UserError(f"reward {name!r} raised {describe(error)}; {row}") from error
     return check_scores(scores, prompts, responses, name, unscored=unscored)
+
+
+class SharedCall:
+    """`_call` of several workers: a model's scores are made by all, each of its own rows; any other
+    reward is called once, by worker 0, with all rows. Scores and errors are the same at all.
+    """
+
+    def __init__(self, count: int, columns: dict[str, Sequence]) -> None:
+        from workers.group import here
+
+        self.workers = here()
+        # Without one of its own a worker scores the first row, which nobody reads.
+        self.places = [*self.workers.share(range(count))] or [0]
+        self.columns = {n: [column[i] for i in self.places] for n, column in columns.items()}
+
+    def __call__(self, name, reward, prompts, responses, columns, unscored) -> list[float]:
+        if not reward.by_row:
+            call = (name, reward, prompts, responses, columns, unscored)
+            return self.workers.once(lambda: _call(*call), "the rewards")
+        own = [[column[i] for i in self.places] for column in (prompts, responses)]
+        try:
+            said = {"scores": _call(name, reward, *own, self.columns, unscored)}
+        except UserError as wrong:
+            said = {"error": str(wrong)}
+        every = self.workers.gather(said, "the rewards")
+        for answer in every:
+            if "error" in answer:
+                raise self.workers.error_of_all(answer["error"])
+        found = [math.nan] * len(responses)
+        for rank, answer in enumerate(every):
+            count = len(found[rank :: self.workers.size])
+            found[rank :: self.workers.size] = answer["scores"][:count]
+        return found
 
 
 def _timed(reward: Reward, prompts: list[str], responses: list[str], columns: dict) -> object:

@@ -28,6 +28,7 @@ from training.backend import Backend
 from training.checkpointed import Resumable
 from training.endings import SCORE, is_best, report_skipped, save_or_stop, skipped_steps
 from training.groups import Group
+from training.together import by_worker_0, worker_metrics
 
 SAME_SCORES = 3  # steps in a row after which that is worth a warning
 NUMBERS = "score, loss or gradient"
@@ -127,7 +128,8 @@ class RolloutLoop(Resumable):
                     self.train_step(progress)
                 metric = self.end_step(progress)
             if not stop.requested:
-                skipped = skipped_steps(self.run_folder.folder, self.not_finite)
+                folder = self.run_folder.folder
+                skipped = by_worker_0(lambda: skipped_steps(folder, self.not_finite))
                 report_skipped(self, skipped, NUMBERS, self.last_bad)
             # Only where every run would have one, stopped or not, may a checkpoint be the best.
             self.checkpoint(metric if self.step == plan.steps else None)
@@ -171,7 +173,7 @@ class RolloutLoop(Resumable):
         self.step += 1
         self.compared = self.compare(made)
         row = self.logged(stats, made) | reference_means(made) | self.notes
-        row |= self.times(stats, made)
+        row |= self.times(stats, made) | worker_metrics()
         self.run_folder.log(self.step, row)
         self.run_folder.log_values(self.step, "scores", made.scores)
         progress.advance()

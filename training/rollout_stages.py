@@ -7,18 +7,20 @@ Legend: B responses, b of them in one pass, R longest response, N response token
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from models.actor_critic import picked_logits, reference_logprobs
-from models.decoding import Sampling
+from models.decoding import Generation, Sampling
 from models.decoding import generate as decode
 from models.packing import Packed, pack
 from models.tuning import Tuning
 from rl.kl import full_kl
 from rl.rollouts import Rollout, check_token_ids, token_lists
+from workers.group import here
 
 # ------------------------------------------------------------------------------ sample
 
@@ -41,23 +43,75 @@ def sample(
 
     `prefix`: ids of virtual tokens in front of every query. `samples` responses to each query
     adjoin, and their query stands there as often. Raises UserError, naming the row, for a
-    query with an id beyond the `vocabulary`.
+    query with an id beyond the `vocabulary`. Several workers share the queries, and have all.
     """
     queries = token_lists(queries)
     check_token_ids("query", queries, vocabulary)
-    made = decode(
-        model,
-        [[*prefix, *query] for query in queries],
-        max_tokens=max_tokens,
-        eos_ids=eos_ids,
-        sampling=sampling,
-        key=mx.random.key(int(random.integers(2**63))),
-        value_head=value_head,
-        should_stop=should_stop,
-        samples=samples,
-    )
+    key, count = mx.random.key(int(random.integers(2**63))), len(queries) * samples
+    options = {
+        "eos_ids": eos_ids,
+        "sampling": sampling,
+        "value_head": value_head,
+        "should_stop": should_stop,
+        "samples": samples,
+    }
+    prompts = [[*prefix, *query] for query in queries]
     queries = [query for query in queries for _ in range(samples)]
+    if here().alone:
+        made = decode(model, prompts, max_tokens=max_tokens, key=key, **options)
+    else:
+        limits = [max_tokens] * count if isinstance(max_tokens, int) else list(max_tokens)
+        made = decode_share(model, prompts, limits, key, with_values=bool(value_head), **options)
     return Rollout(queries, made.responses, made.finished, made.logprobs, made.values)
+
+
+def decode_share(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    key: mx.array,
+    *,
+    samples: int,
+    with_values: bool,
+    **options: Any,
+) -> Generation:
+    """This worker's share of the prompts decoded, by its columns of the draws of all; all of it."""
+    workers, count = here(), len(limits)
+    own = workers.share(range(len(prompts)))
+    places = [prompt * samples + i for prompt in own for i in range(samples)]
+    part = Generation([], [], [] if with_values else None, [])
+    if places:
+        draws = mx.random.uniform(shape=(max(limits), count), key=key)  # (step, B)
+        part = decode(
+            model,
+            [prompts[prompt] for prompt in own],
+            max_tokens=[limits[place] for place in places],
+            uniforms=draws[:, mx.array(places)],
+            samples=samples,
+            **options,
+        )
+    return gathered(part, places, count)
+
+
+def gathered(part: Generation, places: Sequence[int], count: int) -> Generation:
+    """What all workers have written, `part` of it at its `places`."""
+    workers, stage = here(), "the responses"
+    ends = [(len(r), float(end)) for r, end in zip(part.responses, part.finished, strict=True)]
+    ends = workers.rows(np.array(ends, np.float32).reshape(-1, 2), places, count, stage)
+    lengths = ends[:, 0].astype(int)
+    columns = [part.responses, part.logprobs, *([] if part.values is None else [part.values])]
+    own = np.zeros((len(places), len(columns), lengths.max()), dtype=np.float32)
+    for kind, column in enumerate(columns):
+        for row, entries in enumerate(column):
+            own[row, kind, : len(entries)] = entries
+    whole = workers.rows(own, places, count, stage)
+
+    def cut(kind: int) -> list[np.ndarray]:
+        return [row[kind, :length].copy() for row, length in zip(whole, lengths, strict=True)]
+
+    responses = [row.astype(int).tolist() for row in cut(0)]  # ids below 2^24, exact in float32
+    values = None if part.values is None else cut(2)
+    return Generation(responses, cut(1), values, (ends[:, 1] > 0).tolist())
 
 
 # ------------------------------------------------------------------------------ score
@@ -83,18 +137,28 @@ def scored(
     prefix: Sequence[int] = (),
     pad_to_multiple: int = 1,
 ) -> list[mx.array]:
-    """`score(packed)` gives (b, r) arrays; the same as (B, R) for all rows, `size` at a time."""
-    parts = []
-    for start in range(0, len(rollout), size):
-        rows = range(start, min(start + size, len(rollout)))
+    """`score(packed)` gives (b, r) arrays; the same as (B, R) for all rows, `size` at a time.
+
+    Several workers share the rows, and have all.
+    """
+    parts, workers = [], here()
+    every = workers.share(range(len(rollout)))
+    size = max(1, size // workers.size)
+    for start in range(0, len(every), size):
+        rows = every[start : start + size]
         found = score(pack_rows(rollout, rows, prefix, pad_to_multiple))
         mx.eval(found)
         parts.append(found)
     width = rollout.mask.shape[1]
-    return [
+    columns = [
         mx.concatenate([fit_columns(part, width) for part in column])
         for column in zip(*parts, strict=True)
     ]
+    if workers.alone:
+        return columns
+    own = np.array(mx.stack(columns, axis=1))  # (b, columns, R)
+    whole = workers.rows(own, every, len(rollout), "the scores of responses")
+    return [mx.array(column) for column in whole.swapaxes(0, 1)]
 
 
 def fit_columns(array: mx.array, width: int) -> mx.array:

@@ -25,6 +25,7 @@ from rl.rollouts import (
     use_sampled,
 )
 from training.optimizers import build_optimizer
+from training.pass_share import PassShare
 from training.rollout_stages import pack_rows, reference_of, sample, scored
 from training.rollout_steps import RolloutSteps
 from training.update import (
@@ -174,13 +175,17 @@ class RolloutTrainer(RolloutSteps):
         packed = pack_rows(rollout, rows.tolist(), self.model.tuning.prefix, self.pad_to_multiple)
         return packed, mx.array(rows), packed.mask.shape[1]
 
-    def _pass(self, *arrays: Any, total: str = "loss") -> tuple[dict, dict[str, float]]:
+    def _pass(
+        self, *arrays: Any, total: str = "loss", share: PassShare | None = None
+    ) -> tuple[dict, dict[str, float]]:
         """Gradient and metrics of `_loss(*arrays)`; `not_finite` and `skipped` tell of bad ones.
 
-        `total` names the metric that is the loss itself.
+        `total` names the metric that is the loss itself; `share`: what of the pass the arrays are.
         """
         with checkpointed_blocks(self.model.model, self.grad_checkpoint):
             (_, metrics), gradient = self._loss_and_grad(*arrays)
+        if share is not None:
+            gradient, metrics = share.whole(gradient, metrics)
         finite = all_finite(gradient)
         mx.eval(metrics, gradient, finite)
         metrics = {name: value.item() for name, value in metrics.items()}

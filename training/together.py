@@ -120,6 +120,15 @@ def largest(value: float) -> float:
     return max(here().gather(value, "a comparison"))
 
 
+def by_worker_0(work: Callable[[], Any]) -> Any:
+    """`work()` of worker 0, which has the run's files, at all."""
+    if member() is None:
+        return work()
+    from workers.group import here
+
+    return here().once(work, "the run's files")
+
+
 def worker_metrics() -> dict[str, float]:
     """Of a step's row: nothing, alone."""
     if member() is None:

@@ -90,7 +90,7 @@ class Workers:
         self.waited += time.monotonic() - begun
         return total
 
-    def rows(self, own: np.ndarray, count: int, stage: str) -> np.ndarray:
+    def rows(self, own: np.ndarray, places: Sequence[int], count: int, stage: str) -> np.ndarray:
         """Rows of all workers in their places: own (b, ...) float32 -> (count, ...).
 
         Added up with zeros at the places of the others, which is exact.
@@ -98,7 +98,7 @@ class Workers:
         if self.alone:
             return own
         whole = np.zeros((count, *own.shape[1:]), dtype=np.float32)
-        whole[self.rank :: self.size] = own
+        whole[places] = own
         return np.array(self._all_sum(mx.array(whole), stage)) if whole.size else whole
 
     def gather(self, value: Any, stage: str) -> list:
@@ -133,8 +133,13 @@ class Workers:
                 said = {"error": str(wrong)}
         answer = self.gather(said, stage)[0]
         if "error" in answer:
-            raise UserError(answer["error"])
+            raise self.error_of_all(answer["error"])
         return made if self.rank == 0 else answer["value"]
+
+    def error_of_all(self, message: str) -> UserError:
+        """An error that is raised at every worker, and said by worker 0."""
+        self.member.shared_error = message
+        return UserError(message)
 
     def arrays(self, arrays: Mapping[str, mx.array] | None, stage: str) -> dict[str, mx.array]:
         """Worker 0's arrays by name, at all; to the bit, whatever their types. Others give None."""

@@ -34,6 +34,7 @@ class Membership:
         self.run: str | None = None  # the run folder, once there is one
         self.stage, self.begun = "", 0.0  # what is waited for, and since when
         self.began = False  # what all do together
+        self.shared_error: str | None = None  # one that every worker has
         self.line: Line | None = None
         self.ended = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
@@ -153,6 +154,8 @@ class Membership:
                 self.line.send(error=message)
                 if not self.line.gone:
                     return None
+        if self.rank and message == self.shared_error:
+            return None
         return message if self.rank == 0 or self.place.started_here else f"{self.named}: {message}"
 
     @property

@@ -87,7 +87,9 @@ def test_kappa_is_cohen_s(tmp_path):
         assert found["high"] == pytest.approx(np.quantile(drawn, 0.975), abs=0.04)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize(
+    "noise", [0.1, *(pytest.param(e, marks=pytest.mark.long) for e in (0.0, 0.3))]
+)
 def test_figures_match_the_noise_put_in(tmp_path, noise):
     """Two that turn a fair truth over with probability e agree in (1 - e)^2 + e^2 of the pairs, and
     kappa is (1 - 2e)^2; the 95% intervals hold both in 19 of 20 cases, here in at least 34 of 40

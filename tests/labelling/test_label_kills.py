@@ -3,8 +3,13 @@
 import fast_blas  # noqa: F401  isort: skip
 
 import http.client
+import json
+import os
 import random
+import signal
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from label_setup import REPLIES, Server, rows_of, write_samples
@@ -72,3 +77,58 @@ def test_killed_at_random_while_labels_are_sent(tmp_path, kills):
         known = {*sender.saved.values(), *sender.undone, *(sender.waiting or ())}
         assert {*there.values()} <= known, "nobody gave these"
     assert len(rows) == len(sender.saved) == items
+
+
+# ------------------------------------------------------------------------------ what samples
+
+
+def sampling_process(server) -> int:
+    """The number of the process that samples."""
+    pid = server.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    found = [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    return int(found[0])
+
+
+def next_item(server):
+    """The next state with an item, or with a reason why there is none."""
+    while True:
+        state = server.ask("state")[1]
+        if state["item"] or state["problem"] or state["finished"]:
+            return state
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="the shim is for Linux")
+def test_a_sampler_that_is_killed_is_told_of_and_goes_on_at_the_next_start(tmp_path):
+    prompts = [json.dumps({"prompt": f"{i} {i + 1}"}) + "\n" for i in range(90)]
+    (tmp_path / "prompts.jsonl").write_text("".join(prompts))
+    words = ("--batch-size", "4", "--max-new-tokens", "24")
+    with Server(tmp_path, *words) as server:
+        os.kill(sampling_process(server), signal.SIGKILL)
+        number = 0
+        while (state := next_item(server))["item"]:
+            body = {"id": f"label-{number:06d}", "pair": state["item"]["pair"], "ranks": [0, 1]}
+            assert server.ask("label", body)[0] == 200
+            number += 1
+        assert "has ended with status -9; start again to go on" in state["problem"]
+        code, out, err = server.end()
+    assert code == 2 and err.splitlines()[-1].startswith("error: the process that samples has")
+    assert len(rows_of(tmp_path)) == number < 90
+    # Then the labeller is killed while it samples: its child ends its batch and gives way.
+    with Server(tmp_path, *words) as server:
+        next_item(server)
+        server.process.kill()
+    with Server(tmp_path, *words) as server:
+        samples = tmp_path / "labels.samples.jsonl"
+        while samples.read_bytes().count(b"\n") < 91:
+            server.ask("state")
+        assert server.end()[0] == 0
+    killed = [json.loads(row) for row in samples.read_text().splitlines()[1:]]
+    assert len({row["pair"] for row in killed}) == len(killed) == 90
+    samples.unlink()  # never killed: the same replies
+    (tmp_path / "labels.jsonl").unlink(missing_ok=True)
+    with Server(tmp_path, *words) as server:
+        while not samples.exists() or samples.read_bytes().count(b"\n") < 91:
+            server.ask("state")
+    assert [json.loads(row) for row in samples.read_text().splitlines()[1:]] == killed

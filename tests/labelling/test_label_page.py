@@ -154,10 +154,10 @@ def test_the_end_of_the_page_is_the_end_of_the_program(tmp_path):
 
 def test_replies_come_while_the_page_is_open(tmp_path):
     """Sampling goes on behind it, in a process of its own."""
-    rows = [json.dumps({"prompt": f"8 {i}"}) + "\n" for i in range(10, 40)]
+    rows = [json.dumps({"prompt": f"8 {i}"}) + "\n" for i in range(10, 22)]
     (tmp_path / "prompts.jsonl").write_text("".join(rows))
     with Server(tmp_path, "--max-new-tokens", "8", "--batch-size", "8") as started:
-        for _ in range(30):
+        for _ in range(12):
             while started.ask("state")[1]["item"] is None:
                 pass
             label(started, id=f"label-{_:04d}", aspects={})
