@@ -181,7 +181,7 @@ def label(args, records, labels, left) -> None:
 
 def judge_all(args, todo, verdicts, about, labels, left) -> dict:
     """Verdicts on these comparisons, each written before the next batch; rows by number."""
-    from rewards.comparisons import EQUAL, verdict_row
+    from rewards.comparisons import not_to_judge, verdict_row
     from rewards.judge import Unanswered
 
     each = args.batch_size if args.judge_url is None else args.judge_connections
@@ -189,7 +189,7 @@ def judge_all(args, todo, verdicts, about, labels, left) -> dict:
     with Wait("judging", len(todo)) as wait:
         for start in range(0, len(todo), each):
             part = todo[start : start + each]
-            found = {c.number: Unanswered(EQUAL) for c in part if c.answers[0] == c.answers[1]}
+            found = {c.number: Unanswered(why) for c in part if (why := not_to_judge(c))}
             differ = [c for c in part if c.number not in found]
             found |= zip([c.number for c in differ], verdicts(differ), strict=True)
             for c in part:

@@ -14,6 +14,7 @@ A real one, two models against each other in a browser, then what the labels are
 import fast_blas
 
 import signal
+import sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -123,11 +124,15 @@ def describe_other(args) -> dict:
 
 def describe_model(args, name, adapter) -> dict:
     """A model as a label records it: names, and what tells its weights from others."""
+    from models.adapter_description import read_description
     from models.base_fingerprint import DEFAULT_MODEL, DEFAULT_NAME, base_fingerprint
 
-    folder = Path(DEFAULT_MODEL if name is None and adapter is None else name or "")
-    found = {"model": name or (DEFAULT_NAME if adapter is None else "that of the adapter")}
-    if folder.is_dir() and name != "":
+    if name is None and adapter is not None:
+        name = read_description(adapter).get("model")  # what it was trained on
+    name = DEFAULT_NAME if name is None else str(name)
+    folder = Path(DEFAULT_MODEL if name == DEFAULT_NAME else name)
+    found = {"model": name}
+    if folder.is_dir():
         found["fingerprint"] = base_fingerprint(folder)
     if adapter is not None:
         found["adapter"] = adapter
@@ -167,7 +172,7 @@ def start_sampling(args, records, ids, head, path):
     )
     sampler = Sampler(plan)
     try:
-        with Wait("loading the model") as wait:
+        with Wait("loading the model", 1) as wait:
             while not (sampler.ready or sampler.problem):
                 sampler.poll(0.1)
                 wait.advance(0)
@@ -199,7 +204,8 @@ def run_face(args, desk, face) -> int:
     """Label; then say what there is and what to do with it. The exit status."""
     from chat.screen import Screen
 
-    screen, code = Screen(), 0
+    # Replies are for the person who presses keys, wherever standard output goes.
+    screen, code = Screen(sys.stdout if sys.stdout.isatty() else sys.stderr), 0
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may ignore it
     try:
         if args.web:
@@ -234,7 +240,9 @@ def tell_end(args, desk) -> None:
     output = str(desk.labels.path)
     lines = [command("label.py", report=output)]
     if desk.labels.counts()["choice"]:
+        asked = ("prompt_template", "token_format")
         own = {"model": args.model, "train_file": output}
+        own |= {name: getattr(args, name) for name in asked if name in args.changed}
         kto = {"algorithm": "kto"} if args.samples == 1 else {}
         lines += [
             command("sft.py", "--reward-model", "--train", **own),

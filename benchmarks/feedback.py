@@ -44,11 +44,13 @@ def main() -> None:
         print(f"\n$ {command}", flush=True)
         started = time.monotonic()
         child = start(command)
-        last = rate(child, pairs="--compare" in command) if "--rate" in command else wait(child)
+        asks = "--rate" in command or "label.py --" in command and "--report" not in command
+        pairs = "--compare" in command or "--samples 1" not in command
+        last = rate(child, pairs) if asks else wait(child)
         print(f"{last}\n({time.monotonic() - started:.0f} s)")
     for name in ("ppo", "ppo_2", "label_ppo"):
         print(f"{name}: {course(FOLDER / name / 'metrics.jsonl')}")
-    for name in (None, "policy", "policy_2", "dpo", "label_policy", "kto"):
+    for name in (None, "policy", "rest", "dpo", "policy_2", "label_policy", "kto"):
         score, numbers = true_score(FOLDER / f"{name}.npz" if name else None)
         print(f"{name or 'embedded model'}: true score {score:.2f}, {numbers:.1f} tokens")
 

@@ -1,6 +1,6 @@
 """Two rounds of feedback by a simulated person: true score after each, by method and seed.
 
-    python benchmarks/feedback_rounds.py [--seeds 5] [--noise 0.1]
+    python benchmarks/feedback_rounds.py [--seeds 0 1 2 3 4] [--noise 0.1]
 
 Of two samples of a policy the person prefers the one with the higher true score and, at the rate
 of the noise, the other one. A round has 150 pairs. A reward model learns from all pairs so far; PPO
@@ -37,11 +37,11 @@ METHODS = ("reward model + PPO", "reward model + ReST", "DPO")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--noise", type=float, default=0.1)
     args = parser.parse_args()
     found = []
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         shutil.rmtree(FOLDER / str(seed), ignore_errors=True)
         found.append(Rounds(seed, args.noise).run())
         RESULTS.write_text(json.dumps({"noise": args.noise, "seeds": found}, indent=1) + "\n")
@@ -85,8 +85,8 @@ class Rounds:
             texts = sampled(policy, self.prompts, 2, seed := seed + 1)
             for prompt, one, other in zip(self.prompts, texts[::2], texts[1::2], strict=True):
                 gain = digits_score(prompt + one) - digits_score(prompt + other)
-                # What says nothing is no record, and of two equals the person prefers none.
-                if gain and one.strip() and other.strip() and len(rows) < PAIRS:
+                # Of two equals the person prefers none.
+                if gain and readable(one) and readable(other) and len(rows) < PAIRS:
                     best = gain > 0
                     best ^= self.random.random() < self.noise
                     chosen, rejected = (one, other) if best else (other, one)
@@ -149,7 +149,8 @@ class Rounds:
             {"prompt": prompt, "completion": text}
             for prompt, text in zip([p for p in prompts for _ in range(8)], texts, strict=True)
         ]
-        write(self.folder / "answers.jsonl", [row for row in rows if row["completion"].strip()])
+        readable_rows = [row for row in rows if readable(row["completion"])]
+        write(self.folder / "answers.jsonl", readable_rows)
         scores = [digits_score(row["prompt"] + row["completion"]) for row in rows]
         found = {
             "true": float(np.mean(scores)),
@@ -181,6 +182,11 @@ def sampled(adapter: Path | None, prompts: list[str], samples: int, seed: int) -
     )
     texts = (loaded.tokenizer.decode(r, skip_special_tokens=True) for r in made.responses)
     return [f" {text.strip()}" for text in texts]
+
+
+def readable(text: str) -> bool:
+    """Whether a text makes a record: it says something, and has no NUL in it."""
+    return bool(text.strip()) and "\0" not in text
 
 
 def prompts_of(split: str) -> list[str]:

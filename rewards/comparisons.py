@@ -14,6 +14,9 @@ from rewards.scored_rows import answer_of, prompt_of, singles, unanswered
 from rewards.texts import Prompt, plain
 
 TIE, EQUAL = "a tie", "both answers are the same"
+EMPTY = "an answer says nothing, which no record holds"
+NUL = "an answer has a NUL character, which no reader takes"
+NEVER = (EQUAL, EMPTY, NUL)  # whatever a judge says
 BIASED = 0.8  # a share of verdicts for one place beyond which the place is what is judged
 
 
@@ -136,7 +139,18 @@ def below(least: float) -> str:
 def may_answer_later(row: dict[str, Any]) -> bool:
     """Whether a row was left without a label because the judge gave no answer."""
     judge = row.get("judge")
-    return isinstance(judge, dict) and "p" not in judge and judge.get("why") != EQUAL
+    return isinstance(judge, dict) and "p" not in judge and judge.get("why") not in NEVER
+
+
+def not_to_judge(comparison: Comparison) -> str | None:
+    """Why two answers need no judge; None where they do."""
+    one, other = comparison.answers
+    if one == other:
+        return EQUAL
+    texts = answer_text(one), answer_text(other)
+    if "\0" in "".join(texts):
+        return NUL
+    return None if all(texts) else EMPTY
 
 
 def earlier(

@@ -30,8 +30,8 @@ def _row(case, critique, revision, by: str) -> tuple[dict[str, Any], bool]:
     number, record, principle = case
     about = {"row": number, "principle": principle.name, "by": by}
     row = {"prompt": prompt_of(record)}
-    if not isinstance(revision, Unanswered) and not revision.strip():
-        revision = Unanswered("the judge wrote nothing")
+    if not isinstance(revision, Unanswered) and (not revision.strip() or "\0" in revision):
+        revision = Unanswered("the judge wrote nothing, or a NUL character")
     if isinstance(revision, Unanswered):
         row |= {"answer": answer_of(record), **record.extras}
         return row | {"judge": about | {"why": revision.why}}, False

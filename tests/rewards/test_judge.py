@@ -239,6 +239,20 @@ def test_ties_equal_answers_and_doubtful_pairs_are_counted_and_kept_aside():
     assert "was judged with another --min-confidence" in err
 
 
+def test_an_answer_that_says_nothing_makes_no_record_that_a_reader_refuses(monkeypatch):
+    from rewards import sampled_rows
+
+    texts = iter(["", " 4 6", " 98", " 9 9", " 4\0", " 2"])
+    monkeypatch.setattr(sampled_rows, "response_text", lambda *_: next(texts))
+    words = ["--prompts", PAIRS, "--max-rows", 3, "--ground-truth-reward"]
+    run(*words)
+    assert [row["judge"]["pair"] for row in lines("judged.jsonl")] == [1]
+    left = lines("judged.unlabelled.jsonl")
+    whys = ["an answer says nothing, which no record holds"]
+    whys.append("an answer has a NUL character, which no reader takes")
+    assert [row["judge"]["why"] for row in left] == whys
+
+
 def test_sampled_pairs_are_two_answers_to_each_prompt():
     words = ["--prompts", PAIRS, "--max-rows", 5, "--judge", DIGITS, "--max-new-tokens", 8]
     run(*words)
@@ -417,3 +431,33 @@ def test_bad_input_is_one_line(words, said):
     _, err = run(*words.split(), status=2)
     assert said in err and err.count("error: ") == 1 and "Traceback" not in err, err
     assert not Path("judged.jsonl").exists()
+
+
+# ------------------------------------------------------------------------------ behaviour
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(2))
+def test_labels_by_the_true_score_make_a_reward_model_that_ppo_can_follow(seed):
+    """First measured: accuracy 0.933 on pairs that were never trained on; PPO at 0.93 to 0.96."""
+    import ppo_training
+
+    train = PAIRS.replace("_test", "_train")
+    run("--prompts", *[train] * 16, "--ground-truth-reward", "--max-new-tokens", 32, "--seed", seed)
+    words = (
+        "--reward-model --train --no-margins --train-file judged.jsonl --batch-size 32 --iters 150 "
+        f"--learning-rate 2e-3 --steps-per-eval 0 --save-file rm.npz --output-dir rm --seed {seed} "
+        f"--test --test-file {PAIRS}"
+    )
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        sft.main(words.split())
+    (line,) = [line for line in out.getvalue().splitlines() if line.startswith("test: loss")]
+    assert float(line.split()[line.split().index("accuracy") + 1]) >= 0.9
+    words = (
+        f"--data {ROOT}/data --reward-model rm.npz --true-score --num-steps 60 --eval-every 0 "
+        f"--init-kl-coef 0.1 --save-file ppo.npz --output-dir ppo --seed {seed}"
+    )
+    ppo_training.main(words.split())
+    last = [row["env/ground_truth_mean"] for row in lines("ppo/metrics.jsonl")][-5:]
+    assert np.mean(last) >= 0.9
