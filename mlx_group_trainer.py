@@ -29,6 +29,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
+from distributed.group import here
 from errors import UserError
 from models.packing import Packed
 from rl.group_advantages import ESTIMATORS, group_stds, reward_metrics, weighted_sum
@@ -45,7 +46,6 @@ from rl.rollouts import SAMPLING, Rollout, minibatch_order
 from training.group_share import group_share, own_rows
 from training.rollout_stages import fit_columns, score_reference
 from training.rollout_trainer import RolloutTrainer
-from workers.group import here
 
 if TYPE_CHECKING:
     from models.policy import Policy

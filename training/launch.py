@@ -18,14 +18,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from distributed.membership import member
 from run_folder.checkpoint_folder import latest_checkpoint, saving
 from run_folder.console import command, next_lines, say_gb
+from run_folder.private import forget_private, keep_private
 from run_folder.run import Run, read_rows
 from run_folder.run_config import MADE_BY, checkpoint_asked_for, read_run_config
 from run_folder.stopping import GracefulStop, StepGivenUp
 from safe_files import check_place
 from training.together import begin, open_run, part
-from workers.membership import member
 
 
 def start(seed: int, memory_limit: float | None, *, resume: str | None = None, **model: Any):
@@ -242,17 +243,28 @@ def run_training(
             with suppress(StepGivenUp), stop.giving_up():
                 with saving(path):
                     finish(run, loop)
+                guard(run, path)
                 if write_fused is not None and args.fused_dir is not None:
-                    print(next_lines(write_fused(args, run.folder)))
+                    commands = write_fused(args, run.folder)
+                    guard(run, args.fused_dir)
+                    print(next_lines(commands))
     stop.exit_if_requested(MADE_BY[kind], run.folder, checkpoint_is_adapter(args, run))
+
+
+def guard(run: Run, path: str | Path) -> None:
+    """What a private run saved outside of its folder is private as well."""
+    if run.private:
+        keep_private(Path(path))
+    else:
+        forget_private(Path(path))
 
 
 def shared_stop() -> GracefulStop:
     """What turns signals into a flag, of all workers where there are several."""
     if member() is None:
         return GracefulStop()
-    from workers.group import here
-    from workers.stopping import SharedStop
+    from distributed.group import here
+    from distributed.stopping import SharedStop
 
     return SharedStop(here())
 

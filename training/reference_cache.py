@@ -16,10 +16,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from data_utils import BatchPlan, make_batch
+from distributed.group import here
 from run_folder.secrets import tell
 from safe_files import write_atomically, writing
 from waiting import watched
-from workers.group import here
 
 NAME = "reference"  # of the folder in the run folder
 
