@@ -20,6 +20,8 @@ from command_line.parser import Parser
 from command_line.rules import Needs, needs, refuse_idle
 from command_line.shared_flags import add_any_base
 from errors import UserError
+from run_folder.private import keep_private, marked_above
+from run_folder.secrets import tell
 from safe_files import check_place
 
 FORMATS = ("model", "adapter", "peft", "classifier", "gguf")
@@ -179,6 +181,8 @@ def main(words=None) -> None:
             upload(place, args)
     if args.dry_run:
         return
+    if any(marked_above(source) for source in (args.model, *args.adapter_file) if source):
+        keep_private(path)
     if args.upload_repo:
         upload(args.save_path, args)
     elif written.next_commands:
@@ -219,6 +223,11 @@ def upload(folder, args, planned=None) -> None:
     from publishing.hub import Upload, describe_upload, upload_folder
 
     wanted = Upload(args.upload_repo, args.private, args.revision, args.commit_message)
+    if any(marked_above(source) for source in (folder, args.model, *args.adapter_file) if source):
+        tell(
+            f"warning: {args.upload_repo}: this was trained on private texts, which others could "
+            "get out of it; data/memorisation.py looks for them"
+        )
     if args.dry_run:
         print(describe_upload(folder, wanted, planned or {}))
         return

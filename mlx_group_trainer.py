@@ -29,6 +29,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
+from distributed.group import here
 from errors import UserError
 from models.packing import Packed
 from rl.group_advantages import ESTIMATORS, group_stds, reward_metrics, weighted_sum
@@ -45,7 +46,6 @@ from rl.rollouts import SAMPLING, Rollout, minibatch_order
 from training.group_share import group_share, own_rows
 from training.rollout_stages import fit_columns, score_reference
 from training.rollout_trainer import RolloutTrainer
-from workers.group import here
 
 if TYPE_CHECKING:
     from models.policy import Policy
@@ -149,6 +149,7 @@ class GroupTrainer(RolloutTrainer):
         self.compute_advantages(rollout, found, weights)
         passes = self.optimise(rollout)
         stats |= self.statistics(rollout, passes)
+        self._warn(**warnings_for(stats, self.equal_steps, self.config.max_new_tokens))
         self.finish(stats)
         return stats | {"step_time": time.perf_counter() - start}
 
@@ -319,7 +320,7 @@ class GroupTrainer(RolloutTrainer):
             self.blend.blend()
 
     def statistics(self, rollout: Rollout, passes: list[dict[str, float]]) -> dict:
-        """The step's metrics; warns, once each, of what usually goes wrong."""
+        """The step's metrics, but for those of rewards."""
         stats = pass_metrics(passes) | completion_metrics(rollout)
         stats.setdefault("not_finite", 0.0)
         if self.config.reward_beta:
@@ -329,7 +330,6 @@ class GroupTrainer(RolloutTrainer):
         self.num_tokens += sum(map(len, rollout.queries)) + sum(map(len, rollout.responses))
         stats["num_tokens"] = float(self.num_tokens)
         stats["learning_rate"] = float(self.optimizer.learning_rate)
-        self._warn(**warnings_for(stats, self.equal_steps, self.config.max_new_tokens))
         return stats
 
     def finish(self, stats: dict) -> None:

@@ -28,6 +28,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
+from distributed.group import here
 from errors import UserError
 from models.actor_critic import ActorCritic
 from models.packing import Packed
@@ -41,7 +42,6 @@ from training.pass_share import PassShare, token_shares
 from training.rollout_stages import fit_columns, score_reference, whole_kl
 from training.rollout_steps import PPOSteps
 from training.rollout_trainer import RolloutTrainer
-from workers.group import here
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 

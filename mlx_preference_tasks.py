@@ -19,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from data_utils import PreferenceBatch, UnpairedBatch
+from distributed.group import here
 from mlx_sft_trainer import Sums, Task, has_share, own_share
 from models.packing import Layout, lay_out, least_padding, left_justified
 from models.reference import Reference
@@ -35,7 +36,6 @@ from rl.preference_losses import (
 )
 from rl.reference_free_losses import cpo_loss, orpo_loss
 from training.groups import Group, adapter_group
-from workers.group import here
 
 # On a CPU: the most tokens of a pass, beyond which its arrays outgrow the caches, and the tokens
 # that one more pass is worth.

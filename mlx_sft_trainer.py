@@ -24,6 +24,7 @@ from data_loading.collate import (
     count_rows,
     share_of,
 )
+from distributed.group import here
 from models.adapter_description import REWARD_HEAD
 from models.packing import pick_targets
 from models.reward_network import RewardModel
@@ -34,7 +35,6 @@ from rl.contrastive import contrastive_loss, pooled
 from rl.losses import pairwise_loss, regression_loss
 from training.groups import Group, adapter_group
 from training.update import added, apply_update, checkpointed_blocks, loss_and_gradient
-from workers.group import here
 
 Batch = TextBatch | ScalarBatch | PreferenceBatch | UnpairedBatch
 # Sums over a batch. "weight" is what each of them is divided by, but for those that are pairs of a

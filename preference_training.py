@@ -85,6 +85,7 @@ def make_reference(args, loaded, tuning):
     """What the policy is compared with, or None for losses that need nothing."""
     from models.adapter_files import load_adapter
     from models.reference import adapter_as_it_is, adapter_off, frozen_copy
+    from training.reference_cache import describe_model
 
     if args.algorithm not in WITH_REFERENCE:
         return None
@@ -95,6 +96,7 @@ def make_reference(args, loaded, tuning):
     if as_loaded:
         load_adapter(other, args.resume_adapter_file, any_base=args.any_base)
         other.model.freeze()
+        return frozen_copy(other.model, describe_model(other.model))
     return frozen_copy(other.model)
 
 
@@ -103,7 +105,7 @@ def precompute(args, loaded, task, rows, folder) -> None:
     from training.reference_cache import describe_arrays, fill_in_split
 
     kept = task.reference.kept
-    about = describe_arrays(kept) if kept is not None else f"{args.resume_adapter_file}"
+    about = task.reference.fingerprint if kept is None else describe_arrays(kept)
     model = f"{loaded.fingerprint} {args.dtype} {args.quantize} {args.reference_quantize} {about}"
     for split in (name for name in ("train", "valid") if name in rows):
         plan = make_plan(args, rows[split], shuffle=False)
@@ -141,6 +143,7 @@ def train(args, loaded, task, rows) -> None:
         (steps, batches),
         schedule_options(args),
         validation=validation(args, rows.get("valid"), least_rows(args)),
+        reference=task.reference and task.reference.fingerprint,
         watch=PreferenceWatch(
             log_2={*args.loss_type} <= {"sigmoid", "sigmoid_norm"} and args.algorithm == "dpo",
             reference=task.reference is not None,

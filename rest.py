@@ -71,7 +71,7 @@ def make_all_rewards(args, loaded, tuning, prompts):
     from models.load import load_model
     from training.internal_signals import reference_signals
 
-    rewards = make_rewards(args, make_learned_reward(args, loaded, tuning))
+    rewards = make_rewards(args, make_learned_reward(args, loaded, tuning), unscored=True)
     for _, rows in prompts.values():
         rewards.check_prompts(rows.rows, args.max_new_tokens)
         rewards.check_columns(columns_of(rows.rows))
@@ -220,12 +220,12 @@ def finish(args, loaded, run, loop) -> None:
 
     tuning, found = loop.trainer.task.tuning, read_rows(run.folder)
     last = grow_file(run.folder, int(loop.stage["grow"]))
-    conditioning = loop.conditioning(loop.rows_of(int(loop.stage["grow"]), None))
+    conditioning = loop.asked(int(loop.stage["grow"]))
     if conditioning is not None:
         loaded.config[SCORES] = conditioning.described()
     written = save_adapter(args.save_file, tuning, loaded, run=run.recorded)
     written.append(plot_losses(found, run.plots / "loss.png"))
-    scores = [row["eval/sampled/score"] for row in found if "eval/sampled/score" in row]
+    scores = [s for row in found if (s := row.get("eval/sampled/score")) is not None]
     summary = {"first_score": scores[0], "last_score": scores[-1]} if scores else {}
     if scores:
         print("held-out score: " + " -> ".join(f"{score:.3f}" for score in scores))

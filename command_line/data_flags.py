@@ -20,9 +20,9 @@ from data_utils import (
     read_date,
     use_date,
 )
+from distributed.membership import given
 from errors import UserError
 from run_folder.secrets import tell
-from workers.membership import given
 
 NEEDS = (Needs("dataset_config split streaming", "dataset", valued=False),)
 

@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 import waiting
 from command_line.meeting import enter_group
+from distributed.line import Absent
+from distributed.membership import LOST, member
+from distributed.place import Lost
 from errors import MEMORY_ADVICE, UserError
 from run_folder.console import watched
 from run_folder.output import errors, lost_output, open_outputs
 from run_folder.secrets import clean, tell
-from workers.line import Absent
-from workers.membership import LOST, member
-from workers.place import Lost
 
 # No fault of the program's, also where no file is named: the disk is full or read-only, or too many
 # files are open.

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from command_line.values import Setting, refuse_doubles
+from distributed.place import place
 from errors import UserError
-from workers.place import place
 
 # Our flag names for each of theirs, in order of preference; a script has one of them or none.
 FLAGS_FOR = {

@@ -9,18 +9,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+from distributed.membership import TIMEOUT, enter, given
+from distributed.place import RANK, TERMINAL, place
 from errors import UserError
 from run_folder.output import mute, say_on
 from run_folder.run_config import run_folder_of
-from workers.membership import TIMEOUT, enter, given
-from workers.place import RANK, TERMINAL, place
 
 
 def enter_group() -> None:
     """Meet the other workers, where this process is one of several; all but worker 0 are mute.
 
     The run that is resumed needs to be on worker 0's disk alone: the others take its options from
-    there. Raises UserError and Absent as `workers.line.meet` does.
+    there. Raises UserError and Absent as `distributed.line.meet` does.
     """
     try:
         found = place()

@@ -48,7 +48,9 @@ COMMON = frozenset(
     "learning_rate fine_tune_type prompt_tuning lora_rank init_kl_coef eval_every steps_per_eval "
     "steps_per_report save_file fused_dir output_dir seed config resume log_with adapter_file "
     "save_path upload_repo force input prompts samples output best_of prompt system_prompt temp "
-    "max_tokens resume_file resume_adapter_file compare rate report against web aspects".split()
+    "max_tokens resume_file resume_adapter_file compare rate report against web aspects "
+    "judge judge_url constitution debate revise soft_labels grow_steps samples_per_prompt "
+    "thresholds quantiles start_from".split()
 )
 FEW = 30  # so many flags are shown whole
 

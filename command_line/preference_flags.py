@@ -179,7 +179,7 @@ def add_loss_arguments(parser: Parser) -> None:
         "--reference",
         choices=("loaded", "base"),
         default="loaded",
-        help="with --resume-adapter-file: what the policy is compared with",
+        help="with --resume-adapter-file: what the policy is compared with (--test alone: base)",
     )
     add("--reference-quantize", type=int, choices=(4, 8), help="bits of full fine-tuning's copy")
     add(
@@ -292,17 +292,19 @@ def check_ranges(args) -> None:
 def settle_arguments(args) -> None:
     """Fill in what follows from the adapter that is made or loaded."""
     kind = settle_adapter(args, args.resume_adapter_file, LEARNING_RATES)
+    if args.test and not args.train:
+        own = "a model that is its own reference has no margin to measure"
+        if args.resume_adapter_file is None:
+            raise UserError(f"--test needs --resume-adapter-file, or --train: {own}")
+        if "reference" in args.explicit and args.reference == "loaded":
+            raise UserError(f"--reference loaded needs --train: {own}; leave it out")
+        args.reference = "base"
     if args.reference_quantize and kind != "full":
         raise UserError("--reference-quantize needs --fine-tune-type full: else there is no copy")
     if args.reference_quantize and args.resume_adapter_file and args.reference == "loaded":
         raise UserError(
             "--reference-quantize: the reference is the loaded weights as they are; "
             "give --reference base, or leave it out"
-        )
-    if args.test and not args.train and args.resume_adapter_file is None:
-        raise UserError(
-            "--test needs --resume-adapter-file, or --train: a model that is its own "
-            "reference has no margin to measure"
         )
 
 

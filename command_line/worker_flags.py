@@ -8,11 +8,11 @@ from pathlib import Path
 from command_line.parser import Parser
 from command_line.rules import Needs, flag_of
 from command_line.shared_flags import at_least
+from distributed.local import run_local
+from distributed.membership import TIMEOUT
+from distributed.place import place
 from errors import UserError
 from run_folder.secrets import tell
-from workers.local import run_local
-from workers.membership import TIMEOUT
-from workers.place import place
 
 LARGEST = 256  # local workers; each is a process with a model of its own
 

@@ -11,6 +11,7 @@ by likelihood; estimated on a sample of codes.
 import math
 import random
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 # ------------------------------------------------------------------------------ masking
@@ -19,12 +20,15 @@ from collections.abc import Iterable, Sequence
 MAIL = re.compile(r"[\w.+%-]+(?:@|\s?\(at\)\s?|\s?\[at\]\s?)[\w-]+(?:\.[\w-]+)+", re.IGNORECASE)
 LINK = re.compile(
     r"(?:[a-z][a-z0-9+.-]*://|www\.)[^\s<>\"]+"
+    r"|\b(?:[a-z0-9-]+\.)+[a-z]{2,}/[^\s<>\"]*"
     r"|\b(?:[a-z0-9-]+\.)+(?:com|org|net|edu|gov|io|me|co|app|dev|de|uk|fr|it|es|nl|ch|at|eu)"
     r"(?:\.[a-z]{2})?\b(?:/[^\s<>\"]*)?",
     re.IGNORECASE,
 )
 # Seven digits or more, with blanks and signs between them; shorter runs are years and prices.
-NUMBER = re.compile(r"(?<![\w])\+?\(?\d(?:[\s().\-/\u00a0]{0,2}\d){6,}(?!\w)")
+NUMBER = re.compile(r"(?<![\w])\+?\(?\d(?:[\s().\-/\u00a0\u2010-\u2015]{0,3}\d){6,}(?!\w)")
+ACCOUNT = re.compile(r"\b[A-Z]{2}\d{2}(?:\s?[A-Z0-9]{4}){2,7}(?:\s?[A-Z0-9]{1,3})?\b")  # IBAN
+UNSPACED = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 HANDLE = re.compile(r"(?<![\w@])@\w{2,}")
 
 
@@ -40,18 +44,28 @@ def name_parts(names: Iterable[str]) -> list[str]:
     return sorted(parts, key=lambda part: (-len(part), part))
 
 
+def in_text(part: str) -> str:
+    """A pattern for a name where it stands as a word; in scripts without blanks, anywhere."""
+    pattern = re.sub("['’ʼ]", "['’ʼ]", re.escape(unicodedata.normalize("NFC", part)))
+    if UNSPACED.search(part):
+        return pattern
+    # A genitive stays readable: Ann's -> [NAME]'s.
+    return rf"(?<!\w){pattern}(?!\w)"
+
+
 class Masker:
     """`mask(text)`: the text with [MAIL], [LINK], [NUMBER] and [NAME] in the place of such."""
 
     def __init__(self, names: Iterable[str], words: Iterable[str] = ()):
-        parts = [re.escape(part) for part in [*name_parts(names), *name_parts(words)]]
-        # A genitive stays readable: Ann's -> [NAME]'s.
-        self.names = re.compile(rf"(?<!\w)(?:{'|'.join(parts)})(?!\w)", re.IGNORECASE)
+        parts = [in_text(part) for part in [*name_parts(names), *name_parts(words)]]
+        self.names = re.compile("|".join(parts), re.IGNORECASE)
         self.none = not parts
 
     def mask(self, text: str) -> str:
+        text = unicodedata.normalize("NFC", text)  # one code for a letter with its accent
         text = MAIL.sub("[MAIL]", text)
         text = LINK.sub("[LINK]", text)
+        text = ACCOUNT.sub("[NUMBER]", text)
         text = NUMBER.sub("[NUMBER]", text)
         text = HANDLE.sub("[NAME]", text)
         return text if self.none else self.names.sub("[NAME]", text)

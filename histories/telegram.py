@@ -1,6 +1,7 @@
 """Telegram's export in JSON (Telegram Desktop: Export chat history, format "Machine-readable")."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,8 +31,11 @@ def read_telegram(path: Path, *, me: str | None = None, groups: bool = False) ->
         names = sorted({str(m.get("from")) for c in chats for m in messages_of(c) if m.get("from")})
         raise UserError(f"{path}: --me NAME is needed: one of {', '.join(names[:10])}")
     history = History()
+    names = Counter(str(chat.get("name")) for chat in chats)
     for chat in chats:
         name = str(chat.get("name") or chat.get("id"))
+        if names[name] > 1:  # two people of one name are two chats
+            name = f"{name} ({chat.get('id')})"
         if chat.get("type") not in ONE_PERSON:
             history.groups.add(name)
             if not groups:

@@ -2,6 +2,7 @@
 
     Android   31/12/2023, 23:59 - Ann: Happy new year
     iPhone    [31/12/2023, 23:59:58] Ann: Happy new year
+    older     31/12/2023, 23:59:58: Ann: Happy new year
 
 The order of day and month, the clock (12 or 24 hours, "PM", "p. m.") and the words for "media
 omitted" follow the phone's language, and the file says none of it.
@@ -16,38 +17,50 @@ from pathlib import Path
 
 from errors import UserError
 from histories.conversations import ME, History, Message, clean
+from histories.whatsapp_words import (
+    DELETED,
+    EDITED,
+    LEFT_OUT,
+    MARKS,
+    NOTHING,
+    without_attachment,
+)
 
 ORDERS = ("dmy", "mdy", "ymd")
-MARKS = "\u200e\u200f\u202a\u202b\u202c"  # directions of writing, which iPhones put before lines
-DATE = r"(\d{1,4})[./-](\d{1,2})[./-](\d{1,4})\.?"
-CLOCK = r"(\d{1,2})[:.](\d{2})(?:[:.](\d{2}))?"
-HALF = r"([ap]\.? ?m\.?)?"
-BEFORE = "(?:(上午|下午|午前|午後|오전|오후) ?)?"  # "AM" and "PM" where they come first
-AFTERNOON = ("p", "P", "下午", "午後", "오후")
-TIME = rf"{DATE},? {BEFORE}{CLOCK} ?{HALF}"
-START = re.compile(rf"^[{MARKS}]*(?:\[{TIME}\]|{TIME} -) (.*)$", re.IGNORECASE)
-TIME_GROUPS = 8
-# Whole texts in place of what an export leaves out: Android's stand in <>, iPhones' behind U+200E.
-LEFT_OUT = re.compile(r"^<[^<>]*>$")
+# 31/12/2023, "2023. 12. 31.", "31.12.23 г."
+DATE = rf"(\d{{1,4}})[{MARKS}]?[./-] ?(\d{{1,2}})[{MARKS}]?[./-] ?(\d{{1,4}})\.?(?: г\.)?"
+CLOCK = r"(\d{1,2})(?:[:.]| h )(\d{2})(?:[:.](\d{2}))?"
+# What stands for "AM" and "PM" behind the time, and what before it.
+HALVES = (
+    r"[ap]\.? ?m\.?", "π\\.?μ\\.?", "μ\\.?μ\\.?", "ص", "م", "ÖÖ", "ÖS", "SA", "CH", "PG", "PTG",
+    "πμ", "μμ", "de", "du", "e paradites", "e pasdites",
+)  # fmt: skip
+HALF = rf"({'|'.join(HALVES)})?"
+BEFORE = "(?:(上午|下午|午前|午後|오전|오후|凌晨|早上|中午|晚上|ÖÖ|ÖS) ?)?"
+AFTERNOON = (
+    "p.",
+    "pm",
+    "p m",
+    "下午",
+    "午後",
+    "오후",
+    "晚上",
+    "中午",
+    "μ",
+    "م",
+    "ös",
+    "ch",
+    "ptg",
+    "du",
+)
+LINK = "(?:,|،| klo| à| kl\\.?| в| um)? ?"  # between date and time
+TIME = rf"{DATE}{LINK}{BEFORE}{CLOCK}(?: ч\.)? ?{HALF}"
+# iPhones, Android, iPhones of before 2017. A file has one of them; in the others a message goes on.
+FORMS = [
+    re.compile(rf"^[{MARKS}]*{form} (.*)$", re.IGNORECASE)
+    for form in (rf"\[{TIME}\]", rf"{TIME} ?[-–]", f"{TIME}:")
+]
 QUOTED = re.compile('[“”„«»"]')
-DELETED = {
-    "This message was deleted",
-    "You deleted this message",
-    "Diese Nachricht wurde gelöscht",
-    "Du hast diese Nachricht gelöscht",
-    "Eliminaste este mensaje",
-    "Se eliminó este mensaje",
-    "Ce message a été supprimé",
-    "Vous avez supprimé ce message",
-    "Mensagem apagada",
-    "Você apagou esta mensagem",
-    "Questo messaggio è stato eliminato",
-    "Hai eliminato questo messaggio",
-    "Dit bericht is verwijderd",
-    "U hebt dit bericht verwijderd",
-}
-EDITED = re.compile(rf" ?[{MARKS}]?<[^<>]*(edit|bearbeitet|modifi|bewerkt)[^<>]*>$", re.IGNORECASE)
-ATTACHED = re.compile(rf"^[{MARKS}]*\S+\.\w{{2,5}} \([^()]*\)(\n|$)|^[{MARKS}]*<[^<>]*: [^<>]*>$")
 
 
 @dataclass
@@ -96,20 +109,21 @@ def read_whatsapp(path: Path, *, me: str | None = None, order: str | None = None
 def joined_lines(text: str) -> Iterator[Line]:
     current = None
     # Not splitlines: a message may hold U+2028 and other breaks that begin no line of the file.
-    for raw in text.replace("\u202f", " ").replace("\u00a0", " ").replace("\r\n", "\n").split("\n"):
-        match = START.match(raw)
+    text = text.replace("\u202f", " ").replace("\u00a0", " ").replace("\r\n", "\n")
+    form = next((form for raw in text.split("\n") for form in FORMS if form.match(raw)), FORMS[0])
+    for raw in text.split("\n"):
+        match = form.match(raw)
         if not match:
             if current:
                 current.rest += "\n" + raw
             continue
         if current:
             yield current
-        groups = match.groups()
-        found = groups[:TIME_GROUPS] if groups[0] else groups[TIME_GROUPS:-1]
-        date, (before, *clock, after) = found[:3], found[3:]
-        half = before or after or ""
+        *date, before, hour, minute, second, after, rest = match.groups()
+        clock = (hour, minute, second)
+        half = (before or after or "").lower()
         half = half and ("p" if half.startswith(AFTERNOON) else "a")
-        current = Line(tuple(map(int, date)), tuple(int(c or 0) for c in clock), half, groups[-1])
+        current = Line(tuple(map(int, date)), tuple(int(c or 0) for c in clock), half, rest)
     if current:
         yield current
 
@@ -157,14 +171,15 @@ def take_line(history: History, line: Line, order: str, key: str, path: Path) ->
         sender, colon, text = line.rest[:-1], ":", ""
     # “Ann changed the subject from “a: b” to “c””: no name has quotation marks in it.
     reason = "an event of the chat" if not colon or QUOTED.search(sender) else ""
+    text = without_attachment(EDITED.sub("", text))
     marked = text[:1] in MARKS and text[:1] != ""
-    text = clean(EDITED.sub("", text))
-    plain = text.strip(MARKS).rstrip(".")
+    text = clean(text)
+    plain = text.strip(MARKS).rstrip(".。")
     if reason:
         pass
     elif plain in DELETED:
         reason = "deleted"
-    elif LEFT_OUT.match(text.strip(MARKS)) or ATTACHED.match(text) or not plain:
+    elif LEFT_OUT.match(text.strip(MARKS)) or plain in NOTHING or not plain:
         reason = "attachment alone"
     elif marked:
         reason = "a note of WhatsApp"

@@ -21,6 +21,11 @@ from errors import UserError
 from models.limits import find_limits
 from models.trunk import find_trunk, hidden_states, logits_from_hidden
 
+# Tokens of each prompt that go through the model at once: attention's scores of a long prompt, of
+# every token for every other, would be the largest array of all.
+PREFILL = 512
+# Steps between which buffers of past shapes are given back (mlx-lm's generate does so too).
+CLEAR_EVERY = 256
 # Rows are dropped once this share of the batch is finished: each drop copies the cache.
 DROP_SHARE = 0.125
 
@@ -62,13 +67,16 @@ def generate(
     should_stop: Callable[[list[int]], bool] | None = None,
     samples: int = 1,
     uniforms: mx.array | None = None,
+    ahead: bool | None = None,
 ) -> Generation:
     """Sample `samples` responses to each prompt (lists of token ids, none empty).
 
     Those of one prompt adjoin, and the prompt is read once for all of them. `max_tokens` is a limit
     for all rows or one for each. `key` seeds the sampling (default: the global state); `uniforms`
     (step, B), numbers in [0, 1), take its place. `should_stop(tokens)` ends a row early (stop
-    strings). `min_tokens` forbids EOS before that many tokens.
+    strings). `min_tokens` forbids EOS before that many tokens. `ahead`: a step is handed to the
+    device before the tokens of the last one are looked at, so that it never waits for Python; a
+    row is then seen to end one step later. None: on a GPU.
     """
     sampling = sampling or Sampling()
     count = len(prompts) * samples
@@ -78,11 +86,15 @@ def generate(
     known = find_limits(model)
     for row, limit in enumerate(limits):
         known.check_one(prompts[row // samples], "a prompt", limit)
+    if ahead is None:
+        ahead = mx.default_device().type == mx.DeviceType.gpu
     state = _Rows(limits, eos_ids, should_stop, value_head is not None)
     if uniforms is None:
         uniforms = mx.random.uniform(shape=(max(limits), count), key=key)  # (step, B)
     tokens, cache = _left_pad(model, prompts)
+    tokens = prefilled(model, tokens, cache)
     eos = mx.array(sorted(eos_ids)) if min_tokens else None
+    made, evaluate = None, mx.async_eval if ahead else mx.eval
     for step in range(max(limits)):
         hidden = hidden_states(model, tokens, cache=cache)[:, -1]  # (b, D)
         if step == 0 and samples > 1:
@@ -94,18 +106,35 @@ def generate(
         if step < min_tokens:
             logits[:, eos] = -mx.inf
         picked, logprobs = pick(logits, sampling, uniforms[step][mx.array(state.alive)])
-        values = value_head(hidden) if value_head is not None else None
-        mx.eval(picked, logprobs, values if values is not None else logprobs)
-        keep = state.record(np.array(picked), np.array(logprobs), values)
+        last, made = made, [picked, logprobs]
+        if value_head is not None:
+            made.append(value_head(hidden))
+        evaluate(*made)
+        keep = state.record(*(last if ahead else made)) if last or not ahead else None
         if not state.alive:
             break
         if keep is not None:
             index = mx.array(keep)
             for layer in cache:
                 keep_rows(layer, index)
-            picked = picked[index]
-        tokens = picked[:, None]  # (b, 1)
+            made = [column[index] for column in made]
+        tokens = made[0][:, None]  # (b, 1)
+        if step % CLEAR_EVERY == CLEAR_EVERY - 1:
+            mx.clear_cache()
+    if ahead and state.alive:
+        state.record(*made)
+    mx.clear_cache()  # buffers of a rollout's shapes fit no update
     return state.result()
+
+
+def prefilled(model: nn.Module, tokens: mx.array, cache: list) -> mx.array:
+    """Read tokens (B, P) into `cache`, PREFILL of each row at a time; the last ones (B, p) stay."""
+    while tokens.shape[1] > PREFILL:
+        hidden_states(model, tokens[:, :PREFILL], cache=cache)
+        mx.eval([layer.state for layer in cache])
+        mx.clear_cache()
+        tokens = tokens[:, PREFILL:]
+    return tokens
 
 
 class _Rows:
@@ -121,8 +150,11 @@ class _Rows:
         self.logprobs: list[list[float]] = [[] for _ in range(count)]
         self.values: list[list[float]] | None = [[] for _ in range(count)] if with_values else None
 
-    def record(self, picked: np.ndarray, logprobs: np.ndarray, values) -> list[int] | None:
+    def record(
+        self, picked: mx.array, logprobs: mx.array, values: mx.array | None = None
+    ) -> list[int] | None:
         """Add one token a row; returns batch positions to keep when rows are to be dropped."""
+        picked, logprobs = np.array(picked), np.array(logprobs)
         values = np.array(values) if values is not None else None
         for place, row in enumerate(self.alive):
             if self.done[row]:

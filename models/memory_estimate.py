@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from models.decoding import PREFILL
 from models.load import weight_bytes
 from models.lora import base_layer
 from models.trunk import (
@@ -177,10 +178,10 @@ def _logits(shape: Shape, targets: int, most: int, arrays: int, at_once: int = 1
     return arrays * min(targets * shape.vocabulary, most * at_once) * FLOAT
 
 
-def _forward(shape: Shape, rows: int, length: int) -> float:
-    """Bytes of a pass of which nothing is kept."""
+def _forward(shape: Shape, rows: int, length: int, before: int = 0) -> float:
+    """Bytes of a pass of which nothing is kept, on rows with `before` tokens in their caches."""
     widths = FORWARD_D * shape.hidden + FORWARD_I * shape.mlp
-    scores = FORWARD_SCORES * rows * shape.heads * length**2
+    scores = FORWARD_SCORES * rows * shape.heads * length * (before + length)
     return (rows * length * widths + scores) * shape.number
 
 
@@ -201,7 +202,7 @@ def _sampling(shape: Shape, batch: int, prompt: int, response: int) -> tuple[str
     one_slot = 2 * shape.layers * batch * shape.keys * shape.number
     reading = {
         "KV cache": one_slot * -(-prompt // CACHE_STEP) * CACHE_STEP,
-        "activations": _forward(shape, batch, prompt),
+        "activations": _forward(shape, batch, min(prompt, PREFILL), max(0, prompt - PREFILL)),
     }
     writing = {
         "KV cache": one_slot * slots,

@@ -20,7 +20,11 @@ from models.tuning import Tuning, check_arrays
 
 
 class Reference:
-    """`model` is the reference within ``with reference.on():``; `prefix` is its soft prompt."""
+    """`model` is the reference within ``with reference.on():``; `prefix` is its soft prompt.
+
+    `kept` are its arrays beside the base's, for a checkpoint to hold. `fingerprint` is that of a
+    model from a file of its own, which none holds.
+    """
 
     def __init__(
         self,
@@ -28,8 +32,10 @@ class Reference:
         switch: Callable | None = None,
         prefix: tuple[int, ...] = (),
         kept: dict[str, mx.array] | None = None,
+        fingerprint: str | None = None,
     ):
         self.model, self.prefix, self.kept = model, prefix, kept
+        self.fingerprint = fingerprint
         self._switch = switch
 
     @contextmanager
@@ -65,9 +71,9 @@ def adapter_as_it_is(model: nn.Module, tuning: Tuning) -> Reference:
     return reference
 
 
-def frozen_copy(model: nn.Module) -> Reference:
+def frozen_copy(model: nn.Module, fingerprint: str | None = None) -> Reference:
     """Another model, such as the base of full fine-tuning, which is not trained."""
-    return Reference(model)
+    return Reference(model, fingerprint=fingerprint)
 
 
 # ------------------------------------------------------------------------------ blended

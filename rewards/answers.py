@@ -9,13 +9,16 @@ import json
 import logging
 import re
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from data_utils import PromptRow
 from errors import UserError
 from rewards.reward_set import OutOfTime, Reward, time_limit
+from rewards.user_function import shorten
 from safe_files import read_small
 
 AnswerFrom = Literal["auto", "tag", "boxed", "number", "text"]
@@ -222,7 +225,30 @@ def answer_reward(
         pairs = zip(responses, columns[column], strict=True)
         return [check(response, value) for response, value in pairs]
 
-    return Reward("answer", answer, columns=(column,))
+    def check_rows(rows: Sequence[PromptRow], response: int) -> None:
+        known = [known_answer(row.columns.get(column), answer_tag) for row in rows]
+        if any(column in row.columns for row in rows):  # else the set says which there are
+            check_known(column, rows, known)
+
+    return Reward("answer", answer, columns=(column,), check=check_rows)
+
+
+def check_known(column: str, rows: Sequence[PromptRow], known: Sequence[str | None]) -> None:
+    """Raise UserError where no row has a `known` answer; warn where some have none."""
+    without = [row for row, answer in zip(rows, known, strict=True) if answer is None]
+    if not without:
+        return
+    value = shorten(repr(without[0].columns.get(column)), 60)
+    where = f"{without[0].where}: {column} is {value}"
+    if len(without) == len(rows):
+        raise UserError(
+            f"--answer-reward {column}: no row has an answer there, a text or a number ({where})"
+        )
+    warnings.warn(
+        f"{len(without)} of {len(rows)} rows have no answer in {column}, a text or a number, and "
+        f"are not scored by it ({where})",
+        stacklevel=2,
+    )
 
 
 def format_reward(pattern: str) -> Reward:

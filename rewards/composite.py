@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from distributed.membership import member
 from rewards.internal import Signals
 from rewards.reward_set import Reward, RewardSet
 from rl.adlf import compute_adlf_rewards, normalised, pareto_share, to_unit_range
-from workers.membership import member
 
 EXTERNAL = "external"
 
@@ -111,7 +111,7 @@ def described_by_all(signals: Signals, count: int) -> dict[str, list[float]]:
     own = signals.described()
     if member() is None:
         return own
-    from workers.group import here
+    from distributed.group import here
 
     found: dict[str, list[float]] = {}
     for said in here().gather(own if here().rank < count else {}, "the rewards"):

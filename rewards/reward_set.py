@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_utils import PromptRow
+from distributed.membership import member
 from errors import UserError
 from rewards.texts import BY_NAME, GIVEN
 from rewards.user_function import (
@@ -20,7 +21,6 @@ from rewards.user_function import (
     no_float32,
     quote_row,
 )
-from workers.membership import member
 
 
 @dataclass
@@ -164,7 +164,7 @@ class SharedCall:
     """
 
     def __init__(self, count: int, columns: dict[str, Sequence]) -> None:
-        from workers.group import here
+        from distributed.group import here
 
         self.workers = here()
         # Without one of its own a worker scores the first row, which nobody reads.

@@ -69,7 +69,12 @@ def warnings_for(stats: dict, equal_steps: int, max_new_tokens: int) -> dict[str
     `equal_steps`: steps in a row in which the rewards of every group were equal.
     """
     found = {}
-    if equal_steps >= STEPS_OF_EQUAL_REWARDS:
+    if equal_steps >= STEPS_OF_EQUAL_REWARDS and math.isnan(stats["reward"]):
+        found["equal"] = (
+            f"for {equal_steps} steps no two responses to a prompt were told apart, as no reward "
+            "scored them (the last were all None or NaN), so nothing was learned"
+        )
+    elif equal_steps >= STEPS_OF_EQUAL_REWARDS:
         found["equal"] = (
             f"for {equal_steps} steps all responses to a prompt had the same reward, so nothing "
             "was learned: the task is too easy or too hard for this model, or the reward does not "

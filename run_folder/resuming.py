@@ -110,6 +110,18 @@ def check_whole_updates(step: int, accumulation: int, position: int, batches: in
         )
 
 
+def check_same_reference(state: Mapping[str, Any], now: str | None) -> None:
+    """Raise ``UserError`` unless a checkpoint was compared with the reference ``now``.
+
+    It is the fingerprint of one that lies outside of the run; None, or none, is not compared.
+    """
+    if None not in (state.get("reference"), now) and state["reference"] != now:
+        raise UserError(
+            "--resume: the file of --resume-adapter-file, the reference, is not what the run was "
+            "started with, so it would not end as it would have; put it back, or add --force-resume"
+        )
+
+
 def check_same_base(state: Mapping[str, Any], now: str | None) -> None:
     """Raise ``UserError`` unless a checkpoint was made on a base with the fingerprint ``now``.
 

@@ -85,7 +85,7 @@ class Run:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(self.folder)
-        self._output, self._files = OutputLock(None), {}
+        self._output, self._files, self._umask = OutputLock(None), {}, None
         try:
             self._refuse_links(outputs)
             self._sweep()
@@ -95,8 +95,10 @@ class Run:
             self._output = OutputLock(Path(saved).expanduser() if saved else None)
             self.may_change = tuple(options.get("may_change", ()))
             self.typed = frozenset(options.get("explicit", ()))
+            self._find_out_whether_private(options)
             self._open(script, options, resume, overwrite, outputs, computing or {})
-            self._keep_private(options)
+            if self.private:
+                mark_private(self.folder)
             self.logger, self._log_with = None, log_with
             if not resume:
                 self._start_tracking()
@@ -167,12 +169,12 @@ class Run:
         for folder in (self.checkpoints, self.plots):
             sweep(folder, all_names=True)
 
-    def _keep_private(self, options: Mapping[str, Any]) -> None:
+    def _find_out_whether_private(self, options: Mapping[str, Any]) -> None:
         """A run on private texts is private too: it holds samples, and weights that know them."""
         source = private_folder(dict(options) | {"run": self.folder})
         self.private = source is not None
         if self.private:
-            mark_private(self.folder)
+            self._umask = os.umask(0o077)  # for all that is written until the run is closed
 
     def _start_tracking(self) -> None:
         if self._log_with == "none":
@@ -310,6 +312,9 @@ class Run:
         return read_rows(self.folder / "samples.jsonl"), summary, plots
 
     def _free(self) -> None:
+        if self._umask is not None:
+            os.umask(self._umask)
+            self._umask = None
         for file in (*self._files.values(), self._output, self._lock):
             file.close()
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from distributed.membership import member
 from run_folder.checkpoint_folder import set_aside_after
 from run_folder.manifest import Metric, number_old_ones
 from run_folder.resuming import (
@@ -22,7 +23,6 @@ from training.backend import Backend, Checkpoint
 from training.endings import check_memory, not_finite
 from training.groups import Arrays, Group
 from training.together import from_worker_0, largest, largest_difference, speaks, stay_alike
-from workers.membership import member
 
 
 @dataclass

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from distributed.group import here
 from rl.group_config import GroupConfig
 from rl.group_losses import LOSSES, over_batch_tokens, over_pass_tokens
 from rl.group_statistics import LARGEST, LEAST, NOT_SHOWN
 from rl.rollouts import Rollout
 from training.pass_share import PassShare
-from workers.group import here
 
 # Means over rows where the ratio is one of a whole response.
 OF_RATIOS = (

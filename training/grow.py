@@ -110,7 +110,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for row in rows:
-            float(row["reward"]), list(row["query_tokens"]), list(row["response_tokens"])
+            float(row["reward"] or 0), list(row["query_tokens"]), list(row["response_tokens"])
         return rows
     except (ValueError, TypeError, KeyError, OSError):
         raise UserError(

@@ -18,14 +18,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from distributed.membership import member
 from run_folder.checkpoint_folder import latest_checkpoint, saving
 from run_folder.console import command, next_lines, say_gb
+from run_folder.private import forget_private, keep_private
 from run_folder.run import Run, read_rows
 from run_folder.run_config import MADE_BY, checkpoint_asked_for, read_run_config
 from run_folder.stopping import GracefulStop, StepGivenUp
 from safe_files import check_place
 from training.together import begin, open_run, part
-from workers.membership import member
 
 
 def start(seed: int, memory_limit: float | None, *, resume: str | None = None, **model: Any):
@@ -242,17 +243,28 @@ def run_training(
             with suppress(StepGivenUp), stop.giving_up():
                 with saving(path):
                     finish(run, loop)
+                guard(run, path)
                 if write_fused is not None and args.fused_dir is not None:
-                    print(next_lines(write_fused(args, run.folder)))
+                    commands = write_fused(args, run.folder)
+                    guard(run, args.fused_dir)
+                    print(next_lines(commands))
     stop.exit_if_requested(MADE_BY[kind], run.folder, checkpoint_is_adapter(args, run))
+
+
+def guard(run: Run, path: str | Path) -> None:
+    """What a private run saved outside of its folder is private as well."""
+    if run.private:
+        keep_private(Path(path))
+    else:
+        forget_private(Path(path))
 
 
 def shared_stop() -> GracefulStop:
     """What turns signals into a flag, of all workers where there are several."""
     if member() is None:
         return GracefulStop()
-    from workers.group import here
-    from workers.stopping import SharedStop
+    from distributed.group import here
+    from distributed.stopping import SharedStop
 
     return SharedStop(here())
 
@@ -269,8 +281,7 @@ def checkpoint_is_adapter(args: Namespace, run: Run) -> str:
     last = latest_checkpoint(run.checkpoints)
     if last is None or args.fine_tune_type == "full":
         return ""
-    talk = command("talk_to_model.py", model=args.model, resume_file=last)
-    return f"its last checkpoint is an adapter as well:\n  {talk}"
+    return f"its last checkpoint is an adapter as well:\n  {talk_command(args, last)}"
 
 
 # ------------------------------------------------------------------------------ what is left
@@ -375,13 +386,18 @@ def policy_commands(args: Namespace, tuning: Any) -> list[str]:
 
 
 def fuse_command(args: Namespace) -> str:
-    named = {"model": args.model, "tokenizer": args.tokenizer}
-    return command("fuse.py", **named, adapter_file=args.save_file, save_path="my_model/")
+    made = {"adapter_file": args.save_file, "save_path": "my_model/"}
+    return command("fuse.py", **base_words(args), **made)
 
 
-def talk_command(args: Namespace) -> str:
-    named = {"model": args.model, "tokenizer": args.tokenizer}
-    return command("talk_to_model.py", **named, resume_file=args.save_file)
+def talk_command(args: Namespace, file: Any = None) -> str:
+    """`file`: an adapter in place of the one that was saved."""
+    return command("talk_to_model.py", **base_words(args), resume_file=file or args.save_file)
+
+
+def base_words(args: Namespace) -> dict[str, Any]:
+    """Options that make again, for another script, the base that an adapter was trained on."""
+    return {"model": args.model, "tokenizer": args.tokenizer, "quantize": args.quantize}
 
 
 def say_peak_memory(peak: float | None = None) -> None:

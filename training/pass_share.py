@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from workers.group import here
+from distributed.group import here
 
 STAGE = "the sum of gradients"
 

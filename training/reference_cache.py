@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from data_utils import BatchPlan, make_batch
+from distributed.group import here
 from run_folder.secrets import tell
 from safe_files import write_atomically, writing
 from waiting import watched
-from workers.group import here
 
 NAME = "reference"  # of the folder in the run folder
 
@@ -37,6 +39,11 @@ def describe_arrays(arrays: dict[str, mx.array]) -> str:
     for name, array in sorted(arrays.items()):
         found.update(name.encode() + np.array(array.astype(mx.float32)).tobytes())
     return found.hexdigest()
+
+
+def describe_model(model: nn.Module) -> str:
+    """The same of a model's weights."""
+    return describe_arrays(dict(tree_flatten(model.parameters())))
 
 
 def responses_of(row) -> list[tuple[list[int], list[int]]]:

@@ -122,7 +122,10 @@ class RestLoop(Loop):
         """The rows of the improve step that this update belongs to; at its start also weights."""
         how, begun = self.improve, self.step % self.improve.iters
         grow, step = divmod(self.step // how.iters, how.steps)
-        rows = self.rows_of(grow + 1, progress)
+        every = self.rows_of(grow + 1, progress)
+        rows = [row for row in every if row["reward"] is not None]
+        if not rows:
+            raise UserError(f"grow {grow + 1}: the rewards gave no response a score")
         if not begun:
             if how.from_base:
                 self.groups["adapters"].put(dict(self.initial))
@@ -155,7 +158,9 @@ class RestLoop(Loop):
         if kept:
             self.stage["score_kept"] = float(np.mean([row["reward"] for row in kept]))
         self.stage |= {} if threshold is None else {"threshold": threshold}
-        progress.line(f"{where}: {self.said(rows, kept, made, threshold)}")
+        unscored = len(every) - len(rows)
+        note = f"; {unscored} without a score are left out" if unscored else ""
+        progress.line(f"{where}: {self.said(rows, kept, made, threshold)}{note}")
 
     def said(self, rows, kept, made, threshold) -> str:
         """The line of an improve step."""
@@ -212,7 +217,8 @@ class RestLoop(Loop):
         """What the policy is asked for that was trained on grow number `before`."""
         if not before or self.improve.template is None:
             return None
-        return self.conditioning(read_rows(grow_file(self.run_folder.folder, before)))
+        rows = read_rows(grow_file(self.run_folder.folder, before))
+        return self.conditioning([row for row in rows if row["reward"] is not None])
 
     def sample(self, number: int, asked: Conditioning | None) -> list:
         count = len(self.grower.prompts["train"][1])
@@ -243,11 +249,12 @@ class RestLoop(Loop):
         score = None
         if self.improve.eval_prompts:
             pairs = self.evaluated_pairs()
-            score = float(np.mean([pair.score for pair in pairs]))
+            known = [pair.score for pair in pairs if np.isfinite(pair.score)]
+            score = float(np.mean(known)) if known else float("nan")
             row[SCORE] = score
             for name in pairs[0].parts:
-                values = [pair.parts[name] for pair in pairs]
-                row[f"eval/sampled/{name}"] = float(np.mean(values))
+                values = [pair.parts[name] for pair in pairs if np.isfinite(pair.parts[name])]
+                row[f"eval/sampled/{name}"] = float(np.mean(values)) if values else float("nan")
             lengths = [len(pair.tokens) - pair.start for pair in pairs]
             row["eval/sampled/response_tokens"] = float(np.mean(lengths))
             self.run_folder.log_samples(
@@ -262,7 +269,7 @@ class RestLoop(Loop):
         self.validated = self.step
         if score is None:
             return None
-        gained = self.best is None or score > self.best
+        gained = np.isfinite(score) and (self.best is None or score > self.best)
         self.best = score if gained else self.best
         self.since_best = 0 if gained else self.since_best + 1
         return Metric(SCORE, score, higher_is_better=True)

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from distributed.group import here
 from models.actor_critic import picked_logits, reference_logprobs
 from models.decoding import Generation, Sampling
 from models.decoding import generate as decode
@@ -20,7 +21,6 @@ from models.packing import Packed, pack
 from models.tuning import Tuning
 from rl.kl import full_kl
 from rl.rollouts import Rollout, check_token_ids, token_lists
-from workers.group import here
 
 # ------------------------------------------------------------------------------ sample
 

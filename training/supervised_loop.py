@@ -14,7 +14,7 @@ from data_utils import TextBatch
 from run_folder.checkpoint_folder import best_checkpoint
 from run_folder.console import Progress, Wait, say_gb
 from run_folder.manifest import Metric
-from run_folder.resuming import check_whole_updates
+from run_folder.resuming import check_same_reference, check_whole_updates
 from run_folder.rows import read_rows
 from run_folder.run import Run
 from run_folder.stopping import GracefulStop
@@ -92,6 +92,7 @@ class Loop(Resumable):
     after_validation: Callable[[int], None] = lambda step: None
     watch: Callable[[Mapping[str, float]], Iterable[str]] = lambda metrics: ()  # warnings
     base: str | None = None  # fingerprint of the model that is trained
+    reference: str | None = None  # and of what it is compared with, if no checkpoint holds that
     backend: Backend = field(kw_only=True)
     step: int = 0
     validated: int | None = None  # the step of the last validation
@@ -110,6 +111,7 @@ class Loop(Resumable):
     def state(self) -> dict[str, Any]:
         return {
             "validated": self.validated,
+            "reference": self.reference,
             "best": self.best,
             "since_best": self.since_best,
             "totals": self.totals,
@@ -117,6 +119,7 @@ class Loop(Resumable):
         }
 
     def check_position(self, saved: Checkpoint) -> None:
+        check_same_reference(saved.state, self.reference)
         self.batches.load_state_dict(saved.state["batches"])
         plan, position = self.schedule, self.batches.position
         check_whole_updates(saved.step, plan.accumulation, position, plan.batches)

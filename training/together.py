@@ -1,6 +1,6 @@
 """What a run on several workers does beside its steps: begin alike, share a checkpoint, stay alike.
 
-Alone, nothing of it does anything. Collectives are those of workers/group.py.
+Alone, nothing of it does anything. Collectives are those of distributed/group.py.
 """
 
 import importlib.metadata
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distributed.membership import member
 from errors import UserError
 from run_folder.resuming import HARMLESS, fingerprint
 from run_folder.run import LIBRARIES, Run
@@ -17,7 +18,6 @@ from run_folder.run_config import OF_ONE_START
 from run_folder.silent_run import SilentRun
 from safe_files import plain
 from training.backend import Checkpoint
-from workers.membership import member
 
 # ------------------------------------------------------------------------------ the beginning
 
@@ -30,7 +30,7 @@ def begin(args: Namespace, base: str | None, rows: Sequence, trained: Callable[[
     """
     if (own := member()) is None or own.began:
         return
-    from workers.group import digest, here, join
+    from distributed.group import digest, here, join
 
     own.timeout = args.worker_timeout
     own.ready()
@@ -85,7 +85,7 @@ def open_run(kind: str, options: Mapping[str, Any], **more: Any) -> Run | Silent
     """The run of worker 0, or alone; that of another worker writes nothing."""
     if (own := member()) is None:
         return Run(kind, options, **more)
-    from workers.group import here
+    from distributed.group import here
 
     run = here().once(
         lambda: Run(kind, options, **more), "the run folder", lambda run: str(run.folder)
@@ -98,7 +98,7 @@ def part() -> bool:
     """The end of what all do together; whether this worker has more to do: worker 0 has."""
     if (own := member()) is None:
         return True
-    from workers import group
+    from distributed import group
 
     group.here().gather(None, "the end")
     own.leave()
@@ -115,7 +115,7 @@ def largest(value: float) -> float:
     """The largest of all workers' values."""
     if member() is None:
         return value
-    from workers.group import here
+    from distributed.group import here
 
     return max(here().gather(value, "a comparison"))
 
@@ -124,7 +124,7 @@ def by_worker_0(work: Callable[[], Any]) -> Any:
     """`work()` of worker 0, which has the run's files, at all."""
     if member() is None:
         return work()
-    from workers.group import here
+    from distributed.group import here
 
     return here().once(work, "the run's files")
 
@@ -133,7 +133,7 @@ def worker_metrics() -> dict[str, float]:
     """Of a step's row: nothing, alone."""
     if member() is None:
         return {}
-    from workers.group import here
+    from distributed.group import here
 
     return here().metrics()
 
@@ -145,7 +145,7 @@ def from_worker_0(read: Callable[[], Checkpoint | None]) -> Checkpoint | None:
     """`read()` of worker 0, at all: only its disk has the run."""
     if member() is None:
         return read()
-    from workers.group import here
+    from distributed.group import here
 
     workers, stage = here(), "the checkpoint"
     saved = workers.once(read, stage, described)
@@ -172,7 +172,7 @@ def stay_alike(arrays: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, A
 
     Unlike chips round differently.
     """
-    from workers.group import digest, here
+    from distributed.group import digest, here
 
     workers = here()
     flat = {f"{group}/{name}": a for group, some in arrays.items() for name, a in some.items()}
@@ -186,7 +186,7 @@ def largest_difference(one: Mapping[str, Mapping], other: Mapping[str, Mapping])
     """Between two sets of arrays, the largest of all workers."""
     import mlx.core as mx
 
-    from workers.group import here
+    from distributed.group import here
 
     found = [
         mx.abs(array.astype(mx.float32) - other[group][name].astype(mx.float32)).max().item()

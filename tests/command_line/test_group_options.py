@@ -1,10 +1,12 @@
 """What a person gets wrong with group_training.py ends in one line, before anything is loaded."""
 
 import json
+import warnings
 
 import pytest
 
 import group_training
+from command_line.exits import run_main
 from command_line.group_flags import config_of, settle_for_model
 
 REWARD = ["--ground_truth_reward"]
@@ -102,3 +104,26 @@ def test_a_column_that_is_not_there_is_said_before_training(tmp_path, capsys):
         with pytest.raises(Exception, match="asks for the column .answer..*are: group_ids, level"):
             group_training.main([*line, "--output-dir", str(tmp_path / "run")])
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "answers, said",
+    [
+        ([None] * 4, "error: --answer-reward answer: no row has an answer there"),
+        ([["5", "6"]] * 4, "rows.jsonl:1: answer is ['5', '6']"),
+        (["", {}, " ", None], "error: --answer-reward answer: no row has an answer there"),
+        (["6", None, 8, ["1"]], "warning: 2 of 4 rows have no answer in answer"),
+        (["6", True, 8, 0.5], ""),
+    ],
+)
+def test_rows_without_an_answer_are_said_before_training(tmp_path, capsys, answers, said):
+    rows = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"prompt": "2 4", "answer": answer, "a": 1}) for answer in answers]
+    rows.write_text("\n".join(lines))
+    line = ["--answer-reward", "answer", "--train-file", str(rows), "--eval-every", "0"]
+    with warnings.catch_warnings(record=True) as heard, pytest.raises(SystemExit) as end:
+        warnings.simplefilter("always")
+        run_main(lambda: group_training.main([*line, "--preview"]))
+    err = "".join([capsys.readouterr().err, *(f"warning: {w.message}" for w in heard)])
+    assert end.value.code == 2 * ("no row" in err)
+    assert said in err if said else "answer" not in err

@@ -97,6 +97,82 @@ def test_the_order_of_a_date_is_found(lines, months, tmp_path):
     assert all(9 <= m.time.hour <= 13 for m in found.messages)
 
 
+@pytest.mark.parametrize(
+    "begun",
+    [
+        "31.12.2023 klo 23.59 -",  # Finnish
+        "31. 12. 2023. 23:59 -",  # Croatian
+        "2023. 12. 31. 오후 11:59 -",  # Korean
+        "[2023. 12. 31. 오후 11:59:00]",
+        "31/12/2023 à 23:59 -",  # French
+        "2023-12-31 23 h 59 -",  # Canadian French
+        "31.12.2023 г., 23:59 ч. -",  # Bulgarian
+        "31/12/2023, 11:59 μ.μ. -",  # Greek
+        "٣١\u200f/١٢\u200f/٢٠٢٣، ١١:٥٩ م -",  # Arabic
+        "31.12.2023 ÖS 11:59 -",  # Turkish
+        "31/12/23, 11:59 CH -",  # Vietnamese
+        "2023/12/31 晚上11:59 -",  # Chinese
+        "12/31/23, 11:59\u202fPM –",  # a narrow blank that does not break
+        "[12/31/23, 11:59:00\u202fPM]",
+        "\u200e[12/31/23, 11:59:00 p.\u00a0m.]",
+        "12/31/16, 11:59:00 PM:",  # iPhones of before 2017
+    ],
+)
+def test_dates_and_clocks_of_other_languages(begun, tmp_path):
+    [message] = read_whatsapp(write(tmp_path / "c.txt", f"{begun} A: x: y\n"), me="A").messages
+    at = message.time
+    assert (at.month, at.day, at.hour, at.minute) == (12, 31, 23, 59) and message.text == "x: y"
+
+
+LINE = "31/12/2023, 23:59 - A: "
+
+
+@pytest.mark.parametrize(
+    ("text", "told_text", "reason"),
+    [
+        ("<Medien ausgeschlossen>", None, "attachment alone"),
+        ("<Файл пропущен>", None, "attachment alone"),
+        ("<Media omitted>\nlook at it", "look at it", None),
+        ("\u200eIMG-1.jpg (file attached)\nlook", "look", None),
+        ("IMG-1.jpg (Datei angehängt)", None, "attachment alone"),
+        ("\u200eMy report.pdf (archivo adjunto)", None, "attachment alone"),
+        ("look \u200e<attached: 0001-PHOTO.jpg>", "look", None),
+        ("\u200e<adjunto: 0001-PHOTO.jpg>", None, "attachment alone"),
+        ("google.com (the search engine)", "google.com (the search engine)", None),
+        ("<3\nlove", "<3\nlove", None),
+        ("<b>\nlove", "<b>\nlove", None),
+        ("null", None, "attachment alone"),
+        ("Данное сообщение удалено", None, "deleted"),
+        ("このメッセージは削除されました。", None, "deleted"),
+        ("Esta mensagem foi apagada.", None, "deleted"),
+        ("so <This message was edited>", "so", None),
+        ("so \u200e<Сообщение изменено>", "so", None),
+        ("so \u200e<Tätä viestiä on muutettu>", "so", None),
+        ("at\n10/12/2023 10:00: Dentist: card", "at\n10/12/2023 10:00: Dentist: card", None),
+        ("as\n[31/12/2023, 10:00] B: said", "as\n[31/12/2023, 10:00] B: said", None),
+    ],
+)
+def test_what_an_export_puts_in_the_place_of_something(text, told_text, reason, tmp_path):
+    path = write(tmp_path / "c.txt", f"{LINE}hello\n{LINE}{text}\n{LINE}bye\n")
+    found = read_whatsapp(path, me="A", order="dmy")
+    assert [m.text for m in found.messages] == ["hello", *([told_text] if told_text else []), "bye"]
+    assert found.dropped == ({reason: 1} if reason else {})
+
+
+def test_two_of_one_name_are_two_chats(tmp_path):
+    chats = [
+        {"name": "Ann", "type": "personal_chat", "id": i,
+         "messages": [{"id": 1, "type": "message", "date_unixtime": "1700000000", "from": "Ann",
+                       "from_id": f"user{i}", "text": f"from {i}"},
+                      {"id": 2, "type": "message", "date_unixtime": "1700000001", "from": "Bob",
+                       "from_id": "user9", "text": "yes"}]}
+        for i in (1, 2)
+    ]  # fmt: skip
+    export = {"personal_information": {"user_id": 9}, "chats": {"list": chats}}
+    path = write(tmp_path / "result.json", json.dumps(export))
+    assert [m.chat for m in read_telegram(path).messages] == ["Ann (1)"] * 2 + ["Ann (2)"] * 2
+
+
 def test_a_date_that_can_be_read_in_two_ways_is_asked_for(tmp_path):
     path = write(tmp_path / "c.txt", "01/02/24, 10:00 - A: x\n03/04/24, 10:00 - B: y\n")
     with pytest.raises(UserError, match="--date-order dmy or mdy"):
@@ -258,13 +334,22 @@ HARD = [
     ("ask Ann Lee-Brown or lee-brown", "ask [NAME] or [NAME]"),
     ("@ann_b wrote", "[NAME] wrote"),
     ("in 2024 for 1,000 at 10:30", "in 2024 for 1,000 at 10:30"),
+    ("+49 (0) 170 / 123 45 67 or 0170\u2011123\u201145\u201167", "[NUMBER] or [NUMBER]"),
+    ("to DE89 3704 0044 0532 0130 00, GB29NWBK60161331926819", "to [NUMBER], [NUMBER]"),
+    ("mu\u0308ller wrote", "[NAME] wrote"),
+    ("O’Brien and o'brien", "[NAME] and [NAME]"),
+    ("李雷你好", "[NAME]你好"),
+    ("at foo.xyz/abc, and/or e.g. this", "at [LINK] and/or e.g. this"),
     ("Müller and müller", "[NAME] and [NAME]"),
 ]
 
 
+MORE = ["Pat O'Brien", "李雷"]
+
+
 @pytest.mark.parametrize(("text", "masked"), HARD)
 def test_a_hard_case_is_masked(text, masked):
-    assert Masker(["Ann Lee-Brown", "Müller", "+15550100", "a@b.org"]).mask(text) == masked
+    assert Masker(["Ann Lee-Brown", "Müller", "+15550100", "a@b.org", *MORE]).mask(text) == masked
 
 
 def test_words_of_one_s_own_are_masked_and_nothing_else_without_names():

@@ -1,18 +1,21 @@
 """What lies in a marked folder is told to nobody: loggers get numbers, far services nothing."""
 
 import json
+import os
+import shutil
 import stat
 from pathlib import Path
 
 import pytest
-from short_runs import run
+from short_runs import DATA, run
 
+import fuse
 import group_training
 import ppo_training
 import score
 import sft
 from run_folder.loggers import LOGGERS
-from run_folder.private import MARKER, mark_private, marked_above
+from run_folder.private import MARKER, beside, mark_private, marked_above
 
 NAME = "Zebedee"  # in every text; no logger may have it
 COMMON = ["--lora-rank", 1, "--lora-layers", 1, "--batch-size", 2, "--save-every", 0]
@@ -116,3 +119,109 @@ def test_me_chatbot_needs_the_folder_of_messages(messages):
     assert "elsewhere is no folder of messages: python data/imessage.py" in wrong
     both = run(ppo_training, *words, "--train-file", "x.jsonl", status=2)
     assert "leave out --train-file" in both
+
+
+SAVED = {
+    "file": ["me.npz"],
+    "safetensors": ["kept/me.safetensors"],
+    "folder": ["me"],
+    "fused": ["me.npz", "--fused-dir", "my_model"],
+}
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_what_is_saved_elsewhere_is_private_too(messages, kind):
+    words = [*COMMON, "--train", "--data", messages, "--data-base", "", "--iters", 1]
+    before = os.umask(0o022)
+    try:
+        run(sft, *words, "--output-dir", "r", "--save-file", *SAVED[kind])
+        assert os.umask(0o022) == 0o022  # the run gave it back
+    finally:
+        os.umask(before)
+    made = [Path(SAVED[kind][0]), *([Path("my_model")] if kind == "fused" else [])]
+    for path in made:
+        assert marked_above(path) == path.resolve()
+        files = [path, beside(path)] if path.is_file() else [*path.rglob("*.*")]
+        assert files and all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in files)
+        if path.is_dir():
+            assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    folders = [Path("r"), Path("r/plots")]
+    assert all(stat.S_IMODE(folder.stat().st_mode) == 0o700 for folder in folders)
+    for file in Path("r").rglob("*"):
+        assert (
+            file.is_dir() or file.name == ".lock" or stat.S_IMODE(file.stat().st_mode) == 0o600
+        ), file
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (ppo_training, ["--resume-file", "me.npz"]),
+        (group_training, ["--resume-file", "me.npz"]),
+        (score, ["--prompts", "numbers.jsonl", "--model", "my_model"]),
+    ],
+    ids=["ppo", "group", "score"],
+)
+def test_what_was_trained_on_it_is_followed(messages, script, words):
+    """By its mark alone: its run and the messages are gone."""
+    trained = ["--train", "--data", messages, "--data-base", "", "--iters", 1, "--output-dir", "r"]
+    run(sft, *COMMON, *trained, "--save-file", "me.npz", "--fused-dir", "my_model")
+    for folder in ("r", messages):
+        shutil.rmtree(folder)
+    Path("numbers.jsonl").write_text('{"prompt": "8 20"}\n')
+    if script is not score:
+        words = [*words, "--train-file", "numbers.jsonl", "--log-with", "wandb", *COMMON, *PPO]
+        words += ["--ground-truth-reward", "--save-file", "p.npz", "--output-dir", "again"]
+        words += ["--num-generations", 2] if script is group_training else []
+        run(script, *words)
+        config, *_ = Recorder.sent
+        assert "resume_file" not in config["options"] and beside(Path("p.npz")).is_file()
+        return
+    far = run(script, *words, "--reward-url", "http://example.org/score", status=2)
+    assert f"{Path('my_model').resolve()} is private" in far
+
+
+def test_a_fused_model_is_private_and_an_upload_is_warned_of(messages, capsys):
+    trained = ["--train", "--data", messages, "--data-base", "", "--iters", 1]
+    run(sft, *COMMON, *trained, "--output-dir", "r", "--save-file", "me.npz")
+    run(fuse, "--adapter-file", "me.npz", "--save-path", "my_model")
+    assert marked_above("my_model") == Path("my_model").resolve()
+    fuse.main(["--model", "my_model", "--upload-repo", "me/mine", "--dry-run"])
+    said = capsys.readouterr()
+    assert "me/mine: this was trained on private texts" in said.err
+    assert MARKER not in said.out  # nor is the mark sent
+    run(
+        sft,
+        "--train",
+        "--data",
+        DATA,
+        "--iters",
+        1,
+        *COMMON,
+        "--output-dir",
+        "o",
+        "--save-file",
+        "other.npz",
+    )
+    run(fuse, "--adapter-file", "other.npz", "--save-path", "open")
+    assert marked_above("open") is None
+
+
+def test_the_mark_goes_with_the_file_that_it_was_for(messages):
+    trained = ["--train", "--data", messages, "--data-base", "", "--iters", 1]
+    run(sft, *COMMON, *trained, "--output-dir", "r", "--save-file", "me.npz")
+    assert marked_above("me.npz")
+    run(
+        sft,
+        "--train",
+        "--data",
+        DATA,
+        "--iters",
+        1,
+        *COMMON,
+        "--output-dir",
+        "o",
+        "--save-file",
+        "me.npz",
+    )
+    assert marked_above("me.npz") is None

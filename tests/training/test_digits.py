@@ -321,6 +321,7 @@ KIND_OF_HEADING = {
     "conversation": "conversation",
     "preference": "preference",
     "ranked": "preference",
+    "labels of label.py": "preference",
     "unpaired": "unpaired",
     "prompts for PPO": "prompt",
     "question and answer": "prompt_completion",

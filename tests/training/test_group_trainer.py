@@ -394,6 +394,18 @@ def test_twenty_steps_of_equal_rewards_are_said_once():
             assert len(named) == (step + 1 >= STEPS_OF_EQUAL_REWARDS)
 
 
+@pytest.mark.parametrize("nothing", [None, math.nan])
+def test_twenty_steps_without_any_score_are_said_to_be_that(nothing):
+    trainer = make_trainer(max_new_tokens=1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(STEPS_OF_EQUAL_REWARDS):
+            update(trainer, [nothing] * 8)
+    texts = [str(w.message) for w in said]
+    assert len([text for text in texts if "as no reward scored them" in text]) == 1
+    assert not [text for text in texts if "had the same reward" in text]
+
+
 def test_a_sequence_ratio_with_another_loss_is_said():
     with pytest.warns(UserWarning, match="GSPO is --loss-type grpo"):
         make_trainer(importance_sampling_level="sequence", loss_type="dapo")

@@ -8,6 +8,7 @@ import pytest
 from reliable_runs import ROOT, words
 
 import preference_training
+from errors import UserError
 from models.adapter_files import read_adapter
 from training.preference_warnings import STUCK, WINDOW, PreferenceWatch
 
@@ -135,13 +136,16 @@ def test_a_loaded_adapter_stays_as_the_reference(tmp_path):
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "kto"])
-def test_a_quantised_base_with_a_loaded_adapter_begins_at_no_margin(tmp_path, algorithm):
+def test_a_quantised_base_with_a_loaded_adapter_begins_at_no_margin(tmp_path, capsys, algorithm):
     line = f"--algorithm {algorithm} --quantize 4 --iters 2 --save-every 0 --steps-per-eval 2"
     first = train(tmp_path / "first", line)
     loaded = train(
         tmp_path / "second", f"{line} --resume-adapter-file {tmp_path / 'first' / 'out.npz'}"
     )
     assert not same(first, loaded)
+    said = capsys.readouterr().out
+    for script in ("fuse.py", "talk_to_model.py"):  # on the weights that it was trained on
+        assert said.count(f"python {script} --quantize 4 ") == 2
     zero = next(row for row in rows_of(tmp_path / "second") if "valid/loss" in row)
     assert zero["valid/rewards/margins"] == pytest.approx(0, abs=1e-6)
 
@@ -151,6 +155,66 @@ def test_full_fine_tuning_has_a_frozen_copy(tmp_path):
     train(tmp_path, "--fine-tune-type full --reference-quantize 8")
     zero = next(row for row in rows_of(tmp_path) if "valid/loss" in row)
     assert 0 < abs(zero["valid/rewards/margins"]) < 0.1  # a quantised copy differs a little
+
+
+FEW = "--fine-tune-type full --iters 2 --steps-per-eval 0 --save-every 1 --learning-rate 1e-4 "
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--precompute-ref-log-probs",
+        pytest.param("", marks=pytest.mark.long),
+        pytest.param("--algorithm kto", marks=pytest.mark.long),
+    ],
+)
+def test_a_reference_file_that_changed_under_a_run_is_said(tmp_path, line):
+    """Weights that were loaded whole are the reference, and no checkpoint holds those."""
+    train(tmp_path / "first", FEW)
+    file = tmp_path / "first" / "out.npz"
+    again = f"{FEW} --resume-adapter-file {file} {line} "
+    before = file.read_bytes()
+    train(tmp_path / "whole", again + "--iters 4")
+    (tmp_path / "parts").mkdir()
+    train(tmp_path / "parts", again, save="../first/out.npz")  # over its own reference
+    resumed = f"{FEW} --iters 4 --resume {tmp_path / 'parts' / 'run'}"
+    with pytest.raises(UserError, match="the reference, is not what the run was started with"):
+        train(tmp_path / "parts", resumed, save="../first/out.npz")
+    train(tmp_path / "parts", f"{resumed} --force-resume", save="../first/out.npz")
+    file.write_bytes(before)
+    (tmp_path / "back").mkdir()
+    train(tmp_path / "back", again, save="kept.npz")
+    resumed = resumed.replace("parts", "back")
+    back = train(tmp_path / "back", resumed, save="kept.npz")
+    whole, _ = read_adapter(tmp_path / "whole" / "out.npz")
+    assert same(back, {name: np.array(array) for name, array in whole.items()})
+
+
+def test_the_cache_is_named_by_what_the_reference_file_holds(tmp_path):
+    line = FEW + "--precompute-ref-log-probs "
+    file, names = tmp_path / "weights.npz", []
+    for rate in (1e-4, 1e-2):
+        train(tmp_path / f"{rate}", f"{FEW} --learning-rate {rate}")
+        file.write_bytes((tmp_path / f"{rate}" / "out.npz").read_bytes())
+        train(tmp_path / f"{rate} again", f"{line} --resume-adapter-file {file}")
+        folder = tmp_path / f"{rate} again" / "run" / "reference"
+        names.append({path.name.partition("-")[0] for path in folder.iterdir()})
+    assert not names[0] & names[1]
+
+
+def test_a_test_alone_compares_with_the_base(tmp_path, capsys):
+    """The adapter against itself would have no margin, whatever it has learned."""
+    train(tmp_path, "--iters 3 --learning-rate 1e-2 --steps-per-eval 0")
+    file = tmp_path / "out.npz"
+    capsys.readouterr()
+    line = f"--test --data {ROOT / 'data'} --resume-adapter-file {file} "
+    for more in ("", "--reference base", "--algorithm kto"):
+        assert preference_training.main(words(line + more)) == 0
+        said = capsys.readouterr().out.partition("test: rewards/chosen")[2]
+        assert abs(float(said.partition("rewards/margins ")[2].split()[0])) > 0.01
+    with pytest.raises(SystemExit):
+        preference_training.main(words(line + "--reference loaded"))
+    assert "--reference loaded needs --train" in capsys.readouterr().err
 
 
 @pytest.mark.long

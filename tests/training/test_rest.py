@@ -213,6 +213,21 @@ def test_a_run_goes_on_inside_an_improve_step_with_the_bytes_of_one_never_stoppe
         assert all((again[name] == arrays[name]).all() for name in arrays)
 
 
+def test_rows_without_a_score_are_left_out_and_counted(trained):
+    Path("mine.py").write_text(
+        "def some(prompts, responses):\n"
+        "    return [None if len(r) % 2 else float(len(r)) for r in responses]\n"
+    )
+    small = SMALL.replace("--ground-truth-reward", "--reward-function mine.py:some")
+    _, err = run("--grow-steps 1 --quantiles 0", small=small)
+    rows = lines("run/grow_1.jsonl")
+    without = sum(row["reward"] is None for row in rows)
+    assert 0 < without < len(rows)
+    assert f"; {without} without a score are left out" in err
+    assert all(row.reward is not None for row in trained[0][0])
+    assert stages()[0]["rest/kept"] == len(rows) - without
+
+
 @pytest.mark.parametrize(
     "words, said",
     [

@@ -17,10 +17,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from distributed.membership import LOST, workers_named
+from distributed.place import HOSTFILE, NOTES, PARENT, RANK, TERMINAL
 from run_folder.secrets import tell
 from run_folder.stopping import SIGNALS
-from workers.membership import LOST, workers_named
-from workers.place import HOSTFILE, NOTES, PARENT, RANK, TERMINAL
 
 PATIENCE = 5.0  # seconds that the others get once one has failed
 LOOK = 0.05  # seconds between looks at them

@@ -7,12 +7,12 @@ import time
 import pytest
 from together import ended, started
 
-import workers.line
+import distributed.line
+from distributed.line import Absent, meet
+from distributed.local import free_ports
+from distributed.membership import workers_named
+from distributed.place import Place, of_ring
 from errors import UserError
-from workers.line import Absent, meet
-from workers.local import free_ports
-from workers.membership import workers_named
-from workers.place import Place, of_ring
 
 LINE = (
     "--train --data DATA --iters 2 --batch-size 4 --steps-per-eval 0 --output-dir run "
@@ -125,7 +125,7 @@ def place(rank: int, *addresses) -> Place:
 
 
 def test_an_address_that_cannot_be_reached_is_named(monkeypatch):
-    monkeypatch.setattr(workers.line, "FAREWELL", 0.05)
+    monkeypatch.setattr(distributed.line, "FAREWELL", 0.05)
     (port,) = free_ports(1)
     lost = place(0, ("127.0.0.1", port), ("no-such-mac.invalid", 5000))
     with pytest.raises(UserError, match=r"worker 1 \(no-such-mac.invalid:5000\) cannot be reached"):

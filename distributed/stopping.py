@@ -5,8 +5,8 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
+from distributed.group import Workers
 from run_folder.stopping import SIGNALS, GracefulStop
-from workers.group import Workers
 
 
 class SharedStop(GracefulStop):

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from distributed.line import BEAT, SILENT, Line, meet, parent_is_gone
+from distributed.place import NOTES, PARENT, Lost, Place, place
 from errors import UserError
 from run_folder.output import errors
 from run_folder.secrets import tell
-from workers.line import BEAT, SILENT, Line, meet, parent_is_gone
-from workers.place import NOTES, PARENT, Lost, Place, place
 
 LOST = 3  # exit status where another worker is gone or does not answer
 TIMEOUT = 600.0  # seconds, by default, that a wait for others may take

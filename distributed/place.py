@@ -1,6 +1,6 @@
 """Which of several workers this process is, from what MLX's launchers leave in its environment.
 
-`mlx.launch` and `workers/local.py` say it alike: a rank, and for the ring backend the name of a
+`mlx.launch` and `distributed/local.py` say it alike: a rank, and for the ring backend the name of a
 file with the address of every worker. Loads no MLX.
 """
 

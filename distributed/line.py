@@ -14,8 +14,8 @@ import threading
 import time
 from typing import Any
 
+from distributed.place import Place
 from errors import UserError
-from workers.place import Place
 
 HELLO = "mlx-rlhf"
 TRY = 2.0  # seconds for one attempt to connect

@@ -17,11 +17,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from distributed.place import Lost
 from errors import UserError
-from workers.place import Lost
 
 if TYPE_CHECKING:
-    from workers.membership import Membership
+    from distributed.membership import Membership
 
 Kind = TypeVar("Kind")
 SIGNALS = (2, 15)  # SIGINT, SIGTERM: what is shared of a signal that one worker was sent
