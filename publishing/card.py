@@ -6,6 +6,7 @@ The header is the hub's metadata (https://huggingface.co/docs/hub/model-cards#mo
 import importlib.metadata
 import platform
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,7 @@ def held_out(facts: Facts) -> list[Any]:
 
     if facts.run is None:
         return []
-    options = facts.run.options
-    data = _hub_dataset(facts) or options.get("data") or options.get("train_file") or "data"
+    data = facts.run.options.get("validation_file") or data_of(facts.run.options) or "data"
     task = TASKS.get(facts.kind, "text-generation")
     return [
         EvalResult(
@@ -138,6 +138,13 @@ def held_out(facts: Facts) -> list[Any]:
         for name, (kind, text) in HELD_OUT.items()
         if name in facts.run.metrics
     ]
+
+
+def data_of(options: Mapping[str, Any]) -> str:
+    """The rows that were trained on: a dataset, files in place of a folder's, or that folder."""
+    files = options.get("train_file") or []
+    files = [files] if isinstance(files, str) else files
+    return options.get("dataset") or ", ".join(map(str, files)) or options.get("data") or ""
 
 
 def _hub_dataset(facts: Facts) -> str | None:
@@ -269,8 +276,7 @@ def making(facts: Facts) -> str:
         lines.append(
             f"- Method: {method(facts)[0]} (`{MADE_BY.get(run.script, f'{run.script}.py')}`{steps})"
         )
-        data = run.options.get("dataset") or run.options.get("data")
-        if data:
+        if data := data_of(run.options):
             lines.append(f"- Data: {data}")
         shown = run.options
         if run.differing is not None:

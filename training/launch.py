@@ -281,8 +281,7 @@ def checkpoint_is_adapter(args: Namespace, run: Run) -> str:
     last = latest_checkpoint(run.checkpoints)
     if last is None or args.fine_tune_type == "full":
         return ""
-    talk = command("talk_to_model.py", model=args.model, resume_file=last)
-    return f"its last checkpoint is an adapter as well:\n  {talk}"
+    return f"its last checkpoint is an adapter as well:\n  {talk_command(args, last)}"
 
 
 # ------------------------------------------------------------------------------ what is left
@@ -387,13 +386,18 @@ def policy_commands(args: Namespace, tuning: Any) -> list[str]:
 
 
 def fuse_command(args: Namespace) -> str:
-    named = {"model": args.model, "tokenizer": args.tokenizer}
-    return command("fuse.py", **named, adapter_file=args.save_file, save_path="my_model/")
+    made = {"adapter_file": args.save_file, "save_path": "my_model/"}
+    return command("fuse.py", **base_words(args), **made)
 
 
-def talk_command(args: Namespace) -> str:
-    named = {"model": args.model, "tokenizer": args.tokenizer}
-    return command("talk_to_model.py", **named, resume_file=args.save_file)
+def talk_command(args: Namespace, file: Any = None) -> str:
+    """`file`: an adapter in place of the one that was saved."""
+    return command("talk_to_model.py", **base_words(args), resume_file=file or args.save_file)
+
+
+def base_words(args: Namespace) -> dict[str, Any]:
+    """Options that make again, for another script, the base that an adapter was trained on."""
+    return {"model": args.model, "tokenizer": args.tokenizer, "quantize": args.quantize}
 
 
 def say_peak_memory(peak: float | None = None) -> None:

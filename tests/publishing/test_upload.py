@@ -300,6 +300,25 @@ def test_only_the_folder_is_uploaded(made, tmp_path):
 # ------------------------------------------------------------------------------ the card
 
 
+@pytest.mark.parametrize(
+    "options, data, held",
+    [
+        ({}, "data", "data"),
+        ({"train_file": ["/home/a/pairs.jsonl", "more.jsonl"]}, "pairs.jsonl, more.jsonl", None),
+        ({"train_file": "own.jsonl", "validation_file": "/home/a/v.jsonl"}, "own.jsonl", "v.jsonl"),
+        ({"dataset": "some/rows", "train_file": None}, "some/rows", None),
+    ],
+)
+def test_card_names_the_rows_that_were_trained_on(tmp_path, options, data, held):
+    make_adapter(tmp_path / "a.npz", "lora")
+    write_run(tmp_path / "runs" / "r", tmp_path / "a.npz", **options)
+    fuse(tmp_path, "--adapter-file", "a.npz", "--save-path", "fused", "--license", "apache-2.0")
+    card = (tmp_path / "fused" / "README.md").read_text()
+    assert f"\n- Data: {data}\n" in card and "/home" not in card
+    [result] = metadata(card)["model-index"][0]["results"]
+    assert result["dataset"]["name"] == f"held-out rows of {held or data}"
+
+
 def test_card_tells_what_was_done(made):
     card = (made / "fused" / "README.md").read_text()
     found = metadata(card)

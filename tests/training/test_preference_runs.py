@@ -136,13 +136,16 @@ def test_a_loaded_adapter_stays_as_the_reference(tmp_path):
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "kto"])
-def test_a_quantised_base_with_a_loaded_adapter_begins_at_no_margin(tmp_path, algorithm):
+def test_a_quantised_base_with_a_loaded_adapter_begins_at_no_margin(tmp_path, capsys, algorithm):
     line = f"--algorithm {algorithm} --quantize 4 --iters 2 --save-every 0 --steps-per-eval 2"
     first = train(tmp_path / "first", line)
     loaded = train(
         tmp_path / "second", f"{line} --resume-adapter-file {tmp_path / 'first' / 'out.npz'}"
     )
     assert not same(first, loaded)
+    said = capsys.readouterr().out
+    for script in ("fuse.py", "talk_to_model.py"):  # on the weights that it was trained on
+        assert said.count(f"python {script} --quantize 4 ") == 2
     zero = next(row for row in rows_of(tmp_path / "second") if "valid/loss" in row)
     assert zero["valid/rewards/margins"] == pytest.approx(0, abs=1e-6)
 
