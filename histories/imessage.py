@@ -293,9 +293,7 @@ def unwanted(row: dict, kind: int) -> str:
     return ""
 
 
-def take_tapback(
-    history: History, reactions: Reactions, row: dict, people: dict[int, str]
-) -> None:
+def take_tapback(history: History, reactions: Reactions, row: dict, people: dict[int, str]) -> None:
     """Put the kind of a tapback into `reactions`; of one person the last one counts."""
     kind = row["associated_message_type"]
     if GOOD.get(kind % 1000) is None:
