@@ -16,6 +16,7 @@ import fast_blas
 from command_line.adapter_file import load_copy, make_tuning
 from command_line.curriculum_flags import difficulty, make_curriculum
 from command_line.exits import run_main
+from command_line.memory_fit import settle_supervised_memory
 from command_line.model_limits import check_splits, fit_lengths
 from command_line.preference_flags import WITH_REFERENCE, parse_arguments, task_options
 from command_line.preference_rows import least_rows, load_rows, make_plan
@@ -48,8 +49,12 @@ def main(words=None) -> int:
     rows = load_rows(args, loaded.tokenizer)
     if args.train:
         rows["difficulty"] = difficulty(args, loaded, rows["train"].rows)
-    task = None if args.preview else make_task(args, loaded)
-    check_splits(rows, loaded.limits, task and task.tuning)
+    task = make_task(args, loaded)
+    check_splits(rows, loaded.limits, task.tuning)
+    if args.train or args.preview:
+        beside = getattr(task.reference, "model", None)
+        least = least_rows(args)
+        settle_supervised_memory(args, loaded, task.tuning, rows["train"], beside, least=least)
     if args.preview:
         return 0
     if args.train:

@@ -63,7 +63,8 @@ def main(words=None) -> int:
         loaded.config[SCORES] = rows["scores"].described()
     check_splits(rows, loaded.limits, task.tuning)
     if args.train or args.preview:
-        settle_supervised_memory(args, loaded, task.tuning, rows["train"])
+        least = LEAST if args.use_contrastive else 1
+        settle_supervised_memory(args, loaded, task.tuning, rows["train"], least=least)
     if args.preview:
         return 0
     if args.reward_model:

@@ -14,7 +14,7 @@ from safe_files import check_place, write_atomically, writing
 NEEDS = (Needs("dataset_config split", "dataset", valued=False),)
 
 
-def make_parser(description: str, script: str, keys: tuple[str, ...]) -> Parser:
+def conversion_parser(description: str, script: str, keys: tuple[str, ...]) -> Parser:
     """`keys`: what --map may name."""
     parser = Parser(description=description, script=script)
     add = parser.add_argument

@@ -41,21 +41,33 @@ def settle_rollout_memory(
     settle(args, expected, each, unit, ("mini_batch_size", "gradient_accumulation_steps"))
 
 
-def settle_supervised_memory(args: Namespace, loaded: Any, tuning: Any, rows: Any) -> None:
-    """Say what updates on `rows` (of data_utils) take, and choose --batch-size where none was."""
+def settle_supervised_memory(
+    args: Namespace, loaded: Any, tuning: Any, rows: Any, *others: Any, least: int = 1
+) -> None:
+    """Say what updates on `rows` (of data_utils) take, and choose --batch-size where none was.
+
+    `others` are models (or None) in memory beside; a batch keeps at least `least` rows.
+    """
     from models.memory_estimate import supervised_memory
 
-    shape, trained = described(args, loaded, tuning, ())
+    shape, trained = described(args, loaded, tuning, others)
     length = len(tuning.prefix) + max(rows.lengths)
     sequences = max(map(len, rows.sequences))  # that a row brings into a batch
     scored = getattr(args, "reward_model", False)
-    masks = [sum(row.mask[1:]) for row in rows.rows if hasattr(row, "mask")]
-    counted = 0 if scored else max(masks, default=length)
+    counted = 0 if scored else max(map(trained_tokens, rows.rows))
 
     def expected(count: int) -> Any:
+        count = min(count, len(rows.rows))
         return supervised_memory(shape, trained, count * sequences, length, count * counted)
 
-    settle(args, expected, args.batch_size, 1, ("batch_size", "gradient_accumulation_steps"))
+    names = ("batch_size", "gradient_accumulation_steps")
+    settle(args, expected, args.batch_size, 1, names, least=least)
+
+
+def trained_tokens(row: Any) -> int:
+    """Tokens of a row, or of all its responses, that are trained on."""
+    masks = row.masks if hasattr(row, "masks") else [row.mask]
+    return sum(sum(mask[1:]) for mask in masks)
 
 
 def described(args: Namespace, loaded: Any, tuning: Any, others: Sequence[Any]) -> tuple[Any, Any]:
@@ -78,6 +90,7 @@ def settle(
     count: int,
     unit: int,
     names: tuple[str, str],
+    least: int = 1,
 ) -> None:
     """Say what a gradient of `count` rows takes; of fewer, where those fit and none were asked for.
 
@@ -88,10 +101,11 @@ def settle(
     memory = expected(count)
     fewer = count
     if memory.total > usable:
-        fewer = largest_that_fits(expected, count, unit, usable)
+        fewer = largest_that_fits(expected, count, unit, usable, least)
     changed = {names[0]: fewer, names[1]: getattr(args, names[1]) * (count // fewer)}
     flags = " ".join(f"{flag_of(name)} {value}" for name, value in changed.items())
-    if fewer < count and args.resume is None and not set(names) & args.explicit:
+    alone = getattr(args, "num_training_workers", 1) == 1  # all workers need the same batches
+    if fewer < count and alone and args.resume is None and not set(names) & args.explicit:
         vars(args).update(changed)
         print(f"to fit the memory: {flags}")
         memory, fewer = expected(fewer), count
@@ -107,12 +121,14 @@ def settle(
     )
 
 
-def largest_that_fits(expected: Callable[[int], Any], count: int, unit: int, usable: float) -> int:
-    """The largest divisor of `count`, and multiple of `unit`, of which the rows fit.
+def largest_that_fits(
+    expected: Callable[[int], Any], count: int, unit: int, usable: float, least: int = 1
+) -> int:
+    """The largest divisor of `count`, from `least` on a multiple of `unit`, of which the rows fit.
 
     Where none does: the largest of those that take least.
     """
-    sizes = [n for n in range(count, 0, -1) if not count % n and not n % unit] or [count]
+    sizes = [n for n in range(count, least - 1, -1) if not count % n and not n % unit] or [count]
     usable = max(usable, expected(sizes[-1]).total)
     return next(n for n in sizes if expected(n).total <= usable)
 

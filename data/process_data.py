@@ -13,17 +13,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from command_line.conversion_flags import make_parser, read, write  # noqa: E402
+from command_line.conversion_flags import conversion_parser, read, write  # noqa: E402
 from command_line.exits import run_main  # noqa: E402
+from command_line.parser import Parser  # noqa: E402
 from data_utils import to_instructions  # noqa: E402
 from run_folder.console import command  # noqa: E402
 
 KEYS = ("instruction", "context", "response")
 
 
+def make_parser() -> Parser:
+    return conversion_parser(__doc__.splitlines()[0], "data/process_data.py", KEYS)
+
+
 def main(words: list[str] | None = None) -> None:
-    parser = make_parser(__doc__.splitlines()[0], "data/process_data.py", KEYS)
-    args = parser.parse_args(words)
+    args = make_parser().parse_args(words)
     done = to_instructions(read(args), args.lang, args.map)
     going_on = command("sft.py", "--train", "--mask-prompt", train_file=args.output)
     write(args, done, going_on)

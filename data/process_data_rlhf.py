@@ -13,8 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from command_line.conversion_flags import make_parser, read, write  # noqa: E402
+from command_line.conversion_flags import conversion_parser, read, write  # noqa: E402
 from command_line.exits import run_main  # noqa: E402
+from command_line.parser import Parser  # noqa: E402
 from data_utils import to_pairs, to_prompts  # noqa: E402
 from errors import UserError  # noqa: E402
 from run_folder.console import command  # noqa: E402
@@ -26,11 +27,15 @@ KEYS = {
 }
 
 
-def main(words: list[str] | None = None) -> None:
+def make_parser() -> Parser:
     keys = tuple(key for own in KEYS.values() for key in own)
-    parser = make_parser(__doc__.splitlines()[0], "data/process_data_rlhf.py", keys)
+    parser = conversion_parser(__doc__.splitlines()[0], "data/process_data_rlhf.py", keys)
     parser.add_argument("--kind", choices=tuple(KEYS), required=True, help="rows to write")
-    args = parser.parse_args(words)
+    return parser
+
+
+def main(words: list[str] | None = None) -> None:
+    args = make_parser().parse_args(words)
     if wrong := [key for key in args.map if key not in KEYS[args.kind]]:
         raise UserError(f"--map {wrong[0]}={args.map[wrong[0]]}: is not for --kind {args.kind}")
     if args.kind == "preference":

@@ -255,8 +255,10 @@ def test_steps_are_another_name_of_iters_and_num_steps(words):
 def test_steps_are_the_length_of_a_run_in_every_training_script(capsys, name, words):
     script = importlib.import_module(name.removesuffix(".py"))
     line = next(short.line for short in SHORT.values() if short.script == name)
-    args, usual = (script.parse_arguments([*line, *more]) for more in (words, []))
-    (length,) = {"iters", "num_steps"} & {*vars(args)}
+    usual = script.parse_arguments(line)
+    (length,) = {"iters", "num_steps"} & {*vars(usual)}
+    at = line.index("--" + length.replace("_", "-"))
+    args = script.parse_arguments([*line[:at], *line[at + 2 :], *words])
     assert (getattr(args, length), getattr(usual, length)) == (7, 2)
     assert args.steps_per_report == usual.steps_per_report
     with pytest.raises(SystemExit):  # what could be several is asked about

@@ -12,7 +12,8 @@ from command_line.sft_flags import load_rows, parse_arguments
 from data_loading.formats import to_record
 from data_utils import Records
 from errors import UserError
-from rewards.scored_rows import best_rows, make_pairs, scored_rows
+from rewards.best_of import best_of, best_rows
+from rewards.scored_rows import make_pairs, scored_rows
 
 ASK = {"role": "user", "content": "Weather?"}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
@@ -96,7 +97,7 @@ def test_scored_rows_say_all_that_they_said(tmp_path):
     pairs, _ = make_pairs(records, with_tools(), options)
     assert all("TOOLS weather" in pair.prompt_text for pair in pairs)
     assert all('CALL weather {"city": "Rome"}' in pair.prompt_text for pair in pairs)
-    for made in (scored_rows(pairs), best_rows(pairs)):
+    for made in (scored_rows(pairs), best_rows(best_of(pairs))):
         again = Records([to_record(made[0], "prompt_completion", "g:1")], name="g")
         record = again[0]
         assert record.extras == {"tools": TOOLS} and record.prompt[0]["content"] == "be brief"

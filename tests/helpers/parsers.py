@@ -66,6 +66,11 @@ LINES = {
     "preference_training": ["--train", "--train --algorithm kto", "--train --test", "--preview"],
     "group_training": ["--ground-truth-reward"],
     "memorisation": ["--data x"],
+    "process_data": ["--input x.csv --output y.jsonl", "--dataset x --output y.jsonl"],
+    "process_data_rlhf": [
+        "--kind preference --input x.csv --output y.jsonl",
+        "--kind prompts --dataset x --output y.jsonl",
+    ],
     "rest": ["--ground-truth-reward", "--reward-model x --thresholds .5 .7"],
 }
 

@@ -13,6 +13,7 @@ import memory_estimate  # noqa: E402
 
 import group_training  # noqa: E402
 import ppo_training  # noqa: E402
+import preference_training  # noqa: E402
 import sft  # noqa: E402
 from command_line import memory_fit  # noqa: E402
 from command_line.memory_fit import largest_that_fits  # noqa: E402
@@ -99,6 +100,14 @@ def test_the_largest_divisor_that_fits(count, unit, usable, chosen):
     assert largest_that_fits(expected, count, unit, usable) == chosen
 
 
+def test_a_batch_keeps_the_rows_it_needs():
+    def expected(rows):
+        return Memory("logits", {"activations": 10.0 * rows})
+
+    assert largest_that_fits(expected, 8, 1, 5, least=2) == 2
+    assert largest_that_fits(expected, 3, 1, 5, least=4) == 3
+
+
 def test_no_smaller_minibatch_where_it_takes_as_much():
     def expected(rows):  # what does not depend on the minibatch is the most
         return Memory("sampling", {"KV cache": max(50.0, 10 * rows)})
@@ -144,6 +153,19 @@ def test_rows_of_fine_tuning_are_chosen_and_said(rows, capsys):
     sft.main([*rows.split(), "--memory-limit", "0.0001", "--batch-size", "1"])
     out = capsys.readouterr().out
     assert "to fit" not in out and "less is taken by a lower --lora-rank" in out
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "kto"])
+def test_preferences_say_what_they_take(rows, tmp_path, capsys, algorithm):
+    sides = [{"prompt": f"{n} {n + 2}", "chosen": "6 8", "rejected": "7"} for n in range(2, 22, 2)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sides))
+    words = f"--algorithm {algorithm} --train-file pairs.jsonl --preview --memory-limit "
+    preference_training.main([*words.split(), "1"])
+    assert "memory expected: " in capsys.readouterr().out
+    preference_training.main([*words.split(), "0.0001"])
+    out = capsys.readouterr().out
+    least = {"dpo": 1, "kto": 2}[algorithm]
+    assert f"--batch-size {least} --gradient-accumulation-steps {4 // least}" in out
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

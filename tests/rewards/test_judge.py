@@ -439,15 +439,19 @@ def test_bad_input_is_one_line(words, said):
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(2))
 def test_labels_by_the_true_score_make_a_reward_model_that_ppo_can_follow(seed):
-    """First measured: accuracy 0.933 on pairs that were never trained on; PPO at 0.93 to 0.96."""
+    """First measured: accuracy 0.936 on 500 pairs; PPO at 0.91 to 0.95."""
     import ppo_training
+    from data import generate_digit_data
 
-    train = PAIRS.replace("_test", "_train")
-    run("--prompts", *[train] * 16, "--ground-truth-reward", "--max-new-tokens", 32, "--seed", seed)
+    generate_digit_data.main(
+        "--increasing --multiple-of 2 --num-samples 2500 --kind preference --output-dir .".split()
+    )
+    run("--input", "preference_increasing_mult_2_train.jsonl", "--ground-truth-reward")
     words = (
-        "--reward-model --train --no-margins --train-file judged.jsonl --batch-size 32 --iters 150 "
-        f"--learning-rate 2e-3 --steps-per-eval 0 --save-file rm.npz --output-dir rm --seed {seed} "
-        f"--test --test-file {PAIRS}"
+        "--reward-model --train --no-margins --train-file judged.jsonl --batch-size 32 --iters 300 "
+        f"--learning-rate 3e-3 --lr-schedule linear --steps-per-eval 0 --seed {seed} "
+        "--save-file rm.npz --output-dir rm --test "
+        "--test-file preference_increasing_mult_2_test.jsonl"
     )
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
@@ -456,7 +460,7 @@ def test_labels_by_the_true_score_make_a_reward_model_that_ppo_can_follow(seed):
     assert float(line.split()[line.split().index("accuracy") + 1]) >= 0.9
     words = (
         f"--data {ROOT}/data --reward-model rm.npz --true-score --num-steps 60 --eval-every 0 "
-        f"--init-kl-coef 0.1 --save-file ppo.npz --output-dir ppo --seed {seed}"
+        f"--init-kl-coef 0.3 --save-file ppo.npz --output-dir ppo --seed {seed}"
     )
     ppo_training.main(words.split())
     last = [row["env/ground_truth_mean"] for row in lines("ppo/metrics.jsonl")][-5:]
