@@ -97,7 +97,8 @@ def add_row(one: Labeller, fields: dict[str, Any], where: str) -> None:
     one.choices += not tie
     one.seconds += seconds_of(fields)
     judge = fields.get("judge")
-    if isinstance(judge, dict) and isinstance(judge.get("orders_agree"), bool):
+    ordered = isinstance(judge, dict) and judge.get("principle", "") is not None  # not of a reward
+    if ordered and isinstance(judge.get("orders_agree"), bool):
         one.orders_agree.append(judge["orders_agree"])
     shown = fields.get("shown")
     known = isinstance(shown, list) and {*map(str, shown)} == {*map(str, range(len(texts)))}

@@ -204,6 +204,10 @@ def test_the_report_in_the_terminal_and_as_a_plot(tmp_path, monkeypatch, capsys)
     assert said.endswith("wrote labels.report.png\n")
     with Image.open("labels.report.png") as image:
         assert image.width > 1000 and len(image.getcolors(1 << 24)) > 50
+    rewarded = [row | {"judge": row["judge"] | {"principle": None}} for row in judged]
+    write(tmp_path / "rewarded.jsonl", rewarded)  # a reward reads no order
+    label.main(["--report", "rewarded.jsonl", "--plot", "alone.png"])
+    assert re.search(r"^judge +- +- +-$", capsys.readouterr().out, re.M)
     assert label.main(["--report", "labels.jsonl", "--plot", "alone.png"]) == 0
     assert "one labeller; labels of the same pairs" in capsys.readouterr().out
     write(tmp_path / "other.jsonl", [pair(99, "a")])
