@@ -108,7 +108,7 @@ from data_loading.tokenise_answers import (
     tokenise_pairs,  # chosen and rejected, for preference training
     tokenise_unpaired,  # answers with a label
 )
-from data_loading.values import RawRow  # a row as it was read
+from data_loading.values import RawRow, value_problem  # a row as it was read; what is no text
 from padding import pad_rows  # token lists to (B, L) and lengths
 
 __all__ = [
@@ -191,5 +191,6 @@ __all__ = [
     "tokenise_unpaired",
     "use_colour",
     "use_date",
+    "value_problem",
     "wrap_rows",
 ]

@@ -206,7 +206,10 @@ def run_face(args, desk, face) -> int:
 
     # Replies are for the person who presses keys, wherever standard output goes.
     screen, code = Screen(sys.stdout if sys.stdout.isatty() else sys.stderr), 0
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may ignore it
+    signal.signal(signal.SIGINT, stop)  # a shell's job may ignore it
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, stop)
     try:
         if args.web:
             from labelling.server import serve
@@ -216,14 +219,19 @@ def run_face(args, desk, face) -> int:
             from labelling.terminal import Terminal
 
             Terminal(desk, screen, face).run()
-    except KeyboardInterrupt:  # every label is on the disk
+    except KeyboardInterrupt as stopped:  # every label is on the disk
         screen.progress("")
-        code = 128 + signal.SIGINT
+        code = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
     finally:
         tell_end(args, desk)
     if desk.sampler is not None and desk.sampler.problem and not desk.finished:
         raise UserError(desk.sampler.problem)
     return code
+
+
+def stop(number, frame) -> None:
+    """End as Ctrl-C does: the terminal as it was, and a last line."""
+    raise KeyboardInterrupt(number)
 
 
 def tell_end(args, desk) -> None:
@@ -232,7 +240,10 @@ def tell_end(args, desk) -> None:
 
     print(desk.summary())
     if desk.same:
-        print(f"not asked: {len(desk.same)} prompts whose replies are all the same or empty")
+        print(
+            f"not asked: {len(desk.same)} prompts whose replies are all the same or empty, or hold "
+            "a NUL character"
+        )
     if desk.left_out:
         print(f"not asked: {len(desk.left_out)} prompts that were refused or are too long")
     if not desk.labels.rows:

@@ -165,7 +165,9 @@ class Keys:
     def line(self, ask: Callable[[], None]) -> str:
         """A line, as the terminal lets it be edited; "" for Ctrl-D alone."""
         ask()
-        return self._terminal.readline().rstrip("\n")
+        # Not by the stream, which may know bytes that are no text for an error, and reads ahead.
+        read = os.read(self._terminal.fileno(), 1 << 16)  # bytes; a terminal gives a line at a time
+        return read.decode("utf-8", "surrogateescape").rstrip("\n")
 
 
 class StopKey:

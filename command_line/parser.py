@@ -52,6 +52,7 @@ COMMON = frozenset(
     "judge judge_url constitution debate revise soft_labels grow_steps samples_per_prompt "
     "thresholds quantiles start_from".split()
 )
+NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf$|-nan$", re.IGNORECASE)  # no flags
 FEW = 30  # so many flags are shown whole
 
 
@@ -93,6 +94,7 @@ class Parser(argparse.ArgumentParser):
         self.alternatives: list[set[str]] = []
         self.script, self.harmless = script, tuple(harmless)
         self.short_help = True
+        self._negative_number_matcher = NEGATIVE
         if self.add_help:
             self.add_argument("--help-all", action=HelpAll, help="show every flag, and exit")
         for kind, convert in ((bool, boolean), (int, whole_number), (float, number)):

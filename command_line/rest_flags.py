@@ -1,6 +1,7 @@
 """The command line of ReST, and the prompts and rows it asks for. Loads no MLX."""
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from command_line.adapter_file import check_save_file, settle_adapter
@@ -109,7 +110,7 @@ def check_arguments(args) -> None:
         raise UserError("--thresholds and --quantiles both say which rows are kept; give one")
     for name in ("thresholds", "quantiles"):
         values = getattr(args, name) or []
-        if values != sorted(values):
+        if any(later <= before for before, later in pairwise(values)):
             raise UserError(f"--{name} {' '.join(f'{v:g}' for v in values)}: must rise")
     if args.quantiles and not 0 <= args.quantiles[0] <= args.quantiles[-1] < 1:
         raise UserError("--quantiles: give shares from 0 up to, not including, 1")

@@ -63,13 +63,17 @@ class Membership:
                 line.send(ready=True)
             while not (line.go.is_set() if self.rank else len(line.ready) == self.size - 1):
                 if line.errors:
-                    rank = min(line.errors)
-                    raise UserError(f"worker {rank}: {line.errors[rank]}")
+                    raise UserError(self.refusal())
                 if line.gone:
                     raise Lost("the start")
                 time.sleep(LOOK)
             if not self.rank:
                 line.send(go=True)
+
+    def refusal(self) -> str:
+        """The error of a worker that is not going to come, as worker 0 says it."""
+        rank = min(self.line.errors)
+        return f"worker {rank}: {self.line.errors[rank]}"
 
     def note_run(self, folder: str) -> None:
         """The run that an error names, also one that another process of this machine says."""
@@ -96,6 +100,10 @@ class Membership:
     def _end_without_the_gone(self) -> None:
         if self.ended.wait(SILENT):
             return
+        if self.line.errors and not self.rank:  # still loading: the others are not waited for
+            tell(f"error: {self.refusal()}", errors())
+            self.line.send(stop=True)
+            os._exit(2)
         if (said := self.lost()) is not None:
             tell(f"error: {said}", errors())
         os._exit(LOST)

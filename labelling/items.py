@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_loading.values import value_problem
 from data_utils import Record
 from errors import UserError
 
@@ -46,14 +47,16 @@ class Item:
 def make_item(row: dict[str, Any], shuffle: str) -> Item | None:
     """An item of a row of samples; None where fewer than two replies have words and differ.
 
-    Of one sample, it is enough that it has words. Which reply stands where depends on the item and
-    the words of `shuffle` alone.
+    Of one sample, it is enough that it has words. A reply that no reader of records takes (one with
+    a NUL character) is none. Which reply stands where depends on the item and the words of
+    `shuffle` alone.
     """
     replies: list[Reply] = []
     for reply in row["replies"]:
         known = {other.text.strip() for other in replies}
-        if reply["text"].strip() and reply["text"].strip() not in known:
-            replies.append(Reply(reply["text"], reply["model"], reply["ended"]))
+        text = reply["text"]
+        if text.strip() and text.strip() not in known and value_problem(text, 0) is None:
+            replies.append(Reply(text, reply["model"], reply["ended"]))
     if len(replies) < min(2, len(row["replies"])):
         return None
     order = list(range(len(replies)))
@@ -129,5 +132,14 @@ def check_choice(choice: Choice, item: Item, aspects: Sequence[str]) -> None:
             raise UserError(f"aspects: {name} was not asked")
         if place is not None and (isinstance(place, bool) or place not in places):
             raise UserError(f"aspects: {name}: there is no reply at place {place}")
-    if len(choice.note) > LONGEST_NOTE:
-        raise UserError(f"note: has more than {LONGEST_NOTE} characters")
+    if problem := note_problem(choice.note):
+        raise UserError(f"note: {problem}")
+
+
+def note_problem(note: str) -> str | None:
+    """Why a note cannot be kept: no reader of records would take its row; None where it can."""
+    if len(note) > LONGEST_NOTE:
+        return f"has more than {LONGEST_NOTE} characters"
+    if value_problem(note, 0) is not None:
+        return "holds a NUL, or what is no UTF-8 text"
+    return None

@@ -7,8 +7,10 @@ label is synced before its answer goes out, and two pages never write at once.
 
 import hmac
 import json
+import math
 import secrets
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from starlette.routing import Route
 
 from errors import UserError
 from labelling.desk import Desk
-from labelling.items import Choice, Item, said
+from labelling.items import LONGEST_SECONDS, Choice, Item, said
 from labelling.markdown import to_html
 from labelling.progress import time_left
 
@@ -67,14 +69,31 @@ def serve(desk: Desk, opened: socket.socket, screen: Any) -> None:
         page.app, log_level="warning", access_log=False, server_header=False, lifespan="off"
     )
     config.timeout_graceful_shutdown = 1
-    server = uvicorn.Server(config)
+
+    def announce() -> None:
+        screen.note(f"label at {page.address}")
+        screen.note(
+            "for this machine alone; Ctrl-C, or q on the page, ends it, and nothing is lost"
+        )
+
+    server = Announced(config, announce)
     page.stop = lambda: setattr(server, "should_exit", True)
-    screen.note(f"label at {page.address}")
-    screen.note("for this machine alone; Ctrl-C, or q on the page, ends it, and nothing is lost")
     server.run(sockets=[opened])
     opened.close()
     if page.bug is not None:
         raise page.bug
+
+
+class Announced(uvicorn.Server):
+    """Calls `announce` once it answers and Ctrl-C ends it in order, which takes a moment."""
+
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]):
+        super().__init__(config)
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._announce()
 
 
 class Page:
@@ -229,7 +248,7 @@ async def read_fields(request: Request) -> dict[str, Any]:
 def read_label(fields: dict[str, Any]) -> tuple[str, str, Choice]:
     """(id of the label, id of the item, choice) of a request; UserError for what is no label."""
     id, pair = fields.get("id"), fields.get("pair")
-    if not isinstance(id, str) or not 8 <= len(id) <= 64 or not id.isascii():
+    if not isinstance(id, str) or not 8 <= len(id) <= 64 or not (id.isascii() and id.isprintable()):
         raise UserError("id: 8 to 64 letters and digits are needed")
     if not isinstance(pair, str):
         raise UserError("pair: the item is needed")
@@ -244,5 +263,6 @@ def read_label(fields: dict[str, Any]) -> tuple[str, str, Choice]:
     if not isinstance(note, str):
         raise UserError("note: a text is needed")
     known = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    seconds = min(max(float(seconds), 0.0), 24 * 3600.0) if known else None
+    known = known and math.isfinite(seconds)
+    seconds = min(max(float(seconds), 0.0), LONGEST_SECONDS) if known else None
     return id, pair, Choice(ranks, aspects, note.strip(), seconds)

@@ -1,5 +1,6 @@
 """Labelling with the keys of a terminal, as the chat rates."""
 
+import shutil
 import time
 from typing import Any
 
@@ -7,7 +8,7 @@ from chat.keyboard import Keys
 from chat.screen import Screen
 from errors import UserError
 from labelling.desk import Desk
-from labelling.items import LONGEST_NOTE, Choice, Item, said
+from labelling.items import Choice, Item, note_problem, said
 from labelling.progress import time_left
 from run_folder.output import printable
 
@@ -110,9 +111,12 @@ class Terminal:
             head = f"[{place}]\n" if len(texts) > 1 else ""
             print(head + printable(text.strip()), file=self.screen.out, flush=True)
 
-    def _progress(self) -> str:
+    def _question(self, asks: str) -> str:
+        """What is asked and where it stands, on one line: a second one would stay on the screen."""
+        text = f"{asks}? {self.desk.done} of {self.desk.total} done"
         left = time_left(self.desk.seconds_left())
-        return f"{self.desk.done} of {self.desk.total} done{', ' + left if left else ''}"
+        whole = f"{text}, {left} " if left else f"{text} "
+        return whole if len(whole) < shutil.get_terminal_size().columns else f"{text} "
 
     # ----------------------------------------------------------------- what is asked
 
@@ -160,7 +164,7 @@ class Terminal:
         """The meaning of a key: a place, "tie" or "skip"; keys of COMMON `without` these."""
         meanings = places | {k: v for k, v in COMMON.items() if k not in without}
         more = ", tie (t)" * ("t" not in without) + ", skip (s)" * ("s" not in without)
-        text = f"{question}{more}? {self._progress()} "
+        text = self._question(question + more)
         while True:
             answer = self.keys.read(meanings, lambda: self.screen.progress(text))
             self.screen.progress("")
@@ -171,5 +175,8 @@ class Terminal:
             if answer != "note":
                 self._begun = True
                 return answer
-            self._note = self.keys.line(lambda: self.screen.progress("note: ")).strip()
-            self._note = self._note[:LONGEST_NOTE]
+            note = self.keys.line(lambda: self.screen.progress("note: ")).strip()
+            if problem := note_problem(note):
+                self.screen.note(f"the note {problem}, and is not kept; n writes another")
+            else:
+                self._note = note

@@ -124,7 +124,7 @@ def load_adapter(base: LoadedModel, path: str | Path, *, any_base: bool = False)
         base.config[SCORES] = config[SCORES]
     try:
         tuning = attach(base.model, config)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: its adapter configuration is not usable: {error!r}") from error
     if tuning.kind == "full":
         expected = tuning.arrays()

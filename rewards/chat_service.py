@@ -18,6 +18,7 @@ from rewards.user_function import shorten
 
 VERDICT_TOKENS = 8  # room for "Answer 1."
 ALTERNATIVES = 5  # log-probabilities asked for at each token
+REFUSED_TEXT = {400, 413, 422}  # of a service that answers others: too long, or a filter
 CHOICE = re.compile(r"(?<![0-9])[12](?![0-9])")
 
 
@@ -64,14 +65,22 @@ class ChatJudge(Client):
                 except Failed as wrong:
                     if wrong.status not in (400, 422):
                         raise
+                    found = self._post(text, read)
                     self.logprobs = False  # a service that knows no such option
+                    return found
             return self._post(text, read)
         except Failed as wrong:
-            if isinstance(wrong, GivenUp) and (self.heard or not wrong.unreachable):
+            if self._of_this_text(wrong):
                 return Unanswered(self.without_secrets(str(wrong)))
             raise UserError(
                 f"judge {self.shown_url}: {self.without_secrets(str(wrong))}"
             ) from None  # the cause may show the whole URL
+
+    def _of_this_text(self, wrong: Failed) -> bool:
+        """Whether the next text may fare better."""
+        if isinstance(wrong, GivenUp):
+            return self.heard or not wrong.unreachable
+        return wrong.status is None or self.heard and wrong.status in REFUSED_TEXT
 
     def _post(self, text: str, read: Callable[[dict], Any], **more: Any) -> Any:
         length = VERDICT_TOKENS if read is verdict_of else self.max_new_tokens

@@ -3,6 +3,7 @@
 Bai et al. 2022 (Constitutional AI): one principle is drawn for each row.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,8 +41,8 @@ def read_constitution(path: str | Path) -> list[Principle]:
     if not isinstance(entries, list):
         raise UserError(f"{path}: principles must be a list, each with {FORM}")
     made = [_principle(entry, f"{path}: principle {i}") for i, entry in enumerate(entries, 1)]
-    names = [principle.name for principle in made]
-    if twice := [name for name in names if names.count(name) > 1]:
+    counts = Counter(principle.name for principle in made)
+    if twice := [name for name, count in counts.items() if count > 1]:
         raise UserError(f"{path}: two principles have the name {twice[0]!r}")
     return made
 
@@ -50,7 +51,7 @@ def _parsed(path: Path):
     import yaml
 
     try:
-        return yaml.safe_load(read_small(path, "utf-8-sig"))
+        return yaml.load(read_small(path, "utf-8-sig"), strict_loader())
     except OSError as wrong:
         raise UserError(f"{path}: cannot read the constitution: {wrong.strerror}") from None
     except UnicodeDecodeError:
@@ -62,7 +63,30 @@ def _parsed(path: Path):
         raise UserError(f"{where}: not YAML: {said}") from None
 
 
+def strict_loader() -> type:
+    """yaml's safe loader, which refuses a key that stands twice, as YAML 1.2 does (section 3.2.1.3)
+
+    PyYAML keeps the last one: where a dash is forgotten, two principles would become one.
+    """
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor):
+            node, seen = super().compose_mapping_node(anchor), set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in seen:
+                        said = f"{key.value!r} stands there twice; is a dash missing before it?"
+                        raise yaml.composer.ComposerError(None, None, said, key.start_mark)
+                    seen.add(key.value)
+            return node
+
+    return Strict
+
+
 def _principle(entry, where: str) -> Principle:
+    from data_utils import value_problem  # with MLX, which --help does without
+
     if not isinstance(entry, dict):
         raise UserError(f"{where}: must have {FORM}")
     known = Principle.__dataclass_fields__
@@ -72,8 +96,12 @@ def _principle(entry, where: str) -> Principle:
         if key not in entry:
             raise UserError(f"{where}: {key} is missing; it must have {FORM}")
     for key, value in entry.items():
+        if value is not None and not isinstance(value, str | list | dict):
+            raise UserError(f"{where}: {key} must be a text; {value} is one in quotes")
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{where}: {key} must be a text that is not empty")
+        if problem := value_problem(value, 0):
+            raise UserError(f"{where}: {key}: {problem}")
     return Principle(**{key: value.strip() for key, value in entry.items()})
 
 

@@ -120,7 +120,7 @@ class GroupConfig:
         if self.num_generations is None:
             self.num_generations = 2 if self.online_dpo else 8
         if self.mini_batch_size is None:
-            self.mini_batch_size = self.batch_size // self.gradient_accumulation_steps or 1
+            self.mini_batch_size = self.batch_size // max(self.gradient_accumulation_steps, 1) or 1
         if self.beta is None:
             self.beta = BETAS.get("online_dpo" if self.online_dpo else self.advantage_estimator, 0)
         self._check_values()

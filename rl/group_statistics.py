@@ -55,7 +55,15 @@ def pass_metrics(passes: Sequence[dict[str, float]]) -> dict[str, float]:
 def config_warnings(config: GroupConfig) -> dict[str, str]:
     """What is unusual about the options."""
     found = {}
-    if config.importance_sampling_level == "sequence" and config.loss_type != "grpo":
+    if config.advantage_estimator == "rloo" or config.online_dpo:  # these have no loss type
+        return found
+    if config.loss_type == "luspo":  # as TRL warns: its paper's loss is GSPO's times the length
+        if config.importance_sampling_level == "token":
+            found["level"] = (
+                "--loss-type luspo with ratios of tokens: its paper has one of each response, "
+                "--importance-sampling-level sequence"
+            )
+    elif config.importance_sampling_level == "sequence" and config.loss_type != "grpo":
         found["level"] = (
             f"--importance-sampling-level sequence with --loss-type {config.loss_type}: GSPO is "
             "--loss-type grpo, where each response weighs the same"

@@ -89,7 +89,7 @@ class PPOConfig:
 
     def __post_init__(self):
         if self.mini_batch_size is None:
-            self.mini_batch_size = self.batch_size // self.gradient_accumulation_steps or 1
+            self.mini_batch_size = self.batch_size // max(self.gradient_accumulation_steps, 1) or 1
         for name in (
             "num_steps",
             "batch_size",

@@ -156,7 +156,8 @@ class Wait:
     def say(self) -> None:
         self.said, seconds = time.monotonic(), time.monotonic() - self.started
         of = f" of {self.total:,}" if self.total and self.done < self.total else ""
-        left = f", {(self.total - self.done) / self.done * seconds:.0f} s left" if of else ""
+        known = of and self.done
+        left = f", {(self.total - self.done) / self.done * seconds:.0f} s left" if known else ""
         count = f"{self.done:,}{of} in " if self.total != 1 else ""
         print(f"{self.name}: {count}{seconds:.1f} s{left}", file=self.stream, flush=True)
 

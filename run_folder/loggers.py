@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
-
 from errors import UserError
 from run_folder.secrets import tell
 from safe_files import write_atomically
@@ -181,6 +179,8 @@ class TensorboardRun:
 
     def log_values(self, step: int, name: str, values: Sequence[float]) -> None:
         """Write numbers of one step as a histogram."""
+        import numpy as np  # here: --help loads none
+
         if self.writer is not None and values:
             self.writer.add_histogram(name, np.asarray(values, dtype=float), step)
 

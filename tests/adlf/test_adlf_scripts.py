@@ -247,7 +247,7 @@ class OnlySettled(list):
 
     def __iter__(self):
         names = ("settle_arguments", "check_fused", "check_files")
-        return (f for f in list.__iter__(self) if f.__name__ not in names)
+        return (f for f in list.__iter__(self) if getattr(f, "__name__", "") not in names)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,9 @@ import pexpect
 import pytest
 from adapters import LORA, PROMPT, randomised, write_adapter
 from files import ROOT
+from parsers import parse
 from tiny import tiny_model_folder
 
-import ppo_training
-import preference_training
-import sft
 from chat.rating import Ratings
 from chat.settings import Settings
 from data_utils import read_records, tokenise_preferences, tokenise_scalar
@@ -529,13 +527,7 @@ def test_the_commands_of_the_walkthrough_parse():
         for line in block.splitlines()
         if line.startswith("python ")
     ]
-    scripts = {
-        "talk_to_model.py": parse_arguments,
-        "sft.py": sft.parse_arguments,
-        "ppo_training.py": ppo_training.parse_arguments,
-        "preference_training.py": preference_training.parse_arguments,
-    }
     for line in lines:
         _, script, *words = shlex.split(line.partition(" < ")[0])
-        scripts[script](words)
+        parse(script.removesuffix(".py"), words)
     assert len(lines) >= 10

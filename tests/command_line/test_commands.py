@@ -255,7 +255,8 @@ def test_ppo_with_ground_truth_and_wandb(work):
     assert steps[1]["objective/kl_coef"] != steps[0]["objective/kl_coef"] == 0.2
     assert {"prompt", "response", "score", "kl"} <= set(rows(work / "gt" / "samples.jsonl")[-3])
     assert list((work / "gt" / "wandb").glob("offline-run-*"))
-    assert len(list((work / "gt" / "wandb").rglob("*.table.json"))) == 1
+    # Samples at both evaluations, before the first step and at the end.
+    assert len(list((work / "gt" / "wandb").rglob("*.table.json"))) == 2
     for file in ("gt.npz", "gt.value_head.safetensors", "gt/plots/ppo.png", "gt/summary.json"):
         assert (work / file).stat().st_size > 0
 

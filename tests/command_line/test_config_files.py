@@ -35,7 +35,7 @@ def test_a_json_file_gives_defaults(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", ["--config_path {}", "--config-path={}", "--config_path nothing.json --config {}"]
+    "words", ["--config_path {}", "--config-path={}", "--config_path {0} --config {0}"]
 )
 def test_a_file_of_options_has_a_second_name(tmp_path, words):
     file = write(tmp_path / "c.json", '{"iters": 600}')

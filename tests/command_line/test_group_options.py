@@ -25,6 +25,9 @@ def refused(capsys, *words: str) -> str:
     [
         ("--batch-size 30", "--batch-size 30 is not a multiple of --num-generations 8"),
         ("--num-generations 1", "at least 2 are needed"),
+        ("--gradient-accumulation-steps 0", "--gradient-accumulation-steps: must be at least 1"),
+        ("--gradient-accumulation-steps -1", "--gradient-accumulation-steps: must be at least 1"),
+        ("--mini-batch-size 0", "--mini-batch-size: must be at least 1"),
         ("--loss-type cispo --epsilon 0.1", "--epsilon 0.1 has no effect with this --loss-type"),
         ("--loss-type sapo --epsilon-high 0.3", "--epsilon-high 0.3 has no effect"),
         ("--loss-type vespo --delta 2", "--delta 2 has no effect"),

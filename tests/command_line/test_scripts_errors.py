@@ -93,6 +93,8 @@ AT_ONCE = [
     ("score.py", "nothing to score|--input"),
     ("fuse.py --save-pth x", "did you mean --save-path?"),
     ("label.py", "nothing to label|--prompts FILE|--report FILE"),
+    ("judge.py", "nothing to judge|--input FILE"),
+    ("rest.py", "no reward|--ground-truth-reward"),
     ("talk_to_model.py --tmp 1", "did you mean --temp?"),
     ("data/make_digits_model.py --sede 1", "did you mean --seed?"),
     # option files
@@ -126,6 +128,8 @@ LATER = [
     ("talk_to_model.py --resume-file nowhere.npz hello", "nowhere.npz: no such file"),
     ("label.py --prompts nowhere.jsonl --web", "nowhere.jsonl: no such file"),
     ("label.py --prompts torn_train.jsonl --web", "torn_train.jsonl:1: the rows are plain texts"),
+    ("judge.py --ground-truth-reward --input torn_train.jsonl --output y", "torn_train.jsonl:2"),
+    ("rest.py --ground-truth-reward --model nowhere", "nowhere: no model folder there"),
     ("score.py --ground-truth-reward --input nowhere.jsonl --output y", "nowhere.jsonl"),
     ("score.py --ground-truth-reward --input torn_train.jsonl --output y", "torn_train.jsonl:2"),
     # data

@@ -142,7 +142,7 @@ def test_what_cannot_be_shared_out_is_refused(flags, tmp_path):
 
 # ------------------------------------------------------------------------------ kills
 
-KILLS = int(os.environ.get("MLX_RLHF_KILLS", "2"))
+KILLS = -(-int(os.environ.get("MLX_RLHF_KILLS", "2")) // 3)  # of each kind
 SFT = (
     "--train --data DATA --output-dir run --save-file out.npz --lora-rank 2 --lora-layers 2 "
     "--iters 12 --batch-size 6 --lora-dropout 0.2 --save-every 2 --steps-per-eval 5 --val-batches 1"

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from files import ROOT
 
-TOO_LONG = 60  # seconds for a run of a test
+TOO_LONG = 180  # seconds for a run of a test, on a machine that does other things too
 # Sums of two halves round otherwise than those of the whole, and Adam's step has the size of the
 # rate whatever the gradient: of rates up to 3e-3 and some updates this is what is left.
 CLOSE = 1e-5

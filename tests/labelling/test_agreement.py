@@ -127,7 +127,10 @@ def test_intervals_of_shares_are_wilson_s():
         "of": 263,
     }
     none = share([False] * 20)
-    assert none["low"] == pytest.approx(0, abs=1e-9)
+    assert none["low"] == 0  # not a rounding error below it, which would be shown as -0%
+    assert all(
+        share([False] * n)["low"] == 0 and share([True] * n)["high"] <= 1 for n in range(1, 40)
+    )
     assert none["high"] == pytest.approx(0.1611, abs=5e-5)
     assert share([]) is None
 
@@ -185,6 +188,21 @@ def test_the_same_name_in_two_files_and_a_pair_twice(tmp_path):
     assert any("1 pairs twice" in one for one in report_lines(found))
 
 
+def test_the_same_name_in_files_of_one_name_is_told_apart_by_their_folders(tmp_path):
+    files = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        files.append(write(tmp_path / name / "labels.jsonl", [pair(0, "a", labeller="anna")]))
+    found = make_report([read_labels(path) for path in files])
+    assert [one["name"] for one in found["labellers"]] == [f"anna ({path})" for path in files]
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -4.0, 1e300, "x", True])
+def test_a_time_that_no_label_took_is_left_out(tmp_path, seconds):
+    path = write(tmp_path / "x.jsonl", [pair(0, "a", seconds=seconds), pair(1, "a", seconds=2.0)])
+    assert read_labels(path)[0].seconds == [2.0]
+
+
 def test_the_report_in_the_terminal_and_as_a_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     people = [pair(i, "a", labeller="anna", seconds=4.0, shown=[0, 1]) for i in range(9)]
@@ -204,6 +222,10 @@ def test_the_report_in_the_terminal_and_as_a_plot(tmp_path, monkeypatch, capsys)
     assert said.endswith("wrote labels.report.png\n")
     with Image.open("labels.report.png") as image:
         assert image.width > 1000 and len(image.getcolors(1 << 24)) > 50
+    rewarded = [row | {"judge": row["judge"] | {"principle": None}} for row in judged]
+    write(tmp_path / "rewarded.jsonl", rewarded)  # a reward reads no order
+    label.main(["--report", "rewarded.jsonl", "--plot", "alone.png"])
+    assert re.search(r"^judge +- +- +-$", capsys.readouterr().out, re.M)
     assert label.main(["--report", "labels.jsonl", "--plot", "alone.png"]) == 0
     assert "one labeller; labels of the same pairs" in capsys.readouterr().out
     write(tmp_path / "other.jsonl", [pair(99, "a")])

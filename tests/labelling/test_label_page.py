@@ -3,6 +3,7 @@
 import fast_blas  # noqa: F401  isort: skip
 
 import json
+import signal
 import socket
 
 import pytest
@@ -121,6 +122,9 @@ def test_labels_and_undo(server, folder):
         ({"note": "x" * 2001}, "more than 2000"),
         ({"note": "x" * 70000}, "more than 65536 bytes"),
         ({"note": 3}, "a text"),
+        ({"note": "a\0b"}, "holds a NUL"),
+        ({"note": "\ud800"}, "no UTF-8 text"),
+        ({"id": "long-\0-enough"}, "8 to 64"),
     ],
 )
 def test_what_is_no_label_is_refused_and_nothing_is_written(server, folder, more, why):
@@ -150,6 +154,16 @@ def test_the_end_of_the_page_is_the_end_of_the_program(tmp_path):
         assert state["done"] == 1
         assert started.ask("undo", {"id": state["last"]})[1]["done"] == 0
     assert rows_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_as_soon_as_the_address_is_there(tmp_path, number):
+    write_samples(tmp_path, [REPLIES] * 2)
+    with Server(tmp_path) as started:
+        started.process.send_signal(number)
+        out, err = started.process.communicate(timeout=60)
+        assert started.process.returncode == 128 + number
+    assert "0 labels (0 choices" in out and "Warning" not in err and "Traceback" not in err
 
 
 def test_replies_come_while_the_page_is_open(tmp_path):

@@ -4,7 +4,10 @@ import fast_blas  # noqa: F401  isort: skip
 
 import json
 import os
+import re
 import shlex
+import signal
+import termios
 
 import mlx.core as mx
 import pexpect
@@ -32,6 +35,7 @@ class Person:
             cwd=folder,
             env=environment,
             encoding="utf-8",
+            codec_errors="replace",
             timeout=60,
             dimensions=(50, 100),
         )
@@ -240,12 +244,54 @@ def test_a_reply_alone_is_good_or_bad(tmp_path):
 
 
 def test_replies_that_are_the_same_are_not_asked_about(tmp_path):
-    write_samples(tmp_path, [REPLIES, [" 22", " 22 "], ["", " 3"], REPLIES])
+    write_samples(tmp_path, [REPLIES, [" 22", " 22 "], ["", " 3"], REPLIES, [" 2\0", " 4"]])
     person = Person(tmp_path)
     person.press("l1")
     code, shown = person.end()
     assert code == 0 and len(rows_of(tmp_path)) == 2
-    assert "not asked: 2 prompts whose replies are all the same or empty" in shown
+    assert re.search("not asked: 3 prompts whose replies are all the same or empty, or hold", shown)
+    assert len(read_records(tmp_path / "labels.jsonl")) == 2  # a NUL would make all unreadable
+
+
+def test_a_note_that_no_reader_takes_is_not_kept(tmp_path):
+    """Of a terminal that writes Latin-1, say."""
+    write_samples(tmp_path, [REPLIES])
+    person = Person(tmp_path)
+    for note in (b"caf\xe9\n", b"fine \xc3\xa9\n"):
+        person.press("n")
+        person.see("note: ")
+        os.write(person.child.child_fd, note)
+        if b"caf" in note:
+            person.see("the note holds a NUL, or what is no UTF-8 text, and is not kept")
+    person.press("l")
+    assert person.end()[0] == 0
+    (record,) = read_records(tmp_path / "labels.jsonl")
+    assert record.fields["note"] == "fine é"
+
+
+def test_the_question_fits_a_line_of_a_narrow_terminal(tmp_path):
+    """The rest of a longer one would stay on the screen."""
+    write_samples(tmp_path, [REPLIES] * 2)
+    person = Person(tmp_path)
+    person.child.setwinsize(40, 80)
+    person.press("l")
+    asked = person.see(r"better: [^?]*\? 1 of 2 done[^\r\x1b]*")
+    person.child.send("q")
+    assert len(asked[asked.index("better") :]) < 80 and person.end()[0] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_the_terminal_as_it_was(tmp_path, number):
+    write_samples(tmp_path, [REPLIES] * 2)
+    person = Person(tmp_path)
+    person.press("l")
+    person.see("1 of 2 done")
+    assert not termios.tcgetattr(person.child.child_fd)[3] & termios.ICANON
+    person.child.kill(number)
+    person.see("next: ")
+    assert termios.tcgetattr(person.child.child_fd)[3] & termios.ICANON
+    code, shown = person.end()
+    assert code == 128 + number and "1 labels (1 choices" in shown
 
 
 def test_a_model_with_a_chat_template_makes_messages(tmp_path):

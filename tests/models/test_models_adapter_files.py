@@ -179,6 +179,9 @@ def test_an_adapter_for_another_model_lists_what_does_not_fit(tmp_path):
         ({"fine_tune_type": "prefix"}, "none of lora, dora, full, prompt"),
         ({"fine_tune_type": "prompt"}, "num_prompt_tokens"),
         ({"lora_parameters": {"rank": "many", "scale": 1}}, "not usable"),
+        ({"lora_parameters": {"rank": 2**31, "scale": 1}}, "not usable"),
+        ({"lora_parameters": {"rank": 2, "scale": 10**400}}, "not usable"),
+        ({"fine_tune_type": "prompt", "num_prompt_tokens": 2**31}, "not usable"),
         ([1, 2], "holds no JSON object"),
     ],
 )

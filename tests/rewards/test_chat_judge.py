@@ -164,6 +164,25 @@ def test_a_judge_that_fails_costs_the_pair_its_label_and_the_same_command_asks_a
     assert lines("judged.unlabelled.jsonl") == []
 
 
+@pytest.mark.parametrize("bad", [400, 413, 422, b" " * (1 << 26) + b"  "])
+def test_a_text_that_the_service_refuses_costs_its_own_pair_alone(bad):
+    """One that is too long for it, say: the rest is judged, by log-probabilities as before."""
+
+    def answer(body, _):
+        if refused in asked(body):
+            return bad
+        one = 0.7 if even_first(asked(body)) else 0.3
+        return says("1", [("1", math.log(one)), ("2", math.log(1 - one))])
+
+    refused = json.loads(Path(PAIRS).read_text().splitlines()[1])["chosen"].strip()
+    with Server(answer) as server:
+        out, err = run(server, "--max-rows", 3)
+    assert "3: 2 labelled, 1 left: no answer of the judge" in out and "1 without an answer" in err
+    assert [row["judge"]["pair"] for row in lines()] == [0, 2]
+    for row in lines():
+        assert sorted(row["judge"]["first_wins"]) == pytest.approx([0.3, 0.7])
+
+
 def test_a_passing_failure_costs_nothing():
     def answer(body, times):
         return [503, says("?"), says("1" if even_first(asked(body)) else "2")][min(times, 3) - 1]

@@ -457,6 +457,13 @@ def test_the_revision_is_asked_for_with_the_critique():
         ("- principle: a\n", "name is missing"),
         ("- name: a\n  principle: b\n  weight: 3\n", "unknown key 'weight'"),
         ("- name: a\n  principle: b\n- name: a\n  principle: c\n", "two principles have the name"),
+        (
+            "- name: 2020-01-01\n  principle: b\n",
+            "name must be a text; 2020-01-01 is one in quotes",
+        ),
+        ("- name: a\n  principle: b\n  name: c\n", "c.yaml:3: not YAML: 'name' stands there twice"),
+        ('- name: "a\\0"\n  principle: b\n', "principle 1: name: a NUL character"),
+        ('- name: a\n  principle: "\\ud800"\n', "principle 1: principle: half of a surrogate"),
         ("- just a text\n", "principle 1: must have name and principle"),
         ("principles: [\n", "not YAML"),
         ("- !!python/object/apply:os.system [ls]\n", "not YAML"),
@@ -467,6 +474,14 @@ def test_a_constitution_that_says_nothing_is_refused(text, said):
     _, err = run("--input", PAIRS, "--judge", DIGITS, "--constitution", "c.yaml", status=2)
     assert said in err and err.startswith("error: c.yaml") and err.count("\n") == 1
     assert not Path("judged.jsonl").exists()
+
+
+def test_a_constitution_may_share_its_parts():
+    """Merge keys: what stands there again on purpose is no key that stands there twice."""
+    text = "- &a\n  name: a\n  principle: p\n- &b\n  <<: *a\n  name: b\n- <<: *b\n  name: c\n"
+    Path("c.yaml").write_text(text)
+    found = read_constitution("c.yaml")
+    assert [(one.name, one.principle) for one in found] == [("a", "p"), ("b", "p"), ("c", "p")]
 
 
 @pytest.mark.parametrize(

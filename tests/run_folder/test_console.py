@@ -79,5 +79,13 @@ def test_a_long_wait_in_a_log_says_how_long_it_will_be():
     assert re.fullmatch(r"sampling: 10 of 40 in 31\.\d s, 93 s left\n", log.getvalue())
 
 
+def test_a_wait_in_which_nothing_is_done_yet_has_no_time_left():
+    said = io.StringIO()
+    wait = Wait("sampling", 40, stream=said, live=False, patience=0)
+    wait.said = wait.started = time.monotonic() - 60
+    wait.advance(0)
+    assert said.getvalue() == "sampling: 0 of 40 in 60.0 s\n"
+
+
 def test_watched_gives_the_items():
     assert list(watched(range(3), "tokenising")) == [0, 1, 2]

@@ -406,9 +406,20 @@ def test_twenty_steps_without_any_score_are_said_to_be_that(nothing):
     assert not [text for text in texts if "had the same reward" in text]
 
 
-def test_a_sequence_ratio_with_another_loss_is_said():
+@pytest.mark.parametrize("loss", ["dapo", "sapo", "bnpo"])
+def test_a_sequence_ratio_with_another_loss_is_said(loss):
     with pytest.warns(UserWarning, match="GSPO is --loss-type grpo"):
-        make_trainer(importance_sampling_level="sequence", loss_type="dapo")
+        make_trainer(importance_sampling_level="sequence", loss_type=loss)
+
+
+def test_luspo_is_asked_for_one_ratio_a_response_and_not_warned_of_it():
+    with pytest.warns(UserWarning, match="--importance-sampling-level sequence"):
+        make_trainer(loss_type="luspo")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_trainer(importance_sampling_level="sequence", loss_type="luspo")
+        make_trainer(importance_sampling_level="sequence", loss_type="grpo")
+        make_trainer(loss_type="dapo")
 
 
 def test_a_loss_that_is_not_finite_skips_its_update():

@@ -16,6 +16,7 @@ from tiny_tokenizers import tiny_tokenizer
 import rest
 import sft
 from command_line.exits import run_main
+from command_line.rest_flags import parse_arguments
 from models.adapter_files import read_adapter
 from models.load import load_model
 from rewards.digits import digits_score
@@ -258,6 +259,8 @@ def test_rows_without_a_score_are_left_out_and_counted(trained):
     [
         ("--thresholds .5 --quantiles .5", "both say which rows are kept"),
         ("--thresholds .9 .5", "--thresholds 0.9 0.5: must rise"),
+        ("--quantiles .5 .5", "--quantiles 0.5 0.5: must rise"),
+        ("--thresholds -inf", "'-inf' is not a finite number"),
         ("--quantiles .5 1.5", "--quantiles: give shares from 0"),
         ("--grow-steps 0", "--grow-steps: 0 is below 1"),
         ("--samples-per-prompt 0", "--samples-per-prompt: 0 is below 1"),
@@ -288,6 +291,8 @@ def test_a_threshold_is_the_number_or_the_quantile():
         return Improve(1, 1, 1, 0, 1, **options)
 
     assert how(thresholds=[0.5, 0.7]).threshold(1, [0, 1]) == 0.7
+    below_all = parse_arguments("--ground_truth_reward --thresholds -1e9 -.5".split())
+    assert below_all.thresholds == [-1e9, -0.5]  # argparse alone takes -1e9 for a flag
     assert how(quantiles=[0.5]).threshold(0, [0, 1, 1, 3]) == 1
     assert how(template="{score}").threshold(0, [0, 1]) is None
     assert how(quantiles=[0.5, 0.9]).updates == 2
