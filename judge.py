@@ -157,6 +157,7 @@ def label(args, records, labels, left) -> None:
         earlier,
         may_answer_later,
         neighbours,
+        unused_fields,
     )
     from rewards.scored_rows import make_pairs
 
@@ -164,6 +165,8 @@ def label(args, records, labels, left) -> None:
     pair_up = comparisons if answers is None else neighbours
     if by_model(args):
         of = pair_up(answers or answers_of(records))
+        if answers is None and (unused := unused_fields(records)):
+            print(f"fields that nothing used: {', '.join(unused)}")
         verdicts, about = model_verdicts(args, of)
     else:
         tokenizer, reward_model = load_scorer(args, tokenizer)

@@ -69,6 +69,7 @@ OURS = {
     for ours, names in FLAGS_FOR.items()
     for theirs in (*names.split(), *ours.replace("-", "_").split())
 }
+THEIRS = frozenset(name for names in FLAGS_FOR.values() for name in names.split())
 NO_COUNTERPART = frozenset(
     "accelerate accelerate_mode bias dataloader_num_workers ddp deepspeed device "
     "device_map failure_config flash_attention fsdp gpt_base_model group inference_mode local_rank "
@@ -116,7 +117,7 @@ def read_conf(
         mapped.append(Setting(name, value, setting.where))
         if "--" + name.replace("_", "-") in flags:  # else the parser refuses it
             notes.append(f"{setting.key} -> --{name} {value}{why}")
-    notes += cap_minibatch(mapped)
+    notes += cap_minibatch(mapped) + adapt_to_target(mapped, flags, typed)
     if "--train" in flags and not any(name in typed for name in ("train", "test", "preview")):
         if not any(setting.key == "train" for setting in mapped):
             mapped.append(Setting("train", True, str(path)))
@@ -125,6 +126,20 @@ def read_conf(
     if notes and (mine is None or (mine.rank == 0 and not mine.started_here)):  # else it was said
         print(f"note: {path}: " + "; ".join(notes))
     return refuse_doubles(mapped)
+
+
+def adapt_to_target(
+    mapped: list[Setting], flags: Mapping[str, Action], typed: Container[str]
+) -> list[str]:
+    """Let the coefficient of a file that names a target follow it, as it does there; the note."""
+    there = {setting.key for setting in mapped}
+    if "target" not in there or "--adap-kl-ctrl" not in flags:
+        return []
+    if "adap-kl-ctrl" in there or "adap_kl_ctrl" in typed or "use_dynamic_kl" in typed:
+        return []
+    where = next(setting.where for setting in mapped if setting.key == "target")
+    mapped.append(Setting("adap-kl-ctrl", True, where))
+    return ["--adap-kl-ctrl, which a target asks for"]
 
 
 def workers_of(settings: Iterable[Setting], flags: Mapping[str, Action]) -> int:
@@ -202,7 +217,8 @@ def choose_flag(setting: Setting, keys: set[str], flags: Mapping[str, Action]) -
             wanted = () if is_experience else wanted
         elif not is_experience:
             wanted, own = ("mini-batch-size",), ""
-    for name in (own, *wanted):
+    # A name of theirs may be that of a flag here that means something else (kl_target).
+    for name in (*wanted, own) if setting.key in THEIRS else (own, *wanted):
         action = flags.get("--" + name)
         # sft.py's --reward-model is a switch where ppo_training.py's is a path.
         if action and (action.type is not bool or isinstance(setting.value, bool | int)):

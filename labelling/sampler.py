@@ -218,6 +218,8 @@ def prompts_of(plan: Plan, speaker: Any) -> dict[int, Any]:
         options["max_length"] = min(options["max_length"], room)
     found = tokenise_prompts(plan.records, speaker.tokenizer, **options)
     check_rows(found.rows, limits, prefix=prefix, response=plan.max_new_tokens)
+    if found.unused:  # the same words of a second model are said once
+        warnings.warn(f"fields that nothing used: {', '.join(found.unused)}", stacklevel=1)
     kept, places = iter(found.rows), {}
     row = next(kept, None)
     for i, record in enumerate(plan.records):  # in order: a file that is given twice has each twice

@@ -61,6 +61,17 @@ def answers_of(records: Records) -> list[Answer]:
     return [Answer(*single) for record in records for single in singles(record)]
 
 
+def unused_fields(records: Iterable[Record]) -> list[str]:
+    """Names of fields that are part of no prompt and of no answer, in the order of the rows."""
+    names: dict[str, None] = {}
+    for record in records:
+        known = {*record.prompt_fields, *record.answer_fields}
+        names |= {
+            str(n): None for n, v in record.fields.items() if n not in known and v is not None
+        }
+    return list(names)
+
+
 def comparisons(answers: Sequence[Any]) -> list[Comparison]:
     """All pairs of answers of a row, or of rows with the same prompt. UserError for a lone one."""
     groups: dict[Any, list[Any]] = {}

@@ -8,6 +8,7 @@ from small_parser import parse, refused, write
 
 import ppo_training
 import sft
+from command_line.ppo_flags import parse_arguments as ppo_arguments
 
 YAML = """\
 iters: 600
@@ -140,6 +141,18 @@ def test_a_wrong_conf_file_is_named_with_its_line(tmp_path, capsys, text, parts)
     err = refused(capsys, "--config", write(tmp_path / "w.conf", text))
     for part in parts:
         assert part in err, err
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name"),
+    [("kl_target", 3.0, "target"), ("target_kl_value", 2.5, "target"), ("target", 4.0, "target")],
+)
+@pytest.mark.parametrize("form", ["[Training]\n{} = {}", '{{"Training": {{"{}": {}}}}}'])
+def test_the_target_of_the_kl_stays_what_it_was(key, value, name, form, tmp_path, capsys):
+    path = write(tmp_path / "w.conf", form.format(key, value))
+    args = ppo_arguments(["--ground_truth_reward", "--config", path])
+    assert args.target == value and "kl_target" not in args.changed and args.adap_kl_ctrl
+    assert f"--target {value:g}" in capsys.readouterr().out or key == name
 
 
 def test_a_batch_is_a_batch_where_there_is_no_experience(tmp_path, capsys):

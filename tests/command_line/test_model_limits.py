@@ -10,8 +10,10 @@ from tiny import tiny_model_folder
 from tiny_tokenizers import tiny_tokenizer
 
 import group_training
+import judge
 import ppo_training
 import preference_training
+import rest
 import score
 import sft
 import talk_to_model
@@ -83,6 +85,11 @@ ROLLOUT = (
     "--save-every 0 --output-dir runs/x"
 )
 PPO = f"{ROLLOUT} --mini_batch_size 2"
+JUDGE = "--reward-function reward.py:length --max-new-tokens 4 --output judged.jsonl"
+REST = (
+    "--reward-function reward.py:length --samples-per-prompt 2 --grow-steps 1 --iters 1 "
+    "--max-new-tokens 4 --output-dir runs/x"
+)
 
 
 @pytest.mark.parametrize("model", ["rows", "tied", "heads"])
@@ -99,8 +106,10 @@ PPO = f"{ROLLOUT} --mini_batch_size 2"
             f"{ROLLOUT} --num_generations 2 --train-file chat.jsonl --max-new-tokens 4",
         ),
         (talk_to_model, "hello"),
+        (rest, f"{REST} --train-file chat.jsonl"),
+        (judge, f"{JUDGE} --prompts chat.jsonl"),
     ],
-    ids=["sft", "reward_model", "preference", "kto", "ppo", "group", "chat"],
+    ids=["sft", "reward_model", "preference", "kto", "ppo", "group", "chat", "rest", "judge"],
 )
 def test_a_token_without_a_row_is_refused_before_training(script, words, model, places):
     said = run(script, places, f"{words} --model {model}", status=2)

@@ -8,12 +8,17 @@ import shutil
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from label_setup import REPLIES, SCRIPT, Server, line, rows_of, write_samples
 
 import label
+from chat.speaker import Loader
+from command_line.data_flags import tokenising
+from data_utils import mix_records, read_records
 from errors import UserError
+from labelling.sampler import prompts_of
 
 PROMPTS = "--prompts prompts.jsonl"
 
@@ -238,3 +243,22 @@ def test_bad_rows_that_are_skipped_are_counted(tmp_path):
             pass
         assert state["total"] == 2
     assert json.loads((tmp_path / "labels.samples.jsonl").read_text().splitlines()[0])
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"prompt": "8 20", "foo": 3}, "foo"),
+        ({"prompt": "8 20", "context": "1", "topic": "a", "level": 2}, "topic, level"),
+        ({"question": "8 20", "system": "2", "source": "x"}, "source"),
+    ],
+)
+def test_fields_that_no_prompt_holds_are_named(tmp_path, row, named):
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+    args = label.parse_arguments(["--prompts", str(tmp_path / "prompts.jsonl")])
+    records = mix_records([read_records(path) for path in args.prompts])
+    loader = Loader(token_format="standard", prompt_template=None)
+    speaker = loader.speaker(None, None)
+    plan = SimpleNamespace(tokenising=tokenising(args), max_new_tokens=4, records=list(records))
+    with pytest.warns(UserWarning, match=f"fields that nothing used: {named}$"):
+        assert list(prompts_of(plan, speaker)) == [0]

@@ -327,6 +327,21 @@ def test_the_judge_reads_tools_documents_and_calls(monkeypatch, row, parts):
         at = text.index(part, at) + len(part)
 
 
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"foo": 3}, "foo"),
+        ({"tools": TOOLS, "context": "CTX", "topic": "t", "rating": 1}, "topic, rating"),
+        ({"context": "CTX", "system": "SYS", "history": [["a", "b"]]}, None),
+    ],
+)
+def test_fields_that_a_judge_does_not_read_are_named(more, named):
+    row = {"prompt": "rain?", "chosen": "yes", "rejected": "no"} | more
+    out, _ = run("--input", write("rows.jsonl", [row]), "--judge", DIGITS)
+    assert ("fields that nothing used" in out) == (named is not None)
+    assert named is None or f"fields that nothing used: {named}\n" in out
+
+
 def test_answers_to_other_tools_are_no_pair():
     rows = [{"prompt": ASKED, "tools": TOOLS, "completion": "a"}]
     rows.append({"prompt": ASKED, "completion": "b"})
