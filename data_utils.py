@@ -52,7 +52,10 @@ from data_loading.curriculum import (
     hard_by_length,  # difficulties of rows
     hard_by_score,
 )
-from data_loading.fields import extras_of  # tools, documents of a row, for a chat template
+from data_loading.fields import (
+    REWARDS,  # fields of a row's score
+    extras_of,  # tools, documents of a row, for a chat template
+)
 from data_loading.files import DATA_SUFFIXES  # names of files that hold rows
 from data_loading.formats import ALIASES, FORMATS, KNOWN_FORMATS  # names for --format
 from data_loading.labels import (
@@ -122,6 +125,7 @@ __all__ = [
     "Converted",
     "Curriculum",
     "REVISION",
+    "REWARDS",
     "PreferenceBatch",
     "PreferenceRow",
     "PromptRow",

@@ -18,7 +18,7 @@ import os
 from math import exp
 from pathlib import Path
 
-from command_line.data_flags import settle_date, tokenising
+from command_line.data_flags import first_text, settle_date, tokenising
 from command_line.exits import run_main
 from command_line.judge_flags import by_model, parse_arguments
 from command_line.reward_flags import refuse_sending
@@ -108,7 +108,11 @@ def model_verdicts(args, of):
 
     def verdicts(part):
         cases = [
-            Case(question_text(c.prompt), *map(answer_text, c.answers), principles[c.number])
+            Case(
+                question_text(c.prompt, c.first.record.extras),
+                *map(answer_text, c.answers),
+                principles[c.number],
+            )
             for c in part
         ]
         return judge_cases(judge, cases, args.debate)
@@ -213,10 +217,18 @@ def finish(args, of, done, labels, left) -> None:
     say_written(labels, left)
     if labels.rows:
         soft = "--soft-labels" if args.soft_labels else "--no-margins"
-        named = {"model": args.model, "train_file": labels.path}
+        named = to_train(args, labels, [c.first.record for c in of])
         train = command("sft.py", "--reward-model", "--train", soft, **named)
         dpo = ["--soft-labels"] * args.soft_labels
         print(next_lines([train, command("preference_training.py", "--train", *dpo, **named)]))
+
+
+def to_train(args, labels, records) -> dict:
+    """What a command names that trains on the labels: the model and how its prompts are written."""
+    asked = ("prompt_template", "token_format")
+    own = {name: getattr(args, name) for name in asked if name in args.changed}
+    unknown = None if first_text(records) is None else "MODEL"  # the embedded one knows numbers
+    return {"model": args.model or unknown, "train_file": labels.path} | own
 
 
 def say_unanswered(count: int, left) -> None:
@@ -257,7 +269,7 @@ def revise(args, records, labels, left) -> None:
     say_unanswered(sum(map(may_answer_later, left.rows)), left)
     say_written(labels, left)
     if labels.rows:
-        named = {"model": args.model, "train_file": labels.path}
+        named = to_train(args, labels, records)
         print(next_lines([command("sft.py", "--train", "--mask-prompt", **named)]))
 
 

@@ -108,7 +108,7 @@ def train(args, loaded, tuning, rewards, prompts) -> None:
     from training.rest_loop import RestLoop
     from training.supervised_loop import Schedule
 
-    how = make_improve(args, loaded, prompts)
+    how = make_improve(args, loaded, prompts, len(tuning.prefix))
     make_optimizer = partial(build_optimizer, **optimizer_options(args), steps=args.iters)
     trainer = SupervisedTrainer(
         LanguageModelTask(loaded.model, tuning, pad_to_multiple=shape_multiple()),
@@ -156,7 +156,7 @@ def train(args, loaded, tuning, rewards, prompts) -> None:
     )
 
 
-def make_improve(args, loaded, prompts):
+def make_improve(args, loaded, prompts, prefix):
     """How rows are chosen and trained on, with those of --mix-data."""
     from training.rest_loop import Improve
 
@@ -175,7 +175,7 @@ def make_improve(args, loaded, prompts):
         template=template,
         target=args.target_score,
         from_base=args.start_from == "base",
-        mixed=mixed_rows(args, prompts["train"][0], loaded.tokenizer, conditioning),
+        mixed=mixed_rows(args, prompts["train"][0], loaded, prefix, conditioning),
         eval_prompts=min(there, wanted),
         eval_samples=args.eval_samples,
     )

@@ -70,19 +70,24 @@ def print_summary(pairs) -> None:
 
 def pick(args, pairs) -> list:
     """The best response to each prompt, with a line on it."""
-    from rewards.best_of import best_of, kl_of_best, weighted_best_of
+    from rewards.best_of import best_of, by_prompt, kl_of_best, trainable, weighted_best_of
+    from run_folder.secrets import tell
 
+    candidates = trainable(pairs)
     if args.weigh_answers is None:
-        best = best_of(pairs)
+        best = best_of(candidates)
         how = f", KL from the model at most {kl_of_best(pairs):.3g} nats"
     else:
-        best = weighted_best_of(pairs, args.weigh_answers, args.answer_from, args.answer_tag)
+        best = weighted_best_of(candidates, args.weigh_answers, args.answer_from, args.answer_tag)
         how = f", answers weighed by {args.weigh_answers}"
+    count = len(by_prompt(pairs))
     before, after = (sum(p.score for p in some) / len(some) for some in (pairs, best))
     print(
-        f"best of {len(pairs) / len(best):.3g} responses to each of {len(best)} prompts: "
+        f"best of {len(pairs) / count:.3g} responses to each of {count} prompts: "
         f"mean score {before:.4g} -> {after:.4g}{how}"
     )
+    if len(best) < count:
+        tell(f"note: {count - len(best)} prompts left out: no response to them has any text")
     return best
 
 

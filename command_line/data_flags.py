@@ -93,19 +93,23 @@ def add_data_arguments(parser: Parser, *, max_length: int = 2048, test_rows: boo
 
 def warn_of_digits_model(args: argparse.Namespace, records: Iterable[Record]) -> None:
     """Say so where no --model was given and the rows are not numbers: digits are all it knows."""
-    if args.model is not None:
-        return
+    if args.model is None and (record := first_text(records)) is not None:
+        tell(
+            "warning: no --model: it is the embedded digits model that reads these rows, and "
+            f"all it knows is numbers ({record.where} is none); give --model"
+        )
+
+
+def first_text(records: Iterable[Record]) -> Record | None:
+    """The first of some rows that is more than numbers."""
     for record in itertools.islice(records, 100):
         said = [record.text, record.prompt, record.completion, record.messages, *record.responses]
         turns = [turn for one in said if isinstance(one, list) for turn in one]
         texts = [one for one in said if isinstance(one, str)]
         texts += [str(turn.get("content")) for turn in turns]
         if any(LETTERS.search(text) for text in texts):
-            tell(
-                "warning: no --model: it is the embedded digits model that reads these rows, and "
-                f"all it knows is numbers ({record.where} is none); give --model"
-            )
-            return
+            return record
+    return None
 
 
 def warn_of_model(args: argparse.Namespace, records: Iterable[Record], tokenizer: Any) -> None:

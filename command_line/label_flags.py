@@ -85,6 +85,10 @@ def check_arguments(args) -> None:
         args.labeller = login_name()
     if not args.labeller.strip() or not args.labeller.isprintable():
         raise UserError("--labeller: give a name that can be printed")
+    reports = args.report or []
+    places = [Path(path).resolve() for path in reports]
+    if twice := [path for i, path in enumerate(reports) if places.index(places[i]) < i]:
+        raise UserError(f"--report {twice[0]}: is given twice, and would agree with itself")
     if args.report and args.plot is None:
         args.plot = default_plot(args.report[0])
 

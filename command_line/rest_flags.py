@@ -15,6 +15,7 @@ from command_line.data_flags import (
     tokenising,
     warn_of_digits_model,
 )
+from command_line.model_limits import check_rows
 from command_line.model_size import SMALL, millions
 from command_line.parser import Parser
 from command_line.reward_flags import add_reward_arguments
@@ -29,6 +30,7 @@ from command_line.shared_flags import (
     at_least,
 )
 from data_utils import (
+    REWARDS,
     Conditioning,
     Record,
     conditioned,
@@ -169,7 +171,7 @@ def load_prompts(args, tokenizer) -> dict[str, Any]:
     return found
 
 
-def mixed_rows(args, records, tokenizer, conditioning: Conditioning | None) -> list:
+def mixed_rows(args, records, loaded, prefix: int, conditioning: Conditioning | None) -> list:
     """Rows of --mix-data as tokens whose answers are trained, with their rewards; [] without."""
     if args.mix_data is None:
         return []
@@ -185,8 +187,11 @@ def mixed_rows(args, records, tokenizer, conditioning: Conditioning | None) -> l
             )
         record = parted(record, args.prompt_words)
         rows.append(record if conditioning is None else conditioned(record, conditioning))
-    done = tokenise_sft(rows, tokenizer, mask_prompt=True, **tokenising(args))
+    done = tokenise_sft(rows, loaded.tokenizer, mask_prompt=True, **tokenising(args))
+    for name in REWARDS:  # which say what is kept
+        done.unused.pop(name, None)
     print(data_report("mixed", records, done))
+    check_rows(done.rows, loaded.limits, prefix=prefix)
     return done.rows
 
 

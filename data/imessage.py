@@ -202,27 +202,47 @@ def write_all(args: argparse.Namespace, history: History, rows: Rows) -> None:
 
 def write_negatives(args: argparse.Namespace, rows: Rows) -> None:
     """My answer against a model's to the same context; equal ones are left out and counted."""
-    same = 0
+    from run_folder.console import Wait
+
+    left: Counter[str] = Counter()
     reply = make_replier(args)
-    for split, made in (("train", rows.train), ("valid", rows.valid)):
-        pairs = []
-        for prompt in prompts_of(made):
-            chosen, rejected = prompt["mine"], reply(prompt["prompt"]).strip()
-            if rejected in ("", chosen.strip()):
-                same += 1
-                continue
-            sides = {
-                side: [{"role": "assistant", "content": text}]
-                for side, text in (("chosen", chosen), ("rejected", rejected))
-            }
-            pairs.append({"prompt": prompt["prompt"], **sides})
-        write_rows(args.output_dir / f"preference_{split}.jsonl", pairs)
-    if same:
-        print(f"left out: {same} pairs whose reply is empty or the same as yours")
+    asked = {"train": [*prompts_of(rows.train)], "valid": [*prompts_of(rows.valid)]}
+    with Wait("replies", sum(map(len, asked.values()))) as wait:
+        for split, prompts in asked.items():
+            pairs = []
+            for prompt in prompts:
+                chosen, rejected = prompt["mine"].strip(), reply(prompt["prompt"])
+                wait.advance()
+                if rejected is None:
+                    left["whose prompt and reply are longer than the model's positions"] += 1
+                elif rejected.strip() in ("", chosen):
+                    left["whose reply is empty or the same as yours"] += 1
+                else:
+                    pairs.append(pair(prompt, rejected.strip()))
+            if split == "train" and not pairs:
+                refuse_no_pairs(args, left)
+            write_rows(args.output_dir / f"preference_{split}.jsonl", pairs)
+    for why, count in left.items():
+        print(f"left out: {count} pairs {why}")
 
 
-def make_replier(args: argparse.Namespace) -> Callable[[list[dict]], str]:
-    """A function from a conversation to the reply that --negatives writes to it."""
+def pair(prompt: dict, rejected: str) -> dict:
+    sides = {"chosen": prompt["mine"], "rejected": rejected}
+    answers = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
+    return {"prompt": prompt["prompt"], **answers}
+
+
+def refuse_no_pairs(args: argparse.Namespace, left: Counter[str]) -> None:
+    why = ", ".join(f"{count} {reason}" for reason, count in left.items()) or "nothing was asked"
+    raise UserError(
+        f"--negatives {args.negatives}: no pair is left: {why}; another model, fewer --max-tokens, "
+        "or a shorter --max-length"
+    )
+
+
+def make_replier(args: argparse.Namespace) -> Callable[[list[dict]], str | None]:
+    """A function from a conversation to the reply that --negatives writes to it; None where the
+    model has too few positions for both."""
     import fast_blas  # noqa: F401, I001  before MLX
 
     import mlx.core as mx
@@ -235,8 +255,10 @@ def make_replier(args: argparse.Namespace) -> Callable[[list[dict]], str]:
     prompting, numbers = Prompting(loaded.tokenizer), itertools.count()
     prompting.stop_at_turn_end()
 
-    def reply(messages: list[dict]) -> str:
+    def reply(messages: list[dict]) -> str | None:
         tokens, _ = prompting.tokens(messages)
+        if not loaded.limits.fits(len(tokens), args.max_tokens):
+            return None
         key = mx.random.split(mx.random.key(args.seed), next(numbers) + 2)[-1]
         made = generate(
             loaded.model, [tokens], max_tokens=args.max_tokens, eos_ids=loaded.eos_ids, key=key

@@ -25,7 +25,7 @@ from command_line.exits import run_main  # noqa: E402
 from command_line.parser import Parser  # noqa: E402
 from errors import UserError  # noqa: E402
 from histories.privacy import Grams, exposure, longest_overlap, others  # noqa: E402
-from run_folder.console import Progress  # noqa: E402
+from run_folder.console import Progress, Wait  # noqa: E402
 
 LONG_OVERLAP = 8  # words; shorter runs are phrases that anybody writes
 
@@ -86,6 +86,9 @@ class Model:
     def prompt(self, messages: list[dict]) -> list[int]:
         return self.prompting.tokens(messages)[0]
 
+    def fits(self, messages: list[dict], response: int) -> bool:
+        return self.loaded.limits.fits(len(self.prefix) + len(self.prompt(messages)), response)
+
     def logprobs(self, messages: list[dict], texts: list[str]) -> list[float]:
         """log p of each text as the answer to `messages`, its end not counted."""
         from models.actor_critic import reference_logprobs
@@ -125,15 +128,19 @@ def report_canaries(args: argparse.Namespace, model: Model) -> None:
         f"exposure of planted codes in bits, of at most {args.others + 1} codes "
         "(unseen: 1.4 on average):"
     )
-    for canary in canaries:
-        messages = [{"role": "user", "content": canary["question"]}]
-        rest = others(canary, args.others, args.seed)
-        found = []
-        for start in range(0, len(rest) + 1, args.batch_size):
-            texts = [canary["answer"], *rest][start : start + args.batch_size]
-            found += model.logprobs(messages, texts)
-        chance = f"probability {math.exp(found[0]):.1e}"
-        print(f"  {exposure(found[0], found[1:]):5.1f}  {chance}  {canary['question']}")
+    lines = []
+    with Wait("codes", len(canaries) * (args.others + 1)) as wait:
+        for canary in canaries:
+            messages = [{"role": "user", "content": canary["question"]}]
+            codes = [canary["answer"], *others(canary, args.others, args.seed)]
+            found: list[float] = []
+            for start in range(0, len(codes), args.batch_size):
+                texts = codes[start : start + args.batch_size]
+                found += model.logprobs(messages, texts)
+                wait.advance(len(texts))
+            chance = f"probability {math.exp(found[0]):.1e}"
+            lines.append(f"  {exposure(found[0], found[1:]):5.1f}  {chance}  {canary['question']}")
+    print("\n".join(lines))
 
 
 def report_overlap(args: argparse.Namespace, model: Model, rows: list[dict]) -> None:
@@ -141,7 +148,12 @@ def report_overlap(args: argparse.Namespace, model: Model, rows: list[dict]) -> 
     asked = read_rows(args.data / "prompts_train.jsonl")
     if not asked:
         raise UserError(f"{args.data / 'prompts_train.jsonl'}: holds no prompts")
-    prompts = [row["prompt"] for row in itertools.islice(itertools.cycle(asked), args.samples)]
+    fitting = [row["prompt"] for row in asked if model.fits(row["prompt"], args.max_tokens)]
+    if left := len(asked) - len(fitting):
+        print(f"left out: {left} prompts that are longer than the model's positions allow")
+    if not fitting:
+        raise UserError("no prompt fits the model's positions; give fewer --max-tokens")
+    prompts = list(itertools.islice(itertools.cycle(fitting), args.samples))
     longest: list[str] = []
     with Progress(args.samples, name="sampling") as progress:
         for start in range(0, args.samples, args.batch_size):

@@ -14,7 +14,7 @@ from typing import Any
 from data_loading.answer_spans import Rendered
 from data_loading.encoding import Encoder, Refused
 from data_loading.fields import REWARDS, given
-from data_loading.messages import BadRow
+from data_loading.messages import BadRow, is_trained
 from data_loading.records import Record, Text
 from data_loading.rows import PreferenceRow, PromptRow, Row, ScalarRow, TextRow, Tokenised
 from data_loading.templates import Template
@@ -24,6 +24,7 @@ NO_PROMPT = (
     "the row has no prompt: one of the fields prompt, question, instruction, query, input, "
     "messages is needed"
 )
+UNTRAINED = "no turn of an answer is to be trained"
 
 
 def tokenise_sft(
@@ -93,12 +94,13 @@ def tokenise_scalar(
     token_format: str = "standard",
     add_eos: bool | None = None,
     skip_bad_rows: bool = False,
+    marks: bool = False,
 ) -> Tokenised[ScalarRow]:
     """Rows with `reward` or `meta_eval_score` as tokens and a number.
 
     Unpaired rows count as 1 (label true) and 0. A row without a reward is a UserError. With
     `add_eos` EOS ends every text; by default, as in TRL's RewardTrainer, those that no chat
-    template wrote.
+    template wrote. With `marks` a row whose answer is marked not to train is refused.
     """
     encoder = Encoder(Template(tokenizer, prompt_template, token_format), max_length, too_long)
 
@@ -110,6 +112,8 @@ def tokenise_scalar(
             reward = float(record.label)
         if reward is None:
             raise BadRow("no reward: the field reward or meta_eval_score is needed")
+        if marks:
+            refuse_untrained(record)
         tokens, rendered = answered_tokens(encoder, record, add_eos)
         tokens, was_cut = encoder.fit(tokens)
         encoder.template.note(record, rendered)
@@ -163,8 +167,8 @@ def tokenise_preferences(
 ) -> Tokenised[PreferenceRow]:
     """Preference rows as the tokens of every response, each after the same prompt.
 
-    Rows whose responses are the same (after a cut, too) are refused: they prefer nothing. `add_eos`
-    as in `tokenise_scalar`.
+    Rows whose responses are the same (after a cut, too) are refused: they prefer nothing; and rows
+    with an answer that is marked not to train. `add_eos` as in `tokenise_scalar`.
     """
     encoder = Encoder(Template(tokenizer, prompt_template, token_format), max_length, too_long)
 
@@ -173,6 +177,7 @@ def tokenise_preferences(
             raise BadRow(f"a row of kind {record.kind} where chosen and rejected are needed")
         if not record.prompt and prompt_template is None:
             raise BadRow(NO_PROMPT)
+        refuse_untrained(record)
         responses, masks, was_cut = [], [], False
         ends = _ends_in_eos(encoder.template, record, add_eos)
         for answer in record.responses:
@@ -186,6 +191,18 @@ def tokenise_preferences(
         return preference_row(record, responses, masks, was_cut), was_cut
 
     return each(records, convert, skip_bad_rows, encoder.template)
+
+
+def refuse_untrained(record: Record) -> None:
+    """Refused where all turns of an answer are marked not to train."""
+    answers = [record.completion, *record.responses]
+    if record.kind == "conversation":
+        answers.append(record.messages[-1:])
+    for answer in answers:
+        turns = answer if isinstance(answer, list) else []
+        own = [turn for turn in turns if turn["role"] == "assistant"]
+        if own and not any(map(is_trained, own)):
+            raise Refused(UNTRAINED)
 
 
 def preference_row(

@@ -16,7 +16,7 @@ from data_loading.messages import BadRow, is_trained
 from data_loading.records import Record, Text
 from data_loading.rows import PreferenceRow, Tokenised, UnpairedRow
 from data_loading.templates import Template
-from data_loading.tokenise import each, preference_row
+from data_loading.tokenise import UNTRAINED, each, preference_row
 
 
 def tokenise_pairs(
@@ -184,7 +184,7 @@ def answer_tokens(
     tokens, was_cut = encoder.fit(tokens)
     mask = [0, *mask[1 : len(tokens)]]
     if not any(mask) and not was_cut:
-        raise Refused("no turn of an answer is to be trained")
+        raise Refused(UNTRAINED)
     if not any(mask):
         raise Refused(f"the prompt fills the {encoder.max_length} tokens of --max-length")
     return (tokens, mask), was_cut

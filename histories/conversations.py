@@ -211,7 +211,9 @@ def prompts_of(rows: Iterable[dict]) -> Iterator[dict]:
 
 def ratings_of(history: History, rows: Iterable[dict]) -> Iterator[dict]:
     """Turns of mine that others reacted to; a turn is good where every reaction to it is."""
-    good = {rating.key: rating.good for rating in history.ratings}
+    good: dict[str, bool] = {}
+    for rating in history.ratings:
+        good[rating.key] = rating.good and good.get(rating.key, True)
     for row in rows:
         for before, text, keys in trained_turns(row):
             if rated := [good[key] for key in keys if key in good]:

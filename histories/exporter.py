@@ -5,7 +5,7 @@
     Hello world
 
 Replies are printed twice: indented below what they answer, and in their own place with a line that
-says so. The indented ones are passed over.
+says so. The indented ones are passed over, from the time that each begins with.
 """
 
 import re
@@ -19,8 +19,13 @@ from histories.conversations import ME, History, Message, clean
 START = re.compile(r"([A-Z][a-z]{2} \d{2}, \d{4} +\d{1,2}:\d{2}:\d{2} [AP]M)( \(.*\))?$")
 REPLY = "This message responded to an earlier message."
 DELETED = "This message was deleted from the conversation!"
-UNSENT = re.compile(r"^.+ unsent (a|this) message( part)?.*$", re.IGNORECASE)
-EDITED = re.compile(r"^Edited .+ later: ")
+# Whole lines of the exporter's: a person may write of these things too.
+UNSENT = re.compile(r"^.+ unsent (a message|this message( part)?)( .+ after sending)?[.!]?$")
+EDITED = re.compile(r"^Edited (\d+ (second|minute|hour|day|month|year)s?(, )?)+ later: ")
+EFFECT = re.compile(
+    "^Sent with (Slam|Loud|Gentle|Invisible Ink|Balloons|Celebration|Confetti|Echo|Fireworks|Heart|"
+    "Lasers|Shooting Star|Sparkles|Spotlight)$"
+)
 TAPBACKS = ("Tapbacks:", "Stickers:")
 ATTACHMENT = re.compile(
     r"^(/|~/|\.{0,2}/|attachments/|[A-Za-z]:\\).*\.\w{2,5}$|^Attachment missing!"
@@ -80,22 +85,17 @@ def blocks(text: str) -> Iterator[tuple[datetime, str, list[str]]]:
 def message_body(lines: list[str]) -> tuple[str, str]:
     """(text, "") or ("", why it is left out)."""
     kept: list[str] = []
-    edited = None
+    unsent = False
     for line in lines:
-        if line in TAPBACKS or line.startswith("    "):
-            if line in TAPBACKS:
-                break
-            continue
+        if line in TAPBACKS or (line.startswith("    ") and START.match(line.strip())):
+            break
         if line == DELETED:
             return "", "deleted"
         if UNSENT.match(line):
-            return "", "unsent"
-        if line == REPLY or line.startswith("Sent with "):
-            continue
-        if match := EDITED.match(line):
-            edited = line[match.end() :]
-            continue
-        if not ATTACHMENT.match(line):
+            unsent = True
+        elif match := EDITED.match(line):
+            kept = [line[match.end() :]]  # the lines behind it are of this version
+        elif not (line == REPLY or EFFECT.match(line) or ATTACHMENT.match(line)):
             kept.append(line)
-    body = clean(edited if edited is not None else "\n".join(kept))
-    return (body, "") if body else ("", "attachment alone")
+    body = clean("\n".join(kept))
+    return (body, "") if body else ("", "unsent" if unsent else "attachment alone")

@@ -33,6 +33,14 @@ def apple_time(date: int) -> datetime:
     return EPOCH + timedelta(seconds=seconds)
 
 
+def row_time(date: object) -> datetime | None:
+    """The time of a row; None where its date is no number, or none of a calendar."""
+    try:
+        return apple_time(date or 0)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
 def archived_text(data: bytes) -> str | None:
     """The string of an archived NSAttributedString; None for what cannot be read."""
     typedstream = import_typedstream()
@@ -117,6 +125,7 @@ GROUP_STYLE = 43
 TAPBACKS = range(2000, 3000)
 REMOVED_TAPBACKS = range(3000, 4000)
 GOOD = {0: True, 1: True, 2: False, 3: True}  # love, like, dislike, laugh; others say neither
+Reactions = dict[tuple[str, str], int]  # {(message, who): kind, without the thousands}
 LINK = "com.apple.messages.URLBalloonProvider"
 WANTED = (
     "guid text attributedBody date is_from_me handle_id item_type group_action_type "
@@ -131,13 +140,16 @@ def read_database(path: Path, *, groups: bool = False, tapbacks: bool = False) -
     Raises UserError where the file cannot be read or is no message database.
     """
     history = History()
+    reactions: Reactions = {}
     with opened(path) as database:
         people = read_people(database)
         chats = read_chats(database, people)
         for row in read_rows(database):
-            take_row(history, row, chats, people, groups=groups, tapbacks=tapbacks)
-    if tapbacks:
-        history.ratings = last_ratings(history.ratings)
+            if tapbacks and is_reaction(row):
+                take_tapback(history, reactions, row, people)
+            else:
+                take_row(history, row, chats, people, groups=groups)
+    history.ratings = ratings(reactions)
     history.groups = {name for name, is_group in chats.values() if is_group}
     return history
 
@@ -153,6 +165,7 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
             pass  # sqlite's own message does not say that it is a permission
         database = sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro", uri=True)
         database.row_factory = sqlite3.Row
+        database.text_factory = lambda raw: raw.decode("utf-8", "replace")  # `clean` drops U+FFFD
         yield database
     except PermissionError:
         raise UserError(
@@ -187,11 +200,14 @@ def read_people(database: sqlite3.Connection) -> dict[int, str]:
         f"SELECT ROWID, id, {'person_centric_id' if known else 'NULL'} AS person FROM handle "
         "ORDER BY ROWID"
     ).fetchall()
+    # Of one address the service that Messages knows no person of may stand before or behind others.
+    person_of = {plain_address(str(row["id"])): row["person"] for row in rows if row["person"]}
     first: dict[str, str] = {}
     people = {}
     for row in rows:
         address = plain_address(str(row["id"]))
-        people[row["ROWID"]] = first.setdefault(row["person"] or address, address)
+        person = row["person"] or person_of.get(address)
+        people[row["ROWID"]] = first.setdefault(f"person {person}" if person else address, address)
     return people
 
 
@@ -232,14 +248,17 @@ def read_rows(database: sqlite3.Connection) -> Iterator[dict[str, Any]]:
         yield {**missing, **dict(row)}
 
 
-def take_row(history: History, row: dict, chats, people, *, groups: bool, tapbacks: bool) -> None:
+def is_reaction(row: dict) -> bool:
+    """Whether a row is a tapback of somebody else, or the removal of one."""
+    kind = row["associated_message_type"] or 0
+    return (kind in TAPBACKS or kind in REMOVED_TAPBACKS) and not row["is_from_me"]
+
+
+def take_row(history: History, row: dict, chats, people, *, groups: bool) -> None:
     """Add what a row says to `history`, or count why it says nothing."""
     kind = row["associated_message_type"] or 0
     if kind in TAPBACKS or kind in REMOVED_TAPBACKS:
-        if tapbacks and not row["is_from_me"]:
-            take_tapback(history, row, kind)
-        else:
-            history.dropped["a tapback"] += 1
+        history.dropped["a tapback"] += 1
         return
     reason = unwanted(row, kind)
     if not reason and row["chat"] not in chats:
@@ -247,15 +266,17 @@ def take_row(history: History, row: dict, chats, people, *, groups: bool, tapbac
     name, is_group = chats.get(row["chat"], ("", False))
     if not reason and is_group and not groups:
         reason = "in a group"
-    text = ""
+    time, text = row_time(row["date"]), ""
+    if not reason and time is None:
+        reason = "without a time"
     if not reason:
         text, reason = message_text(row["text"], row["attributedBody"], row["message_summary_info"])
-    if reason:
+    if reason or time is None:
         history.dropped[reason] += 1
         return
     sender = ME if row["is_from_me"] else people.get(row["handle_id"], name)
     key = str(row["guid"] or row["number"])
-    history.messages.append(Message(name, sender, apple_time(row["date"] or 0), text, key))
+    history.messages.append(Message(name, sender, time, text, key))
 
 
 def unwanted(row: dict, kind: int) -> str:
@@ -272,19 +293,20 @@ def unwanted(row: dict, kind: int) -> str:
     return ""
 
 
-def take_tapback(history: History, row: dict, kind: int) -> None:
-    """A tapback of the other one, or its removal, as a `Rating`; the last one counts."""
-    good = GOOD.get(kind % 1000)
-    if good is None:
+def take_tapback(history: History, reactions: Reactions, row: dict, people: dict[int, str]) -> None:
+    """Put the kind of a tapback into `reactions`; of one person the last one counts."""
+    kind = row["associated_message_type"]
+    if GOOD.get(kind % 1000) is None:
         history.dropped["a tapback that is neither good nor bad"] += 1
-        return
     # "p:0/GUID" names a part of the message, "bp:GUID" its balloon.
-    target = re.sub(r"^(p:\d+/|bp:)", "", str(row["associated_message_guid"] or ""))
-    removed = kind in REMOVED_TAPBACKS
-    history.ratings = [r for r in history.ratings if r.key != target]
-    if not removed:
-        history.ratings.append(Rating(target, good))
+    message = re.sub(r"^(p:\d+/|bp:)", "", str(row["associated_message_guid"] or ""))
+    reaction = message, people.get(row["handle_id"], "unknown")
+    if kind in TAPBACKS:
+        reactions[reaction] = kind % 1000
+    elif reactions.get(reaction) == kind % 1000:  # else another has come in its place
+        del reactions[reaction]
 
 
-def last_ratings(ratings: list[Rating]) -> list[Rating]:
-    return list({rating.key: rating for rating in ratings}.values())
+def ratings(reactions: Reactions) -> list[Rating]:
+    found = ((message, GOOD.get(kind)) for (message, _), kind in reactions.items())
+    return [Rating(message, good) for message, good in found if good is not None]

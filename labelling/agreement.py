@@ -7,6 +7,7 @@ stands on which side.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from data_loading.messages import BadRow
 from data_loading.preferences import is_true, set_aside
 from data_loading.records import Record
 from errors import UserError
+from labelling.items import LONGEST_SECONDS
 
 RESAMPLES = 2000  # of the bootstrap; its error on an end of an interval is about 0.01
 Z = 1.959964  # two-sided 95% of a normal distribution
@@ -125,7 +127,7 @@ def seconds_of(fields: dict[str, Any]) -> list[float]:
     """How long a label took, as a list of one; empty where that is not known."""
     value = fields.get("seconds")
     known = isinstance(value, int | float) and not isinstance(value, bool)
-    return [float(value)] if known else []
+    return [float(value)] if known and 0 <= value <= LONGEST_SECONDS else []
 
 
 def preferred(fields: dict[str, Any], where: str) -> tuple[str, list[str], list[int]]:
@@ -185,7 +187,8 @@ def share(flags: Sequence[bool]) -> dict[str, float] | None:
     p, z = sum(flags) / n, Z**2 / n
     middle = (p + z / 2) / (1 + z)
     half = Z * np.sqrt(p * (1 - p) / n + z / (4 * n)) / (1 + z)
-    return {"share": p, "low": float(middle - half), "high": float(middle + half), "of": n}
+    low, high = max(0.0, float(middle - half)), min(1.0, float(middle + half))  # rounding
+    return {"share": p, "low": low, "high": high, "of": n}
 
 
 def agreement(one: Labeller, other: Labeller, seed: int = 0) -> dict[str, Any] | None:
@@ -246,10 +249,12 @@ def biases(one: Labeller) -> dict[str, dict[str, float] | None]:
 def make_report(files: Sequence[list[Labeller]], seed: int = 0) -> dict[str, Any]:
     """All figures. Labellers of one name in several files are told apart by their files."""
     labellers = [one for file in files for one in file]
-    names = [one.name for one in labellers]
+    names = Counter(one.name for one in labellers)
+    short = Counter((one.name, Path(one.file).name) for one in labellers)
     for one in labellers:
-        if names.count(one.name) > 1:
-            one.name = f"{one.name} ({Path(one.file).name})"
+        if names[one.name] > 1:
+            file = Path(one.file).name
+            one.name = f"{one.name} ({file if short[one.name, file] == 1 else one.file})"
     pairs = [
         found
         for i, one in enumerate(labellers)

@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from errors import UserError
 from labelling.desk import Desk
-from labelling.items import Choice, Item, said
+from labelling.items import LONGEST_SECONDS, Choice, Item, said
 from labelling.markdown import to_html
 from labelling.progress import time_left
 
@@ -264,5 +264,5 @@ def read_label(fields: dict[str, Any]) -> tuple[str, str, Choice]:
         raise UserError("note: a text is needed")
     known = isinstance(seconds, int | float) and not isinstance(seconds, bool)
     known = known and math.isfinite(seconds)
-    seconds = min(max(float(seconds), 0.0), 24 * 3600.0) if known else None
+    seconds = min(max(float(seconds), 0.0), LONGEST_SECONDS) if known else None
     return id, pair, Choice(ranks, aspects, note.strip(), seconds)

@@ -59,6 +59,10 @@ class Limits:
             f"than the model's context, {self.context} tokens; give {shorter}{fits}"
         )
 
+    def fits(self, count: int, response: int) -> bool:
+        """Whether there are positions for `count` tokens and a whole response."""
+        return self.positions is None or count + response <= self.positions
+
     def room(self, count: int, wanted: int) -> int:
         """How many of `wanted` tokens fit behind `count` others; at least one."""
         return wanted if self.positions is None else max(1, min(wanted, self.positions - count))

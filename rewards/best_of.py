@@ -5,9 +5,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+from data_utils import value_problem
 from errors import UserError
 from rewards.answers import AnswerFrom, as_number, find_answer, plain_answer
 from rewards.scored_rows import PARTS, SCORE, Pair, answer_of, prompt_of
+from rewards.texts import plain
 
 Weighing = Literal["reward", "softmax"]
 
@@ -65,6 +67,23 @@ def by_prompt(pairs: Sequence[Pair]) -> list[list[Pair]]:
     for pair in pairs:
         groups.setdefault(json.dumps(prompt_of(pair.record), sort_keys=True), []).append(pair)
     return [*groups.values()]
+
+
+def trainable(pairs: Sequence[Pair]) -> list[Pair]:
+    """Those whose response a record can hold: some text, without a NUL. Sampled ones may be neither
+
+    To pick among them is to give the others the lowest score, so the bound of `kl_of_best` holds.
+    UserError where none is left.
+    """
+    texts = [plain(answer_of(pair.record)) for pair in pairs]
+    kept = [
+        pair
+        for pair, text in zip(pairs, texts, strict=True)
+        if text.strip() and value_problem(text, 0) is None
+    ]
+    if not kept:
+        raise UserError("--best-of: no response has any text that a training script would read")
+    return kept
 
 
 def kl_of_best(pairs: Sequence[Pair]) -> float:

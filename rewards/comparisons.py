@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -11,7 +11,7 @@ from data_utils import Record, Records
 from errors import UserError
 from rewards.judge import Unanswered, Verdict
 from rewards.scored_rows import answer_of, prompt_of, singles, unanswered
-from rewards.texts import Prompt, plain
+from rewards.texts import Prompt
 
 TIE, EQUAL = "a tie", "both answers are the same"
 EMPTY = "an answer says nothing, which no record holds"
@@ -65,7 +65,7 @@ def comparisons(answers: Sequence[Any]) -> list[Comparison]:
     """All pairs of answers of a row, or of rows with the same prompt. UserError for a lone one."""
     groups: dict[Any, list[Any]] = {}
     for answer in answers:
-        key = json.dumps(prompt_of(answer.record), sort_keys=True)
+        key = json.dumps([prompt_of(answer.record), answer.record.extras], sort_keys=True)
         groups.setdefault(key if answer.rank is None else id(answer.whole), []).append(answer)
     found: list[Comparison] = []
     for group in groups.values():
@@ -88,17 +88,37 @@ def neighbours(answers: Sequence[Any]) -> list[Comparison]:
     return [Comparison(number, *pair) for number, pair in enumerate(both)]
 
 
-def question_text(prompt: Prompt) -> str:
-    """A prompt for a judge: the text, or the turns of a conversation with who says them."""
+def question_text(prompt: Prompt, extras: Mapping[str, Any] | None = None) -> str:
+    """A prompt for a judge: the text, or the turns of a conversation with who says them.
+
+    What the row gives to chat templates beside it (tools, documents) stands before it.
+    """
+    beside = [f"{name}: {as_json(value)}" for name, value in (extras or {}).items()]
     if isinstance(prompt, str):
-        return prompt.strip()
-    if len(prompt) == 1:
-        return plain(prompt).strip()
-    return "\n\n".join(f"{turn['role']}: {turn.get('content') or ''}".strip() for turn in prompt)
+        turns = [prompt.strip()]
+    elif len(prompt) == 1 and prompt[0]["role"] == "user":
+        turns = [turn_text(prompt[0])]
+    else:
+        turns = [f"{turn['role']}: {turn_text(turn)}".strip() for turn in prompt]
+    return "\n\n".join([*beside, *turns])
 
 
 def answer_text(answer: Prompt) -> str:
-    return plain(answer).strip()
+    if isinstance(answer, str):
+        return answer.strip()
+    return "\n\n".join(filter(None, map(turn_text, answer)))
+
+
+def turn_text(turn: Mapping[str, Any]) -> str:
+    """What a message says, and the tools that it calls."""
+    calls = [
+        f"calls {as_json(call.get('function', call))}" for call in turn.get("tool_calls") or ()
+    ]
+    return "\n".join(filter(None, [(turn.get("content") or "").strip(), *calls]))
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 # ---- rows --------------------------------------------------------------------------------------

@@ -15,7 +15,9 @@ def revisions(
     judge: Judge, cases: Sequence[tuple[int, Record, Principle]]
 ) -> list[tuple[dict[str, Any], bool]]:
     """(row, whether it is a revision) for each (number, record with an answer, principle)."""
-    texts = [(question_text(prompt_of(r)), answer_text(answer_of(r)), p) for _, r, p in cases]
+    texts = [
+        (question_text(prompt_of(r), r.extras), answer_text(answer_of(r)), p) for _, r, p in cases
+    ]
     critiques = judge.write([critique_text(*text) for text in texts])
     open_ones = [i for i, found in enumerate(critiques) if not isinstance(found, Unanswered)]
     asked = [revision_text(texts[i][0], texts[i][1], critiques[i], texts[i][2]) for i in open_ones]

@@ -1,5 +1,6 @@
 """The rows that a reward model is trained and tested on, ended as it will see texts later."""
 
+from functools import partial
 from typing import Any
 
 from data_utils import (
@@ -39,7 +40,8 @@ def tokenise_reward_rows(
     `options` are those that data_utils' ``tokenise_...`` functions share. A row that was cut has
     no ending. Raises UserError where no row is left.
     """
-    tokenise = tokenise_preferences if set(records.kinds) == {"preference"} else tokenise_scalar
+    pairs = set(records.kinds) == {"preference"}
+    tokenise = tokenise_preferences if pairs else partial(tokenise_scalar, marks=True)
     done = tokenise(records, tokenizer, add_eos=reading.ending is None or None, **options)
     if reading.ending is None:
         return done

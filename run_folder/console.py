@@ -208,11 +208,16 @@ def short(value: Any) -> str:
 
 
 def command(script: str, *flags: str, **named: object) -> str:
-    """``python SCRIPT --name VALUE ...`` with every value quoted; None leaves a flag out."""
+    """``python SCRIPT --name VALUE ...`` with every value quoted; None leaves a flag out.
+
+    It is one line: a line break of --prompt-template is written as that flag reads it, as \\n.
+    """
     words = ["python", script]
     for name, value in named.items():
         if value is not None:
-            words += ["--" + name.replace("_", "-"), str(value)]
+            text = str(value)
+            text = text.replace("\n", "\\n") if name == "prompt_template" else text
+            words += ["--" + name.replace("_", "-"), text]
     return shlex.join([*words, *flags])
 
 

@@ -139,6 +139,13 @@ def test_a_command_is_quoted_and_leaves_out_what_is_not_given():
     assert shlex.split(made) == ["python", "a.py", "--save-path", "b c", "--other", "$(rm)", "--x"]
 
 
+@pytest.mark.parametrize("template", ["Q: {prompt}\nA:", "{prompt}\n\n", "\n{prompt}"])
+def test_a_command_is_one_line_and_its_template_is_read_back(template):
+    made = command("sft.py", prompt_template=template)
+    assert "\n" not in made
+    assert sft_arguments([*shlex.split(made)[2:], "--train"]).prompt_template == template
+
+
 # ------------------------------------------------------------------------------ cards
 
 

@@ -313,6 +313,30 @@ def test_the_text_of_imessage_exporter(tmp_path):
     assert found.messages[0].time == datetime(2022, 5, 17, 17, 29, 42)
 
 
+@pytest.mark.parametrize(
+    ("body", "text", "reason"),
+    [
+        ("Sent with love, Ann", "Sent with love, Ann", None),
+        ("Sent with Confetti\nhurray", "hurray", None),
+        ("hurray\nSent with Invisible Ink", "hurray", None),
+        ("one\nEdited 1 minute, 3 seconds later: two\nthree", "two\nthree", None),
+        ("a\nEdited 1 second later: b\nEdited 2 hours later: c", "c", None),
+        ("Edited the photos later: see", "Edited the photos later: see", None),
+        ("she unsent a message to me, why?", "she unsent a message to me, why?", None),
+        ("kept\nYou unsent this message part 1 hour, 49 minutes after sending!", "kept", None),
+        ("You unsent this message part 5 seconds after sending!", None, "unsent"),
+        ("+15550100 unsent a message!", None, "unsent"),
+        ("def f():\n    return 1\n\n    # so", "def f():\n    return 1\n\n    # so", None),
+        ("x\n    y\n    May 17, 2022 10:31:00 PM\n    Me\n    reply", "x\n    y", None),
+    ],
+)
+def test_lines_of_the_exporter_are_told_from_those_of_a_person(body, text, reason, tmp_path):
+    write(tmp_path / "+15550100.txt", f"May 17, 2022  5:29:42 PM\n+15550100\n{body}\n\n")
+    found = read_export(tmp_path)
+    assert told(found) == ([("+15550100", text)] if text else [])
+    assert found.dropped == ({reason: 1} if reason else {})
+
+
 def test_an_export_in_another_language_or_without_files_is_one_line(tmp_path):
     with pytest.raises(UserError, match="holds no .txt file"):
         read_export(tmp_path)

@@ -12,7 +12,7 @@ from files import ROOT
 from message_database import MessageDatabase, archive, edits, retracted
 
 from errors import UserError
-from histories.conversations import ME
+from histories.conversations import ME, Limits, make_rows, ratings_of
 from histories.imessage import apple_time, archived_text, message_text, read_database
 
 SCRIPT = [sys.executable, str(ROOT / "data" / "imessage.py")]
@@ -140,6 +140,46 @@ def test_a_person_s_addresses_are_one_chat_and_no_message_comes_twice(database):
     assert found.dropped == {"the same message again": 1}
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0), (1, 2, 0)])
+def test_an_address_whose_other_service_knows_no_person_is_that_person_too(order, database):
+    handles = [("ann@example.org", "P1", "iMessage"), ("+1 555 0100", "P1", "iMessage")]
+    handles.append(("+15550100", None, "SMS"))
+    other = database.person("+15550199", person="P2")
+    for number in order:
+        address, person, service = handles[number]
+        handle = database.person(address, person, service)
+        database.message(database.chat(handle, name=f"{number}"), f"from {number}", handle=handle)
+    database.message(database.chat(other, name="other"), "of another", handle=other)
+    assert sorted(map(len, read_database(database.path).chats().values())) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [(b"caf\xc3", "caf"), (b"\xff\xfe ok", "ok"), (b"a\xf0\x9f\x8e b", "a b")],
+)
+def test_a_text_of_torn_characters_costs_these_alone(raw, text, database):
+    ann = database.person("ann@example.org")
+    chat = database.chat(ann)
+    guid = database.message(chat, "x", handle=ann)
+    database.message(chat, "whole", handle=ann)
+    database.connection.execute(
+        "UPDATE message SET text = CAST(? AS TEXT) WHERE guid = ?", (raw, guid)
+    )
+    database.connection.commit()
+    assert texts(read_database(database.path)) == [(False, text), (False, "whole")]
+
+
+@pytest.mark.parametrize("date", ["soon", -(10**11), b"\x01"])
+def test_a_message_without_a_time_is_counted(date, database):
+    ann = database.person("ann@example.org")
+    chat = database.chat(ann)
+    database.message(chat, "lost", handle=ann, date=date)
+    database.message(chat, "kept", handle=ann)
+    found = read_database(database.path)
+    assert texts(found) == [(False, "kept")]
+    assert found.dropped == {"without a time": 1}
+
+
 def test_an_old_database_without_the_newer_columns_is_read(tmp_path):
     path = tmp_path / "old.db"
     with sqlite3.connect(path) as old:
@@ -175,6 +215,31 @@ def test_tapbacks_of_the_other_one_rate_my_messages(database):
     found = read_database(database.path, tapbacks=True)
     assert {r.key: r.good for r in found.ratings} == {mine[0]: True, mine[1]: False}
     assert found.dropped["a tapback that is neither good nor bad"] == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "good"),
+    [
+        ([("ann", 2000), ("bob", 2002)], False),
+        ([("bob", 2002), ("ann", 2000)], False),
+        ([("ann", 2000), ("bob", 2002), ("bob", 3002)], True),
+        ([("ann", 2002), ("bob", 2001), ("bob", 3001)], False),
+        ([("ann", 2000), ("ann", 2004)], None),
+        ([("ann", 2000), ("ann", 2003), ("ann", 3000)], True),
+    ],
+)
+def test_everybody_has_one_reaction_to_a_message(said, good, database):
+    handles = {name: database.person(f"{name}@example.org") for name in ("ann", "bob")}
+    chat = database.chat(*handles.values())
+    for number in range(10):
+        database.message(chat, f"question {number}", handle=handles["ann"])
+        mine = database.message(chat, f"answer {number}")
+    for name, kind in said:
+        about = {"associated_message_type": kind, "associated_message_guid": f"p:0/{mine}"}
+        database.message(chat, "x", handle=handles[name], **about)
+    found = read_database(database.path, groups=True, tapbacks=True)
+    rows = make_rows(found, Limits(), valid_share=0).train
+    assert [row["label"] for row in ratings_of(found, rows)] == ([] if good is None else [good])
 
 
 def conversation(database, count=12):

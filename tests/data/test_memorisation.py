@@ -6,6 +6,7 @@ import math
 import pytest
 from message_database import MessageDatabase, archive
 from short_runs import run
+from tiny import tiny_model_folder
 
 import sft
 from data import imessage, memorisation
@@ -73,6 +74,35 @@ def test_planted_codes_are_trained_and_negatives_are_another_s(messages):
     assert pairs and all(p["chosen"] != p["rejected"] for p in pairs)
     mine = {f"{n + 4} {n + 6} {n + 8}" for n in range(12)}
     assert {p["chosen"][0]["content"] for p in pairs} <= mine
+
+
+@pytest.mark.parametrize("positions", [20, 60, 600])
+def test_what_a_model_has_no_positions_for_is_left_out_and_counted(positions, tmp_path):
+    database = MessageDatabase(tmp_path / "chat.db")
+    ann = database.person("ann@example.org")
+    chat = database.chat(ann)
+    for number in range(12):
+        long = "zebra " * (1 + 39 * (number % 2))
+        database.message(chat, f"{number} {long}", handle=ann, wait=300)
+        database.message(chat, f"{number} is so")
+    database.close()
+    model = tiny_model_folder(
+        tmp_path / "gpt2", architecture="gpt2", n_positions=positions, n_ctx=positions
+    )
+    words = ["--database", tmp_path / "chat.db", "--output-dir", tmp_path / "mine"]
+    words += ["--negatives", model, "--max-tokens", 4]
+    look = ["--data", tmp_path / "mine", "--model", model, "--samples", 2, "--max-tokens", 4]
+    if positions == 20:
+        words[-1] = look[-1] = 19
+        assert "no pair is left: 11 whose prompt" in run(imessage, *words, status=2)
+        assert "no prompt fits" in run(memorisation, *look, status=2)
+        return
+    said = run(imessage, *words)
+    pairs = sum(len(lines(tmp_path / f"mine/preference_{s}.jsonl")) for s in ("train", "valid"))
+    left = 6 if positions == 60 else 0
+    assert ("left out: 6 pairs whose prompt and reply" in said) == bool(left)
+    assert 0 < pairs <= 12 - left
+    assert ("prompts that are longer" in run(memorisation, *look)) == bool(left)
 
 
 LOOK = ["--samples", 6, "--others", 31, "--max-tokens", 12]

@@ -127,7 +127,10 @@ def test_intervals_of_shares_are_wilson_s():
         "of": 263,
     }
     none = share([False] * 20)
-    assert none["low"] == pytest.approx(0, abs=1e-9)
+    assert none["low"] == 0  # not a rounding error below it, which would be shown as -0%
+    assert all(
+        share([False] * n)["low"] == 0 and share([True] * n)["high"] <= 1 for n in range(1, 40)
+    )
     assert none["high"] == pytest.approx(0.1611, abs=5e-5)
     assert share([]) is None
 
@@ -183,6 +186,21 @@ def test_the_same_name_in_two_files_and_a_pair_twice(tmp_path):
     assert found["labellers"][0]["again"] == 1
     assert found["agreement"][0]["same"]["share"] == 0.5
     assert any("1 pairs twice" in one for one in report_lines(found))
+
+
+def test_the_same_name_in_files_of_one_name_is_told_apart_by_their_folders(tmp_path):
+    files = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        files.append(write(tmp_path / name / "labels.jsonl", [pair(0, "a", labeller="anna")]))
+    found = make_report([read_labels(path) for path in files])
+    assert [one["name"] for one in found["labellers"]] == [f"anna ({path})" for path in files]
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -4.0, 1e300, "x", True])
+def test_a_time_that_no_label_took_is_left_out(tmp_path, seconds):
+    path = write(tmp_path / "x.jsonl", [pair(0, "a", seconds=seconds), pair(1, "a", seconds=2.0)])
+    assert read_labels(path)[0].seconds == [2.0]
 
 
 def test_the_report_in_the_terminal_and_as_a_plot(tmp_path, monkeypatch, capsys):

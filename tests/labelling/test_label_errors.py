@@ -72,6 +72,7 @@ AT_ONCE = [
     (f"{PROMPTS} --web --output /proc/x.jsonl", "/proc/x.jsonl: cannot write"),
     ("--report nowhere.jsonl", "nowhere.jsonl: no such file"),
     ("--report empty.jsonl", "empty.jsonl: no rows"),
+    ("--report foreign.jsonl ./foreign.jsonl", "--report ./foreign.jsonl: is given twice"),
     ("--report texts.jsonl", "texts.jsonl:1: is a row of text, and prefers nothing"),
     ("--report torn.jsonl", "torn.jsonl:1: is a row of prompt, and prefers nothing"),
     ("--report foreign.jsonl --plot shut", "shut: cannot write: Is a directory"),

@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import score as score_script
+from data_utils import Record, read_records
 from errors import UserError
+from rewards.best_of import trainable
 
 # Two say 4; the best answer says 5, and the best response nothing.
 WEIGHED = [
@@ -65,6 +68,34 @@ def test_the_kl_of_the_best_of_n_is_log_n_less_a_little(capsys):
     assert "KL from the model at most 0.636 nats" in capsys.readouterr().out
     best(rows=WEIGHED[:1])
     assert "KL from the model at most 0 nats" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("samples, left_out", [(64, False), (1, True)])
+def test_what_is_picked_is_a_row_that_sft_reads(samples, left_out, capsys):
+    """At this temperature a token in a hundred is the end: many responses say nothing, and this
+    reward likes nothing best."""
+    Path("mine.py").write_text(
+        "def brief(prompts, responses):\n    return [-len(text) for text in responses]\n"
+    )
+    rows = [json.dumps({"prompt": f"8 {number}"}) + "\n" for number in range(100)]
+    Path("prompts.jsonl").write_text("".join(rows[: 100 if left_out else 4]))
+    line = "--prompts prompts.jsonl --temp 100 --max-new-tokens 1 --best-of --output out.jsonl"
+    words = f"{line} --reward-function mine.py:brief --samples {samples} --batch-size 64"
+    assert score_script.main(words.split()) == 0
+    records = read_records("out.jsonl")
+    said = capsys.readouterr()
+    assert all(record.completion for record in records)
+    assert ("prompts left out: no response to them has any text" in said.err) == left_out
+    assert (len(records) < 100) if left_out else len(records) == 4
+
+
+def test_a_nul_is_not_picked():
+    texts = ["", "a\0", " b", " \n"]
+    records = [Record("prompt_completion", "x:1", {}, prompt="p", completion=t) for t in texts]
+    pairs = [SimpleNamespace(record=record) for record in records]
+    assert [pair.record.completion for pair in trainable(pairs)] == [" b"]
+    with pytest.raises(UserError, match="no response has any text"):
+        trainable(pairs[:2])
 
 
 def test_weighing_without_picking_is_refused(capsys):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import shlex
 from pathlib import Path
 
 import mlx.core as mx
@@ -277,6 +278,85 @@ def test_labels_train_a_reward_model_as_the_command_that_is_printed_says():
     words = command.removeprefix("next: ").split()[2:]
     assert {"--soft-labels", "--reward-model", "judged.jsonl"} <= {*words}
     assert sft.main([*words, "--iters", "2", "--save-every", "0", "--steps-per-eval", "0"]) == 0
+
+
+TOOLS = [{"type": "function", "function": {"name": "rain_in", "parameters": {}}}]
+ASKED = [{"role": "user", "content": "rain?"}]
+CALL = {"type": "function", "function": {"name": "rain_in", "arguments": {"town": "Oslo"}}}
+CALLS = [{"role": "assistant", "content": "", "tool_calls": [CALL]}]
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        (
+            {"prompt": ASKED, "tools": TOOLS, "chosen": "yes", "rejected": "no"},
+            ["Question:\ntools:", "rain_in", "rain?", "Answer 1:\nyes"],
+        ),
+        (
+            {"prompt": "rain?", "documents": [{"text": "wet"}], "chosen": "yes", "rejected": "no"},
+            ["documents:", "wet", "rain?"],
+        ),
+        (
+            {
+                "prompt": [*ASKED, *CALLS, {"role": "tool", "content": "wet"}],
+                "chosen": "yes",
+                "rejected": "no",
+            },
+            ["user: rain?", "assistant: calls", '"town": "Oslo"', "tool: wet"],
+        ),
+        (
+            {
+                "prompt": ASKED,
+                "tools": TOOLS,
+                "chosen": CALLS,
+                "rejected": [{"role": "assistant", "content": "no"}],
+            },
+            ["Answer 1:\ncalls", '"town": "Oslo"', "Answer 2:\nno"],
+        ),
+    ],
+)
+def test_the_judge_reads_tools_documents_and_calls(monkeypatch, row, parts):
+    reader = Scripted()
+    monkeypatch.setattr(judge, "load_judge", lambda args: reader)
+    run(
+        "--input", write("rows.jsonl", [row]), "--judge", "any", "--judge-url", "http://127.0.0.1:9"
+    )
+    text, at = reader.verdicts[0], 0
+    for part in parts:
+        at = text.index(part, at) + len(part)
+
+
+def test_answers_to_other_tools_are_no_pair():
+    rows = [{"prompt": ASKED, "tools": TOOLS, "completion": "a"}]
+    rows.append({"prompt": ASKED, "completion": "b"})
+    words = ["--judge", DIGITS, "--input", write("rows.jsonl", rows)]
+    assert "one answer to its prompt" in run(*words, status=2)[1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "more", "named"),
+    [
+        ("8 20", [], []),
+        ("what", [], ["--model", "MODEL"]),
+        ("8 20", ["--model", DIGITS, "--prompt-template", "Q: {prompt}\\n"], ["--prompt-template"]),
+    ],
+)
+def test_the_next_command_reads_the_labels_as_they_were_made(prompt, more, named):
+    if more:  # prompts, which the model answers
+        path = write("rows.jsonl", [{"prompt": f"{prompt} {i}"} for i in range(4)])
+        out, _ = run("--prompts", path, "--judge", DIGITS, *more, "--max-new-tokens", 6)
+    else:
+        path = write("rows.jsonl", [{"prompt": prompt, "chosen": "1 2", "rejected": "3"}] * 2)
+        out, _ = run("--input", path, "--judge", DIGITS)
+    lines = [line for line in out.splitlines() if "python " in line]
+    assert len(lines) == 2
+    for line in lines:
+        words = shlex.split(line.removeprefix("next: "))
+        assert [word for word in words if word in named] == named
+        assert more or ("--model" in words) == bool(named)
+        if more:
+            assert words[words.index("--prompt-template") + 1] == "Q: {prompt}\\n"
 
 
 # ------------------------------------------------------------------------------ going on

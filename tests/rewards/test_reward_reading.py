@@ -5,6 +5,7 @@ import json
 import mlx.core as mx
 import pytest
 from tiny import tiny_model_folder
+from tiny_tokenizers import tiny_tokenizer
 from transformers import AutoTokenizer
 
 import sft
@@ -62,6 +63,25 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(folders):
     return {name: load_model(folder) for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize("mark", [{"train": False}, {"loss": 0}, {"weight": 0}])
+@pytest.mark.parametrize("kind", ["chosen", "rejected", "scored"])
+def test_an_answer_marked_not_to_train_trains_no_reward_model(kind, mark):
+    tokenizer = tiny_tokenizer(template="chatml")
+    asked, said = {"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}
+    no, rows = {"role": "assistant", "content": "no"}, []
+    for turns in ((said, no), (said | mark, no), (said, no | mark)):
+        rows.append({"prompt": [asked], "chosen": [turns[0]], "rejected": [turns[1]]})
+    taken = [rows[0], rows[1 + (kind == "rejected")]]
+    if kind == "scored":
+        taken = [{"messages": [asked, one], "reward": 1.0} for one in (said, said | mark)]
+    reading = trained_reading(tokenizer, turns=True)
+    form = "conversation" if kind == "scored" else "preference"
+    rows = Records([to_record(row, form, f"rows:{i}") for i, row in enumerate(taken, 1)])
+    done = tokenise_reward_rows(rows, tokenizer, reading, max_length=100)
+    assert len(done) == 1
+    assert [why for _, why in done.refused] == ["no turn of an answer is to be trained"]
 
 
 def records(rows, kind="preference"):

@@ -10,6 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from files import ROOT
+from tiny import tiny_model_folder
+from tiny_tokenizers import tiny_tokenizer
 
 import rest
 import sft
@@ -153,6 +155,29 @@ def test_scored_rows_of_the_data_join_where_they_reach_the_threshold(trained):
     )
     run("--grow-steps 1 --thresholds .3 --mix-data mine.jsonl --output-dir other")
     assert tokenizer.decode(trained[1][0][-1].tokens, skip_special_tokens=True) == "2 4 6 8"
+
+
+def test_mixed_rows_are_checked_against_the_model_and_their_score_is_used(tmp_path):
+    base = tiny_model_folder(tmp_path / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.save_pretrained(base)
+    tiny_tokenizer.cache_clear()
+    Path("reward.py").write_text(
+        "def length(prompts, responses, **columns):\n    return [1.0] * 4\n"
+    )
+    Path("prompts.jsonl").write_text('{"prompt": "8 20"}\n')
+    small = "--reward-function reward.py:length --samples-per-prompt 4 --iters 1 --batch-size 2 "
+    small += f"--model {base} --train-file prompts.jsonl --max-new-tokens 2 --mix-data mine.jsonl "
+    small += "--output-dir run --thresholds .5 --grow-steps 1 --save-file out.npz"
+    for place in ("<|end|> a", "a <|end|> b", "a <|end|>"):
+        row = {"prompt": "8", "completion": place, "reward": 1.0}
+        Path("mine.jsonl").write_text(json.dumps(row) + "\n")
+        _, said = run(status=2, small=small)
+        assert "mine.jsonl:1: has token" in said and not Path("run").exists()
+    Path("mine.jsonl").write_text('{"prompt": "8", "completion": "9", "reward": 1.0, "x": 2}\n')
+    said, _ = run(small=small)
+    assert "fields that nothing used: x\n" in said
 
 
 def test_an_improve_step_starts_from_the_last_policy_or_from_the_base(trained):
