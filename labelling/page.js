@@ -92,6 +92,7 @@ function reply(html, place) {
 
 function rendered(html) {
   const box = element("div", "text");
+  box.dir = "auto";  // Hebrew and Arabic begin at the right
   box.innerHTML = html;  // made by labelling/markdown.py: text and plain tags alone
   return box;
 }

@@ -23,6 +23,7 @@ from errors import UserError
 from models.encoder_families import ENCODERS, SHIFTED_POSITIONS
 from rewards.texts import plain
 from safe_files import put_folder_in_place, sweep, sync_tree, temporary_name
+from waiting import watched
 
 REFUSED = (*LORA_ONLY, "pooling", "normalize_samples", "prompt_template", "token_format")
 
@@ -98,12 +99,18 @@ class Encoder(nn.Module):
         return self.base(**fed).logits[:, 0].float()
 
     @torch.no_grad()
-    def score(self, sequences: Sequence[Sequence[int]], batch_size: int = 64) -> list[float]:
+    def score(
+        self,
+        sequences: Sequence[Sequence[int]],
+        batch_size: int = 64,
+        watched_as: str | None = None,
+    ) -> list[float]:
         """Scores of whole pairs (token ids), in their order; dropout off."""
         was_training = self.training
         self.eval()
         found: list[float] = []
-        for start in range(0, len(sequences), batch_size):
+        starts = range(0, len(sequences), batch_size)
+        for start in starts if watched_as is None else watched(starts, watched_as):
             part = sequences[start : start + batch_size]
             lengths = torch.tensor([len(row) for row in part], device=self.base.device)
             tokens = torch.zeros(len(part), int(lengths.max()), dtype=torch.long)

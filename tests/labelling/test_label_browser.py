@@ -214,7 +214,7 @@ def test_nothing_in_a_reply_or_a_prompt_runs_or_is_fetched(browser, tmp_path):
                 "return [...document.querySelectorAll('#prompt *, #replies *')]"
                 ".map(e => [e.tagName, ...e.getAttributeNames()].join(' '))"
             )
-            allowed = {"class", "start"}  # no handler, no address, no style
+            allowed = {"class", "dir", "start"}  # no handler, no address, no style
             for tag in tags:
                 name, *attributes = tag.split()
                 assert set(attributes) <= allowed, (texts[number], tag)
@@ -323,6 +323,17 @@ def luminance(colour: str) -> float:
 def contrast(one: str, other: str) -> float:
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
+
+
+def test_a_reply_from_right_to_left_begins_at_the_right(browser, tmp_path):
+    write_samples(tmp_path, [["שלום עולם, hello", "hello, שלום"]], "--labeller", "me")
+    with Server(tmp_path, "--labeller", "me") as server:
+        page = Page(browser, server)
+        found = page.script(
+            "return [...document.querySelectorAll('.reply .text')].map("
+            "(box) => [box.textContent.trim()[0], getComputedStyle(box).direction])"
+        )
+    assert sorted(found) == [["h", "ltr"], ["ש", "rtl"]]
 
 
 def test_a_page_whose_server_is_gone_says_so_and_saves_later(browser, tmp_path):

@@ -165,12 +165,12 @@ def test_rows_left_out_are_counted_wherever_rows_go(path):
 # ------------------------------------------------------------------------------ the desk
 
 
-def desk_of(tmp_path, count=4, **options):
+def desk_of(tmp_path, count=4, labeller="anna", **options):
     ids = write_samples(tmp_path, [REPLIES] * count)
     samples = SampleFile(tmp_path / "labels.samples.jsonl")
     labels = LabelFile(tmp_path / "labels.jsonl")
     models = [{"model": "m"}]
-    return Desk(ids, samples, labels, None, models=models, labeller="anna", **options)
+    return Desk(ids, samples, labels, None, models=models, labeller=labeller, **options)
 
 
 def test_a_label_that_is_sent_twice_is_one(tmp_path):
@@ -197,6 +197,17 @@ def test_sides_change_by_seed_and_the_same_for_the_same(tmp_path):
     assert orders(0) == orders(0) != orders(1)
     left = sum(order == [0, 1] for order in orders(0))
     assert 70 <= left <= 130  # 200 throws of a coin: 4.2 standard deviations
+
+
+def test_two_labellers_and_two_seeds_see_other_sides(tmp_path):
+    """Or a habit of one side would look like agreement."""
+
+    def orders(**options):
+        desk = desk_of(tmp_path, 20, **options)
+        desk.labels.close()
+        return [item.order for item in desk.items.values()]
+
+    assert orders() == orders() and orders() != orders(labeller="berta") != orders(seed=1)
 
 
 def test_the_time_left_is_the_pace_of_the_last_labels(tmp_path):
