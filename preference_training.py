@@ -177,6 +177,16 @@ def train(args, loaded, task, rows) -> None:
 # ------------------------------------------------------------------------------ save
 
 
+def told(found, batches) -> dict:
+    """Metrics of a validation on `batches`, the accuracy beside how many pairs it is over."""
+    line = {}
+    for name, value in found.items():
+        line[name] = value
+        if name == "rewards/accuracies":
+            line["pairs"] = sum(len(batch.better) for batch in batches)
+    return line
+
+
 def finish(args, loaded, run, loop, rows) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
     from models.adapter_files import save_adapter
@@ -189,7 +199,7 @@ def finish(args, loaded, run, loop, rows) -> None:
     written = save_adapter(args.save_file, task.tuning, loaded, run=run.recorded)
     if "valid" in rows:
         found = loop.validation_of()
-        show("validation", found)
+        show("validation", told(found, loop.validation()))
     logged = read_rows(run.folder)
     written.append(plot_losses(logged, run.plots / "loss.png", unit="loss"))
     written.append(plot_preferences(logged, run.plots / "preferences.png"))

@@ -6,11 +6,13 @@ import re
 import shlex
 
 import pytest
+from files import ROOT
 from script_table import SHORT, training_scripts
 from tiny import tiny_model_folder
 
 import fuse
 import ppo_training
+import preference_training
 import score
 import sft
 from command_line.ppo_flags import parse_arguments as ppo_arguments
@@ -332,3 +334,14 @@ def test_ppo_says_so_too(capsys, tmp_path):
         ]
     )
     assert "no --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, pairs", [("", 15), ("--val-batches 2", 8), ("--val-batches 1", 4)])
+def test_the_accuracy_of_preferences_says_over_how_many_pairs(words, pairs, tmp_path, capsys):
+    line = (
+        f"--train --data {ROOT}/data --data-base preference_increasing_mult_2_ --iters 1 "
+        f"--max-rows 15 --output-dir {tmp_path}/run --save-file {tmp_path}/out.npz {words}"
+    )
+    preference_training.main(line.split())
+    said = next(s for s in capsys.readouterr().out.splitlines() if s.startswith("validation: "))
+    assert re.search(rf"rewards/accuracies \S+  pairs {pairs}  ", said), said
