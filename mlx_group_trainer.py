@@ -239,6 +239,9 @@ class GroupTrainer(RolloutTrainer):
         if not here().alone:
             own = own_rows(rows, 2 if self.config.online_dpo else 1)
             share = group_share(self.config, rollout, rows, own)
+            if not any(rollout.masks[row].any() for row in own):
+                # MLX's sums over nothing can take minutes: all rows, and none of them counts.
+                own, share = rows, share.nothing()
         packed, index, width = self._packed(rollout, rows if own is None else own)
         advantages = rollout.advantages[index]
         if rollout.advantages.shape[1] > 1 or rollout.mask.shape[1] == 1:
