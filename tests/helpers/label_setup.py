@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -54,6 +55,11 @@ def rows_of(folder: Path) -> list[dict]:
     return [json.loads(one) for one in text.splitlines()]
 
 
+def hear_hangups() -> None:
+    """In a child: `nohup make test` hands SIGHUP down as ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class Server:
     """label.py --web, started; `address` is that of its page. A context manager."""
 
@@ -65,6 +71,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
+            preexec_fn=hear_hangups,
         )
         self.said = ""
         while "label at " not in self.said:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import pexpect
 import pytest
 from adapters import LORA, write_adapter
-from label_setup import REPLIES, line, rows_of, write_samples
+from label_setup import REPLIES, hear_hangups, line, rows_of, write_samples
 from tiny import tiny_model_folder
 
 from data_utils import read_records, tokenise_pairs, tokenise_preferences, tokenise_unpaired
@@ -37,6 +37,7 @@ class Person:
             encoding="utf-8",
             codec_errors="replace",
             timeout=60,
+            preexec_fn=hear_hangups,
             dimensions=(50, 100),
         )
         self.shown = ""
