@@ -190,8 +190,8 @@ class Seed:
         if "sft" not in self.done:
             write_rows(place, "sft", data.sft_rows(data.read(place / "samples.jsonl")))
         line = (
-            f"--model {self.base} --train --mask-prompt --data {place} --data-base sft_ --epochs 1 "
-            "--batch-size 8 --steps-per-eval 0"
+            f"--model {self.base} --train --mask-prompt --data {place} --data-base sft_ --epochs 3 "
+            "--batch-size 8 --steps-per-eval 20"
         )
         self.do(training("sft", place, "sft.py", line, self.seed))
         self.do(fuse("sft_model", place, "sft", self.base))
