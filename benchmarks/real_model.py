@@ -35,7 +35,7 @@ PYTORCH = ROOT / ".venv-baseline" / "bin" / "python"
 LEXICON = "vaderSentiment==3.3.2"
 VADER = f"{ROOT}/examples/sentiment.py:positive"
 PARTS = ("sft", "ppo", "rates", "reward", "learned", "check")
-RATES = (3e-5, 1e-3)  # beside the default
+RATES = (3e-4, 1e-3)  # beside the default
 RATE_SEEDS = (0, 1)
 PPO = (
     "--num-steps 24 --batch-size 16 --mini-batch-size 8 --max-new-tokens 32 --eval-every 12 "
