@@ -19,7 +19,7 @@ FILES = sorted(
     for path in (ROOT / folder).glob("*.py")
 )
 TOP = {path.stem for path in ROOT.glob("*.py")} | {*FOLDERS}
-FOR_ALL = {"errors", "fast_blas", "padding", "waiting"}
+FOR_ALL = {"errors", "fast_blas", "padding", "right_python", "waiting"}
 PYTORCH = {"torch", "transformers", "peft", "trl", "accelerate"}
 # mlx-lm's parts that change between releases, by the name they are imported under.
 UNSTABLE = {"BatchGenerator", "BatchKVCache", "linear_to_lora_layers", "load_model"}
