@@ -16,7 +16,7 @@ from pathlib import Path
 
 # The package training/ of the project, not this file, is what `import training` has to find.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
+import right_python  # noqa: F401  first
 from adlf.pipeline import make_parser, run_pipeline
 from command_line.exits import run_main
 
