@@ -266,7 +266,7 @@ def main() -> None:
                     getattr(seed, part)()
     from real_model_report import write_report
 
-    write_report(args.cache, args.seeds)
+    write_report(args.cache)
 
 
 if __name__ == "__main__":

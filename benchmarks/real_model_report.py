@@ -143,12 +143,23 @@ def draw(seeds: dict[int, dict]) -> None:
     save(figure, IMAGE)
 
 
-def write_report(cache: Path, numbers: list[int]) -> None:
-    """results/real_model.json and .md, and the plots, of what is there."""
+def write_report(cache: Path) -> None:
+    """results/real_model.json and .md, and the plots, of what is there.
+
+    What earlier results have, and the cache no longer, stays.
+    """
     sys.path.insert(0, str(ROOT))
-    seeds = {n: found for n in numbers if (found := read_seed(cache / f"seed_{n}"))}
+    before = json.loads(RESULTS.read_text("utf-8"))["seeds"] if RESULTS.exists() else {}
+    seeds = {int(number): found for number, found in before.items()}
+    for place in cache.glob("seed_*"):
+        if found := read_seed(place):
+            number = int(place.name.removeprefix("seed_"))
+            kept = seeds.get(number, {})
+            parts = {name: kept.get(name, {}) | found[name] for name in ("stages", "runs")}
+            seeds[number] = kept | found | parts
+    seeds = dict(sorted(seeds.items()))
     if not seeds:
-        sys.exit(f"error: {cache}: no stage of these seeds is done")
+        sys.exit(f"error: {cache}: no stage of a seed is done")
     machine = {
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu_count": os.cpu_count(),
