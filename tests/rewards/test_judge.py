@@ -416,7 +416,7 @@ def test_labels_of_another_judge_or_input_are_not_mixed_in(more, said):
         ("--input PAIRS --judge-url http://127.0.0.1:9/v1 --judge-retries 0", "refused"),
         ("--prompts PAIRS --model nowhere --ground-truth-reward", "nowhere"),
         ("--input PAIRS --reward-function bad.py:raises", "raised ValueError"),
-        ("--input PAIRS --judge DIGITS --revise --judge-max-tokens 0", "1 or more"),
+        ("--input PAIRS --revise --judge-url http://127.0.0.1:9/v1 --judge-retries 0", "refused"),
     ],
 )
 def test_force_keeps_the_labels_that_are_there_until_there_are_others(words, said):
@@ -426,7 +426,7 @@ def test_force_keeps_the_labels_that_are_there_until_there_are_others(words, sai
     run(*again, "--output", "judged.jsonl")
     Path("judged.unlabelled.jsonl").write_text('{"prompt": "left"}\n')
     before = {file: Path(file).read_bytes() for file in ("judged.jsonl", "judged.unlabelled.jsonl")}
-    words = words.replace("PAIRS", PAIRS).replace("DIGITS", DIGITS).split()
+    words = words.replace("PAIRS", PAIRS).split()
     _, err = run(*words, "--output", "judged.jsonl", "--force", status=2)
     assert said in err and err.count("error:") == 1
     assert {file: Path(file).read_bytes() for file in before} == before
