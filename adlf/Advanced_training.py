@@ -16,7 +16,7 @@ from pathlib import Path
 
 # The package training/ of the project, not a file here, is what `import training` has to find.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
+import right_python  # noqa: F401  first
 from adlf.checks import ADVANCED_NEEDS, check_techniques
 from adlf.pipeline import add_token_format, make_parser, run_pipeline
 from command_line.conditioning_flags import TEMPLATE

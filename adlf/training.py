@@ -16,7 +16,7 @@ from pathlib import Path
 
 # The package training/ of the project, not this file, is what `import training` has to find.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
+import right_python  # noqa: F401  first
 from adlf.checks import check_length_target
 from adlf.pipeline import make_parser, run_pipeline
 from command_line.adlf_flags import asked_for

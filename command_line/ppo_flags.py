@@ -38,7 +38,6 @@ from command_line.worker_flags import add_worker_arguments, refuse_across_rows, 
 from data_utils import Template, data_report, load_data, tokenise_prompts
 from errors import UserError
 from rl.ppo_config import PPOConfig
-from run_folder.console import watched
 from run_folder.private import marked_above
 
 DESCRIPTION = "PPO on a language model, against a ground-truth reward, a learned one, or your own."
@@ -281,7 +280,7 @@ def load_prompts(args, tokenizer, weights: int, per_step: int | None = None) -> 
         refuse_idle(args, "prompt_words", "on rows that have prompts of their own")
     for split, records in loaded.items():
         found[split] = tokenise_prompts(
-            watched(records, "tokenising"),
+            records,
             tokenizer,
             prompt_words=args.prompt_words,
             **tokenising(args),

@@ -52,8 +52,8 @@ from errors import UserError
 from models.adapter_description import REWARD_HEAD, head_path, read_head_description
 from models.reading import Reading
 from rewards.reward_rows import reading_of_rows, tokenise_reward_rows
-from run_folder.console import watched
 from run_folder.run_config import run_folder_of
+from waiting import watched
 
 DESCRIPTION = (
     "Supervised fine-tuning of a language model; with --reward-model, training of a reward model."
@@ -276,7 +276,7 @@ def load_rows(args, tokenizer) -> dict:
             options = tokenising(args) | row_limit(args) | {"mask_prompt": args.mask_prompt}
 
             def tokenise(some, options=options, **more):
-                return tokenise_sft(watched(some, "tokenising"), tokenizer, **options | more)
+                return tokenise_sft(some, tokenizer, **options | more)
 
             rows[split] = techniques.make(records, tokenise)
         else:
@@ -374,7 +374,12 @@ def validation(args, rows, least: int = 1):
         return None
     plan = BatchPlan(rows.lengths, args.batch_size, shuffle=False, least=least)
     count = None if args.val_batches < 0 else args.val_batches
-    return lambda: itertools.islice(epoch_batches(rows.rows, plan), count)
+    total = len(plan) if count is None else min(count, len(plan))
+
+    def batches():
+        return watched(itertools.islice(epoch_batches(rows.rows, plan), count), "validation", total)
+
+    return batches
 
 
 def validated(args, rows):
