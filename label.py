@@ -172,7 +172,7 @@ def start_sampling(args, records, ids, head, path):
     )
     sampler = Sampler(plan)
     try:
-        with Wait("loading the model", 1) as wait:
+        with Wait("loading the model") as wait:
             while not (sampler.ready or sampler.problem):
                 sampler.poll(0.1)
                 wait.advance(0)

@@ -15,7 +15,7 @@ from distributed.line import Absent
 from distributed.membership import LOST, member
 from distributed.place import Lost
 from errors import MEMORY_ADVICE, UserError
-from run_folder.console import watched
+from run_folder.console import Wait
 from run_folder.output import errors, lost_output, open_outputs
 from run_folder.secrets import clean, tell
 from run_folder.stopping import AGAIN
@@ -43,7 +43,7 @@ def run_main(
     warnings.formatwarning = one_line_warning
     sys.unraisablehook = say_unraisable
     open_outputs(clean)
-    waiting.watch_with(watched)
+    waiting.watch_with(Wait)
     try:
         if workers:
             enter_group()

@@ -43,7 +43,6 @@ from data_utils import (
     tokenise_sft,
 )
 from errors import UserError
-from run_folder.console import watched
 
 DESCRIPTION = "ReST: sample from the policy, keep what scores well, fine-tune on it, again."
 QUANTILES = [0.5, 0.75, 0.9]
@@ -161,7 +160,7 @@ def load_prompts(args, tokenizer) -> dict[str, Any]:
     for split, records in loaded.items():
         warn_of_digits_model(args, records)
         prompts = tokenise_prompts(
-            watched(records, "tokenising"),
+            records,
             tokenizer,
             prompt_words=args.prompt_words,
             **tokenising(args),

@@ -22,7 +22,7 @@ from models.limits import Limits, context_of, find_limits
 from models.repairs import model_classes, repair
 from models.transformers_config import unnested
 from safe_files import scratch_folder
-from waiting import watched
+from waiting import busy, watched
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 QUANTIZE_GROUP_SIZES = (64, 32)  # mlx's default, then what narrow layers divide by
@@ -89,7 +89,8 @@ def load_model(
         reader = resolve_path(str(tokenizer))
         if not trust_remote_code:
             _refuse_code(reader / "tokenizer_config.json")
-    model, tokenizer, config = _load(path, name, trust_remote_code, reader)
+    with busy("loading"):
+        model, tokenizer, config = _load(path, name, trust_remote_code, reader)
     quantized = None if quantize is None else _quantize(model, config, quantize, name)
     repair(model, config)  # after quantisation, which makes some modules anew
     if dtype != "stored":

@@ -123,6 +123,7 @@ class RolloutLoop(Resumable):
             self.progress = progress
             # At the start, or where a signal gave it up.
             metric = self.end_step(progress) if self.evaluation_due() else None
+            progress.begin()
             while self.step < plan.steps and not stop.requested:
                 with self.step_to_give_up():
                     self.train_step(progress)
@@ -351,18 +352,17 @@ class RolloutLoop(Resumable):
         row, start = {"step": self.step}, perf_counter()
         kinds = (("greedy", True, 1), ("sampled", False, self.schedule.eval_samples))
         total = len(self.validation) * sum(count for _, _, count in kinds)
-        wait = Wait("evaluation", total)
-        for kind, greedy, count in kinds:
-            rows = [prompt for prompt in self.validation for _ in range(count)]
-            rollout = self.sample(rows, greedy, wait.advance)
-            texts, scores, parts = self.score(rows, rollout)
-            means = part_means({"score": scores} | parts)
-            row |= {f"eval/{kind}/{name}": value for name, value in means.items()}
-            lengths = [len(response) for response in rollout.responses]
-            row[f"eval/{kind}/response_tokens"] = float(np.mean(lengths))
-            sample = {**asked(rows[0]), "response": texts[0], "score": scores[0]}
-            self.run_folder.log_samples(self.step, [{"evaluation": kind, **sample}])
-        wait.close()
+        with Wait("evaluation", total) as wait:
+            for kind, greedy, count in kinds:
+                rows = [prompt for prompt in self.validation for _ in range(count)]
+                rollout = self.sample(rows, greedy, wait.advance)
+                texts, scores, parts = self.score(rows, rollout)
+                means = part_means({"score": scores} | parts)
+                row |= {f"eval/{kind}/{name}": value for name, value in means.items()}
+                lengths = [len(response) for response in rollout.responses]
+                row[f"eval/{kind}/response_tokens"] = float(np.mean(lengths))
+                sample = {**asked(rows[0]), "response": texts[0], "score": scores[0]}
+                self.run_folder.log_samples(self.step, [{"evaluation": kind, **sample}])
         logged = {k: v for k, v in row.items() if k != "step"}
         self.run_folder.log(self.step, logged | {"time/ppo/evaluation": perf_counter() - start})
         shown = {"greedy": row["eval/greedy/score"], "sampled": row["eval/sampled/score"]}
