@@ -149,6 +149,20 @@ def put_folder_in_place(aside: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path`` to write into; it takes its place when the block ends well."""
+    sweep(path)
+    aside = temporary_name(path)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        sync_tree(aside)
+        put_folder_in_place(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def swap(one: Path, other: Path) -> bool:
     """Swap two names in one step; False, with nothing done, where the system has no such step."""
     library = ctypes.CDLL(None, use_errno=True)

@@ -27,13 +27,13 @@ from rl.rollouts import (
 from training.optimizers import build_optimizer
 from training.pass_share import PassShare
 from training.rollout_stages import pack_rows, reference_of, sample, scored
-from training.rollout_steps import RolloutSteps
+from training.rollout_steps import RolloutSteps, minibatch_update
 from training.update import (
+    added,
     all_finite,
     apply_update,
     checkpointed_blocks,
     loss_and_gradient,
-    minibatch_update,
 )
 
 
@@ -161,7 +161,11 @@ class RolloutTrainer(RolloutSteps):
             )
 
         metrics = minibatch_update(
-            rows, self.config.mini_batch_size, lambda some: self._gradient(rollout, some), apply
+            rows,
+            self.config.mini_batch_size,
+            lambda some: self._gradient(rollout, some),
+            added,
+            apply,
         )
         if math.isfinite(metrics[-1].get("grad_norm", math.nan)):
             self.after_update(metrics)

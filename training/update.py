@@ -5,7 +5,7 @@ of minibatches (training/rollout_trainer.py).
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -111,27 +111,3 @@ def apply_update(
         optimizer.update(model, gradient)
         mx.eval(model.trainable_parameters(), optimizer.state)
     return size
-
-
-def minibatch_update(
-    rows: Sequence[int],
-    size: int,
-    gradient: Callable[[Sequence[int]], tuple[Any, dict[str, float]]],
-    apply: Callable[[Any], float],
-) -> list[dict[str, float]]:
-    """One update from the minibatches of `size` that `rows` fall into; the metrics of each.
-
-    `gradient(rows)` gives a tree, None where the minibatch must not move the weights, and metrics.
-    `apply(sum of the gradients)` returns their norm, which the last metrics get as "grad_norm".
-    """
-    total, metrics = None, []
-    for start in range(0, len(rows), size):
-        part, found = gradient(rows[start : start + size])
-        metrics.append(found)
-        if part is not None:
-            total = added(total, part)
-    if total is not None:
-        norm = metrics[-1]["grad_norm"] = apply(total)
-        if not math.isfinite(norm):  # of numbers that were finite themselves
-            metrics[-1] |= {"not_finite": 1.0, "skipped": 1.0}
-    return metrics
