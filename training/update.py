@@ -14,8 +14,6 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
-from training.optimizers import clip_gradients
-
 # ------------------------------------------------------------------------------ gradients
 
 
@@ -86,6 +84,18 @@ def added(total: Any, part: Any) -> Any:
 def all_finite(gradient: Any) -> mx.array:
     """Whether no array of the tree holds NaN or infinity, a scalar."""
     return mx.stack([mx.isfinite(g).all() for _, g in tree_flatten(gradient)]).all()
+
+
+def clip_gradients(gradients: Any, max_norm: float | None) -> tuple[Any, mx.array]:
+    """Gradients scaled down to a global norm of ``max_norm`` (None: as they are), and the norm.
+
+    The norm is of the gradients that came in, float32. As torch.nn.utils.clip_grad_norm_.
+    """
+    leaves = [leaf for _, leaf in tree_flatten(gradients)]
+    if max_norm is None:
+        total = sum(mx.square(leaf.astype(mx.float32)).sum() for leaf in leaves)
+        return gradients, mx.sqrt(total)
+    return optim.clip_grad_norm(gradients, max_norm)
 
 
 def apply_update(
