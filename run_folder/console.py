@@ -195,7 +195,8 @@ class Wait:
         """So many more are done."""
         self.done += count
         if self.bar is not None:
-            self.bar.update(count)
+            if count:  # else `tick` is enough
+                self.bar.update(count)
         elif time.monotonic() - self.said > max(LOG_PATIENCE, self.patience):
             self.say()
 
