@@ -33,6 +33,7 @@ from command_line.shared_flags import (
     add_optimizer_arguments,
     add_run_arguments,
     at_least,
+    check_epochs,
 )
 from command_line.technique_rows import TechniqueRows, add_technique_arguments
 from command_line.worker_flags import add_worker_arguments, refuse_across_rows
@@ -200,8 +201,7 @@ def check_loop(args) -> None:
             "--val-batches: give a number of batches, or -1 for all rows; "
             "--steps-per-eval 0 means no validation"
         )
-    if args.epochs is not None and not 0 < args.epochs <= 1e6:
-        raise UserError("--epochs: give a number above 0, up to 1e6")
+    check_epochs(args, "epochs")
     check_validations(args)
     check_save_file(args.save_file)
 

@@ -63,7 +63,8 @@ class Progress:
         self.total, self.name = total, name
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty() if live is None else live
-        self.started, self.first = time.monotonic(), done
+        self.first, self.spent = done, 0.0  # of the last timed line: step, seconds since then
+        self.moved = time.monotonic()
         self.bar = (
             Bar(
                 total=total,
@@ -76,7 +77,7 @@ class Progress:
             if self.live
             else None
         )
-        self.what, self.since = "", self.started
+        self.what, self.since = "", self.moved
         self.over = threading.Event()
         self.ticking = threading.Thread(target=self.tick, daemon=True)
         if self.live:
@@ -89,8 +90,9 @@ class Progress:
                 self.bar.set_postfix_str(f"{self.what} {seconds:.0f} s".lstrip())
 
     def advance(self, steps: int = 1) -> None:
-        """Move the bar on; does nothing in a log."""
-        self.what, self.since = "", time.monotonic()
+        """Steps are done: the time since the last ones, or the last evaluation, was theirs."""
+        self.spent, self.moved = self.spent + time.monotonic() - self.moved, time.monotonic()
+        self.what, self.since = "", self.moved
         if self.bar is not None:
             self.bar.set_postfix_str("", refresh=False)
             self.bar.update(steps)
@@ -102,13 +104,18 @@ class Progress:
             self.bar.set_postfix_str(what)
 
     def report(self, step: int, values: Mapping[str, Any], *, timed: bool = True) -> None:
-        """Print the named values after ``step`` steps; ``timed``: and the pace so far."""
+        """Print the named values after ``step`` steps; ``timed``: and the pace since the last time.
+
+        What is not timed is an evaluation, which took the time since the step before it.
+        """
         width = len(str(self.total))
         head = f"{self.name} {step:>{width}}/{self.total}".strip()
         cells = [f"{k} {short(v):<{NUMBER_WIDTH}}" for k, v in values.items()]
         if timed:
-            rate = (step - self.first) / max(time.monotonic() - self.started, 1e-9)
-            cells.append(pace(rate))
+            cells.append(pace((step - self.first) / max(self.spent, 1e-9)))
+            self.first, self.spent = step, 0.0
+        else:
+            self.moved = time.monotonic()
         self.line(printable("  ".join([head, *cells]).rstrip()))
 
     def line(self, text: str) -> None:
@@ -123,7 +130,7 @@ class Progress:
 
     def begin(self) -> None:
         """The steps begin now: what was before, an evaluation say, is none of their time."""
-        self.started = time.monotonic()
+        self.moved = time.monotonic()
         if self.bar is not None:
             self.bar.forget_time()
 

@@ -70,7 +70,7 @@ def test_a_long_step_says_how_long_it_has_been_at_it(monkeypatch, what, shown):
 def test_a_slow_run_has_seconds_per_step():
     stream = Terminal()
     with Progress(10, name="ppo", stream=stream) as progress:
-        progress.started = progress.bar.start_t = time.monotonic() - 100
+        progress.moved = time.monotonic() - 100
         progress.bar.start_t = progress.bar._time() - 100
         progress.advance(4)
         progress.bar.refresh()
@@ -78,6 +78,29 @@ def test_a_slow_run_has_seconds_per_step():
     assert "ppo  4/10  25 s/step" in stream.getvalue()
     assert "25.00s/step" in stream.getvalue().split("\r")[-1]
     assert [pace(rate) for rate in (0.25, 2, 0)] == ["4 s/step", "2.00 steps/s", "0.00 steps/s"]
+
+
+def test_the_pace_is_that_of_the_steps_since_the_last_line(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def wait(seconds):
+        now[0] += seconds
+
+    stream = io.StringIO()
+    with Progress(20, done=5, stream=stream) as progress:
+        wait(1000)  # the evaluation of the first weights
+        progress.report(5, {"held-out": 0.1}, timed=False)
+        for step in range(6, 13):
+            wait(40 if step < 8 else 4)
+            progress.advance()
+            if step == 9:
+                wait(500)  # in the middle of what a line is about
+                progress.report(step, {"held-out": 0.2}, timed=False)
+            if step in (7, 10, 12):
+                progress.report(step, {})
+    lines = [line for line in stream.getvalue().splitlines() if "held-out" not in line]
+    assert lines == ["7/20  40 s/step", "10/20  4 s/step", "12/20  4 s/step"]
 
 
 def test_a_wait_shows_after_two_seconds_and_goes_again(monkeypatch):
@@ -138,10 +161,10 @@ def test_where_nobody_knows_how_much_there_is_no_time_is_left():
 def test_what_was_before_the_first_step_is_none_of_its_time():
     stream = Terminal()
     with Progress(10, name="sft", stream=stream) as progress:
-        progress.started = time.monotonic() - 100
+        progress.moved = time.monotonic() - 100
         progress.bar.start_t = progress.bar.last_print_t = progress.bar._time() - 100
         progress.begin()
-        progress.started -= 2
+        progress.moved -= 2
         progress.bar.start_t -= 2
         progress.advance()
         progress.report(1, {})
