@@ -116,4 +116,4 @@ def write(args, pairs) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, tidies=True)
