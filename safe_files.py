@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,20 @@ def sweep(path: Path, *, all_names: bool = False, heads: bool = False) -> None:
                 shutil.rmtree(there)
             else:
                 there.unlink()
+
+
+@contextlib.contextmanager
+def scratch_folder(name: str) -> Iterator[Path]:
+    """A folder among the system's temporary ones, for as long as the block lasts.
+
+    What killed processes left there under ``name`` is cleared away first.
+    """
+    for there in Path(tempfile.gettempdir()).glob(f"mlx-rlhf-{name}-*"):
+        process = there.name.split("-")[3]
+        if process.isdecimal() and not is_alive(int(process)):
+            shutil.rmtree(there, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"mlx-rlhf-{name}-{os.getpid()}-") as folder:
+        yield Path(folder)
 
 
 def is_alive(process: int) -> bool:

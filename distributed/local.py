@@ -20,7 +20,7 @@ from pathlib import Path
 from distributed.membership import LOST, workers_named
 from distributed.place import HOSTFILE, NOTES, PARENT, RANK, TERMINAL
 from run_folder.secrets import tell
-from run_folder.stopping import SIGNALS
+from run_folder.stopping import AGAIN, SIGNALS
 
 PATIENCE = 5.0  # seconds that the others get once one has failed
 LOOK = 0.05  # seconds between looks at them
@@ -110,8 +110,13 @@ class Worker:
 def forwarding(workers: list[Worker]) -> Iterator[list[int]]:
     """Within it a signal goes to worker 0; a second one ends all at once. Gives those heard."""
     heard: list[int] = []
+    first = 0.0  # when
 
     def hear(number: int, _) -> None:
+        nonlocal first
+        if heard and time.monotonic() - first < AGAIN:
+            return
+        first = time.monotonic()
         heard.append(number)
         for worker in workers if len(heard) > 1 else workers[:1]:
             if worker.process.returncode is None:

@@ -1,12 +1,11 @@
 """A signal at one of several workers: all finish the step and stop alike."""
 
 import contextlib
-import signal
 from collections.abc import Iterator
 from types import FrameType
 
 from distributed.group import Workers
-from run_folder.stopping import SIGNALS, GracefulStop
+from run_folder.stopping import GracefulStop, end_at_the_next
 
 
 class SharedStop(GracefulStop):
@@ -36,8 +35,10 @@ class SharedStop(GracefulStop):
             yield
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.workers.heard is not None:  # the same one again
+            return
         self.workers.heard = number
         if self.alone:
             super()._handle(number, frame)
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        else:
+            end_at_the_next()

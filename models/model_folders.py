@@ -25,6 +25,7 @@ from safe_files import (
     synced_sum,
     temporary_name,
 )
+from waiting import busy
 
 MODEL_SIGNS = ("config.json", "adapter_config.json", "model.gguf")  # a folder that may be replaced
 RUN_SIGNS = ("metrics.jsonl", "checkpoints")  # a run has a config.json too
@@ -44,7 +45,8 @@ def new_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     try:
         aside.mkdir(parents=True)
         yield aside
-        sync_tree(aside)
+        with busy("writing"):
+            sync_tree(aside)
         put_folder_in_place(aside, path)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: cannot write: {error}") from error
@@ -95,7 +97,8 @@ def write_model(folder: Path, loaded: LoadedModel) -> None:
     from mlx_lm.utils import save_config
 
     weights = family_weights(loaded)
-    save_weights(folder, loaded.model if "quantization" in loaded.config else _Weights(weights))
+    with busy("writing"):
+        save_weights(folder, loaded.model if "quantization" in loaded.config else _Weights(weights))
     config = {**loaded.config, "dtype": stored_dtype(loaded)}
     config.pop("torch_dtype", None)
     sees = any(name.startswith("vision_tower") or ".vision_tower" in name for name in weights)

@@ -6,3 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+
+import right_python  # noqa: E402
+
+if right_python.script_folder() == Path(__file__).resolve().parent:
+    right_python.refuse_others(("numpy", "torch", "tqdm"), ".venv-baseline", "make test-baseline")
