@@ -18,7 +18,7 @@ import os
 from math import exp
 from pathlib import Path
 
-from command_line.data_flags import first_text, settle_date, tokenising
+from command_line.data_flags import first_text, settle_date, tokenising, warn_of_model
 from command_line.exits import run_main
 from command_line.judge_flags import by_model, parse_arguments
 from command_line.reward_flags import refuse_sending
@@ -44,7 +44,8 @@ def main(words=None) -> int:
     try:
         (revise if args.revise else label)(args, records, labels, left)
     except KeyboardInterrupt:
-        tell(f"stopped after {len(labels.rows)} rows of {output}; the same command goes on")
+        how = " without --force" if args.force and labels.rows else ""
+        tell(f"stopped after {len(labels.rows)} rows of {output}; the same command{how} goes on")
         raise
     finally:
         labels.close()
@@ -171,6 +172,7 @@ def label(args, records, labels, left) -> None:
     else:
         tokenizer, reward_model = load_scorer(args, tokenizer)
         if answers is None:
+            warn_of_model(args, records, tokenizer)
             settle_date(args, tokenizer)
             answers_of(records)  # refuses what has no two answers
             answers, _ = make_pairs(records, tokenizer, tokenising(args))
@@ -186,6 +188,12 @@ def label(args, records, labels, left) -> None:
     finish(args, of, done, labels, left)
 
 
+def begin(*files) -> None:
+    """With --force: rows of before go now that there are others, and not where no judge answers."""
+    for file in files:
+        file.begin()
+
+
 def judge_all(args, todo, verdicts, about, labels, left) -> dict:
     """Verdicts on these comparisons, each written before the next batch; rows by number."""
     from rewards.comparisons import not_to_judge, verdict_row
@@ -199,6 +207,7 @@ def judge_all(args, todo, verdicts, about, labels, left) -> dict:
             found = {c.number: Unanswered(why) for c in part if (why := not_to_judge(c))}
             differ = [c for c in part if c.number not in found]
             found |= zip([c.number for c in differ], verdicts(differ), strict=True)
+            begin(labels, left)
             for c in part:
                 row, is_label = verdict_row(
                     c, found[c.number], about[c.number], args.min_confidence
@@ -265,7 +274,9 @@ def revise(args, records, labels, left) -> None:
         for start in range(0, len(todo), each):
             part = todo[start : start + each]
             cases = [(i, answers[i].record, principles[i]) for i in part]
-            for row, is_revision in revisions(judge, cases):
+            made = revisions(judge, cases)
+            begin(labels, left)
+            for row, is_revision in made:
                 (labels if is_revision else left).append(row)
             wait.advance(len(part))
     print(f"answers    {len(answers)}: {len(labels.rows)} revised, {len(left.rows)} left")
@@ -277,4 +288,4 @@ def revise(args, records, labels, left) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, tidies=True)

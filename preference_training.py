@@ -36,6 +36,7 @@ from training.launch import (
     supervised_loop,
     talk_command,
 )
+from waiting import watched
 
 # ------------------------------------------------------------------------------ main
 
@@ -60,7 +61,8 @@ def main(words=None) -> int:
     if args.train:
         train(args, loaded, task, rows)
     if args.test:
-        batches = epoch_batches(rows["test"].rows, make_plan(args, rows["test"], shuffle=False))
+        plan = make_plan(args, rows["test"], shuffle=False)
+        batches = watched(epoch_batches(rows["test"].rows, plan), "test", len(plan))
         from mlx_sft_trainer import evaluate
 
         show("test", evaluate(task, batches))

@@ -43,6 +43,7 @@ from training.launch import (
     start,
     supervised_loop,
 )
+from waiting import watched
 
 # ------------------------------------------------------------------------------ main
 
@@ -205,7 +206,7 @@ def test(args, task, rows) -> None:
     from mlx_sft_trainer import evaluate
 
     plan = BatchPlan(rows.lengths, args.batch_size, shuffle=False)
-    metrics = evaluate(task, epoch_batches(rows.rows, plan))
+    metrics = evaluate(task, watched(epoch_batches(rows.rows, plan), "test", len(plan)))
     show("test", metrics)
     if args.reward_model:
         agreement(task.reward_model, rows.rows)

@@ -20,6 +20,7 @@ from safe_files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = "stages.json"
+SAID = 2  # the status of a stage that has said in one line what a person can put right
 
 
 @dataclass
@@ -93,7 +94,8 @@ def run(stage: Stage) -> None:
         status = child.wait()
     if status:
         code = 128 - status if status < 0 else status
-        print(f"error: {stage.name} ended with status {code}", file=sys.stderr)
+        if code != SAID:
+            print(f"error: {stage.name} ended with status {code}", file=sys.stderr)
         raise SystemExit(code)
 
 

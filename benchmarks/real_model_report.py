@@ -6,6 +6,8 @@ import platform
 import sys
 from pathlib import Path
 
+from real_model_data import one_sentence
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "real_model.json"
 IMAGE = ROOT / "docs" / "images" / "real_model.png"
@@ -47,6 +49,7 @@ def read_seed(place: Path) -> dict:
                 "rows": len(rows),
                 "score": sum(r["score"] for r in rows) / len(rows),
                 "ended": sum(r["ended"] for r in rows) / len(rows),
+                "one_sentence": sum(map(one_sentence, rows)) / len(rows),
             }
     return found
 
@@ -110,8 +113,11 @@ def table(seeds: dict[int, dict]) -> str:
     for name, title in (("samples", "before SFT"), ("sft_samples", "after SFT")):
         found = [s[name] for s in seeds.values() if name in s]
         if found:
-            score, ended = (mean([f[k] for f in found]) for k in ("score", "ended"))
-            lines += ["", f"Samples {title}: VADER {score:.2f}, {ended:.0%} ended by themselves."]
+            score, ended, one = (
+                mean([f[k] for f in found]) for k in ("score", "ended", "one_sentence")
+            )
+            lines += ["", f"Samples {title}: VADER {score:.2f}, {ended:.0%} ended by themselves, "]
+            lines[-1] += f"{one:.0%} one whole sentence."
     return "\n".join(lines) + "\n"
 
 

@@ -3,8 +3,10 @@
 Loads no MLX.
 """
 
+import atexit
 import contextlib
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -78,5 +80,6 @@ def in_a_copy(words: list[str], resumed: str, config: str | None) -> list[str]:
     if config is None:
         return words  # worker 0 has no such run, and says it
     folder = tempfile.mkdtemp(prefix="mlx-rlhf-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     Path(folder, "config.json").write_text(config, encoding="utf-8")
     return [word.replace(resumed, folder) if resumed in word else word for word in words]

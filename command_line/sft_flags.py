@@ -33,6 +33,7 @@ from command_line.shared_flags import (
     add_optimizer_arguments,
     add_run_arguments,
     at_least,
+    check_epochs,
 )
 from command_line.technique_rows import TechniqueRows, add_technique_arguments
 from command_line.worker_flags import add_worker_arguments, refuse_across_rows
@@ -51,8 +52,8 @@ from errors import UserError
 from models.adapter_description import REWARD_HEAD, head_path, read_head_description
 from models.reading import Reading
 from rewards.reward_rows import reading_of_rows, tokenise_reward_rows
-from run_folder.console import watched
 from run_folder.run_config import run_folder_of
+from waiting import watched
 
 DESCRIPTION = (
     "Supervised fine-tuning of a language model; with --reward-model, training of a reward model."
@@ -200,8 +201,7 @@ def check_loop(args) -> None:
             "--val-batches: give a number of batches, or -1 for all rows; "
             "--steps-per-eval 0 means no validation"
         )
-    if args.epochs is not None and not 0 < args.epochs <= 1e6:
-        raise UserError("--epochs: give a number above 0, up to 1e6")
+    check_epochs(args, "epochs")
     check_validations(args)
     check_save_file(args.save_file)
 
@@ -276,7 +276,7 @@ def load_rows(args, tokenizer) -> dict:
             options = tokenising(args) | row_limit(args) | {"mask_prompt": args.mask_prompt}
 
             def tokenise(some, options=options, **more):
-                return tokenise_sft(watched(some, "tokenising"), tokenizer, **options | more)
+                return tokenise_sft(some, tokenizer, **options | more)
 
             rows[split] = techniques.make(records, tokenise)
         else:
@@ -374,7 +374,12 @@ def validation(args, rows, least: int = 1):
         return None
     plan = BatchPlan(rows.lengths, args.batch_size, shuffle=False, least=least)
     count = None if args.val_batches < 0 else args.val_batches
-    return lambda: itertools.islice(epoch_batches(rows.rows, plan), count)
+    total = len(plan) if count is None else min(count, len(plan))
+
+    def batches():
+        return watched(itertools.islice(epoch_batches(rows.rows, plan), count), "validation", total)
+
+    return batches
 
 
 def validated(args, rows):

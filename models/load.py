@@ -3,7 +3,6 @@
 import fast_blas
 
 import glob
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +20,8 @@ from models.hub_files import download, looks_like_hub_name
 from models.limits import Limits, context_of, find_limits
 from models.repairs import model_classes, repair
 from models.transformers_config import unnested
-from waiting import watched
+from safe_files import scratch_folder
+from waiting import busy, watched
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 QUANTIZE_GROUP_SIZES = (64, 32)  # mlx's default, then what narrow layers divide by
@@ -88,7 +88,8 @@ def load_model(
         reader = resolve_path(str(tokenizer))
         if not trust_remote_code:
             refuse_code(reader / "tokenizer_config.json")
-    model, tokenizer, config = _load(path, name, trust_remote_code, reader)
+    with busy("loading"):
+        model, tokenizer, config = _load(path, name, trust_remote_code, reader)
     quantized = None if quantize is None else _quantize(model, config, quantize, name)
     repair(model, config)  # after quantisation, which makes some modules anew
     if dtype != "stored":
@@ -166,8 +167,8 @@ def no_pattern(path: Path) -> Iterator[Path]:
     if glob.escape(str(path)) == str(path):
         yield path
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        link = Path(scratch, "model")
+    with scratch_folder("load") as scratch:
+        link = scratch / "model"
         link.symlink_to(path.absolute())
         yield link
 

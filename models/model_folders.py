@@ -24,6 +24,7 @@ from safe_files import (
     temporary_name,
     whole_folder,
 )
+from waiting import busy
 
 MODEL_SIGNS = ("config.json", "adapter_config.json", "model.gguf")  # a folder that may be replaced
 RUN_SIGNS = ("metrics.jsonl", "checkpoints")  # a run has a config.json too
@@ -89,7 +90,8 @@ def write_model(folder: Path, loaded: LoadedModel) -> None:
     from mlx_lm.utils import save_config
 
     weights = family_weights(loaded)
-    save_weights(folder, loaded.model if "quantization" in loaded.config else _Weights(weights))
+    with busy("writing"):
+        save_weights(folder, loaded.model if "quantization" in loaded.config else _Weights(weights))
     config = {**loaded.config, "dtype": stored_dtype(loaded)}
     config.pop("torch_dtype", None)
     sees = any(name.startswith("vision_tower") or ".vision_tower" in name for name in weights)

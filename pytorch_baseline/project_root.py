@@ -3,16 +3,14 @@
 A script in a Python without the baseline's libraries ends here, with one line and status 2.
 """
 
-import importlib.util
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
 
-if str(HERE.parent) not in sys.path:
-    sys.path.insert(0, str(HERE.parent))
-for library in ("torch", "transformers", "peft", "trl"):
-    if importlib.util.find_spec(library) is None:
-        line = f"error: {sys.executable} has no {library}: pip install -r {HERE}/requirements.txt"
-        print(line, file=sys.stderr)
-        raise SystemExit(2)
+import right_python  # noqa: E402
+
+if right_python.script_folder() == Path(__file__).resolve().parent:
+    right_python.refuse_others(("numpy", "torch", "tqdm"), ".venv-baseline", "make test-baseline")

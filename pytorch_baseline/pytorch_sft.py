@@ -40,6 +40,7 @@ from training.launch import (
 )
 from training.sample_texts import log_answers, normalise_on, starts_of
 from training.supervised_loop import Loop
+from waiting import watched
 
 
 def main(words=None) -> int:
@@ -63,7 +64,7 @@ def main(words=None) -> int:
         train(args, loaded, backend, model, rows)
     if args.test:
         plan = BatchPlan(rows["test"].lengths, args.batch_size, shuffle=False)
-        batches = epoch_batches(rows["test"].rows, plan)
+        batches = watched(epoch_batches(rows["test"].rows, plan), "test", len(plan))
         show("test", make_trainer(args, loaded, model).evaluate(batches))
         if args.reward_model:
             agreement(model, rows["test"].rows)

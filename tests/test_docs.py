@@ -56,3 +56,8 @@ def test_the_readme_s_file_tree_is_the_disk_s():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
     top = {name.partition("/")[0] + ("/" if "/" in name else "") for name in tracked.split()}
     assert {name for name in top if not name.startswith(".")} - listed == set()
+
+
+def test_no_tracked_file_holds_a_conflict():
+    marks = ["git", "grep", "-l", "-E", r"^(<{7}|>{7}) "]
+    assert subprocess.run(marks, cwd=ROOT, capture_output=True, text=True).stdout == ""

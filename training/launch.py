@@ -237,8 +237,9 @@ def run_training(
             told = fast_blas.told() if blas is not None else ""
             print(f"{run.folder}: {said(loop)}" + f"; {told}" * bool(told))
         loop.run(stop, name or kind)
+        more = part()
         stopped = stop.requested
-        if not part():
+        if not more:
             sys.exit(128 + stop.signal if stopped else 0)
         if not stopped:
             path = args.save_file if place is None else place(run)

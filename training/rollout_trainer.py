@@ -173,9 +173,13 @@ class RolloutTrainer(RolloutSteps):
     def after_update(self, metrics: list[dict[str, float]]) -> None:
         """The weights have moved; `metrics` are those of the update's minibatches."""
 
-    def _packed(self, rollout: Rollout, rows: np.ndarray):
-        """Rows of a rollout as one pass, their number, and the width of its (b, r) arrays."""
-        packed = pack_rows(rollout, rows.tolist(), self.model.tuning.prefix, self.pad_to_multiple)
+    def _packed(self, rollout: Rollout, rows: np.ndarray, width: int = 1):
+        """Rows of a rollout as one pass, their numbers, and the width of its (b, r) arrays.
+
+        That is at least `width`.
+        """
+        prefix = self.model.tuning.prefix
+        packed = pack_rows(rollout, rows.tolist(), prefix, self.pad_to_multiple, width)
         return packed, mx.array(rows), packed.mask.shape[1]
 
     def _pass(

@@ -13,7 +13,7 @@ from typing import Any
 
 from data_utils import TextBatch
 from run_folder.checkpoint_folder import best_checkpoint
-from run_folder.console import Progress, Wait, say_gb
+from run_folder.console import Progress, say_gb
 from run_folder.manifest import Metric
 from run_folder.resuming import check_same_reference, check_whole_updates
 from run_folder.rows import read_rows
@@ -137,6 +137,7 @@ class Loop(Resumable):
             with Progress(self.schedule.steps, done=self.step, name=name) as progress:
                 if self.evaluation_due():  # at the start, or a signal gave it up
                     self.end_step(progress)
+                    progress.begin()
                 self.make_updates(progress)
             if not stop.requested:
                 report_skipped(self, self.totals["skipped"], "loss or gradient")
@@ -204,8 +205,7 @@ class Loop(Resumable):
         return metrics
 
     def evaluated(self) -> dict[str, float]:
-        with Wait("validation") as wait:
-            return self.trainer.evaluate(counted(self.validation(), wait))
+        return self.trainer.evaluate(self.validation())
 
     def stopped_early(self, progress: Progress) -> bool:
         patience = self.schedule.patience
@@ -284,10 +284,3 @@ class Loop(Resumable):
         self.since_best = 0 if gained else self.since_best + 1
         self.after_validation(self.step)
         return Metric("valid/loss", metrics["loss"])
-
-
-def counted(batches: Iterable, wait: Wait) -> Iterable:
-    """The batches, each counted once it has been worked on."""
-    for batch in batches:
-        yield batch
-        wait.advance()

@@ -155,6 +155,30 @@ def test_labels_of_another_judge_or_input_are_not_mixed_in(more, said):
     assert len(lines("judged.jsonl")) == (1 if "--max-rows" in more else 3)
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--input PAIRS --judge-url http://127.0.0.1:9/v1 --judge-retries 0", "refused"),
+        ("--prompts PAIRS --model nowhere --ground-truth-reward", "nowhere"),
+        ("--input PAIRS --reward-function bad.py:raises", "raised ValueError"),
+        ("--input PAIRS --revise --judge-url http://127.0.0.1:9/v1 --judge-retries 0", "refused"),
+    ],
+)
+def test_force_keeps_the_labels_that_are_there_until_there_are_others(words, said):
+    """They may have cost money, and a judge that is not there would leave none."""
+    Path("bad.py").write_text("def raises(prompts, responses):\n    raise ValueError('no')\n")
+    again = ["--input", PAIRS, "--judge", DIGITS, "--max-rows", 2, "--min-confidence", 0.505]
+    run(*again, "--output", "judged.jsonl")
+    Path("judged.unlabelled.jsonl").write_text('{"prompt": "left"}\n')
+    before = {file: Path(file).read_bytes() for file in ("judged.jsonl", "judged.unlabelled.jsonl")}
+    words = words.replace("PAIRS", PAIRS).split()
+    _, err = run(*words, "--output", "judged.jsonl", "--force", status=2)
+    assert said in err and err.count("error:") == 1
+    assert {file: Path(file).read_bytes() for file in before} == before
+    run("--input", PAIRS, "--ground-truth-reward", "--max-rows", 1, "--force")
+    assert len(lines("judged.jsonl")) == 1 and lines("judged.unlabelled.jsonl") == []
+
+
 def test_a_file_of_something_else_is_left_alone():
     Path("judged.jsonl").write_text('{"prompt": "mine"}\n')
     _, err = run("--input", PAIRS, "--ground-truth-reward", status=2)
