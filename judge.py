@@ -18,7 +18,7 @@ import os
 from math import exp
 from pathlib import Path
 
-from command_line.data_flags import first_text, settle_date, tokenising
+from command_line.data_flags import first_text, settle_date, tokenising, warn_of_model
 from command_line.exits import run_main
 from command_line.judge_flags import by_model, parse_arguments
 from command_line.reward_flags import refuse_sending
@@ -179,6 +179,7 @@ def label(args, records, labels, left) -> None:
     else:
         tokenizer, reward_model = load_scorer(args, tokenizer)
         if answers is None:
+            warn_of_model(args, records, tokenizer)
             settle_date(args, tokenizer)
             answers_of(records)  # refuses what has no two answers
             answers, _ = make_pairs(records, tokenizer, tokenising(args))

@@ -95,12 +95,15 @@ def open_run(kind: str, options: Mapping[str, Any], **more: Any) -> Run | Silent
 
 
 def part() -> bool:
-    """The end of what all do together; whether this worker has more to do: worker 0 has."""
+    """The end of what all do together; whether this worker has more to do: worker 0 has.
+
+    A signal that came after the last update is known to all from here on.
+    """
     if (own := member()) is None:
         return True
     from distributed import group
 
-    group.here().gather(None, "the end")
+    group.here().sum((), "the end")
     own.leave()
     group.part()
     return own.rank == 0
