@@ -29,15 +29,8 @@ from command_line.shared_flags import optimizer_options, schedule_options
 from data_utils import BatchPlan, epoch_batches
 from models.adapter_description import REWARD_HEAD
 from run_folder.console import command
-from training.launch import (
-    Parts,
-    agreement,
-    count_trained,
-    finish_supervised,
-    say_peak_memory,
-    show,
-    supervised_loop,
-)
+from training.launch import Parts, count_trained, say_peak_memory, supervised_loop
+from training.results import agreement, finish_supervised, show
 from training.sample_texts import log_answers, normalise_on, starts_of
 from training.supervised_loop import Loop
 from waiting import watched
