@@ -40,9 +40,9 @@ from command_line.worker_flags import run_workers, starts_workers
 from models.adapter_description import VALUE_HEAD
 from rl.ppo_config import PPOConfig
 from training.launch import (
-    count_trained,
     finish_ppo,
     policy_commands,
+    ppo_said,
     rollout_loop,
     run_training,
     say_peak_memory,
@@ -154,11 +154,7 @@ def train(args, loaded, policy, reference, rewards, prompts, order) -> None:
         **{VALUE_HEAD: Group(head.arrays, lambda a: head.load_weights(list(a.items())))},
         **calibration_groups(rewards),
     )
-    said = (
-        f"{config.num_steps} steps of {config.batch_size} responses, "
-        f"{config.ppo_epochs} epochs of minibatches of {config.mini_batch_size}; "
-        f"{count_trained(policy.tuning)}; rewards: {rewards}"
-    )
+    said = ppo_said(config, policy.tuning, rewards)
     run_training(
         args,
         "ppo",

@@ -13,8 +13,7 @@ import waiting
 from command_line.meeting import enter_group, refuse_group
 from distributed.line import Absent
 from distributed.membership import LOST, member
-from distributed.place import Lost
-from errors import MEMORY_ADVICE, UserError
+from errors import MEMORY_ADVICE, Lost, UserError
 from run_folder.console import Wait
 from run_folder.output import errors, lost_output, open_outputs
 from run_folder.secrets import clean, tell

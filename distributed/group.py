@@ -18,8 +18,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from distributed.place import Lost
-from errors import UserError
+from errors import Lost, UserError
 
 if TYPE_CHECKING:
     from distributed.membership import Membership

@@ -14,8 +14,8 @@ from typing import Any
 
 from distributed.guard import ended_after
 from distributed.line import BEAT, SILENT, Line, meet, parent_is_gone
-from distributed.place import NOTES, PARENT, Lost, Place, place
-from errors import UserError
+from distributed.place import NOTES, PARENT, Place, place
+from errors import Lost, UserError
 from run_folder.output import errors
 from run_folder.secrets import tell
 

@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ from safe_files import (
 
 HELD_OUT = ("eval/", "valid/")  # how metrics of held-out rows begin
 LIBRARIES = ("mlx", "mlx-lm", "transformers", "numpy")
+IF_LOADED = ("torch", "peft", "trl")  # what only some runs compute with
 RUNS = "runs"  # where runs lie that are given no folder
 OWN_NAMES = ["config.json", *ROW_FILES, "summary.json", "checkpoints", "plots", *LOGGERS]
 
@@ -378,7 +380,7 @@ def describe(
     """What ``config.json`` holds; secrets are redacted."""
     kept = {name: value for name, value in options.items() if name not in OF_ONE_START}
     versions = {"python": platform.python_version()}
-    for library in LIBRARIES:
+    for library in (*LIBRARIES, *(name for name in IF_LOADED if name in sys.modules)):
         try:
             versions[library] = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:

@@ -198,6 +198,7 @@ def run_training(
     place: Callable[[Run], str | Path] | None = None,
     write_fused: Callable[[Namespace, Path], list[str]] | None = None,
     blas: str | None = None,
+    computing: Mapping[str, Any] | None = None,
 ) -> None:
     """A run of `kind` (run_folder/run_config.py) from its folder to what it leaves behind.
 
@@ -206,7 +207,8 @@ def run_training(
     `place(run)` says, once the loop is through. Of `args`, the flags of `add_run_arguments` are
     read. `outputs`: names of what the script itself writes into the folder. `write_fused(args,
     run folder)` makes --fused-dir of what was saved and gives commands to go on with. `blas`: the
-    library that MLX computes with. Exits with 130 or 143 after a stop.
+    library that MLX computes with; `computing`: what another library records of itself. Exits with
+    130 or 143 after a stop.
     """
     import fast_blas
 
@@ -221,7 +223,7 @@ def run_training(
         overwrite=args.overwrite,
         log_with=args.log_with,
         outputs=outputs,
-        computing={} if blas is None else fast_blas.settings(),
+        computing=computing if blas is None else fast_blas.settings(),
     )
     with run, shared_stop() as stop:
         loop = make_loop(run)
@@ -377,6 +379,15 @@ def finish_ppo(
     summary["kl"] = sum(kls) / len(kls) if kls else None
     finish_rollouts(
         args, run, loop, [*written, plot], commands, metric="env/{name}_mean", **summary
+    )
+
+
+def ppo_said(config: Any, trained: Any, rewards: Any) -> str:
+    """What a run of PPO says before it begins."""
+    return (
+        f"{config.num_steps} steps of {config.batch_size} responses, "
+        f"{config.ppo_epochs} epochs of minibatches of {config.mini_batch_size}; "
+        f"{count_trained(trained)}; rewards: {rewards}"
     )
 
 

@@ -24,16 +24,15 @@ from rl.rollouts import (
     stream,
     use_sampled,
 )
-from training.optimizers import build_optimizer
 from training.pass_share import PassShare
 from training.rollout_stages import pack_rows, reference_of, sample, scored
-from training.rollout_steps import RolloutSteps
+from training.rollout_steps import RolloutSteps, minibatch_update
 from training.update import (
+    added,
     all_finite,
     apply_update,
     checkpointed_blocks,
     loss_and_gradient,
-    minibatch_update,
 )
 
 
@@ -64,7 +63,7 @@ class RolloutTrainer(RolloutSteps):
         ends = eos_ids if eos_ids is not None else tokenizer.eos_token_ids
         super().__init__(config, ends, vocabulary_size(model.model))
         self.model, self.reference, self.tokenizer = model, ref_model, tokenizer
-        self.optimizer = optimizer or build_optimizer("adam", config.learning_rate)
+        self.optimizer = optimizer or adam(config.learning_rate)
         self.optimizer.init(model.trainable_parameters())
         self.grad_checkpoint = grad_checkpoint
         on_gpu = mx.default_device().type == mx.DeviceType.gpu
@@ -161,7 +160,11 @@ class RolloutTrainer(RolloutSteps):
             )
 
         metrics = minibatch_update(
-            rows, self.config.mini_batch_size, lambda some: self._gradient(rollout, some), apply
+            rows,
+            self.config.mini_batch_size,
+            lambda some: self._gradient(rollout, some),
+            added,
+            apply,
         )
         if math.isfinite(metrics[-1].get("grad_norm", math.nan)):
             self.after_update(metrics)
@@ -195,3 +198,10 @@ class RolloutTrainer(RolloutSteps):
         metrics = {name: value.item() for name, value in metrics.items()}
         bad = not (finite.item() and math.isfinite(metrics[total]))
         return gradient, metrics | {"not_finite": float(bad), "skipped": float(bad)}
+
+
+def adam(learning_rate: float) -> optim.Optimizer:
+    """What moves the weights where no optimizer is given."""
+    from training.optimizers import build_optimizer  # which a script has loaded, and gives one
+
+    return build_optimizer("adam", learning_rate)
