@@ -57,7 +57,9 @@ def test_a_resumed_run_validates_no_weights_again(train, monkeypatch, capsys, st
     train("--steps-per-eval 2 --val-batches 1 --iters 4 --save-every 1 --keep-checkpoints 9")
     seen = validated_steps(monkeypatch)
     assert sft.main(["--resume", f"run0/checkpoints/{start}"]) == 0
-    assert seen == steps and capsys.readouterr().out.count("validation: loss") == 1
+    out = capsys.readouterr().out
+    assert seen == steps and out.count("validation: loss") == 1
+    assert f"run0: goes on after step {int(start[-1])}\n" in out
 
 
 def test_the_last_weights_may_be_the_best(train, monkeypatch):
