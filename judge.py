@@ -27,7 +27,7 @@ from command_line.score_flags import read_input
 from command_line.scoring import load_scorer, scoring_rewards
 from run_folder.appended import Appended
 from run_folder.console import Wait, command, next_lines
-from run_folder.secrets import tell
+from run_folder.secrets import redact, tell
 
 # ------------------------------------------------------------------------------ main
 
@@ -66,7 +66,14 @@ def check_judge(args) -> None:
 
 
 def load_judge(args):
-    """The model that judges, here or behind an address."""
+    """The model that judges, here or behind an address; its name goes into every row."""
+    judge = unnamed_judge(args)
+    judge.name = redact(judge.name)
+    return judge
+
+
+def unnamed_judge(args):
+    """`load_judge`, whose name may hold what the environment keeps secret."""
     if args.judge_url is not None:
         from rewards.chat_service import ChatJudge
 
@@ -129,7 +136,7 @@ def reward_verdicts(args, answers, of, tokenizer, reward_model):
 
     rewards = scoring_rewards(args, tokenizer, reward_model, answers)
     rewards.check_columns(columns_of(answer.whole for answer in answers))
-    about = {"principle": None, "by": str(rewards)}
+    about = {"principle": None, "by": redact(str(rewards))}
     if args.soft_labels:
         about["soft"] = True
 

@@ -123,9 +123,10 @@ def describe_other(args) -> dict:
 
 
 def describe_model(args, name, adapter) -> dict:
-    """A model as a label records it: names, and what tells its weights from others."""
+    """A model as a label records it: names, no secrets, and what tells its weights from others."""
     from models.adapter_description import read_description
     from models.base_fingerprint import DEFAULT_MODEL, DEFAULT_NAME, base_fingerprint
+    from run_folder.secrets import redact
 
     if name is None and adapter is not None:
         name = read_description(adapter).get("model")  # what it was trained on
@@ -141,7 +142,7 @@ def describe_model(args, name, adapter) -> dict:
         sums = [sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
         found["adapter_sum"] = sha256("".join(sums).encode()).hexdigest()[:16]
     more = {"dtype": args.dtype, "quantize": args.quantize, "tokenizer": args.tokenizer}
-    return found | {key: value for key, value in more.items() if value not in (None, "auto")}
+    return redact(found | {k: v for k, v in more.items() if v not in (None, "auto")})
 
 
 def start_sampling(args, records, ids, head, path):

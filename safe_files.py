@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from waiting import busy
 
 NOT_WHOLE = "does not hold what was written to it"
 # What a file system answers that cannot swap two names (renameat2 of Linux, renamex_np of macOS).
@@ -148,6 +149,21 @@ def put_folder_in_place(aside: Path, path: Path) -> None:
         os.rename(aside, path)
         shutil.rmtree(old, ignore_errors=True)
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path`` to write into; it takes its place when the block ends well."""
+    sweep(path)
+    aside = temporary_name(path)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        with busy("writing"):
+            sync_tree(aside)
+        put_folder_in_place(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def swap(one: Path, other: Path) -> bool:

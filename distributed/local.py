@@ -161,13 +161,14 @@ def status(workers: Sequence[Worker], first: Worker | None, note: Path) -> int:
         return 0
     if not workers[0].ended and workers[0].code not in (0, LOST):
         first = workers[0]  # it speaks for all that fail alike
-    if first.code < 0 or first.code == 1:
+    code = LOST if first.code == -signal.SIGALRM else first.code  # which its guard has told of
+    if code < 0 or code == 1:
         run = note.read_text(encoding="utf-8") if note.exists() else None
-        how = f"signal {-first.code}" if first.code < 0 else "it broke: see above"
+        how = f"signal {-code}" if code < 0 else "it broke: see above"
         cure = f"go on with --resume {run}" if run else "start anew"
         tell(f"error: {workers_named([first.rank])} is gone ({how}); {cure}")
         return LOST
     spoken = workers[0].code == first.code
     for line in first.errors if not spoken else ():
         tell(f"error: {workers_named([first.rank])}: {line.removeprefix('error: ')}")
-    return first.code
+    return code

@@ -12,7 +12,7 @@ class SharedStop(GracefulStop):
     """`GracefulStop` whose flag counts once every worker has it.
 
     It goes with the next sum over the workers (`Workers.sum`). No step is given up: the others are
-    in it.
+    in it. Once they have parted, a signal is worker 0's own, which alone goes on.
     """
 
     def __init__(self, workers: Workers) -> None:
@@ -21,15 +21,24 @@ class SharedStop(GracefulStop):
 
     @property
     def requested(self) -> bool:
-        self.signal = self.workers.stop
+        if self.signal is None:
+            self.signal = self.workers.stop or (self.workers.heard if self.alone else None)
         return self.signal is not None
+
+    @property
+    def alone(self) -> bool:
+        return self.workers.parted and self.workers.rank == 0
 
     @contextlib.contextmanager
     def giving_up(self) -> Iterator[None]:
-        yield
+        with super().giving_up() if self.alone else contextlib.nullcontext():
+            yield
 
-    def _handle(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.workers.heard is not None:  # the same one again
             return
         self.workers.heard = number
-        end_at_the_next()
+        if self.alone:
+            super()._handle(number, frame)
+        else:
+            end_at_the_next()
