@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from errors import UserError
-from safe_files import write_atomically
+from run_folder.secrets import redact
+from safe_files import copy_file, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = "stages.json"
@@ -63,7 +64,8 @@ def run_stages(folder: Path, stages: Sequence[Stage]) -> None:
 
 
 def plain_words(stage: Stage) -> list[str]:
-    return [stage.script, *stage.words]
+    """Its command as the record keeps it, without secrets."""
+    return redact([stage.script, *stage.words])
 
 
 def read_record(folder: Path) -> dict[str, list[str]]:
@@ -148,7 +150,7 @@ def with_tokenizer(model: str, tokenizer: str, folder: Path) -> str:
         for source, of_tokenizer in ((model, False), (tokenizer, True)):
             for file in Path(source).iterdir():
                 if file.is_file() and is_of_tokenizer(file.name) == of_tokenizer:
-                    shutil.copyfile(file, part / file.name)
+                    copy_file(file, part / file.name)
         part.rename(made)
     return str(made)
 

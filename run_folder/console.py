@@ -77,15 +77,29 @@ class Progress:
             if self.live
             else None
         )
+        self.what, self.since = "", self.moved
+        self.over = threading.Event()
+        self.ticking = threading.Thread(target=self.tick, daemon=True)
+        if self.live:
+            self.ticking.start()
+
+    def tick(self) -> None:
+        """Say behind the bar how long the step has been at it, where that is more than a moment."""
+        while not self.over.wait(TICK):
+            if (seconds := time.monotonic() - self.since) > PATIENCE:
+                self.bar.set_postfix_str(f"{self.what} {seconds:.0f} s".lstrip())
 
     def advance(self, steps: int = 1) -> None:
         """Steps are done: the time since the last ones, or the last evaluation, was theirs."""
         self.spent, self.moved = self.spent + time.monotonic() - self.moved, time.monotonic()
+        self.what, self.since = "", self.moved
         if self.bar is not None:
+            self.bar.set_postfix_str("", refresh=False)
             self.bar.update(steps)
 
     def doing(self, what: str) -> None:
         """Say behind the bar what the step is at; does nothing in a log."""
+        self.what, self.since = what, time.monotonic()
         if self.bar is not None:
             self.bar.set_postfix_str(what)
 
@@ -106,10 +120,12 @@ class Progress:
 
     def line(self, text: str) -> None:
         """Print a line of its own without disturbing the bar."""
-        if self.bar is not None:
+        if self.bar is None:
+            print(text, file=self.stream, flush=True)
+            return
+        with tqdm.get_lock():  # no bar is drawn into the line
             self.bar.clear()  # tqdm.write clears only bars on the very same stream
-        print(text, file=self.stream, flush=True)
-        if self.bar is not None:
+            print(text, file=self.stream, flush=True)
             self.bar.refresh()
 
     def begin(self) -> None:
@@ -121,6 +137,8 @@ class Progress:
     def close(self) -> None:
         """Leave the bar where it stands; a second call does nothing."""
         if self.bar is not None:
+            self.over.set()
+            self.ticking.join()
             self.bar.set_postfix_str("", refresh=False)
             self.bar.close()
             self.bar = None
@@ -184,7 +202,8 @@ class Wait:
         """So many more are done."""
         self.done += count
         if self.bar is not None:
-            self.bar.update(count)
+            if count:  # else `tick` is enough
+                self.bar.update(count)
         elif time.monotonic() - self.said > max(LOG_PATIENCE, self.patience):
             self.say()
 

@@ -259,10 +259,25 @@ def test_two_hundred_replies(reply):
 # A run that waits -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["headers", "body", "interim responses"])
-def test_a_signal_ends_the_wait_for_a_service_that_drips(tmp_path, where):
+WAITING = {
+    "ppo": ["headers", "status line", "trailers"],
+    "group": ["interim responses", "chunk size", "error body"],
+    "rest": ["body", "error headers", "chunk extension"],
+}
+QUICK = ("headers", "interim responses", "body")
+
+
+@pytest.mark.parametrize(
+    "name, where",
+    [
+        pytest.param(name, where, marks=[] if where in QUICK else pytest.mark.long)
+        for name, places in WAITING.items()
+        for where in places
+    ],
+)
+def test_a_signal_ends_the_wait_for_a_service_that_drips(tmp_path, name, where):
     """SIGTERM did not, and the run hung for good."""
-    script, line = RUNS["ppo"]
+    script, line = RUNS[name]
     line = [word for word in line if word != "--ground_truth_reward"]
     prelude = f"""
 import sys, rewards.http_client

@@ -4,6 +4,8 @@ import io
 import re
 import time
 
+import pytest
+
 import waiting
 from run_folder import console
 from run_folder.console import Progress, Wait, pace
@@ -42,8 +44,27 @@ def test_a_terminal_gets_lines_above_a_bar_that_fits_80_columns():
     lines = re.findall(r"\r *\r(?:\x1b\[A)*(ppo +\d+/10  score [\d.]+ .*)\n", text)  # bar cleared
     assert len(lines) == 6 and lines[-1].startswith("ppo 10/10  score 1.25")
     bars = [part for part in re.split(r"[\r\n]", text) if "|" in part]
-    assert len(bars) > 6 and max(map(len, bars)) < 80 and "rollout" in bars[2]
+    assert len(bars) > 6 and max(map(len, bars)) < 80 and "rollout" in bars[1]
     assert "rollout" not in bars[-1]
+
+
+@pytest.mark.parametrize("what, shown", [("rollout", r", rollout \d+ s"), ("", r" left, \d+ s")])
+def test_a_long_step_says_how_long_it_has_been_at_it(monkeypatch, what, shown):
+    monkeypatch.setattr(console, "TICK", 0.01)
+    monkeypatch.setattr(console, "PATIENCE", 0.05)
+    stream = Terminal()
+    with Progress(10, name="ppo", stream=stream) as progress:
+        progress.advance()
+        if what:
+            progress.doing(what)
+        deadline = time.monotonic() + 10
+        while not re.search(shown, stream.getvalue()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        progress.report(1, {"score": 0.5})
+        progress.advance()
+    assert re.search(shown, stream.getvalue()), stream.getvalue()
+    assert not progress.ticking.is_alive()
+    assert " s" not in stream.getvalue().split("\r")[-1].split(" left")[1]
 
 
 def test_a_slow_run_has_seconds_per_step():
