@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 
 import waiting
-from command_line.meeting import enter_group
+from command_line.meeting import enter_group, refuse_group
 from distributed.line import Absent
 from distributed.membership import LOST, member
 from errors import MEMORY_ADVICE, Lost, UserError
@@ -46,6 +46,8 @@ def run_main(
     try:
         if workers:
             enter_group()
+        else:
+            refuse_group()
         code = main() or 0
         sys.stdout.flush()
         if (wrong := lost_output()) is not None:

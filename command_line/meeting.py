@@ -51,6 +51,18 @@ def enter_group() -> None:
         sys.argv[1:] = in_a_copy(words, resumed, given("config"))
 
 
+def refuse_group() -> None:
+    """UserError where this process was started as one of several, by a script that works alone."""
+    if (found := place()) is None:
+        return
+    if found.rank:
+        raise SystemExit(2)  # worker 0 says it
+    raise UserError(
+        f"{Path(sys.argv[0]).name} works alone, and this is one of {found.size} processes that "
+        "were started together: start it without mlx.launch"
+    )
+
+
 def last_word(words: list[str], flag: str) -> str | None:
     """The value of a flag that stands on the command line in full."""
     found = None
