@@ -20,7 +20,7 @@ from command_line.memory_fit import settle_supervised_memory
 from command_line.model_limits import check_splits, fit_lengths
 from command_line.preference_flags import WITH_REFERENCE, parse_arguments, task_options
 from command_line.preference_rows import least_rows, load_rows, make_plan
-from command_line.sft_flags import training_length, validation
+from command_line.sft_rows import training_length, validation
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
 from command_line.worker_flags import run_workers, starts_workers
 from data_utils import easy_first, epoch_batches

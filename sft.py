@@ -20,13 +20,8 @@ from command_line.data_flags import flags_of_rows
 from command_line.exits import run_main
 from command_line.memory_fit import settle_supervised_memory
 from command_line.model_limits import check_splits, fit_lengths
-from command_line.sft_flags import (
-    load_rows,
-    parse_arguments,
-    training_length,
-    validated,
-    validation,
-)
+from command_line.sft_flags import parse_arguments
+from command_line.sft_rows import load_rows, training_length, validated, validation
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
 from command_line.worker_flags import run_workers, starts_workers
 from data_utils import BatchPlan, easy_first, epoch_batches
