@@ -17,7 +17,7 @@ from pathlib import Path
 
 from errors import UserError
 from run_folder.secrets import redact
-from safe_files import copy_file, write_atomically
+from safe_files import check_place, copy_file, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = "stages.json"
@@ -42,6 +42,7 @@ def run_stages(folder: Path, stages: Sequence[Stage]) -> None:
     A stage that fails, or is stopped, ends the program with its exit status.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    check_place(folder / RECORD)  # not after the first stage
     done = read_record(folder)
     for stage in stages:
         made = done.get(stage.name)

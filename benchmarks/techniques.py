@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from tables import machine, save
+from techniques_cost import costs
 from techniques_models import conditioning, contrastive, critique_ppo, critique_sft
 from techniques_plots import PICTURES
 from techniques_report import report
@@ -69,23 +70,19 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=[*PARTS, COST], default=[*PARTS, COST])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "techniques")
+    parser.add_argument("--real", action="store_true", help="cost on the model of `make real` too")
     args = parser.parse_args()
     for part in args.parts:
         for seed in args.seeds if part != COST else ():
             measure(args.folder, part, seed)
-    cost = args.folder / "figures" / f"{COST}.json"
-    if COST in args.parts and not cost.exists():
-        from techniques_cost import costs
-
-        write_atomically(cost, json.dumps(costs()) + "\n")
-    found = {}
+    found: dict = {}
     for part in PARTS:
         files = {seed: kept(args.folder, part, seed) for seed in args.seeds}
         if all(file.exists() for file in files.values()):
             found[part] = {seed: json.loads(file.read_text()) for seed, file in files.items()}
             PICTURES[part](found[part])
-    if cost.exists():
-        found[COST] = json.loads(cost.read_text())
+    if COST in args.parts:
+        found[COST] = costs(args.folder / "figures", args.real)
     save("techniques", {"machine": machine(), **found}, report(found))
 
 

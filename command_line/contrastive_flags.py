@@ -86,4 +86,9 @@ class Labels:
                 row.label, row.weight = 0, 0.0
             done.rows += more.rows
         if first:
+            if len(done.rows) < LEAST:
+                raise UserError(
+                    f"{records.name}: --use-contrastive compares the rows of a batch: "
+                    f"{len(done.rows)} rows are below {LEAST}"
+                )
             refuse_unlabelled([row.label for row in done.rows], records.name)

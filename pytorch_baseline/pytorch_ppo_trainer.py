@@ -27,8 +27,16 @@ from torch import Tensor
 
 from errors import UserError
 from rl.ppo_config import PPOConfig
-from rl.rollouts import Rollout, check_token_ids, set_mask, stream, token_lists, use_sampled
-from training.rollout_steps import PPOSteps, minibatch_update
+from rl.rollouts import (
+    Rollout,
+    check_token_ids,
+    minibatch_update,
+    set_mask,
+    stream,
+    token_lists,
+    use_sampled,
+)
+from training.rollout_steps import PPOSteps
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 

@@ -31,7 +31,8 @@ from models.adapter_description import VALUE_HEAD
 from rewards.learned import learned_reward
 from rl.ppo_config import PPOConfig
 from run_folder.console import command
-from training.launch import finish_ppo, ppo_said, rollout_loop, say_peak_memory
+from training.launch import ppo_said, rollout_loop, say_peak_memory
+from training.results import finish_ppo
 from training.rollout_loop import RolloutLoop
 
 

@@ -21,7 +21,7 @@ from pytorch_reward_model import RewardModel
 from pytorch_runs import load_base, make_tuned, parse, place, start
 from pytorch_runs import train as run_and_finish
 
-from command_line import sft_flags
+from command_line import sft_flags, sft_rows
 from command_line.adapter_file import refuse_other_pooling
 from command_line.data_flags import data_sources
 from command_line.exits import run_main
@@ -29,15 +29,8 @@ from command_line.shared_flags import optimizer_options, schedule_options
 from data_utils import BatchPlan, epoch_batches
 from models.adapter_description import REWARD_HEAD
 from run_folder.console import command
-from training.launch import (
-    Parts,
-    agreement,
-    count_trained,
-    finish_supervised,
-    say_peak_memory,
-    show,
-    supervised_loop,
-)
+from training.launch import Parts, count_trained, say_peak_memory, supervised_loop
+from training.results import agreement, finish_supervised, show
 from training.sample_texts import log_answers, normalise_on, starts_of
 from training.supervised_loop import Loop
 from waiting import watched
@@ -53,7 +46,7 @@ def main(words=None) -> int:
         model = pytorch_encoder.Encoder(loaded)
         rows = pytorch_encoder.load_rows(args, data_sources(args), loaded)
     else:
-        rows = sft_flags.load_rows(args, loaded.tokenizer)
+        rows = sft_rows.load_rows(args, loaded.tokenizer)
     if args.preview:
         return 0
     if not encoder:
@@ -105,7 +98,7 @@ def make_trainer(args, loaded, model, **options):
 def train(args, loaded, backend, model, rows) -> None:
     """The loop, and what is left behind at its end."""
     plan = BatchPlan(rows["train"].lengths, args.batch_size, seed=args.seed)
-    steps, batches = sft_flags.training_length(args, len(plan))
+    steps, batches = sft_rows.training_length(args, len(plan))
     accumulation, parameters = args.gradient_accumulation_steps, trainable(model)
     trainer = make_trainer(
         args,
@@ -132,7 +125,7 @@ def train(args, loaded, backend, model, rows) -> None:
         (steps, batches),
         schedule_options(args),
         parts=Parts(Loop, trained_group(parameters), backend, write_samples),
-        validation=sft_flags.validation(args, rows.get("valid")),
+        validation=sft_rows.validation(args, rows.get("valid")),
     )
     said = (
         f"{steps} updates of {args.batch_size} x {accumulation} rows "
@@ -158,7 +151,7 @@ def finish(args, loaded, rows, run, loop) -> None:
         going_on = command("ppo_training.py", reward_model=path)
     else:
         written, going_on = save(args, loaded, trainer, rows, path, run.recorded)
-    peak, valid = loop.backend.peak_memory(), sft_flags.validated(args, rows.get("valid"))
+    peak, valid = loop.backend.peak_memory(), sft_rows.validated(args, rows.get("valid"))
     finish_supervised(args, run, loop, written, valid, reward_model, going_on, peak_memory=peak)
 
 

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from run_folder.output import own_text, printable
+from run_folder.output import bars, own_text, printable
 
 NUMBER_WIDTH = 9
 # A short bar: it fits into 80 columns, and the values stand on lines above it.
@@ -26,7 +26,19 @@ LOG_PATIENCE = 30.0  # and between lines about the same wait in a log
 
 
 class Bar(tqdm):
-    """tqdm with seconds per step where there is less than one a second."""
+    """tqdm with seconds per step where there is less than one a second; lines stay above it."""
+
+    def __init__(self, *words: Any, **options: Any) -> None:
+        super().__init__(*words, **options)
+        bars.add(self)
+
+    def due(self) -> bool:
+        """Whether it is shown by now."""
+        return self._time() >= self.start_t + self.delay
+
+    def close(self) -> None:
+        bars.discard(self)
+        super().close()
 
     @property
     def format_dict(self) -> dict[str, Any]:
@@ -115,7 +127,11 @@ class Progress:
             cells.append(pace((step - self.first) / max(self.spent, 1e-9)))
             self.first, self.spent = step, 0.0
         else:
-            self.moved = time.monotonic()
+            gone, self.moved = time.monotonic() - self.moved, time.monotonic()
+            if self.bar is not None:  # it is none of the steps' time
+                self.bar.start_t, self.bar.last_print_t = (
+                    then + gone for then in (self.bar.start_t, self.bar.last_print_t)
+                )
         self.line(printable("  ".join([head, *cells]).rstrip()))
 
     def line(self, text: str) -> None:

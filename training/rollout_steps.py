@@ -4,7 +4,6 @@
 forward passes, losses, GAE and KL are each backend's own. Group methods share `RolloutSteps`.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -150,32 +149,6 @@ class RolloutSteps:
             if name not in self._warned:
                 self._warned.add(name)
                 warnings.warn(message, stacklevel=3)
-
-
-def minibatch_update(
-    rows: Sequence[int],
-    size: int,
-    gradient: Callable[[Sequence[int]], tuple[Any, dict[str, float]]],
-    added: Callable[[Any, Any], Any],
-    apply: Callable[[Any], float],
-) -> list[dict[str, float]]:
-    """One update from the minibatches of `size` that `rows` fall into; the metrics of each.
-
-    `gradient(rows)` gives arrays, None where the minibatch must not move the weights, and metrics;
-    `added(total, part)` is their sum, a total of None being 0. `apply(sum of the gradients)`
-    returns their norm, which the last metrics get as "grad_norm".
-    """
-    total, metrics = None, []
-    for start in range(0, len(rows), size):
-        part, found = gradient(rows[start : start + size])
-        metrics.append(found)
-        if part is not None:
-            total = added(total, part)
-    if total is not None:
-        norm = metrics[-1]["grad_norm"] = apply(total)
-        if not math.isfinite(norm):  # of numbers that were finite themselves
-            metrics[-1] |= {"not_finite": 1.0, "skipped": 1.0}
-    return metrics
 
 
 class PPOSteps(RolloutSteps):

@@ -20,13 +20,14 @@ from rl.rollouts import (
     REFERENCE,
     SAMPLING,
     Rollout,
+    minibatch_update,
     set_mask,
     stream,
     use_sampled,
 )
 from training.pass_share import PassShare
 from training.rollout_stages import pack_rows, reference_of, sample, scored
-from training.rollout_steps import RolloutSteps, minibatch_update
+from training.rollout_steps import RolloutSteps
 from training.update import (
     added,
     all_finite,

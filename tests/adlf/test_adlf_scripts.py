@@ -16,7 +16,7 @@ import fuse
 import ppo_training
 import sft
 from adlf import Advanced_training, stages, training
-from adlf.stages import Stage, found, run_stages
+from adlf.stages import RECORD, Stage, found, run_stages
 from command_line.exits import run_main
 from command_line.parser import Parser
 from errors import UserError
@@ -188,6 +188,19 @@ def test_a_stage_that_says_what_is_wrong_says_it_alone(tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit) as end:
         run_stages(tmp_path / "D", [Stage("one", str(script), [], tmp_path / "made")])
     assert end.value.code == 2 and capfd.readouterr().err == "error: no such model\n"
+
+
+@pytest.mark.parametrize("there", ["{}", "[]", None])
+def test_a_record_that_is_a_link_is_refused_before_the_first_stage(tmp_path, monkeypatch, there):
+    monkeypatch.chdir(tmp_path)
+    Path("D").mkdir()
+    if there is not None:
+        Path("mine").write_text(there)
+    Path("D", RECORD).symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="stages.json: is a symbolic link"):
+        run_stages(tmp_path / "D", made_stages(tmp_path))
+    assert not Path("ran.txt").exists()
+    assert (Path("mine").read_text() if there is not None else None) == there
 
 
 def test_a_stage_that_was_begun_is_resumed_or_begun_anew(tmp_path, monkeypatch):

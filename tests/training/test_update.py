@@ -8,8 +8,8 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
+from rl.rollouts import minibatch_update
 from training.optimizers import build_optimizer
-from training.rollout_steps import minibatch_update
 from training.update import added, all_finite, apply_update
 
 
