@@ -69,10 +69,7 @@ SAME = {
         "group_training.py",
         f"{MASKED} --advantage-estimator rloo --beta 0.05",
     ),
-    "masked gspo": (
-        "group_training.py",
-        f"{MASKED} --loss-type grpo --importance-sampling-level sequence --entropy-coef 0.01",
-    ),
+    "masked vespo": ("group_training.py", f"{MASKED} --loss-type vespo"),
     # One prompt a step: the group lies on both workers in the update, on one in the rollout.
     "one prompt": ("group_training.py", f"{GROUP} --num-generations 8"),
 }
