@@ -37,7 +37,7 @@ def settle_rollout_memory(
         batch = args.batch_size * texts
         return rollout_memory(shape, trained, batch, count * texts, prompt, args.max_new_tokens)
 
-    each = args.batch_size // args.gradient_accumulation_steps
+    each = args.mini_batch_size or args.batch_size // args.gradient_accumulation_steps
     names = ("mini_batch_size", "gradient_accumulation_steps")
     when = f" if responses take all --max-new-tokens {args.max_new_tokens}"
     settle(args, expected, each, unit, names, when=when)

@@ -32,6 +32,7 @@ from command_line.shared_flags import (
     add_optimizer_arguments,
     add_run_arguments,
     at_least,
+    check_epochs,
 )
 from command_line.worker_flags import add_worker_arguments, refuse_across_rows, refuse_uneven
 from data_utils import Template, data_report, load_data, tokenise_prompts
@@ -199,8 +200,7 @@ def check_arguments(args) -> None:
     if args.epochs is not None:
         if {"num_steps", "epochs"} <= args.explicit:
             raise UserError("--num-steps and --epochs both say how long to train; give one of them")
-        if not 0 < args.epochs <= 1e6:
-            raise UserError("--epochs: give a number above 0, up to 1e6")
+    check_epochs(args, "epochs")
     check_save_file(args.save_file)
     same = args.reward_model and args.save_file
     if same and Path(args.save_file).resolve() == Path(args.reward_model).resolve():

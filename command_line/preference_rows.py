@@ -12,7 +12,7 @@ from command_line.data_flags import (
     warn_of_model,
 )
 from command_line.row_preview import show_row
-from command_line.sft_flags import encode_samples
+from command_line.sft_rows import encode_samples
 from data_utils import (
     BatchPlan,
     Tokenised,

@@ -13,7 +13,7 @@ from command_line.data_flags import (
     has_validation,
     settle_date,
     tokenising,
-    warn_of_digits_model,
+    warn_of_model,
 )
 from command_line.model_limits import check_rows
 from command_line.model_size import SMALL, millions
@@ -158,7 +158,7 @@ def load_prompts(args, tokenizer) -> dict[str, Any]:
         refuse_idle(args, "prompt_words", "on rows that have prompts of their own")
     found = {}
     for split, records in loaded.items():
-        warn_of_digits_model(args, records)
+        warn_of_model(args, records, tokenizer)
         prompts = tokenise_prompts(
             records,
             tokenizer,

@@ -17,13 +17,12 @@ from models.family_names import family_weights
 from models.load import LoadedModel
 from models.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
 from safe_files import (
-    put_folder_in_place,
     refuse_links,
     sweep,
     sync_folder,
-    sync_tree,
     synced_sum,
     temporary_name,
+    whole_folder,
 )
 from waiting import busy
 
@@ -41,17 +40,11 @@ def new_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     path = Path(path).expanduser().resolve()
     sweep(path)
     check_free(path, force)
-    aside = temporary_name(path)
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        with busy("writing"):
-            sync_tree(aside)
-        put_folder_in_place(aside, path)
+        with whole_folder(path) as aside:
+            yield aside
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: cannot write: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_free(path: Path, force: bool, *, suffix: str | None = None) -> None:

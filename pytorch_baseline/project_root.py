@@ -1,4 +1,7 @@
-"""Importing this lets the baseline find the modules it shares: data, flags, run folders."""
+"""Importing this lets the baseline find the modules it shares: data, flags, run folders.
+
+A script in a Python without the baseline's libraries ends here, with one line and status 2.
+"""
 
 import sys
 from pathlib import Path

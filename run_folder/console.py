@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from run_folder.output import own_text, printable
+from run_folder.output import bars, own_text, printable
 
 NUMBER_WIDTH = 9
 # A short bar: it fits into 80 columns, and the values stand on lines above it.
@@ -26,7 +26,19 @@ LOG_PATIENCE = 30.0  # and between lines about the same wait in a log
 
 
 class Bar(tqdm):
-    """tqdm with seconds per step where there is less than one a second."""
+    """tqdm with seconds per step where there is less than one a second; lines stay above it."""
+
+    def __init__(self, *words: Any, **options: Any) -> None:
+        super().__init__(*words, **options)
+        bars.add(self)
+
+    def due(self) -> bool:
+        """Whether it is shown by now."""
+        return self._time() >= self.start_t + self.delay
+
+    def close(self) -> None:
+        bars.discard(self)
+        super().close()
 
     @property
     def format_dict(self) -> dict[str, Any]:
@@ -77,15 +89,29 @@ class Progress:
             if self.live
             else None
         )
+        self.what, self.since = "", self.moved
+        self.over = threading.Event()
+        self.ticking = threading.Thread(target=self.tick, daemon=True)
+        if self.live:
+            self.ticking.start()
+
+    def tick(self) -> None:
+        """Say behind the bar how long the step has been at it, where that is more than a moment."""
+        while not self.over.wait(TICK):
+            if (seconds := time.monotonic() - self.since) > PATIENCE:
+                self.bar.set_postfix_str(f"{self.what} {seconds:.0f} s".lstrip())
 
     def advance(self, steps: int = 1) -> None:
         """Steps are done: the time since the last ones, or the last evaluation, was theirs."""
         self.spent, self.moved = self.spent + time.monotonic() - self.moved, time.monotonic()
+        self.what, self.since = "", self.moved
         if self.bar is not None:
+            self.bar.set_postfix_str("", refresh=False)
             self.bar.update(steps)
 
     def doing(self, what: str) -> None:
         """Say behind the bar what the step is at; does nothing in a log."""
+        self.what, self.since = what, time.monotonic()
         if self.bar is not None:
             self.bar.set_postfix_str(what)
 
@@ -101,15 +127,21 @@ class Progress:
             cells.append(pace((step - self.first) / max(self.spent, 1e-9)))
             self.first, self.spent = step, 0.0
         else:
-            self.moved = time.monotonic()
+            gone, self.moved = time.monotonic() - self.moved, time.monotonic()
+            if self.bar is not None:  # it is none of the steps' time
+                self.bar.start_t, self.bar.last_print_t = (
+                    then + gone for then in (self.bar.start_t, self.bar.last_print_t)
+                )
         self.line(printable("  ".join([head, *cells]).rstrip()))
 
     def line(self, text: str) -> None:
         """Print a line of its own without disturbing the bar."""
-        if self.bar is not None:
+        if self.bar is None:
+            print(text, file=self.stream, flush=True)
+            return
+        with tqdm.get_lock():  # no bar is drawn into the line
             self.bar.clear()  # tqdm.write clears only bars on the very same stream
-        print(text, file=self.stream, flush=True)
-        if self.bar is not None:
+            print(text, file=self.stream, flush=True)
             self.bar.refresh()
 
     def begin(self) -> None:
@@ -121,6 +153,8 @@ class Progress:
     def close(self) -> None:
         """Leave the bar where it stands; a second call does nothing."""
         if self.bar is not None:
+            self.over.set()
+            self.ticking.join()
             self.bar.set_postfix_str("", refresh=False)
             self.bar.close()
             self.bar = None
@@ -184,7 +218,8 @@ class Wait:
         """So many more are done."""
         self.done += count
         if self.bar is not None:
-            self.bar.update(count)
+            if count:  # else `tick` is enough
+                self.bar.update(count)
         elif time.monotonic() - self.said > max(LOG_PATIENCE, self.patience):
             self.say()
 

@@ -5,7 +5,6 @@ It works on a trainer with `generate`, `sample_for_evaluation`, `update`, `skip`
 algorithm that makes its batches otherwise has a subclass with a `choose` or `learn` of its own.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from rewards.texts import asked, response_text, reward_columns
 from rewards.user_function import quote_row
 from rl.ppo_statistics import logged_row, part_means
 from rl.rollouts import join_rollouts
+from rl.scores import constant
 from run_folder.console import Progress, Wait, say_gb
 from run_folder.manifest import Metric
 from run_folder.run import Run
@@ -189,13 +189,12 @@ class RolloutLoop(Resumable):
 
     def watch_scores(self, progress: Progress, scores: Sequence[float]) -> None:
         """Say so, once, where a reward tells no response from another."""
-        known = [score for score in scores if math.isfinite(score)]
-        same = len(known) > 1 and min(known) == max(known)
-        self.same_scores = self.same_scores + 1 if same else 0
+        same = constant(scores)
+        self.same_scores = 0 if same is None else self.same_scores + 1
         if self.same_scores == SAME_SCORES:
             progress.line(
                 f"warning: every response of the last {SAME_SCORES} steps has the score "
-                f"{known[0]:g}, so there is nothing to learn: score.py shows what the reward does"
+                f"{same:g}, so there is nothing to learn: score.py shows what the reward does"
             )
 
     @contextmanager

@@ -118,15 +118,20 @@ def gathered(part: Generation, places: Sequence[int], count: int) -> Generation:
 
 
 def pack_rows(
-    rollout: Rollout, rows: Sequence[int], prefix: Sequence[int] = (), pad_to_multiple: int = 1
+    rollout: Rollout,
+    rows: Sequence[int],
+    prefix: Sequence[int] = (),
+    pad_to_multiple: int = 1,
+    width: int = 1,
 ) -> Packed:
-    """Some rows of a rollout laid out for one forward pass."""
+    """Some rows of a rollout laid out for one forward pass, R at least `width`."""
     return pack(
         [rollout.queries[i] for i in rows],
         [rollout.responses[i] for i in rows],
         masks=[rollout.masks[i] for i in rows],
         prefix=prefix,
         pad_to_multiple=pad_to_multiple,
+        width=width,
     )
 
 

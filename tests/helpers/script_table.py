@@ -123,6 +123,13 @@ SHORT = {
             f"--eval-every 2 --eval-prompts 2 --eval-samples 1 {FEW}"
         ),
     ),
+    "sft resumed": Short("sft.py", words("--resume run --iters 3"), "out.npz", "sft"),
+    "ppo resumed": Short(
+        "ppo_training.py",
+        words("--resume run --num-steps 3 --lr-schedule constant --force-resume"),
+        "out.npz",
+        "ppo",
+    ),
     "fuse": Short(
         "fuse.py", words("--adapter-file out.npz --save-path fused --run run"), "fused", "sft"
     ),
@@ -131,7 +138,7 @@ SHORT = {
     ),
 }
 
-TRAINED = [name for name, short in SHORT.items() if short.saved == "out.npz"]
+TRAINED = [name for name, short in SHORT.items() if short.saved == "out.npz" and not short.needs]
 
 
 def training_scripts() -> list[str]:

@@ -4,9 +4,12 @@ import io
 import re
 import time
 
+import pytest
+
 import waiting
 from run_folder import console
 from run_folder.console import Progress, Wait, pace
+from run_folder.output import Output, bars
 from waiting import Unseen, busy, watched
 
 
@@ -42,8 +45,27 @@ def test_a_terminal_gets_lines_above_a_bar_that_fits_80_columns():
     lines = re.findall(r"\r *\r(?:\x1b\[A)*(ppo +\d+/10  score [\d.]+ .*)\n", text)  # bar cleared
     assert len(lines) == 6 and lines[-1].startswith("ppo 10/10  score 1.25")
     bars = [part for part in re.split(r"[\r\n]", text) if "|" in part]
-    assert len(bars) > 6 and max(map(len, bars)) < 80 and "rollout" in bars[2]
+    assert len(bars) > 6 and max(map(len, bars)) < 80 and "rollout" in bars[1]
     assert "rollout" not in bars[-1]
+
+
+@pytest.mark.parametrize("what, shown", [("rollout", r", rollout \d+ s"), ("", r" left, \d+ s")])
+def test_a_long_step_says_how_long_it_has_been_at_it(monkeypatch, what, shown):
+    monkeypatch.setattr(console, "TICK", 0.01)
+    monkeypatch.setattr(console, "PATIENCE", 0.05)
+    stream = Terminal()
+    with Progress(10, name="ppo", stream=stream) as progress:
+        progress.advance()
+        if what:
+            progress.doing(what)
+        deadline = time.monotonic() + 10
+        while not re.search(shown, stream.getvalue()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        progress.report(1, {"score": 0.5})
+        progress.advance()
+    assert re.search(shown, stream.getvalue()), stream.getvalue()
+    assert not progress.ticking.is_alive()
+    assert " s" not in stream.getvalue().split("\r")[-1].split(" left")[1]
 
 
 def test_a_slow_run_has_seconds_per_step():
@@ -124,6 +146,43 @@ def test_a_wait_shows_while_its_first_thing_is_not_done(monkeypatch):
         assert re.search(shown, stream.getvalue()), stream.getvalue()
         assert not wait.ticking.is_alive()
         assert not stream.getvalue().rstrip("\r").split("\r")[-1].strip()  # gone again
+
+
+def test_what_others_print_stands_on_lines_above_the_bars(monkeypatch):
+    terminal = Terminal()
+    out, err = (Output(terminal, lambda text: text) for _ in range(2))
+    with Progress(4, name="ppo", stream=err) as progress:
+        progress.advance()
+        print("from a reward", 1, file=out)  # in several writes
+        err.write("warning: one\n")
+        with Wait("evaluation", 2, stream=err, patience=60):  # not shown yet
+            print("a note", file=err)
+        progress.report(1, {"score": 0.5})
+    assert not bars
+    shown, screen = [""], terminal.getvalue()
+    for part in re.findall(r"\r|\n|\x1b\[A|[^\r\n\x1b]+", screen):  # as a terminal has it
+        if part == "\n":
+            shown.append("")
+        elif part != "\r" and part != "\x1b[A":
+            shown[-1] = part + shown[-1][len(part) :]
+    lines = [line.rstrip() for line in shown if line.strip()]
+    assert lines[:3] == ["from a reward 1", "warning: one", "a note"]
+    assert lines[3].startswith("ppo 1/4  score 0.5") and "|" in lines[4] and len(lines) == 5
+    assert "evaluation" not in screen
+
+
+def test_an_evaluation_is_none_of_the_bar_s_time():
+    stream = Terminal()
+    with Progress(10, name="ppo", stream=stream) as progress:
+        for _ in range(2):
+            progress.bar.start_t -= 2
+            progress.bar.last_print_t -= 2
+            progress.advance()
+        progress.bar.start_t -= 100  # an evaluation
+        progress.bar.last_print_t -= 100
+        progress.moved -= 100
+        progress.report(2, {"held-out": 1.0}, timed=False)
+    assert re.search(r"\| +2\.\d+s/step", stream.getvalue().split("\r")[-1])
 
 
 def test_where_nobody_knows_how_much_there_is_no_time_is_left():
