@@ -23,6 +23,7 @@ TIME_BAR = "{desc} {elapsed}{postfix}"
 PATIENCE = 2.0  # seconds of silence before a bar shows
 TICK = 1.0  # and between two of its pictures, while nothing gets done
 LOG_PATIENCE = 30.0  # and between lines about the same wait in a log
+LOG_WORTH = 10.0  # seconds that a wait has to take to have a line in a log at all
 
 
 class Bar(tqdm):
@@ -171,7 +172,7 @@ class Wait:
     """Work beside the steps of a run: a bar that shows after two seconds and then goes again.
 
     It shows also while the first of `total` is not done. In a log, a line every 30 seconds and one
-    at the end, if it took more than two. Use as a context manager.
+    at the end, if it took more than ten. Use as a context manager.
     """
 
     def __init__(
@@ -183,11 +184,12 @@ class Wait:
         live: bool | None = None,
         patience: float | None = None,
     ) -> None:
-        """`patience`: seconds of silence; None: PATIENCE."""
-        patience = PATIENCE if patience is None else patience
-        self.name, self.total, self.done, self.patience = name, total, 0, patience
+        """`patience`: seconds of silence; None: PATIENCE, in a log LOG_WORTH."""
         self.stream = stream or sys.stderr
         live = self.stream.isatty() if live is None else live
+        if patience is None:
+            patience = PATIENCE if live else LOG_WORTH
+        self.name, self.total, self.done, self.patience = name, total, 0, patience
         self.started = self.said = time.monotonic()
         self.bar = (
             Bar(
