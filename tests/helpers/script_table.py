@@ -124,12 +124,6 @@ SHORT = {
         ),
     ),
     "sft resumed": Short("sft.py", words("--resume run --iters 3"), "out.npz", "sft"),
-    "ppo resumed": Short(
-        "ppo_training.py",
-        words("--resume run --num-steps 3 --lr-schedule constant --force-resume"),
-        "out.npz",
-        "ppo",
-    ),
     "fuse": Short(
         "fuse.py", words("--adapter-file out.npz --save-path fused --run run"), "fused", "sft"
     ),
