@@ -18,7 +18,7 @@ import os
 from math import exp
 from pathlib import Path
 
-from command_line.data_flags import first_text, settle_date, tokenising, warn_of_model
+from command_line.data_flags import settle_date, tokenising, warn_of_model, words_to_train
 from command_line.exits import run_main
 from command_line.judge_flags import by_model, parse_arguments
 from command_line.reward_flags import refuse_sending
@@ -236,18 +236,10 @@ def finish(args, of, done, labels, left) -> None:
     say_written(labels, left)
     if labels.rows:
         soft = "--soft-labels" if args.soft_labels else "--no-margins"
-        named = to_train(args, labels, [c.first.record for c in of])
+        named = words_to_train(args, labels.path, [c.first.record for c in of])
         train = command("sft.py", "--reward-model", "--train", soft, **named)
         dpo = ["--soft-labels"] * args.soft_labels
         print(next_lines([train, command("preference_training.py", "--train", *dpo, **named)]))
-
-
-def to_train(args, labels, records) -> dict:
-    """What a command names that trains on the labels: the model and how its prompts are written."""
-    asked = ("prompt_template", "token_format")
-    own = {name: getattr(args, name) for name in asked if name in args.changed}
-    unknown = None if first_text(records) is None else "MODEL"  # the embedded one knows numbers
-    return {"model": args.model or unknown, "train_file": labels.path} | own
 
 
 def say_unanswered(count: int, left) -> None:
@@ -290,7 +282,7 @@ def revise(args, records, labels, left) -> None:
     say_unanswered(sum(map(may_answer_later, left.rows)), left)
     say_written(labels, left)
     if labels.rows:
-        named = to_train(args, labels, records)
+        named = words_to_train(args, labels.path, records)
         print(next_lines([command("sft.py", "--train", "--mask-prompt", **named)]))
 
 

@@ -18,7 +18,7 @@ import sys
 from hashlib import sha256
 from pathlib import Path
 
-from command_line.data_flags import tokenising, warn_of_digits_model
+from command_line.data_flags import tokenising, warn_of_digits_model, words_to_train
 from command_line.exits import run_main, stop, stop_at_signals
 from command_line.label_flags import parse_arguments
 from errors import UserError
@@ -245,9 +245,7 @@ def tell_end(args, desk) -> None:
     output = str(desk.labels.path)
     lines = [command("label.py", report=output)]
     if desk.labels.counts()["choice"]:
-        asked = ("prompt_template", "token_format")
-        own = {"model": args.model, "train_file": output}
-        own |= {name: getattr(args, name) for name in asked if name in args.changed}
+        own = words_to_train(args, output, ())  # the model that replied
         kto = {"algorithm": "kto"} if args.samples == 1 else {}
         lines += [
             command("sft.py", "--reward-model", "--train", **own),

@@ -16,7 +16,7 @@ import fast_blas
 
 import json
 
-from command_line.data_flags import settle_date, tokenising, warn_of_model
+from command_line.data_flags import settle_date, tokenising, warn_of_model, words_to_train
 from command_line.exits import run_main
 from command_line.sampling import sample
 from command_line.score_flags import parse_arguments, read_input, refuse_overwriting
@@ -109,10 +109,8 @@ def write(args, pairs) -> None:
     write_atomically(args.output, "".join(lines))
     print(f"wrote {args.output}: {len(rows)} rows")
     if args.best_of:
-        going_on = command(
-            "sft.py", "--train", "--mask-prompt", model=args.model, train_file=args.output
-        )
-        print(next_lines([going_on]))
+        named = words_to_train(args, args.output, [pair.whole for pair in pairs])
+        print(next_lines([command("sft.py", "--train", "--mask-prompt", **named)]))
 
 
 if __name__ == "__main__":

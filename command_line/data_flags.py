@@ -209,3 +209,19 @@ def flags_of_rows(args) -> list[str]:
             many = value if isinstance(value, list) else [value]
             words += ["--" + name.replace("_", "-"), *map(str, many)]
     return words
+
+
+def words_to_train(args: argparse.Namespace, file: Any, records: Iterable[Record]) -> dict:
+    """Options of a command that trains on `file`: the model, and how its prompts were written.
+
+    `file` was made from `records`. Where no model was given and these are more than numbers, which
+    are all that the embedded model knows, MODEL stands for one.
+    """
+    asked = ("prompt_template", "token_format")
+    own = {name: getattr(args, name) for name in asked if name in args.changed}
+    unknown = None if first_text(records) is None else "MODEL"
+    return {
+        "model": args.model or unknown,
+        "tokenizer": args.tokenizer,
+        "train_file": file,
+    } | own

@@ -29,7 +29,7 @@ def make_parser() -> Parser:
 def main(words: list[str] | None = None) -> None:
     args = make_parser().parse_args(words)
     done = to_instructions(read(args), args.lang, args.map)
-    going_on = command("sft.py", "--train", "--mask-prompt", train_file=args.output)
+    going_on = command("sft.py", "--train", "--mask-prompt", model="MODEL", train_file=args.output)
     write(args, done, going_on)
 
 

@@ -40,10 +40,13 @@ def main(words: list[str] | None = None) -> None:
         raise UserError(f"--map {wrong[0]}={args.map[wrong[0]]}: is not for --kind {args.kind}")
     if args.kind == "preference":
         done = to_pairs(read(args), args.lang, args.map)
-        going_on = command("sft.py", "--reward-model", "--train", train_file=args.output)
+        flags = ("--reward-model", "--train")
+        going_on = command("sft.py", *flags, model="MODEL", train_file=args.output)
     else:
         done = to_prompts(read(args), args.lang, args.map)
-        going_on = command("ppo_training.py", reward_model="REWARD_MODEL", train_file=args.output)
+        going_on = command(
+            "ppo_training.py", model="MODEL", reward_model="REWARD_MODEL", train_file=args.output
+        )
     write(args, done, going_on)
 
 

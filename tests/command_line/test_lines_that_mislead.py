@@ -3,14 +3,12 @@
 import importlib
 import json
 import re
-import shlex
 
 import pytest
 from files import ROOT
 from script_table import SHORT, training_scripts
 from tiny import tiny_model_folder
 
-import fuse
 import ppo_training
 import preference_training
 import score
@@ -19,7 +17,6 @@ from command_line.ppo_flags import parse_arguments as ppo_arguments
 from command_line.sft_flags import parse_arguments as sft_arguments
 from errors import UserError
 from publishing.card import METHODS
-from run_folder.console import command
 from run_folder.run_config import MADE_BY
 
 PAIRS = [{"prompt": f"q {i}", "chosen": f"the a{i}", "rejected": f"no {i}"} for i in range(6)]
@@ -52,100 +49,6 @@ def in_tmp(tmp_path, monkeypatch):
 def write(name, rows):
     with open(name, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def commands(out: str) -> list[list[str]]:
-    """The words of every command below `next:`, as a shell would take them."""
-    lines = out[out.index("next:") :].removeprefix("next:").splitlines()
-    return [shlex.split(line) for line in lines if line.strip().startswith("python ")]
-
-
-# ------------------------------------------------------------------------------ next
-
-
-@pytest.mark.parametrize("name", ["plain", "with space", "quo'te$x"])
-def test_the_next_lines_of_sft_can_be_pasted(tmp_path, capsys, name):
-    base = tiny_model_folder(tmp_path / name)
-    words = ["--model", str(base), *TRAIN, "--output-dir", "run"]
-    sft.main([*words, "--train-file", "numbers.jsonl", "--save-file", f"{name}.npz"])
-    (line,) = commands(capsys.readouterr().out)
-    assert line == [
-        "python",
-        "fuse.py",
-        "--model",
-        str(base),
-        "--adapter-file",
-        f"{name}.npz",
-        "--save-path",
-        "my_model/",
-    ]
-    sft.main(
-        [
-            *words[:-1],
-            "run2",
-            "--reward-model",
-            "--train-file",
-            "pairs.jsonl",
-            "--save-file",
-            f"r{name}.npz",
-        ]
-    )
-    (line,) = commands(capsys.readouterr().out)
-    assert line[1:] == [
-        "ppo_training.py",
-        "--model",
-        str(base),
-        "--reward-model",
-        f"r{name}.npz",
-        "--train-file",
-        "pairs.jsonl",
-    ]
-
-
-def test_score_says_which_model_to_train(tmp_path, capsys):
-    base = tiny_model_folder(tmp_path / "my base")
-    score.main(
-        [
-            "--input",
-            "answers.jsonl",
-            "--model",
-            str(base),
-            "--best-of",
-            "--output",
-            "the best.jsonl",
-            "--length-reward",
-            "10",
-        ]
-    )
-    (line,) = commands(capsys.readouterr().out)
-    assert line[line.index("--model") + 1] == str(base)
-    assert line[line.index("--train-file") + 1] == "the best.jsonl"
-
-
-def test_only_the_digits_model_is_sent_to_the_digits_score(tmp_path, capsys):
-    fuse.main(["--dtype", "float32", "--save-path", "digits"])
-    assert ["--ground-truth-reward" in line for line in commands(capsys.readouterr().out)] == [
-        False,
-        True,
-    ]
-    base = tiny_model_folder(tmp_path / "other")
-    fuse.main(["--model", str(base), "--dtype", "float32", "--save-path", "fused two"])
-    lines = commands(capsys.readouterr().out)
-    assert not any("--ground-truth-reward" in line for line in lines)
-    assert all(line[line.index("--model") + 1] == "fused two" for line in lines)
-    assert "--reward-function" in lines[1]
-
-
-def test_a_command_is_quoted_and_leaves_out_what_is_not_given():
-    made = command("a.py", "--x", model=None, save_path="b c", other="$(rm)")
-    assert shlex.split(made) == ["python", "a.py", "--save-path", "b c", "--other", "$(rm)", "--x"]
-
-
-@pytest.mark.parametrize("template", ["Q: {prompt}\nA:", "{prompt}\n\n", "\n{prompt}"])
-def test_a_command_is_one_line_and_its_template_is_read_back(template):
-    made = command("sft.py", prompt_template=template)
-    assert "\n" not in made
-    assert sft_arguments([*shlex.split(made)[2:], "--train"]).prompt_template == template
 
 
 # ------------------------------------------------------------------------------ cards

@@ -295,6 +295,27 @@ def test_a_signal_leaves_the_terminal_as_it_was(tmp_path, number):
     assert code == 128 + number and "1 labels (1 choices" in shown
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model", "my base"],
+        ["--model", "my base", "--tokenizer", "my base"],
+        ["--prompt-template", "Q {prompt}\\nA: "],
+    ],
+)
+def test_the_commands_at_the_end_read_as_the_replies_were_made(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    tiny_model_folder(tmp_path / "my base")
+    write_samples(tmp_path, [REPLIES], *words)
+    person = Person(tmp_path, *words)
+    person.press("l")
+    said = person.end()[1]
+    lines = [shlex.split(x.removeprefix("next: ")) for x in said.splitlines() if "python " in x]
+    assert [line[1] for line in lines] == ["label.py", "sft.py", "preference_training.py"]
+    pairs = {*zip(words[::2], words[1::2], strict=True)}
+    assert all(pairs <= {*zip(line, line[1:], strict=False)} for line in lines[1:]), said
+
+
 def test_a_model_with_a_chat_template_makes_messages(tmp_path):
     tiny_model_folder(tmp_path / "chatty", template="chatml", bos=False)
     turns = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]

@@ -203,6 +203,7 @@ def test_answers_to_other_tools_are_no_pair():
         ("8 20", [], []),
         ("what", [], ["--model", "MODEL"]),
         ("8 20", ["--model", DIGITS, "--prompt-template", "Q: {prompt}\\n"], ["--prompt-template"]),
+        ("8 20", ["--tokenizer", DIGITS], ["--tokenizer"]),
     ],
 )
 def test_the_next_command_reads_the_labels_as_they_were_made(prompt, more, named):
@@ -219,4 +220,4 @@ def test_the_next_command_reads_the_labels_as_they_were_made(prompt, more, named
         assert [word for word in words if word in named] == named
         assert more or ("--model" in words) == bool(named)
         if more:
-            assert words[words.index("--prompt-template") + 1] == "Q: {prompt}\\n"
+            assert words[words.index(more[-2]) + 1] == more[-1]
