@@ -272,7 +272,7 @@ def test_files_of_every_kind(tmp_path):
     told = script("process_data", *given, tmp_path / "sft.jsonl")
     assert "left out, questions without an answer: 1" in told
     told = script("process_data_rlhf", "--kind", "preference", *given, tmp_path / "rm.jsonl")
-    assert "sft.py --train-file" in told and "--reward-model --train" in told
+    assert "sft.py --model MODEL --train-file" in told and "--reward-model --train" in told
     told = script("process_data_rlhf", "--kind", "prompts", *given, tmp_path / "ppo.jsonl")
     assert "ppo_training.py" in told
     assert all((tmp_path / f"{name}.jsonl").read_text() for name in ("sft", "rm", "ppo"))
