@@ -28,6 +28,7 @@ from data_utils import TextRow, make_batch  # noqa: E402
 from mlx_ppo_trainer import PPOConfig, PPOTrainer  # noqa: E402
 from mlx_sft_trainer import LanguageModelTask, SupervisedTrainer  # noqa: E402
 from models.actor_critic import ActorCritic, ValueHead  # noqa: E402
+from models.frozen_blocks import frozen_below  # noqa: E402
 from models.lora import LoraConfig, add_lora  # noqa: E402
 from models.memory_estimate import (  # noqa: E402
     Memory,
@@ -95,7 +96,8 @@ def measure(
         expected = supervised_memory(sizes, trained, **case)
         train(model, tuning, optimizer, checkpointed, shape[-1], **case)
     else:
-        expected = rollout_memory(sizes, trained, **case)
+        kept = frozen_below(model) > 0
+        expected = rollout_memory(sizes, trained, kept=kept, **case)
         improve(model, tuning, optimizer, checkpointed, shape[-1], **case)
     return expected, mx.get_peak_memory() - before
 

@@ -6,7 +6,7 @@ Legend: B batch, L padded length, R longest response, N tokens picked.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -40,16 +40,22 @@ class Packed:
     targets: mx.array  # (N,) the picked tokens
     slot: mx.array  # (B, R) which of the N belongs here; 0 where nothing does
     mask: mx.array  # (B, R) float32, 1 where a token belongs
+    # (k, states (B, L, D)): a pass begins at block k with these (models/frozen_blocks.py)
+    below: tuple[int, mx.array] | None = None
 
-    def arrays(self) -> list[mx.array]:
-        return [self.tokens, self.index, self.targets, self.slot, self.mask]
+    def arrays(self) -> list:
+        """The fields, for a compiled function that makes a `Packed` of them again."""
+        known = [self.tokens, self.index, self.targets, self.slot, self.mask]
+        return known if self.below is None else [*known, self.below]
 
     def without_prefix(self, count: int) -> "Packed":
         """The same picked tokens with the first `count` tokens of every row taken away."""
+        if not count:
+            return self
         length = self.tokens.shape[1]
         row, place = self.index // length, self.index % length
         index = row * (length - count) + mx.maximum(place - count, 0)
-        return Packed(self.tokens[:, count:], index, self.targets, self.slot, self.mask)
+        return replace(self, tokens=self.tokens[:, count:], index=index)
 
     def spread(self, column: mx.array) -> mx.array:
         """(N,) -> (B, R) with 0 at padded places."""

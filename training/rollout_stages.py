@@ -7,6 +7,7 @@ Legend: B responses, b of them in one pass, R longest response, N response token
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from models.packing import Packed, pack
 from models.tuning import Tuning
 from rl.kl import full_kl
 from rl.rollouts import Rollout, check_token_ids, token_lists
+from training.kept_states import KeptStates
 
 # ------------------------------------------------------------------------------ sample
 
@@ -118,16 +120,23 @@ def gathered(part: Generation, places: Sequence[int], count: int) -> Generation:
 
 
 def pack_rows(
-    rollout: Rollout, rows: Sequence[int], prefix: Sequence[int] = (), pad_to_multiple: int = 1
+    rollout: Rollout,
+    rows: Sequence[int],
+    prefix: Sequence[int] = (),
+    pad_to_multiple: int = 1,
+    kept: KeptStates | None = None,
 ) -> Packed:
     """Some rows of a rollout laid out for one forward pass."""
-    return pack(
+    packed = pack(
         [rollout.queries[i] for i in rows],
         [rollout.responses[i] for i in rows],
         masks=[rollout.masks[i] for i in rows],
         prefix=prefix,
         pad_to_multiple=pad_to_multiple,
     )
+    if kept is not None:
+        packed.below = kept.below(rows, packed.tokens)
+    return packed
 
 
 def scored(
@@ -136,17 +145,18 @@ def scored(
     size: int,
     prefix: Sequence[int] = (),
     pad_to_multiple: int = 1,
+    kept: KeptStates | None = None,
 ) -> list[mx.array]:
     """`score(packed)` gives (b, r) arrays; the same as (B, R) for all rows, `size` at a time.
 
-    Several workers share the rows, and have all.
+    `kept`: what frozen blocks give comes from there. Several workers share the rows, and have all.
     """
     parts, workers = [], here()
     every = workers.share(range(len(rollout)))
     size = max(1, size // workers.size)
     for start in range(0, len(every), size):
         rows = every[start : start + size]
-        found = score(pack_rows(rollout, rows, prefix, pad_to_multiple))
+        found = score(pack_rows(rollout, rows, prefix, pad_to_multiple, kept))
         mx.eval(found)
         parts.append(found)
     width = rollout.mask.shape[1]
@@ -192,14 +202,19 @@ def score_reference(
     size: int,
     temperature: float = 1.0,
     pad_to_multiple: int = 1,
+    kept: KeptStates | None = None,
 ) -> None:
-    """Fill in ref_logprobs (B, R), under `reference` or `model` with its adapter off."""
+    """Fill in ref_logprobs (B, R), under `reference` or `model` with its adapter off.
+
+    `kept` is of `model`, whose frozen blocks another reference does not share.
+    """
     with reference_of(model, tuning, reference) as other:
         (rollout.ref_logprobs,) = scored(
             rollout,
             lambda packed: (reference_logprobs(other, packed, temperature),),
             size,
             pad_to_multiple=pad_to_multiple,
+            kept=kept if other is model else None,
         )
 
 
@@ -212,6 +227,7 @@ def whole_kl(
     size: int,
     temperature: float = 1.0,
     pad_to_multiple: int = 1,
+    kept: KeptStates | None = None,
 ) -> mx.array:
     """KL over the whole vocabulary (B, R); logits of `size` rows are held at a time."""
     prefix = tuning.prefix
@@ -221,8 +237,10 @@ def whole_kl(
         mx.eval(logits)
         with reference_of(model, tuning, reference) as other:
             plain = packed.without_prefix(len(prefix))
+            if other is not model:
+                plain = replace(plain, below=None)
             ref_logits = picked_logits(other, plain, temperature)  # (N, V)
             return (packed.spread(full_kl(logits, ref_logits)),)
 
-    (kls,) = scored(rollout, score, size, prefix, pad_to_multiple)
+    (kls,) = scored(rollout, score, size, prefix, pad_to_multiple, kept)
     return kls
