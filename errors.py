@@ -1,4 +1,4 @@
-"""The one exception that is meant for the person at the terminal."""
+"""The exception that is meant for the person at the terminal, and that of a lost worker."""
 
 MEMORY_ADVICE = (
     "lower --batch-size, --mini-batch-size or the sequence length, or add --grad-checkpoint or, "
@@ -12,3 +12,7 @@ class UserError(Exception):
     The message is one line, ``WHERE: what is wrong and what would be right``. Scripts print it
     as ``error: MESSAGE`` on standard error and exit with status 2; no traceback.
     """
+
+
+class Lost(Exception):
+    """Another worker is gone in the middle of something that all do together."""

@@ -9,9 +9,10 @@ on any other device or processor, and for any type but float32, `exp` and `swigl
 Loads no MLX until one of them is called.
 """
 
+import right_python  # noqa: F401, I001  before what only the right one can read
+
 import ctypes
 import functools
-import importlib.util
 import math
 import os
 import platform
@@ -46,22 +47,6 @@ def load() -> str | None:
     return None
 
 
-def refuse_wrong_python() -> None:
-    """Exit with one line where a script runs in a Python that lacks what all of them need."""
-    main = getattr(sys.modules["__main__"], "__file__", None)
-    if main is None or Path(main).resolve().parent != Path(__file__).resolve().parent:
-        return
-    for library in ("numpy", "mlx"):
-        if importlib.util.find_spec(library) is None:
-            line = (
-                f"error: {sys.executable} has no {library}: type `. .venv/bin/activate` first, or "
-                ".venv/bin/python in place of python; `make setup` makes that environment"
-            )
-            print(line, file=sys.stderr)
-            raise SystemExit(2)
-
-
-refuse_wrong_python()
 NAME = load()
 X86 = platform.machine() in ("x86_64", "AMD64")
 

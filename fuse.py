@@ -12,7 +12,6 @@ for mlx-lm or PEFT, a GGUF file, a reward model as transformers' sequence classi
 
 import fast_blas
 
-import tempfile
 from pathlib import Path
 
 from command_line.exits import run_main
@@ -22,7 +21,7 @@ from command_line.shared_flags import add_any_base
 from errors import UserError
 from run_folder.private import keep_private, marked_above
 from run_folder.secrets import tell
-from safe_files import check_place
+from safe_files import check_place, scratch_folder
 
 FORMATS = ("model", "adapter", "peft", "classifier", "gguf")
 UNFUSED = ("adapter", "peft")
@@ -164,8 +163,8 @@ def main(words=None) -> None:
     # ------ what comes out, compared and given its name
     from publishing.export import export
 
-    with tempfile.TemporaryDirectory(prefix="fuse-") as scratch:
-        place = Path(scratch, f"model{single or ''}") if args.dry_run else path
+    with scratch_folder("fuse") as scratch:
+        place = scratch / f"model{single or ''}" if args.dry_run else path
         written = export(
             parts,
             place,
@@ -235,4 +234,4 @@ def upload(folder, args, planned=None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, tidies=True)

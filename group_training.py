@@ -13,7 +13,7 @@ A real one, rewards that can be checked:
         --num-generations 8 --batch-size 64 --mini-batch-size 8 --gradient-accumulation-steps 8
 """
 
-import fast_blas
+import fast_blas  # noqa: F401
 
 from functools import partial
 
@@ -30,15 +30,8 @@ from command_line.reward_flags import make_learned_reward, make_rewards
 from command_line.row_preview import show_prompts
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
 from command_line.worker_flags import run_workers, starts_workers
-from training.launch import (
-    count_trained,
-    finish_rollouts,
-    policy_commands,
-    rollout_loop,
-    run_training,
-    say_peak_memory,
-    start,
-)
+from training.launch import count_trained, rollout_loop, run_training, say_peak_memory, start
+from training.results import finish_rollouts, policy_commands
 
 # ------------------------------------------------------------------------------ main
 
@@ -149,7 +142,6 @@ def train(args, loaded, policy, reference, rewards, prompts, order) -> None:
         lambda _: said,
         lambda run, loop: finish(args, loaded, run, loop),
         write_fused=write_fused,
-        blas=fast_blas.NAME,
     )
 
 

@@ -18,7 +18,7 @@ import os
 from math import exp
 from pathlib import Path
 
-from command_line.data_flags import first_text, settle_date, tokenising
+from command_line.data_flags import first_text, settle_date, tokenising, warn_of_model
 from command_line.exits import run_main
 from command_line.judge_flags import by_model, parse_arguments
 from command_line.reward_flags import refuse_sending
@@ -27,7 +27,7 @@ from command_line.score_flags import read_input
 from command_line.scoring import load_scorer, scoring_rewards
 from run_folder.appended import Appended
 from run_folder.console import Wait, command, next_lines
-from run_folder.secrets import tell
+from run_folder.secrets import redact, tell
 
 # ------------------------------------------------------------------------------ main
 
@@ -44,7 +44,8 @@ def main(words=None) -> int:
     try:
         (revise if args.revise else label)(args, records, labels, left)
     except KeyboardInterrupt:
-        tell(f"stopped after {len(labels.rows)} rows of {output}; the same command goes on")
+        how = " without --force" if args.force and labels.rows else ""
+        tell(f"stopped after {len(labels.rows)} rows of {output}; the same command{how} goes on")
         raise
     finally:
         labels.close()
@@ -65,7 +66,14 @@ def check_judge(args) -> None:
 
 
 def load_judge(args):
-    """The model that judges, here or behind an address."""
+    """The model that judges, here or behind an address; its name goes into every row."""
+    judge = unnamed_judge(args)
+    judge.name = redact(judge.name)
+    return judge
+
+
+def unnamed_judge(args):
+    """`load_judge`, whose name may hold what the environment keeps secret."""
     if args.judge_url is not None:
         from rewards.chat_service import ChatJudge
 
@@ -128,7 +136,7 @@ def reward_verdicts(args, answers, of, tokenizer, reward_model):
 
     rewards = scoring_rewards(args, tokenizer, reward_model, answers)
     rewards.check_columns(columns_of(answer.whole for answer in answers))
-    about = {"principle": None, "by": str(rewards)}
+    about = {"principle": None, "by": redact(str(rewards))}
     if args.soft_labels:
         about["soft"] = True
 
@@ -171,6 +179,7 @@ def label(args, records, labels, left) -> None:
     else:
         tokenizer, reward_model = load_scorer(args, tokenizer)
         if answers is None:
+            warn_of_model(args, records, tokenizer)
             settle_date(args, tokenizer)
             answers_of(records)  # refuses what has no two answers
             answers, _ = make_pairs(records, tokenizer, tokenising(args))
@@ -186,6 +195,12 @@ def label(args, records, labels, left) -> None:
     finish(args, of, done, labels, left)
 
 
+def begin(*files) -> None:
+    """With --force: rows of before go now that there are others, and not where no judge answers."""
+    for file in files:
+        file.begin()
+
+
 def judge_all(args, todo, verdicts, about, labels, left) -> dict:
     """Verdicts on these comparisons, each written before the next batch; rows by number."""
     from rewards.comparisons import not_to_judge, verdict_row
@@ -199,6 +214,7 @@ def judge_all(args, todo, verdicts, about, labels, left) -> dict:
             found = {c.number: Unanswered(why) for c in part if (why := not_to_judge(c))}
             differ = [c for c in part if c.number not in found]
             found |= zip([c.number for c in differ], verdicts(differ), strict=True)
+            begin(labels, left)
             for c in part:
                 row, is_label = verdict_row(
                     c, found[c.number], about[c.number], args.min_confidence
@@ -265,7 +281,9 @@ def revise(args, records, labels, left) -> None:
         for start in range(0, len(todo), each):
             part = todo[start : start + each]
             cases = [(i, answers[i].record, principles[i]) for i in part]
-            for row, is_revision in revisions(judge, cases):
+            made = revisions(judge, cases)
+            begin(labels, left)
+            for row, is_revision in made:
                 (labels if is_revision else left).append(row)
             wait.advance(len(part))
     print(f"answers    {len(answers)}: {len(labels.rows)} revised, {len(left.rows)} left")
@@ -277,4 +295,4 @@ def revise(args, records, labels, left) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, tidies=True)

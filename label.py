@@ -19,7 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from command_line.data_flags import tokenising, warn_of_digits_model
-from command_line.exits import run_main
+from command_line.exits import run_main, stop, stop_at_signals
 from command_line.label_flags import parse_arguments
 from errors import UserError
 
@@ -123,9 +123,10 @@ def describe_other(args) -> dict:
 
 
 def describe_model(args, name, adapter) -> dict:
-    """A model as a label records it: names, and what tells its weights from others."""
+    """A model as a label records it: names, no secrets, and what tells its weights from others."""
     from models.adapter_description import read_description
     from models.base_fingerprint import DEFAULT_MODEL, DEFAULT_NAME, base_fingerprint
+    from run_folder.secrets import redact
 
     if name is None and adapter is not None:
         name = read_description(adapter).get("model")  # what it was trained on
@@ -141,7 +142,7 @@ def describe_model(args, name, adapter) -> dict:
         sums = [sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
         found["adapter_sum"] = sha256("".join(sums).encode()).hexdigest()[:16]
     more = {"dtype": args.dtype, "quantize": args.quantize, "tokenizer": args.tokenizer}
-    return found | {key: value for key, value in more.items() if value not in (None, "auto")}
+    return redact(found | {k: v for k, v in more.items() if v not in (None, "auto")})
 
 
 def start_sampling(args, records, ids, head, path):
@@ -172,7 +173,7 @@ def start_sampling(args, records, ids, head, path):
     )
     sampler = Sampler(plan)
     try:
-        with Wait("loading the model", 1) as wait:
+        with Wait("loading the model") as wait:
             while not (sampler.ready or sampler.problem):
                 sampler.poll(0.1)
                 wait.advance(0)
@@ -207,9 +208,7 @@ def run_face(args, desk, face) -> int:
     # Replies are for the person who presses keys, wherever standard output goes.
     screen, code = Screen(sys.stdout if sys.stdout.isatty() else sys.stderr), 0
     signal.signal(signal.SIGINT, stop)  # a shell's job may ignore it
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            signal.signal(number, stop)
+    stop_at_signals()
     try:
         if args.web:
             from labelling.server import serve
@@ -227,11 +226,6 @@ def run_face(args, desk, face) -> int:
     if desk.sampler is not None and desk.sampler.problem and not desk.finished:
         raise UserError(desk.sampler.problem)
     return code
-
-
-def stop(number, frame) -> None:
-    """End as Ctrl-C does: the terminal as it was, and a last line."""
-    raise KeyboardInterrupt(number)
 
 
 def tell_end(args, desk) -> None:

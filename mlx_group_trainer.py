@@ -240,16 +240,15 @@ class GroupTrainer(RolloutTrainer):
 
     def _gradient(self, rollout: Rollout, rows: np.ndarray) -> tuple[dict | None, dict]:
         """The gradient of one pass, None where it must not move the weights; its metrics."""
-        if not any(rollout.masks[row].any() for row in rows):
+        longest = max(int(rollout.masks[row].sum()) for row in rows)
+        if not longest:
             return None, {"skipped": 1.0}
-        share = own = None
+        share, own = None, rows
         if not here().alone:
             own = own_rows(rows, 2 if self.config.online_dpo else 1)
             share = group_share(self.config, rollout, rows, own)
-            if not any(rollout.masks[row].any() for row in own):
-                # MLX's sums over nothing can take minutes: all rows, and none of them counts.
-                own, share = rows, share.nothing()
-        packed, index, width = self._packed(rollout, rows if own is None else own)
+        # As wide as all rows are: a share whose rows have one token, or none, is not another case.
+        packed, index, width = self._packed(rollout, own, longest)
         advantages = rollout.advantages[index]
         if rollout.advantages.shape[1] > 1 or rollout.mask.shape[1] == 1:
             advantages = fit_columns(advantages, width)

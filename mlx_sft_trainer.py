@@ -270,7 +270,17 @@ class SupervisedTrainer:
     def begin(self, optimizer: optim.Optimizer) -> None:
         """Go on with a new optimizer, which knows nothing of the updates before."""
         self.optimizer = optimizer
-        optimizer.init(self.task.trained.trainable_parameters())
+        optimizer.init(self.parameters)
+
+    @property
+    def parameters(self) -> dict:
+        """What the optimizer moves."""
+        return self.task.trained.trainable_parameters()
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last update."""
+        return float(self.optimizer.learning_rate)
 
     def step(self, batches: Iterable[Batch]) -> dict[str, float]:
         """One update from one or more batches, weighted by their tokens (or rows).

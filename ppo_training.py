@@ -11,7 +11,7 @@ A real one:
         --data my_folder --data-base "" --max-new-tokens 128
 """
 
-import fast_blas
+import fast_blas  # noqa: F401
 
 from functools import partial
 
@@ -39,15 +39,8 @@ from command_line.shared_flags import model_options, optimizer_options, schedule
 from command_line.worker_flags import run_workers, starts_workers
 from models.adapter_description import VALUE_HEAD
 from rl.ppo_config import PPOConfig
-from training.launch import (
-    count_trained,
-    finish_ppo,
-    policy_commands,
-    rollout_loop,
-    run_training,
-    say_peak_memory,
-    start,
-)
+from training.launch import ppo_said, rollout_loop, run_training, say_peak_memory, start
+from training.results import finish_ppo, policy_commands
 
 # ------------------------------------------------------------------------------ main
 
@@ -156,11 +149,7 @@ def train(args, loaded, policy, reference, rewards, prompts, order) -> None:
         **{VALUE_HEAD: Group(head.arrays, lambda a: head.load_weights(list(a.items())))},
         **calibration_groups(rewards),
     )
-    said = (
-        f"{config.num_steps} steps of {config.batch_size} responses, "
-        f"{config.ppo_epochs} epochs of minibatches of {config.mini_batch_size}; "
-        f"{count_trained(policy.tuning)}; rewards: {rewards}"
-    )
+    said = ppo_said(config, policy.tuning, rewards)
     run_training(
         args,
         "ppo",
@@ -168,7 +157,6 @@ def train(args, loaded, policy, reference, rewards, prompts, order) -> None:
         lambda _: said,
         lambda run, loop: finish(args, loaded, run, loop),
         write_fused=write_fused,
-        blas=fast_blas.NAME,
     )
 
 

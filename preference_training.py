@@ -11,7 +11,7 @@ With answers that were rated in the chat:
     python preference_training.py --model MODEL --train --algorithm kto --train-file ratings.jsonl
 """
 
-import fast_blas
+import fast_blas  # noqa: F401
 
 from command_line.adapter_file import load_copy, make_tuning
 from command_line.curriculum_flags import difficulty, make_curriculum
@@ -20,22 +20,20 @@ from command_line.memory_fit import settle_supervised_memory
 from command_line.model_limits import check_splits, fit_lengths
 from command_line.preference_flags import WITH_REFERENCE, parse_arguments, task_options
 from command_line.preference_rows import least_rows, load_rows, make_plan
-from command_line.sft_flags import training_length, validation
+from command_line.sft_rows import training_length, validation
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
 from command_line.worker_flags import run_workers, starts_workers
 from data_utils import easy_first, epoch_batches
 from training.launch import (
     count_trained,
-    fuse_command,
     run_training,
     say_peak_memory,
-    say_written,
     shape_multiple,
-    show,
     start,
     supervised_loop,
-    talk_command,
 )
+from training.results import fuse_command, say_written, show, talk_command
+from waiting import watched
 
 # ------------------------------------------------------------------------------ main
 
@@ -60,7 +58,8 @@ def main(words=None) -> int:
     if args.train:
         train(args, loaded, task, rows)
     if args.test:
-        batches = epoch_batches(rows["test"].rows, make_plan(args, rows["test"], shuffle=False))
+        plan = make_plan(args, rows["test"], shuffle=False)
+        batches = watched(epoch_batches(rows["test"].rows, plan), "test", len(plan))
         from mlx_sft_trainer import evaluate
 
         show("test", evaluate(task, batches))
@@ -170,7 +169,6 @@ def train(args, loaded, task, rows) -> None:
         name=args.algorithm,
         outputs=(NAME,),
         write_fused=write_fused,
-        blas=fast_blas.NAME,
     )
 
 

@@ -11,7 +11,7 @@ A real one:
         --validation-split-percentage 10 --samples-per-prompt 8 --quantiles .5 .75 .9
 """
 
-import fast_blas
+import fast_blas  # noqa: F401
 
 from functools import partial
 from pathlib import Path
@@ -34,13 +34,12 @@ from data_utils import Conditioning, columns_of
 from training.launch import (
     count_trained,
     mlx_parts,
-    policy_commands,
     run_training,
     say_peak_memory,
-    say_written,
     shape_multiple,
     start,
 )
+from training.results import policy_commands, say_written
 
 # ------------------------------------------------------------------------------ main
 
@@ -152,7 +151,6 @@ def train(args, loaded, tuning, rewards, prompts) -> None:
         lambda run, loop: finish(args, loaded, run, loop),
         outputs=grow_files(args),
         write_fused=write_fused,
-        blas=fast_blas.NAME,
     )
 
 

@@ -13,11 +13,13 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from waiting import busy
 
 NOT_WHOLE = "does not hold what was written to it"
 # What a file system answers that cannot swap two names (renameat2 of Linux, renamex_np of macOS).
@@ -149,6 +151,21 @@ def put_folder_in_place(aside: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path`` to write into; it takes its place when the block ends well."""
+    sweep(path)
+    aside = temporary_name(path)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        with busy("writing"):
+            sync_tree(aside)
+        put_folder_in_place(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def swap(one: Path, other: Path) -> bool:
     """Swap two names in one step; False, with nothing done, where the system has no such step."""
     library = ctypes.CDLL(None, use_errno=True)
@@ -241,6 +258,20 @@ def sweep(path: Path, *, all_names: bool = False, heads: bool = False) -> None:
                 shutil.rmtree(there)
             else:
                 there.unlink()
+
+
+@contextlib.contextmanager
+def scratch_folder(name: str) -> Iterator[Path]:
+    """A folder among the system's temporary ones, for as long as the block lasts.
+
+    What killed processes left there under ``name`` is cleared away first.
+    """
+    for there in Path(tempfile.gettempdir()).glob(f"mlx-rlhf-{name}-*"):
+        process = there.name.split("-")[3]
+        if process.isdecimal() and not is_alive(int(process)):
+            shutil.rmtree(there, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"mlx-rlhf-{name}-{os.getpid()}-") as folder:
+        yield Path(folder)
 
 
 def is_alive(process: int) -> bool:

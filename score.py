@@ -16,7 +16,7 @@ import fast_blas
 
 import json
 
-from command_line.data_flags import settle_date, tokenising
+from command_line.data_flags import settle_date, tokenising, warn_of_model
 from command_line.exits import run_main
 from command_line.sampling import sample
 from command_line.score_flags import parse_arguments, read_input, refuse_overwriting
@@ -38,6 +38,7 @@ def main(words=None) -> int:
     pairs, tokenizer = sample(args, records, args.samples) if args.prompts else (None, None)
     tokenizer, reward_model = load_scorer(args, tokenizer)
     if pairs is None:
+        warn_of_model(args, records, tokenizer)
         settle_date(args, tokenizer)
         pairs, tokenised = make_pairs(records, tokenizer, tokenising(args))
         print(data_report("responses", records, tokenised, columns=True))
@@ -58,7 +59,7 @@ def main(words=None) -> int:
 
 def print_summary(pairs) -> None:
     """A line for the score and one for each reward, aligned."""
-    from rewards.scored_rows import summary
+    from rewards.scored_rows import same_score, summary
     from run_folder.console import NUMBER_WIDTH, short
 
     found = summary(pairs)
@@ -66,6 +67,8 @@ def print_summary(pairs) -> None:
     for name, values in found.items():
         cells = [f"{key} {short(value):<{NUMBER_WIDTH}}" for key, value in values.items()]
         print(f"{name:<{width}}  " + "  ".join(cells).rstrip())
+    if (same := same_score(pairs)) is not None:
+        print(f"warning: every response has the score {same:g}, so none is better than another")
 
 
 def pick(args, pairs) -> list:
@@ -113,4 +116,4 @@ def write(args, pairs) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, tidies=True)

@@ -11,7 +11,7 @@ A real one:
         --data-base "" --epochs 2 --mask-prompt --save-file my_adapter
 """
 
-import fast_blas
+import fast_blas  # noqa: F401
 
 from command_line.adapter_file import make_tuning, refuse_other_pooling
 from command_line.contrastive_flags import LEAST
@@ -20,29 +20,22 @@ from command_line.data_flags import flags_of_rows
 from command_line.exits import run_main
 from command_line.memory_fit import settle_supervised_memory
 from command_line.model_limits import check_splits, fit_lengths
-from command_line.sft_flags import (
-    load_rows,
-    parse_arguments,
-    training_length,
-    validated,
-    validation,
-)
+from command_line.sft_flags import parse_arguments
+from command_line.sft_rows import load_rows, training_length, validated, validation
 from command_line.shared_flags import model_options, optimizer_options, schedule_options
 from command_line.worker_flags import run_workers, starts_workers
 from data_utils import BatchPlan, easy_first, epoch_batches
 from models.adapter_description import REWARD_HEAD
 from training.launch import (
-    agreement,
     count_trained,
-    finish_supervised,
-    fuse_command,
     run_training,
     say_peak_memory,
     shape_multiple,
-    show,
     start,
     supervised_loop,
 )
+from training.results import agreement, finish_supervised, fuse_command, show
+from waiting import watched
 
 # ------------------------------------------------------------------------------ main
 
@@ -162,7 +155,6 @@ def train(args, loaded, task, rows) -> None:
         said,
         lambda run, loop: finish(args, loaded, run, loop, rows),
         write_fused=write_fused,
-        blas=fast_blas.NAME,
     )
 
 
@@ -205,7 +197,7 @@ def test(args, task, rows) -> None:
     from mlx_sft_trainer import evaluate
 
     plan = BatchPlan(rows.lengths, args.batch_size, shuffle=False)
-    metrics = evaluate(task, epoch_batches(rows.rows, plan))
+    metrics = evaluate(task, watched(epoch_batches(rows.rows, plan), "test", len(plan)))
     show("test", metrics)
     if args.reward_model:
         agreement(task.reward_model, rows.rows)

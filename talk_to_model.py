@@ -15,7 +15,6 @@ import fast_blas
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 
 from chat.settings import Settings
 from command_line.conditioning_flags import add_target_score
@@ -71,9 +70,7 @@ def parse_arguments(words: list[str] | None = None):
     formats = "how turns are written, as in training"
     add("--token-format", choices=tuple(TOKEN_FORMATS), default="standard", help=formats)
     add_target_score(add)
-    add_dataclass_arguments(parser, Settings, title="how replies are written", exclude=("temp",))
-    temp = next(field for field in fields(Settings) if field.name == "temp")
-    add("--temp", "--temperature", type=float, default=temp.default, help=temp.metadata["help"])
+    add_dataclass_arguments(parser, Settings, title="how replies are written")
     add = parser.add_argument_group("judging").add_argument
     add("--compare", metavar="OTHER", help="second model, or adapter on the same one; side by side")
     add("--reward-model", help="fused reward model, or its adapter: scores each reply")

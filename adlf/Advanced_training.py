@@ -16,25 +16,14 @@ from pathlib import Path
 
 # The package training/ of the project, not a file here, is what `import training` has to find.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
+import right_python  # noqa: F401  first
+from adlf.checks import ADVANCED_NEEDS, check_techniques
 from adlf.pipeline import add_token_format, make_parser, run_pipeline
 from command_line.conditioning_flags import TEMPLATE
 from command_line.exits import run_main
-from command_line.rules import Needs, needs
+from command_line.rules import needs
 
 DESCRIPTION = "Fine-tuning, a reward model and PPO, with more techniques than training.py."
-NEEDS = (
-    Needs("fluency_weight faithfulness_weight quality_weight", "use_multi_objective"),
-    Needs("kl_target", "use_dynamic_kl"),
-    Needs("contrastive_temp contrastive_weight", "use_contrastive"),
-    Needs("score_template target_score", "use_decision_transformer"),
-    Needs("critique_weight", "use_self_critique"),
-    Needs(
-        "use_contrastive use_decision_transformer",
-        met=lambda args: args.run_sft,
-        why="without --run_sft",
-    ),
-)
 
 
 def main(words=None) -> int:
@@ -63,7 +52,7 @@ def parse_arguments(words=None):
     add("--use-self-critique", type=bool, default=False, help="critiques in fine-tuning and PPO")
     add("--critique-weight", type=float, default=0.5, help="with --use_self_critique")
     add("--cosine-cycles", type=int, default=1, help="of --scheduler cosine_with_restarts")
-    parser.checks.append(needs(NEEDS))
+    parser.checks += [needs(ADVANCED_NEEDS), check_techniques]
     return parser.parse_args(words)
 
 

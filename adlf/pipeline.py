@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+from adlf.checks import NEEDS, check_arguments
 from adlf.stages import Stage, found, run_stages, with_tokenizer
 from command_line.parser import Parser
-from command_line.shared_flags import SCHEDULES, at_least
+from command_line.rules import needs
+from command_line.shared_flags import SCHEDULES
 from data_utils import TOKEN_FORMATS, read_records
 from errors import UserError
 
@@ -59,23 +61,8 @@ def make_parser(description: str, *, components: str) -> Parser:
     )
     add("--use-length-penalty", type=bool, default=False, help="an internal reward: long enough")
     add("--length-target", type=int, default=100, help="tokens at which an answer is long enough")
-    parser.checks.append(check_arguments)
+    parser.checks += [check_arguments, needs(NEEDS)]
     return parser
-
-
-def check_arguments(args) -> None:
-    """Refuse what has no effect, before a model is loaded; the stages check the rest."""
-    if not args.run_sft and not args.run_rlhf:
-        args.run_sft = args.run_rlhf = True
-    if args.sft_checkpoint and args.run_sft:
-        raise UserError("--sft_checkpoint is made by --run_sft; give one of them")
-    if (args.wandb_project or args.wandb_run_name) and not args.use_wandb:
-        raise UserError("--wandb_project and --wandb_run_name have no effect without --use_wandb")
-    if not 0 <= args.adlf_alpha <= 1:
-        raise UserError(f"--adlf_alpha {args.adlf_alpha:g}: give a number from 0 to 1")
-    at_least(args, 1, "sft_batch_size", "ppo_batch_size", "gradient_accumulation_steps")
-    at_least(args, 1, "max_seq_length", "length_target", "logging_steps")
-    at_least(args, 0, "eval_steps", "save_steps", "warmup_steps", "seed")
 
 
 # ------------------------------------------------------------------------------ stages

@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from errors import UserError
-from safe_files import write_atomically
+from run_folder.secrets import redact
+from safe_files import check_place, copy_file, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = "stages.json"
+SAID = 2  # the status of a stage that has said in one line what a person can put right
 
 
 @dataclass
@@ -40,6 +42,7 @@ def run_stages(folder: Path, stages: Sequence[Stage]) -> None:
     A stage that fails, or is stopped, ends the program with its exit status.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    check_place(folder / RECORD)  # not after the first stage
     done = read_record(folder)
     for stage in stages:
         made = done.get(stage.name)
@@ -62,7 +65,8 @@ def run_stages(folder: Path, stages: Sequence[Stage]) -> None:
 
 
 def plain_words(stage: Stage) -> list[str]:
-    return [stage.script, *stage.words]
+    """Its command as the record keeps it, without secrets."""
+    return redact([stage.script, *stage.words])
 
 
 def read_record(folder: Path) -> dict[str, list[str]]:
@@ -93,7 +97,8 @@ def run(stage: Stage) -> None:
         status = child.wait()
     if status:
         code = 128 - status if status < 0 else status
-        print(f"error: {stage.name} ended with status {code}", file=sys.stderr)
+        if code != SAID:
+            print(f"error: {stage.name} ended with status {code}", file=sys.stderr)
         raise SystemExit(code)
 
 
@@ -146,7 +151,7 @@ def with_tokenizer(model: str, tokenizer: str, folder: Path) -> str:
         for source, of_tokenizer in ((model, False), (tokenizer, True)):
             for file in Path(source).iterdir():
                 if file.is_file() and is_of_tokenizer(file.name) == of_tokenizer:
-                    shutil.copyfile(file, part / file.name)
+                    copy_file(file, part / file.name)
         part.rename(made)
     return str(made)
 

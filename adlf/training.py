@@ -16,8 +16,10 @@ from pathlib import Path
 
 # The package training/ of the project, not this file, is what `import training` has to find.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
+import right_python  # noqa: F401  first
+from adlf.checks import check_length_target
 from adlf.pipeline import make_parser, run_pipeline
+from command_line.adlf_flags import asked_for
 from command_line.exits import run_main
 
 DESCRIPTION = "Fine-tuning, a reward model and PPO with composite rewards, one after the other."
@@ -25,7 +27,7 @@ DESCRIPTION = "Fine-tuning, a reward model and PPO with composite rewards, one a
 
 def main(words=None) -> int:
     args = parse_arguments(words)
-    if args.run_rlhf and args.adlf_alpha and not named(args):
+    if args.run_rlhf and args.adlf_alpha and not asked_for(args):
         args.use_coherence_reward = args.use_length_penalty = True
         print("no internal reward is named: coherence and length it is")
     return run_pipeline(args, {"data": [], "sft": [], "reward": [], "ppo": []})
@@ -33,12 +35,9 @@ def main(words=None) -> int:
 
 def parse_arguments(words=None):
     """The parsed and checked command line."""
-    return make_parser(DESCRIPTION, components="coherence and length").parse_args(words)
-
-
-def named(args) -> bool:
-    """Whether an internal reward was asked for by name."""
-    return args.use_coherence_reward or args.use_length_penalty
+    parser = make_parser(DESCRIPTION, components="coherence and length")
+    parser.checks.append(check_length_target)
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":

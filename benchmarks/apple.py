@@ -31,10 +31,6 @@ import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 
 from command_line.memory_fit import usable_memory  # noqa: E402
-from data_utils import TextRow, make_batch  # noqa: E402
-from mlx_ppo_trainer import PPOConfig, PPOTrainer  # noqa: E402
-from mlx_sft_trainer import LanguageModelTask, SupervisedTrainer  # noqa: E402
-from models.actor_critic import ActorCritic, ValueHead  # noqa: E402
 from models.decoding import generate  # noqa: E402
 from models.memory_estimate import (  # noqa: E402
     rollout_memory,
@@ -42,9 +38,7 @@ from models.memory_estimate import (  # noqa: E402
     supervised_memory,
     trained_of,
 )
-from models.trunk import hidden_size  # noqa: E402
 from training.memory import set_memory_limit  # noqa: E402
-from training.optimizers import build_optimizer  # noqa: E402
 
 SHAPE = memory_estimate.SHAPES["SmolLM2-135M"]
 SMALL = (64, 128, 2, 2, 2, 512)  # for a look at whether it runs
@@ -142,7 +136,7 @@ def prepared(dtype: str, shape: tuple[int, ...]):
 
 
 def prompts(batch: int, vocabulary: int, length: int = PROMPT) -> list[list[int]]:
-    return np.random.default_rng(0).integers(2, vocabulary, (batch, length)).tolist()
+    return memory_estimate.draw(np.random.default_rng(0), batch, length, vocabulary)
 
 
 def sampling(ahead: bool) -> Callable:
@@ -161,36 +155,29 @@ def sampling(ahead: bool) -> Callable:
 
 def fine_tuning(dtype: str, batch: int, shape: tuple[int, ...]):
     model, tuning, sizes, trained = prepared(dtype, shape)
-    task = LanguageModelTask(model, tuning)
-    trainer = SupervisedTrainer(task, build_optimizer("adam", 1e-5), max_grad_norm=1.0)
+    update = memory_estimate.fine_tuner(model, tuning)
     length, batch = PROMPT + RESPONSE, min(batch, 16)
-    rows = [TextRow(row, [1] * length) for row in prompts(batch, shape[-1], length)]
+    rows = prompts(batch, shape[-1], length)
     expected = supervised_memory(sizes, trained, batch, length)
-    return lambda: trainer.step([make_batch(rows)]), batch * length, expected
+    return lambda: update(rows), batch * length, expected
 
 
 def ppo(compile: bool) -> Callable:
     def run(dtype: str, batch: int, shape: tuple[int, ...]):
         model, tuning, sizes, trained = prepared(dtype, shape)
-        policy = ActorCritic(model, ValueHead(hidden_size(model)), tuning)
         rows = min(batch, 8)
-        config = PPOConfig(
+        step = memory_estimate.improver(
+            model,
+            tuning,
+            shape[-1],
             batch_size=batch,
             mini_batch_size=rows,
-            ppo_epochs=1,
             max_new_tokens=RESPONSE,
             compile=compile,
         )
-        never = {shape[-1]}  # an id that is not drawn
-        optimizer = build_optimizer("adam", 1e-5)
-        trainer = PPOTrainer(config, policy, None, None, optimizer, eos_ids=never)
-
-        def step() -> None:
-            rollout = trainer.generate(prompts(batch, shape[-1]))
-            trainer.update(rollout, [float(n) for n in range(batch)])
-
         expected = rollout_memory(sizes, trained, batch, rows, PROMPT, RESPONSE)
-        return step, batch * (PROMPT + RESPONSE), expected
+        asked = prompts(batch, shape[-1])
+        return lambda: step(asked), batch * (PROMPT + RESPONSE), expected
 
     return run
 

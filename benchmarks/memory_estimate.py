@@ -17,7 +17,7 @@ import fast_blas  # noqa: E402, F401
 
 import gc  # noqa: E402
 import warnings  # noqa: E402
-from collections.abc import Mapping  # noqa: E402
+from collections.abc import Callable, Mapping  # noqa: E402
 from typing import Any  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
@@ -88,17 +88,27 @@ def measure(
     before = mx.get_active_memory()
     model, config = llama(shape)
     tuning = FullTuning(model) if full else lora(model, keys, blocks)
-    optimizer = build_optimizer("adam", 1e-5)
-    sizes = shape_of(model, config, tuning)
+    sizes, rng, vocabulary = shape_of(model, config, tuning), np.random.default_rng(0), shape[-1]
     trained = trained_of(model, tuning, "adam", checkpointed=checkpointed)
     mx.reset_peak_memory()
     if method == "SFT":
         expected = supervised_memory(sizes, trained, **case)
-        train(model, tuning, optimizer, checkpointed, shape[-1], **case)
+        step, count, length = fine_tuner(model, tuning, checkpointed), case["rows"], case["length"]
     else:
         kept = frozen_below(model) > 0
         expected = rollout_memory(sizes, trained, kept=kept, **case)
-        improve(model, tuning, optimizer, checkpointed, shape[-1], **case)
+        count, length = case["batch"], case["prompt"]
+        step = improver(
+            model,
+            tuning,
+            vocabulary,
+            checkpointed=checkpointed,
+            batch_size=count,
+            mini_batch_size=case["rows"],
+            max_new_tokens=case["response"],
+        )
+    for _ in range(2):
+        step(draw(rng, count, length, vocabulary))
     return expected, mx.get_peak_memory() - before
 
 
@@ -106,32 +116,43 @@ def lora(model: nn.Module, keys: tuple[str, ...], blocks: int) -> Tuning:
     return add_lora(model, LoraConfig(rank=8, keys=list(keys), num_layers=blocks))
 
 
-def train(model, tuning, optimizer, checkpointed, vocabulary, *, rows, length) -> None:
-    """Two updates on rows of which every token counts."""
+def draw(rng: np.random.Generator, count: int, length: int, vocabulary: int) -> list[list[int]]:
+    """Rows of tokens."""
+    return rng.integers(2, vocabulary, (count, length)).tolist()
+
+
+def fine_tuner(model, tuning: Tuning, checkpointed: bool = False) -> Callable[[list], Any]:
+    """A function that makes an update on rows of tokens, every one of which counts."""
     task = LanguageModelTask(model, tuning)
+    optimizer = build_optimizer("adam", 1e-5)
     trainer = SupervisedTrainer(task, optimizer, max_grad_norm=1.0, grad_checkpoint=checkpointed)
-    rng = np.random.default_rng(0)
-    for _ in range(2):
-        tokens = rng.integers(2, vocabulary, (rows, length)).tolist()
-        trainer.step([make_batch([TextRow(row, [1] * length) for row in tokens])])
+
+    def update(rows: list[list[int]]) -> None:
+        trainer.step([make_batch([TextRow(row, [1] * len(row)) for row in rows])])
+
+    return update
 
 
-def improve(
-    model, tuning, optimizer, checkpointed, vocabulary, *, batch, rows, prompt, response
-) -> None:
-    """Two PPO steps of one epoch."""
+def improver(
+    model, tuning: Tuning, vocabulary: int, *, checkpointed: bool = False, **config: Any
+) -> Callable[[list], Any]:
+    """A function that makes a PPO step of one epoch on prompts; `config` is PPOConfig's."""
     policy = ActorCritic(model, ValueHead(hidden_size(model)), tuning)
-    config = PPOConfig(
-        batch_size=batch, mini_batch_size=rows, ppo_epochs=1, max_new_tokens=response
-    )
     never = {vocabulary}  # an id that is not drawn
     trainer = PPOTrainer(
-        config, policy, None, None, optimizer, eos_ids=never, grad_checkpoint=checkpointed
+        PPOConfig(ppo_epochs=1, **config),
+        policy,
+        None,
+        None,
+        build_optimizer("adam", 1e-5),
+        eos_ids=never,
+        grad_checkpoint=checkpointed,
     )
-    rng = np.random.default_rng(0)
-    for _ in range(2):
-        queries = rng.integers(2, vocabulary, (batch, prompt)).tolist()
-        trainer.update(trainer.generate(queries), [float(n) for n in range(batch)])
+
+    def step(prompts: list[list[int]]) -> None:
+        trainer.update(trainer.generate(prompts), [float(n) for n in range(len(prompts))])
+
+    return step
 
 
 def main() -> int:

@@ -35,7 +35,7 @@ PYTORCH = ROOT / ".venv-baseline" / "bin" / "python"
 LEXICON = "vaderSentiment==3.3.2"
 VADER = f"{ROOT}/examples/sentiment.py:positive"
 PARTS = ("sft", "ppo", "rates", "reward", "learned", "check")
-RATES = (3e-5, 1e-3)  # beside the default
+RATES = (3e-4, 1e-3)  # beside the default
 RATE_SEEDS = (0, 1)
 PPO = (
     "--num-steps 24 --batch-size 16 --mini-batch-size 8 --max-new-tokens 32 --eval-every 12 "
@@ -190,8 +190,8 @@ class Seed:
         if "sft" not in self.done:
             write_rows(place, "sft", data.sft_rows(data.read(place / "samples.jsonl")))
         line = (
-            f"--model {self.base} --train --mask-prompt --data {place} --data-base sft_ --epochs 1 "
-            "--batch-size 8 --steps-per-eval 0"
+            f"--model {self.base} --train --mask-prompt --data {place} --data-base sft_ --epochs 3 "
+            "--batch-size 8 --steps-per-eval 20"
         )
         self.do(training("sft", place, "sft.py", line, self.seed))
         self.do(fuse("sft_model", place, "sft", self.base))
@@ -266,7 +266,7 @@ def main() -> None:
                     getattr(seed, part)()
     from real_model_report import write_report
 
-    write_report(args.cache, args.seeds)
+    write_report(args.cache)
 
 
 if __name__ == "__main__":

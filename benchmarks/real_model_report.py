@@ -6,6 +6,8 @@ import platform
 import sys
 from pathlib import Path
 
+from real_model_data import one_sentence
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "real_model.json"
 IMAGE = ROOT / "docs" / "images" / "real_model.png"
@@ -47,6 +49,7 @@ def read_seed(place: Path) -> dict:
                 "rows": len(rows),
                 "score": sum(r["score"] for r in rows) / len(rows),
                 "ended": sum(r["ended"] for r in rows) / len(rows),
+                "one_sentence": sum(map(one_sentence, rows)) / len(rows),
             }
     return found
 
@@ -110,8 +113,11 @@ def table(seeds: dict[int, dict]) -> str:
     for name, title in (("samples", "before SFT"), ("sft_samples", "after SFT")):
         found = [s[name] for s in seeds.values() if name in s]
         if found:
-            score, ended = (mean([f[k] for f in found]) for k in ("score", "ended"))
-            lines += ["", f"Samples {title}: VADER {score:.2f}, {ended:.0%} ended by themselves."]
+            score, ended, one = (
+                mean([f[k] for f in found]) for k in ("score", "ended", "one_sentence")
+            )
+            lines += ["", f"Samples {title}: VADER {score:.2f}, {ended:.0%} ended by themselves, "]
+            lines[-1] += f"{one:.0%} one whole sentence."
     return "\n".join(lines) + "\n"
 
 
@@ -137,12 +143,23 @@ def draw(seeds: dict[int, dict]) -> None:
     save(figure, IMAGE)
 
 
-def write_report(cache: Path, numbers: list[int]) -> None:
-    """results/real_model.json and .md, and the plots, of what is there."""
+def write_report(cache: Path) -> None:
+    """results/real_model.json and .md, and the plots, of what is there.
+
+    What earlier results have, and the cache no longer, stays.
+    """
     sys.path.insert(0, str(ROOT))
-    seeds = {n: found for n in numbers if (found := read_seed(cache / f"seed_{n}"))}
+    before = json.loads(RESULTS.read_text("utf-8"))["seeds"] if RESULTS.exists() else {}
+    seeds = {int(number): found for number, found in before.items()}
+    for place in cache.glob("seed_*"):
+        if found := read_seed(place):
+            number = int(place.name.removeprefix("seed_"))
+            kept = seeds.get(number, {})
+            parts = {name: kept.get(name, {}) | found[name] for name in ("stages", "runs")}
+            seeds[number] = kept | found | parts
+    seeds = dict(sorted(seeds.items()))
     if not seeds:
-        sys.exit(f"error: {cache}: no stage of these seeds is done")
+        sys.exit(f"error: {cache}: no stage of a seed is done")
     machine = {
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu_count": os.cpu_count(),

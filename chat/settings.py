@@ -19,7 +19,7 @@ class Settings:
     max_context: int | None = option(
         None, "tokens of the conversation that are read; the oldest go first (default: all)", "-c"
     )
-    temp: float = option(0.0, "sampling temperature; 0 takes the likeliest token")
+    temp: float = option(0.0, "sampling temperature; 0 takes the likeliest token", "--temperature")
     top_p: float = option(1.0, "sample from the likeliest tokens that make up this probability")
     top_k: int = option(0, "sample from this many likeliest tokens; 0: all")
     min_p: float = option(0.0, "drop tokens less likely than this share of the likeliest")

@@ -90,24 +90,15 @@ def add_adlf_arguments(parser: Parser) -> None:
 
 def check_adlf(args: argparse.Namespace) -> None:
     """Refuse a share of nothing, components without a share, and weights that say nothing."""
-    if not 0 <= args.adlf_alpha <= 1:
-        raise UserError(f"--adlf-alpha {args.adlf_alpha:g}: give a number from 0 to 1")
-    chosen = [name for name in CHOSEN_BY if getattr(args, name)]
-    if args.use_multi_objective and chosen:
-        raise UserError(
-            f"{flag_of(chosen[0])} has no effect with --use-multi-objective, whose objectives are "
-            "fluency, faithfulness and quality"
-        )
-    asked = [*chosen, *(["use_multi_objective"] if args.use_multi_objective else [])]
-    if args.adlf_alpha and not asked:
+    check_chosen(args)
+    at_least(args, 1, "length_target")
+    if args.use_multi_objective and args.score_range is None:
+        raise UserError("--use-multi-objective needs --score-range, for quality from 0 to 1")
+    if args.adlf_alpha and not asked_for(args):
         raise UserError(
             f"--adlf-alpha {args.adlf_alpha:g} is a share of nothing: give "
             f"{', '.join(map(flag_of, CHOSEN_BY))} or --use-multi-objective"
         )
-    if asked and not args.adlf_alpha:
-        raise UserError(f"{flag_of(asked[0])} has no effect at --adlf-alpha 0")
-    check_weights(args)
-    at_least(args, 1, "length_target")
     if args.score_range is not None:
         low, high = args.score_range
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
@@ -116,9 +107,25 @@ def check_adlf(args: argparse.Namespace) -> None:
             raise UserError("--score-range has no effect at --adlf-alpha 0")
 
 
-def check_weights(args: argparse.Namespace) -> None:
-    """Refuse weights of objectives that cannot be."""
-    if not args.use_multi_objective:
+def asked_for(args: argparse.Namespace) -> list[str]:
+    """The flags that ask for internal rewards, of those that are given."""
+    return [name for name in (*CHOSEN_BY, "use_multi_objective") if getattr(args, name, False)]
+
+
+def check_chosen(args: argparse.Namespace) -> None:
+    """Refuse a share that is none, rewards without a share, and weights that cannot be."""
+    if not 0 <= args.adlf_alpha <= 1:
+        raise UserError(f"--adlf-alpha {args.adlf_alpha:g}: give a number from 0 to 1")
+    asked = asked_for(args)
+    several = "use_multi_objective" in asked
+    if several and len(asked) > 1:
+        raise UserError(
+            f"{flag_of(asked[0])} has no effect with --use-multi-objective, whose objectives are "
+            "fluency, faithfulness and quality"
+        )
+    if asked and not args.adlf_alpha:
+        raise UserError(f"{flag_of(asked[0])} has no effect at --adlf-alpha 0")
+    if not several:
         return
     weights = [getattr(args, name) for name in WEIGHTS]
     for name, weight in zip(WEIGHTS, weights, strict=True):
@@ -126,8 +133,6 @@ def check_weights(args: argparse.Namespace) -> None:
             raise UserError(f"{flag_of(name)} {weight:g}: give a number that is not below 0")
     if not any(weights):
         raise UserError(f"{', '.join(map(flag_of, WEIGHTS))}: all 0; one must be above 0")
-    if args.score_range is None:
-        raise UserError("--use-multi-objective needs --score-range, for quality from 0 to 1")
 
 
 def component_weights(args: argparse.Namespace) -> dict[str, float]:

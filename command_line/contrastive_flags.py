@@ -37,10 +37,7 @@ def add_contrastive_arguments(parser: Parser) -> None:
 
 def check_contrastive(args: argparse.Namespace) -> None:
     """Refuse what has no rows to compare."""
-    if not 0 < args.contrastive_temp < math.inf:
-        raise UserError("--contrastive-temp: give a number above 0")
-    if not 0 <= args.contrastive_weight < math.inf:
-        raise UserError("--contrastive-weight: give a number that is not below 0")
+    check_contrast(args, "batch_size")
     if not args.use_contrastive:
         return
     for name in ("reward_model", "packing"):
@@ -48,9 +45,18 @@ def check_contrastive(args: argparse.Namespace) -> None:
             raise UserError(f"--use-contrastive has no effect with {flag_of(name)}")
     if not (args.train or args.preview):
         raise UserError("--use-contrastive has no effect without --train")
-    if args.batch_size < LEAST:
+
+
+def check_contrast(args: argparse.Namespace, batch_size: str) -> None:
+    """Refuse numbers that cannot be, and too few rows to compare; `batch_size`: whose number."""
+    if not 0 < args.contrastive_temp < math.inf:
+        raise UserError("--contrastive-temp: give a number above 0")
+    if not 0 <= args.contrastive_weight < math.inf:
+        raise UserError("--contrastive-weight: give a number that is not below 0")
+    rows = getattr(args, batch_size)
+    if args.use_contrastive and rows < LEAST:
         raise UserError(
-            f"--use-contrastive compares the rows of a batch: --batch-size {args.batch_size} is "
+            f"--use-contrastive compares the rows of a batch: {flag_of(batch_size)} {rows} is "
             f"below {LEAST}"
         )
 
@@ -80,4 +86,9 @@ class Labels:
                 row.label, row.weight = 0, 0.0
             done.rows += more.rows
         if first:
+            if len(done.rows) < LEAST:
+                raise UserError(
+                    f"{records.name}: --use-contrastive compares the rows of a batch: "
+                    f"{len(done.rows)} rows are below {LEAST}"
+                )
             refuse_unlabelled([row.label for row in done.rows], records.name)

@@ -41,8 +41,7 @@ def add_critique_arguments(parser: Parser) -> None:
 
 def check_critique(args: argparse.Namespace) -> None:
     """Refuse templates without their fields, and what trains no answers."""
-    if not 0 <= args.critique_weight <= 1:
-        raise UserError(f"--critique-weight {args.critique_weight:g}: give a number from 0 to 1")
+    check_critique_weight(args)
     if not args.use_self_critique:
         return
     check_critique_template("--critique-template", args.critique_template, "prompt", "response")
@@ -50,6 +49,11 @@ def check_critique(args: argparse.Namespace) -> None:
         if getattr(args, name):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"--use-self-critique does not go with {flag}; drop one of them")
+
+
+def check_critique_weight(args: argparse.Namespace) -> None:
+    if not 0 <= args.critique_weight <= 1:
+        raise UserError(f"--critique-weight {args.critique_weight:g}: give a number from 0 to 1")
 
 
 ROLLOUT_NEEDS = (Needs("critique_weight critique_template revision_template", "use_self_critique"),)
@@ -77,8 +81,7 @@ def add_revision_arguments(parser: Parser) -> None:
 
 def check_revision(args: argparse.Namespace) -> None:
     """Refuse templates without their fields."""
-    if not 0 <= args.critique_weight <= 1:
-        raise UserError(f"--critique-weight {args.critique_weight:g}: give a number from 0 to 1")
+    check_critique_weight(args)
     fields = ["prompt", "response"]
     check_critique_template("--critique-template", args.critique_template, *fields)
     check_critique_template("--revision-template", args.revision_template, *fields, "critique")

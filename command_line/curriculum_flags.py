@@ -60,7 +60,7 @@ def difficulty(args: argparse.Namespace, loaded: Any, rows: Sequence[Any]) -> li
     for row in rows:
         tokens, start = counted_tokens(row)
         texts.append(Text(tuple(tokens), max(1, start), scored=True))
-    found = measure(loaded.model, texts)
+    found = measure(loaded.model, texts, watched_as="difficulty")
     return [-float(found.get(text, 0.0)) for text in texts]  # one that is cut has nothing to say
 
 

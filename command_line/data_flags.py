@@ -116,18 +116,25 @@ def warn_of_model(args: argparse.Namespace, records: Iterable[Record], tokenizer
     """Say so where rows are not what the model reads: texts for the digits model, conversations
     for a base model."""
     warn_of_digits_model(args, records)
-    if args.prompt_template is not None or "token_format" in args.explicit:
+    asked_for = args.prompt_template is not None or "token_format" in args.explicit
+    if args.model is None or asked_for:  # digits have no roles
         return
-    if Template(tokenizer).uses_chat_template or args.model is None:  # digits have no roles
-        return
+    if (problem := without_roles(args.model, tokenizer, records)) is not None:
+        tell(f"warning: {problem}")
+
+
+def without_roles(name: str, tokenizer: Any, records: Iterable[Record]) -> str | None:
+    """What becomes of conversations, the first named, for a model without a chat template."""
+    if Template(tokenizer).uses_chat_template:
+        return None
     for record in itertools.islice(records, 100):
         if record.kind == "conversation" or isinstance(record.prompt, list):
-            tell(
-                f"warning: {record.where}: is a conversation, and the tokenizer of {args.model} "
-                "has no chat template: turns are written without their roles, a blank line "
-                "between; give --token-format role_markers to mark them, or an instruct model"
+            return (
+                f"{record.where}: is a conversation, and the tokenizer of {name} has no chat "
+                "template: turns are written without their roles, a blank line between; give "
+                "--token-format role_markers to mark them, or an instruct model"
             )
-            return
+    return None
 
 
 def settle_date(args: argparse.Namespace, tokenizer: Any) -> None:

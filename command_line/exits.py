@@ -3,19 +3,21 @@
 import errno
 import os
 import re
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 
 import waiting
-from command_line.meeting import enter_group
+from command_line.meeting import enter_group, refuse_group
 from distributed.line import Absent
 from distributed.membership import LOST, member
-from distributed.place import Lost
-from errors import MEMORY_ADVICE, UserError
-from run_folder.console import watched
+from errors import MEMORY_ADVICE, Lost, UserError
+from run_folder.console import Wait
 from run_folder.output import errors, lost_output, open_outputs
 from run_folder.secrets import clean, tell
+from run_folder.stopping import AGAIN
 
 # No fault of the program's, also where no file is named: the disk is full or read-only, or too many
 # files are open.
@@ -26,18 +28,26 @@ OUT_OF_MEMORY = re.compile(
 )
 
 
-def run_main(main: Callable[[], int | None], *, workers: bool = False) -> None:
+def run_main(
+    main: Callable[[], int | None], *, workers: bool = False, tidies: bool = False
+) -> None:
     """Run a script's ``main`` and exit: 2 and one line for what the user can put right.
 
     Any other exception is a bug and keeps its traceback. ``workers``: the script may be one of
-    several that train together; they meet first.
+    several that train together; they meet first. ``tidies``: SIGTERM and a hangup end it as Ctrl-C
+    does.
     """
+    if tidies:
+        stop_at_signals()
     warnings.formatwarning = one_line_warning
+    sys.unraisablehook = say_unraisable
     open_outputs(clean)
-    waiting.watch_with(watched)
+    waiting.watch_with(Wait)
     try:
         if workers:
             enter_group()
+        else:
+            refuse_group()
         code = main() or 0
         sys.stdout.flush()
         if (wrong := lost_output()) is not None:
@@ -48,8 +58,8 @@ def run_main(main: Callable[[], int | None], *, workers: bool = False) -> None:
         code = complain_of_loss()
     except Absent as wrong:
         code = complain(str(wrong), LOST) if str(wrong) else LOST
-    except KeyboardInterrupt:
-        code = complain("interrupted", 130)
+    except KeyboardInterrupt as stopped:
+        code = complain("interrupted", 128 + (stopped.args[0] if stopped.args else signal.SIGINT))
     except OSError as wrong:
         if wrong.filename is None and wrong.errno not in SYSTEM_ERRORS:
             raise
@@ -61,6 +71,23 @@ def run_main(main: Callable[[], int | None], *, workers: bool = False) -> None:
             raise
         code = complain(f"out of memory ({wrong}): {MEMORY_ADVICE}")
     sys.exit(code)
+
+
+def stop_at_signals() -> None:
+    """SIGTERM and a hangup end the script as Ctrl-C does, so that nothing half-written stays.
+
+    One that is ignored (nohup) stays so. A second one ends the process at once.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
+
+
+def stop(number: int, _: object) -> None:
+    """A handler that ends the script; `run_main` knows the signal by the exception."""
+    time.sleep(AGAIN)  # the same one again is raised in here, once
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt(number)
 
 
 def named(path: str | bytes | int | None) -> str | None:
@@ -78,6 +105,15 @@ def one_line_warning(message, category, filename, lineno, line=None) -> str:
     """A warning for people in one line; one about code says where, as Python does."""
     place = "" if category is UserWarning else f"{filename}:{lineno}: {category.__name__}: "
     return clean(f"warning: {place}{message}") + "\n"
+
+
+def say_unraisable(found) -> None:
+    """What Python says of an exception that nobody can catch, but for one that is said already.
+
+    A zip file that could not be written complains once more when it goes.
+    """
+    if getattr(found.object, "__qualname__", None) != "ZipFile.__del__":
+        sys.__unraisablehook__(found)
 
 
 def complain(message: str, code: int = 2) -> int:

@@ -3,8 +3,10 @@
 Loads no MLX.
 """
 
+import atexit
 import contextlib
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -49,6 +51,18 @@ def enter_group() -> None:
         sys.argv[1:] = in_a_copy(words, resumed, given("config"))
 
 
+def refuse_group() -> None:
+    """UserError where this process was started as one of several, by a script that works alone."""
+    if (found := place()) is None:
+        return
+    if found.rank:
+        raise SystemExit(2)  # worker 0 says it
+    raise UserError(
+        f"{Path(sys.argv[0]).name} works alone, and this is one of {found.size} processes that "
+        "were started together: start it without mlx.launch"
+    )
+
+
 def last_word(words: list[str], flag: str) -> str | None:
     """The value of a flag that stands on the command line in full."""
     found = None
@@ -78,5 +92,6 @@ def in_a_copy(words: list[str], resumed: str, config: str | None) -> list[str]:
     if config is None:
         return words  # worker 0 has no such run, and says it
     folder = tempfile.mkdtemp(prefix="mlx-rlhf-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     Path(folder, "config.json").write_text(config, encoding="utf-8")
     return [word.replace(resumed, folder) if resumed in word else word for word in words]

@@ -44,9 +44,10 @@ def settle_rollout_memory(
         return rollout_memory(shape, trained, batch, rows, prompt, response, kept=kept)
 
     batch = args.batch_size * texts
-    each = args.batch_size // args.gradient_accumulation_steps
+    each = args.mini_batch_size or args.batch_size // args.gradient_accumulation_steps
     frozen = blocks_to_keep(args, loaded.model, expected, each, unit, compared)
-    settle(args, partial(expected, kept=bool(frozen)), each, unit, ROWS)
+    when = f" if responses take all --max-new-tokens {args.max_new_tokens}"
+    settle(args, partial(expected, kept=bool(frozen)), each, unit, ROWS, when=when)
     if frozen:
         size = say_gb(kept_bytes(shape, batch, prompt + args.max_new_tokens - 1) / 1e9)
         print(f"kept for the epochs: what {frozen} frozen blocks give, {size} at most")
@@ -128,11 +129,13 @@ def settle(
     unit: int,
     names: tuple[str, str],
     least: int = 1,
+    when: str = "",
 ) -> None:
     """Say what a gradient of `count` rows takes; of fewer, where those fit and none were asked for.
 
     `names`: the options that set the rows and how many gradients are summed up for an update. They
     are changed together, so that an update stays one of as many rows; a resumed run keeps its own.
+    `when`: what is assumed of the rows, for people.
     """
     usable = usable_memory(args.memory_limit)
     memory = expected(count)
@@ -147,13 +150,13 @@ def settle(
         print(f"to fit the memory: {flags}")
         memory, fewer = expected(fewer), count
     if memory.total <= usable:
-        print(f"memory expected: {said(memory)} of {say_gb(usable / 1e9)}")
+        print(f"memory expected{when}: {said(memory)} of {say_gb(usable / 1e9)}")
         return
     less = LESS.get(memory.moment, ELSE)
     if fewer < count:
         less = f"{flags} ({say_gb(expected(fewer).total / 1e9)})"
     print(
-        f"warning: memory expected: {said(memory)}, and {say_gb(usable / 1e9)} may be used; "
+        f"warning: memory expected{when}: {said(memory)}, and {say_gb(usable / 1e9)} may be used; "
         f"less is taken by {less}"
     )
 

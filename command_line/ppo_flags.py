@@ -32,12 +32,12 @@ from command_line.shared_flags import (
     add_optimizer_arguments,
     add_run_arguments,
     at_least,
+    check_epochs,
 )
 from command_line.worker_flags import add_worker_arguments, refuse_across_rows, refuse_uneven
 from data_utils import Template, data_report, load_data, tokenise_prompts
 from errors import UserError
 from rl.ppo_config import PPOConfig
-from run_folder.console import watched
 from run_folder.private import marked_above
 
 DESCRIPTION = "PPO on a language model, against a ground-truth reward, a learned one, or your own."
@@ -203,8 +203,7 @@ def check_arguments(args) -> None:
     if args.epochs is not None:
         if {"num_steps", "epochs"} <= args.explicit:
             raise UserError("--num-steps and --epochs both say how long to train; give one of them")
-        if not 0 < args.epochs <= 1e6:
-            raise UserError("--epochs: give a number above 0, up to 1e6")
+    check_epochs(args, "epochs")
     check_save_file(args.save_file)
     same = args.reward_model and args.save_file
     if same and Path(args.save_file).resolve() == Path(args.reward_model).resolve():
@@ -284,7 +283,7 @@ def load_prompts(args, tokenizer, weights: int, per_step: int | None = None) -> 
         refuse_idle(args, "prompt_words", "on rows that have prompts of their own")
     for split, records in loaded.items():
         found[split] = tokenise_prompts(
-            watched(records, "tokenising"),
+            records,
             tokenizer,
             prompt_words=args.prompt_words,
             **tokenising(args),

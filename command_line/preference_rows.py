@@ -12,7 +12,7 @@ from command_line.data_flags import (
     warn_of_model,
 )
 from command_line.row_preview import show_row
-from command_line.sft_flags import encode_samples
+from command_line.sft_rows import encode_samples
 from data_utils import (
     BatchPlan,
     Tokenised,
@@ -23,7 +23,6 @@ from data_utils import (
     tokenise_unpaired,
 )
 from errors import UserError
-from run_folder.console import watched
 from run_folder.secrets import tell
 
 LONGER = 4 / 3  # chosen answers longer than the rejected ones by this factor are worth a word
@@ -42,14 +41,13 @@ def load_rows(args, tokenizer) -> dict[str, Any]:
         check_kinds(args, kinds, judged)
         if args.algorithm == "kto":
             rows[split] = tokenise_unpaired(
-                watched(records, "tokenising"),
+                records,
                 tokenizer,
                 desirable_from=args.desirable_from,
                 **tokenising(args),
             )
         else:
-            seen = watched(records, "tokenising")
-            rows[split] = tokenise_pairs(seen, tokenizer, **tokenising(args))
+            rows[split] = tokenise_pairs(records, tokenizer, **tokenising(args))
             if args.soft_labels:
                 put_soft_labels(records, rows[split].rows)
         print(data_report(split, records, rows[split]))

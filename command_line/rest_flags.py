@@ -13,7 +13,7 @@ from command_line.data_flags import (
     has_validation,
     settle_date,
     tokenising,
-    warn_of_digits_model,
+    warn_of_model,
 )
 from command_line.model_limits import check_rows
 from command_line.model_size import SMALL, millions
@@ -43,7 +43,6 @@ from data_utils import (
     tokenise_sft,
 )
 from errors import UserError
-from run_folder.console import watched
 
 DESCRIPTION = "ReST: sample from the policy, keep what scores well, fine-tune on it, again."
 QUANTILES = [0.5, 0.75, 0.9]
@@ -159,9 +158,9 @@ def load_prompts(args, tokenizer) -> dict[str, Any]:
         refuse_idle(args, "prompt_words", "on rows that have prompts of their own")
     found = {}
     for split, records in loaded.items():
-        warn_of_digits_model(args, records)
+        warn_of_model(args, records, tokenizer)
         prompts = tokenise_prompts(
-            watched(records, "tokenising"),
+            records,
             tokenizer,
             prompt_words=args.prompt_words,
             **tokenising(args),

@@ -345,6 +345,14 @@ def at_least(args: argparse.Namespace, least: float, *names: str) -> None:
             raise UserError(f"{flag_of(name)}: {value} is below {least:g}")
 
 
+def check_epochs(args: argparse.Namespace, *names: str) -> None:
+    """Raise ``UserError`` when one of the named numbers of passes is set and trains nothing."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 0 < value <= 1e6:
+            raise UserError(f"{flag_of(name)}: give a number above 0, up to 1e6")
+
+
 def adapter_description(args: argparse.Namespace) -> dict[str, Any]:
     """What the adapter flags ask for, in the form of mlx-lm's adapter_config.json."""
     if args.prompt_tuning:

@@ -20,7 +20,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-
 import argparse  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
@@ -29,6 +28,7 @@ import zlib  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
+import right_python  # noqa: E402, F401  first
 from command_line.exits import run_main  # noqa: E402
 from command_line.parser import Parser  # noqa: E402
 from command_line.values import LongHelpFormatter  # noqa: E402

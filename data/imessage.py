@@ -13,7 +13,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-
 import argparse  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
@@ -25,6 +24,7 @@ from collections.abc import Callable, Iterable  # noqa: E402
 from dataclasses import replace  # noqa: E402
 from datetime import timedelta  # noqa: E402
 
+import right_python  # noqa: E402, F401  first
 from command_line.exits import run_main  # noqa: E402
 from command_line.parser import Parser  # noqa: E402
 from errors import UserError  # noqa: E402

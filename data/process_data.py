@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import right_python  # noqa: E402, F401  first
 from command_line.conversion_flags import conversion_parser, read, write  # noqa: E402
 from command_line.exits import run_main  # noqa: E402
 from command_line.parser import Parser  # noqa: E402

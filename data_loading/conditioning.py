@@ -4,6 +4,7 @@ Chen et al. 2021 (Decision Transformer), with a return that is written out: fine
 row's own score there, and whoever samples puts the one that is wanted.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from string import Formatter
@@ -12,6 +13,7 @@ from typing import Any
 from data_loading.records import Record, Text
 from errors import UserError
 
+WIDE = re.compile("[0-9]{5}")
 KEY = "score_conditioning"  # in config.json of a model, and in the description of an adapter
 
 
@@ -46,6 +48,7 @@ def check_template(template: str) -> None:
     """Raise UserError for a template that does not say the score, or asks for more than that."""
     try:
         names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+        refuse_wide("--score-template", template)
         good = names and set(names) == {"score"} and template.format(score=1.0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         good = False
@@ -54,6 +57,15 @@ def check_template(template: str) -> None:
             f"--score-template {template!r}: must hold {{score}} and no other field, such as "
             "'[Target Score: {score:.1f}] '"
         )
+
+
+def refuse_wide(flag: str, template: str) -> None:
+    """Raise UserError for a field of 10,000 characters or more, which fills every row with blanks.
+
+    ValueError for what is no template.
+    """
+    if any(WIDE.search(spec or "") for _, _, spec, _ in Formatter().parse(template)):
+        raise UserError(f"{flag} {template!r}: give its fields a width below 10,000 characters")
 
 
 def put_before(prompt: Text, prefix: str) -> Text:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from string import Formatter
 
+from data_loading.conditioning import refuse_wide
 from data_loading.messages import Message
 from data_loading.records import Record, Text
 from errors import UserError
@@ -20,6 +21,7 @@ REVISION = (
 def check_critique_template(flag: str, template: str, *names: str) -> None:
     """Raise UserError unless a template has just the fields `names`, each at least once."""
     try:
+        refuse_wide(flag, template)
         found = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
         good = found == set(names) and template.format(**dict.fromkeys(names, "x"))
     except (ValueError, KeyError, IndexError, AttributeError):

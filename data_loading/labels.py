@@ -51,3 +51,8 @@ def refuse_unlabelled(labels: Sequence[int | None], where: str) -> None:
             f"{where}: --use-contrastive: the rows have {len(set(known))} kinds of label; reward, "
             "meta_eval_score, or chosen and rejected (--chosen) are needed, with different values"
         )
+    if len(set(known)) == len(known):
+        raise UserError(
+            f"{where}: --use-contrastive: no two rows have the same label, so none is drawn to "
+            "another; more rows are needed"
+        )

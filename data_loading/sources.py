@@ -15,6 +15,7 @@ from data_loading.preferences import set_aside
 from data_loading.records import Records
 from data_loading.values import RawRow
 from errors import UserError
+from waiting import watched
 
 # ------------------------------------------------------------------------------ one data set
 
@@ -106,7 +107,7 @@ def collect_records(
     if max_rows is not None and max_rows < 1:
         raise UserError(f"max_rows {max_rows}: must be at least 1")
     try:
-        for row in rows:
+        for row in watched(rows, "reading"):
             try:
                 if row.fields is None:
                     raise BadRow(row.problem)

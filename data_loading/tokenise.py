@@ -19,6 +19,7 @@ from data_loading.records import Record, Text
 from data_loading.rows import PreferenceRow, PromptRow, Row, ScalarRow, TextRow, Tokenised
 from data_loading.templates import Template
 from errors import UserError
+from waiting import watched
 
 NO_PROMPT = (
     "the row has no prompt: one of the fields prompt, question, instruction, query, input, "
@@ -316,7 +317,7 @@ def each(
     over what it noted of rows.
     """
     done: Tokenised[Row] = Tokenised()
-    for record in records:
+    for record in watched(records, "tokenising"):
         try:
             row, was_cut = convert(record)
         except Refused as why:

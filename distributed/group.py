@@ -3,7 +3,8 @@
 `here()` is this process's part. Alone, which is how every run without other workers is, each method
 gives back what it is given, so that no branch stands in the loops. Rank r of N takes places r,
 r + N, ... of a list. Collectives are MLX's (`mx.distributed`): each is evaluated at once, none
-stands in a lazy graph or in `mx.compile`, where rings were seen to hang.
+stands in a lazy graph or in `mx.compile`, where rings were seen to hang. They run on the device
+that MLX chooses for its backend: sums of NCCL on the processor would fail.
 """
 
 import hashlib
@@ -17,14 +18,14 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from distributed.place import Lost
-from errors import UserError
+from errors import Lost, UserError
 
 if TYPE_CHECKING:
     from distributed.membership import Membership
 
 Kind = TypeVar("Kind")
 SIGNALS = (2, 15)  # SIGINT, SIGTERM: what is shared of a signal that one worker was sent
+MOST = 2**29  # numbers, or bytes, in one sum: MLX counts those of an array in 32 bits
 
 
 class Workers:
@@ -36,6 +37,8 @@ class Workers:
         self.seed = 0  # of the run
         self.heard: int | None = None  # a signal that this process was sent
         self.stop: int | None = None  # one that some worker was sent, known to all alike
+        self.told = False  # whether there was a sum, and all heard of signals, in this step
+        self.parted = False  # whether what is done together is over
         self.sent = 0  # bytes of arrays that were added up or handed round
         self.waited, self.since = 0.0, time.monotonic()
         self.shares = np.zeros(self.size)  # of their time that workers waited, when last told
@@ -51,7 +54,7 @@ class Workers:
     # ------------------------------------------------------------------ collectives
 
     def sum(self, tree: Any, stage: str) -> Any:
-        """A tree of arrays added up over the workers, in float32 and one collective.
+        """A tree of arrays added up over the workers, in float32 and one collective up to `MOST`.
 
         With it goes what every update has to agree on: signals to stop, and who waited.
         """
@@ -63,10 +66,11 @@ class Workers:
             told[SIGNALS.index(self.heard)] = 1
         told[len(SIGNALS) + self.rank] = self.own_wait_share()
         parts = [array.astype(mx.float32).reshape(-1) for array in flat]
-        summed = self._all_sum(mx.concatenate([*parts, mx.array(told)]), stage)
-        ends = np.cumsum([array.size for array in flat]).tolist()
-        *pieces, told = mx.split(summed, ends)
-        self._listen(np.array(told))
+        pieces = []
+        for some in together([*parts, mx.array(told)]):
+            summed = self._all_sum(mx.concatenate(some), stage)
+            pieces += mx.split(summed, np.cumsum([part.size for part in some[:-1]]).tolist())
+        self._listen(np.array(pieces.pop()))
         pieces = iter(pieces)
         return tree_map(lambda old: next(pieces).reshape(old.shape).astype(old.dtype), tree)
 
@@ -75,7 +79,7 @@ class Workers:
         signals = [number for number, sent in zip(SIGNALS, told, strict=False) if sent]
         if signals and self.stop is None:
             self.stop = signals[0]
-        self.shares = told[len(SIGNALS) :]
+        self.shares, self.told = told[len(SIGNALS) :], True
 
     def _all_sum(self, array: mx.array, stage: str) -> mx.array:
         mx.eval(array)  # so that what is waited for below is the others alone
@@ -83,7 +87,7 @@ class Workers:
         begun = time.monotonic()
         with self.member.waiting(stage):
             try:
-                total = mx.distributed.all_sum(array, stream=mx.cpu)
+                total = mx.distributed.all_sum(array)
                 mx.eval(total)
             except RuntimeError as wrong:
                 raise Lost(f"{stage}: {wrong}") from None
@@ -150,12 +154,9 @@ class Workers:
         found = {}
         for name, (shape, kind) in about.items():
             dtype = getattr(mx, kind.removeprefix("mlx.core."))
-            if self.rank == 0:
-                raw = mx.contiguous(arrays[name]).reshape(-1).view(mx.uint8)
-            else:
-                raw = mx.zeros(int(np.prod(shape)) * dtype.size, dtype=mx.uint8)
-            raw = self._all_sum(raw, stage) if raw.size else raw
-            found[name] = raw.view(dtype).reshape(shape)
+            own = arrays[name] if self.rank == 0 else mx.zeros(shape, dtype=dtype)
+            raw = [self._all_sum(part, stage) if part.size else part for part in raw_parts(own)]
+            found[name] = mx.concatenate([part.view(dtype) for part in raw]).reshape(shape)
         return found
 
     # ------------------------------------------------------------------ what is logged
@@ -165,9 +166,15 @@ class Workers:
         return min(1.0, self.waited / max(time.monotonic() - self.since, 1e-9))
 
     def metrics(self) -> dict[str, float]:
-        """Of a step's row: nothing, alone; else how many there are and who waits the most."""
+        """Of a step's row: nothing, alone; else how many there are and who waits the most.
+
+        A step without an update had no sum: there is one now, or a signal would never be heard.
+        """
         if self.alone:
             return {}
+        if not self.told:
+            self.sum((), "the end of a step")
+        self.told = False
         shares = np.where(np.arange(self.size) == self.rank, self.own_wait_share(), self.shares)
         self.waited, self.since = 0.0, time.monotonic()
         return {
@@ -200,9 +207,28 @@ def digest(arrays: Mapping[str, mx.array]) -> str:
     """What tells one set of named arrays from another, to the bit."""
     found = hashlib.sha256()
     for name in sorted(arrays):
-        array = mx.contiguous(arrays[name]).reshape(-1).view(mx.uint8)
-        found.update(name.encode() + np.array(array).tobytes())
+        found.update(name.encode())
+        for part in raw_parts(arrays[name]):
+            found.update(np.array(part).tobytes())
     return found.hexdigest()[:16]
+
+
+def raw_parts(array: mx.array) -> list[mx.array]:
+    """The bytes of an array, `MOST` at a time."""
+    flat, step = mx.contiguous(array).reshape(-1), MOST // array.dtype.size
+    return [part.view(mx.uint8) for part in mx.split(flat, [*range(step, flat.size, step)])]
+
+
+def together(parts: Sequence[mx.array]) -> list[list[mx.array]]:
+    """Flat arrays that adjoin in lists, each of no more than `MOST` numbers or of one array."""
+    found, count = [], MOST
+    for part in parts:
+        count += part.size
+        if count > MOST:
+            found.append([])
+            count = part.size
+        found[-1].append(part)
+    return found
 
 
 _here = Workers()
@@ -217,10 +243,12 @@ def join(member: "Membership") -> Workers:
     """Become one of several workers: MLX's own connections are made."""
     global _here
     if _here.alone:
-        with member.waiting("the start of the ring"):
+        with member.connecting():
             try:
                 group = mx.distributed.init(strict=True, backend=member.backend)
             except (RuntimeError, ValueError) as wrong:
+                if member.line is None:  # which MLX's own words tell more of
+                    raise UserError(f"MLX cannot connect the workers: {wrong}") from None
                 raise Lost(f"the start: {wrong}") from None
         if (group.rank(), group.size()) != (member.rank, member.size):
             raise Lost(f"MLX counts {group.size()} workers, and {member.size} came")
@@ -231,4 +259,5 @@ def join(member: "Membership") -> Workers:
 def part() -> None:
     """The end of what is done together: what comes now this worker does alone."""
     global _here
+    _here.parted = True
     _here = Workers()

@@ -97,9 +97,8 @@ def meet(place: Place, timeout: float, given: Any = None) -> Line:
 
 def listening(place: Place) -> socket.socket:
     """A socket at this worker's own address. UserError where it cannot be had."""
-    host, port = place.addresses[place.rank]
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, address = resolved(place, place.rank, socket.SOCK_STREAM)
         server = socket.socket(family, kind)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind(address)
@@ -110,6 +109,21 @@ def listening(place: Place) -> socket.socket:
             f"{wrong.strerror}"
         ) from None
     return server
+
+
+def resolved(place: Place, rank: int, kind: int) -> tuple[int, int, Any]:
+    """Family, kind and address of a socket, as MLX's ring looks a worker up: IPv4 alone.
+
+    Raises OSError where there is no such host, and UserError where it has another address first.
+    """
+    host, port = place.addresses[rank]
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=kind)[0]
+    if family != socket.AF_INET:
+        raise UserError(
+            f"{place.hostfile}: {place.named(rank)}: MLX's ring needs an IPv4 address, such as "
+            "10.0.0.2"
+        )
+    return family, kind, address
 
 
 def receive(place: Place, end: float, timeout: float, given: Any) -> Line:
@@ -150,6 +164,7 @@ def receive(place: Place, end: float, timeout: float, given: Any) -> Line:
             elif hello.get("error"):
                 errors[rank] = hello["error"]
             peers[rank] = peer
+    errors = errors or unreached(place)
     answer = {"stop": True} if errors else {"given": given}
     for peer in peers.values():
         with contextlib.suppress(OSError):
@@ -162,24 +177,49 @@ def receive(place: Place, end: float, timeout: float, given: Any) -> Line:
 
 def refuse_unreachable(place: Place) -> None:
     """UserError for an address that no way leads to; one where nobody listens yet is fine."""
-    for rank, (host, port) in enumerate(place.addresses):
+    for rank in range(place.size):
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-            with socket.socket(found[0], socket.SOCK_DGRAM) as probe:
-                probe.connect(found[4])  # sends nothing: asks for a way there
+            family, kind, address = resolved(place, rank, socket.SOCK_DGRAM)
+            with socket.socket(family, kind) as probe:
+                probe.connect(address)  # sends nothing: asks for a way there
         except OSError as wrong:
             raise UserError(
                 f"{place.hostfile}: {place.named(rank)} cannot be reached: {wrong.strerror}"
             ) from None
 
 
+def unreached(place: Place) -> dict[int, str]:
+    """What is wrong with workers that came, and listen, but cannot be called: by rank."""
+    found = {}
+    for rank in range(1, place.size):
+        try:
+            socket.create_connection(place.addresses[rank], TRY).close()
+        except OSError as wrong:
+            found[rank] = (
+                f"{place.named(rank)} reaches worker 0 and cannot be reached from there: "
+                f"{wrong.strerror or wrong}; see that no firewall is between"
+            )
+    return found
+
+
 def call(place: Place, end: float, timeout: float) -> Line:
     """Another worker's side: call worker 0 until it answers."""
     hello: dict[str, Any] = {HELLO: place.addresses, "rank": place.rank}
     try:
-        listening(place).close()
+        server = listening(place)  # so that worker 0 can see whether it is reached
     except UserError as wrong:
         hello["error"], end = str(wrong), min(end, time.monotonic() + 2 * FAREWELL)
+        server = socket.socket()
+    with server:
+        peer, answer = answered(place, end, timeout, hello)
+    if "stop" in answer:
+        raise UserError(hello.get("error", "worker 0 gave up"))
+    peer.settimeout(None)
+    return Line(place, {0: peer}, answer["given"])
+
+
+def answered(place: Place, end: float, timeout: float, hello: dict) -> tuple[socket.socket, dict]:
+    """The connection with worker 0, and what it says to the `hello`."""
     met = False
     while True:
         try:
@@ -187,8 +227,7 @@ def call(place: Place, end: float, timeout: float) -> Line:
             peer.sendall((json.dumps(hello) + "\n").encode())
             met = True
             peer.settimeout(max(end - time.monotonic(), TRY))
-            answer = json.loads(read_line(peer))
-            break
+            return peer, json.loads(read_line(peer))
         except (OSError, ValueError):
             if met or time.monotonic() > end:
                 raise Absent(
@@ -197,10 +236,6 @@ def call(place: Place, end: float, timeout: float) -> Line:
                     else f"{place.named(0)} did not answer within {timeout:g} s (--worker-timeout)"
                 ) from None
             time.sleep(0.1)
-    if "stop" in answer:
-        raise UserError(hello.get("error", "worker 0 gave up"))
-    peer.settimeout(None)
-    return Line(place, {0: peer}, answer["given"])
 
 
 def read_line(peer: socket.socket) -> str:

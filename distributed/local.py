@@ -20,7 +20,7 @@ from pathlib import Path
 from distributed.membership import LOST, workers_named
 from distributed.place import HOSTFILE, NOTES, PARENT, RANK, TERMINAL
 from run_folder.secrets import tell
-from run_folder.stopping import SIGNALS
+from run_folder.stopping import AGAIN, SIGNALS
 
 PATIENCE = 5.0  # seconds that the others get once one has failed
 LOOK = 0.05  # seconds between looks at them
@@ -110,8 +110,13 @@ class Worker:
 def forwarding(workers: list[Worker]) -> Iterator[list[int]]:
     """Within it a signal goes to worker 0; a second one ends all at once. Gives those heard."""
     heard: list[int] = []
+    first = 0.0  # when
 
     def hear(number: int, _) -> None:
+        nonlocal first
+        if heard and time.monotonic() - first < AGAIN:
+            return
+        first = time.monotonic()
         heard.append(number)
         for worker in workers if len(heard) > 1 else workers[:1]:
             if worker.process.returncode is None:
@@ -156,13 +161,14 @@ def status(workers: Sequence[Worker], first: Worker | None, note: Path) -> int:
         return 0
     if not workers[0].ended and workers[0].code not in (0, LOST):
         first = workers[0]  # it speaks for all that fail alike
-    if first.code < 0 or first.code == 1:
+    code = LOST if first.code == -signal.SIGALRM else first.code  # which its guard has told of
+    if code < 0 or code == 1:
         run = note.read_text(encoding="utf-8") if note.exists() else None
-        how = f"signal {-first.code}" if first.code < 0 else "it broke: see above"
+        how = f"signal {-code}" if code < 0 else "it broke: see above"
         cure = f"go on with --resume {run}" if run else "start anew"
         tell(f"error: {workers_named([first.rank])} is gone ({how}); {cure}")
         return LOST
     spoken = workers[0].code == first.code
     for line in first.errors if not spoken else ():
         tell(f"error: {workers_named([first.rank])}: {line.removeprefix('error: ')}")
-    return first.code
+    return code

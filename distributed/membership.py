@@ -12,15 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from distributed.guard import ended_after
 from distributed.line import BEAT, SILENT, Line, meet, parent_is_gone
-from distributed.place import NOTES, PARENT, Lost, Place, place
-from errors import UserError
+from distributed.place import NOTES, PARENT, Place, place
+from errors import Lost, UserError
 from run_folder.output import errors
 from run_folder.secrets import tell
 
 LOST = 3  # exit status where another worker is gone or does not answer
 TIMEOUT = 600.0  # seconds, by default, that a wait for others may take
 LOOK = 0.02  # seconds between looks at what others said
+CONNECT = 60.0  # seconds for MLX's own connections; all have said that they are about to make them
 GRACE = 2.0  # seconds in which a connection that broke is seen to be broken on the line too
 
 
@@ -49,6 +51,20 @@ class Membership:
             yield
         finally:
             self.stage = ""
+
+    @contextlib.contextmanager
+    def connecting(self) -> Iterator[None]:
+        """Around MLX's own start, which waits without end for a worker that does not come."""
+        # Where they have not met, who comes last may load for long.
+        seconds = self.timeout if self.line is None else min(self.timeout, CONNECT)
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        message = (
+            f"error: no connection with {workers_named(others)} within {seconds:g} s; each worker "
+            "has to reach the address of the next one, the last one that of worker 0, with no "
+            "firewall between; start them again"
+        )
+        with ended_after(seconds + (GRACE if self.rank else 0), message):
+            yield
 
     def ready(self) -> None:
         """Wait until all have loaded what they need, before MLX waits for them without end.

@@ -21,10 +21,6 @@ SIZES = ("MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 RANKS = (RANK, "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
-class Lost(Exception):
-    """Another worker is gone in the middle of something that all do together."""
-
-
 @dataclass(frozen=True)
 class Place:
     """A worker among `size`; `addresses` (host, port) of all of them, None where only MLX knows."""

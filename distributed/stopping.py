@@ -1,19 +1,18 @@
 """A signal at one of several workers: all finish the step and stop alike."""
 
 import contextlib
-import signal
 from collections.abc import Iterator
 from types import FrameType
 
 from distributed.group import Workers
-from run_folder.stopping import SIGNALS, GracefulStop
+from run_folder.stopping import GracefulStop, end_at_the_next
 
 
 class SharedStop(GracefulStop):
     """`GracefulStop` whose flag counts once every worker has it.
 
     It goes with the next sum over the workers (`Workers.sum`). No step is given up: the others are
-    in it.
+    in it. Once they have parted, a signal is worker 0's own, which alone goes on.
     """
 
     def __init__(self, workers: Workers) -> None:
@@ -22,14 +21,24 @@ class SharedStop(GracefulStop):
 
     @property
     def requested(self) -> bool:
-        self.signal = self.workers.stop
+        if self.signal is None:
+            self.signal = self.workers.stop or (self.workers.heard if self.alone else None)
         return self.signal is not None
+
+    @property
+    def alone(self) -> bool:
+        return self.workers.parted and self.workers.rank == 0
 
     @contextlib.contextmanager
     def giving_up(self) -> Iterator[None]:
-        yield
+        with super().giving_up() if self.alone else contextlib.nullcontext():
+            yield
 
-    def _handle(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.workers.heard is not None:  # the same one again
+            return
         self.workers.heard = number
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        if self.alone:
+            super()._handle(number, frame)
+        else:
+            end_at_the_next()

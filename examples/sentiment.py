@@ -7,16 +7,11 @@ VADER (Hutto and Gilbert 2014) adds up the valence of known words; no model is i
 quick, repeatable, and easily fooled: see docs/real_models.md for how PPO does it.
 """
 
-from functools import cache
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-
-@cache
-def analyser():
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    return SentimentIntensityAnalyzer()
+analyser = SentimentIntensityAnalyzer()
 
 
 def positive(prompts, responses):
     """How positive each response is, from -1 to 1."""
-    return [analyser().polarity_scores(text)["compound"] for text in responses]
+    return [analyser.polarity_scores(text)["compound"] for text in responses]

@@ -202,8 +202,10 @@ def prompts_of(plan: Plan, speaker: Any) -> dict[int, Any]:
 
     Raises UserError for a prompt that is bad or too long, unless bad rows are skipped.
     """
+    from command_line.data_flags import without_roles
     from command_line.model_limits import check_rows
     from data_utils import tokenise_prompts
+    from models.base_fingerprint import DEFAULT_NAME
 
     speaker.step_forward()
     limits, options = speaker.loaded.limits, dict(plan.tokenising)
@@ -216,6 +218,10 @@ def prompts_of(plan: Plan, speaker: Any) -> dict[int, Any]:
                 "positions; give fewer"
             )
         options["max_length"] = min(options["max_length"], room)
+    plain = options["prompt_template"] is None and options["token_format"] == "standard"
+    if plain and (name := speaker.loaded.name) != DEFAULT_NAME:
+        if (problem := without_roles(name, speaker.tokenizer, plan.records)) is not None:
+            warnings.warn(problem, stacklevel=1)
     found = tokenise_prompts(plan.records, speaker.tokenizer, **options)
     check_rows(found.rows, limits, prefix=prefix, response=plan.max_new_tokens)
     if found.unused:  # the same words of a second model are said once

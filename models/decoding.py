@@ -9,7 +9,7 @@ Legend: B rows, b rows still alive, V vocabulary.
 
 from fast_blas import exp
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -68,6 +68,7 @@ def generate(
     samples: int = 1,
     uniforms: mx.array | None = None,
     ahead: bool | None = None,
+    watch: Callable[[range], Iterable[int]] = iter,
 ) -> Generation:
     """Sample `samples` responses to each prompt (lists of token ids, none empty).
 
@@ -76,7 +77,8 @@ def generate(
     (step, B), numbers in [0, 1), take its place. `should_stop(tokens)` ends a row early (stop
     strings). `min_tokens` forbids EOS before that many tokens. `ahead`: a step is handed to the
     device before the tokens of the last one are looked at, so that it never waits for Python; a
-    row is then seen to end one step later. None: on a GPU.
+    row is then seen to end one step later. None: on a GPU. `watch` goes around the steps,
+    for a bar.
     """
     sampling = sampling or Sampling()
     count = len(prompts) * samples
@@ -95,7 +97,7 @@ def generate(
     tokens = prefilled(model, tokens, cache)
     eos = mx.array(sorted(eos_ids)) if min_tokens else None
     made, evaluate = None, mx.async_eval if ahead else mx.eval
-    for step in range(max(limits)):
+    for step in watch(range(max(limits))):
         hidden = hidden_states(model, tokens, cache=cache)[:, -1]  # (b, D)
         if step == 0 and samples > 1:
             rows = mx.repeat(mx.arange(len(prompts)), samples)  # (B,)

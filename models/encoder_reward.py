@@ -7,14 +7,13 @@ requirements.txt.
 """
 
 import importlib.util
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from errors import UserError
-from models.encoder_families import ENCODERS, ENDING, SHIFTED_POSITIONS
-from models.load import check_folder, read_config
+from models.encoder_families import ENCODERS, ENDING, longest_pair, read_pair
+from models.file_checks import check_folder, read_config
 
 Pair = tuple[str, str]  # prompt and response
 
@@ -94,11 +93,7 @@ class EncoderReward:
     @property
     def max_tokens(self) -> int:
         """The longest pair it reads; longer ones lose the end of their longer text."""
-        config = self._model.config
-        longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
-        if config.model_type in SHIFTED_POSITIONS:
-            longest -= (config.pad_token_id or 0) + 1
-        return min(longest, self._encode.model_max_length)
+        return longest_pair(self._model.config, self._encode)
 
     def score(self, pairs: Sequence[Pair], batch_size: int = 64) -> list[float]:
         """One number for each pair, in their order. A pair with an empty prompt is one text."""
@@ -112,18 +107,15 @@ class EncoderReward:
         return scores
 
     def _tokens(self, prompt: str, response: str):
-        texts = (prompt, response) if prompt.strip() else (response,)
-        row = self._encode(*texts)
-        if len(row["input_ids"]) <= self.max_tokens:
-            return row
-        if not self._warned:
+        row, length = read_pair(self._encode, prompt, response, self.max_tokens)
+        if length > self.max_tokens and not self._warned:
             warnings.warn(
                 f"{self.folder}: reads {self.max_tokens} tokens; longer texts are cut "
-                f"(the first has {len(row['input_ids'])})",
+                f"(the first has {length})",
                 stacklevel=2,
             )
             self._warned = True
-        return self._encode(*texts, truncation=True, max_length=self.max_tokens)
+        return row
 
     def _forward(self, rows: list) -> list[float]:
         import torch

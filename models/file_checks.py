@@ -118,6 +118,52 @@ def _check_npy(name: str, stream, size: int) -> tuple[int, ...]:
     return shape
 
 
+def read_config(path: Path) -> dict:
+    """The config.json of a model folder. Raises UserError where it is missing or broken."""
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not a model folder: config.json is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(f'{file}: "model_type" is missing; is this the config of a model?')
+    return config
+
+
+def check_folder(path: Path, name: str, trust_remote_code: bool) -> None:
+    """Raise UserError unless a model folder is whole, sound and asks for no code of its own."""
+    check_model_files(path)
+    check_depth(read_config(path), path)
+    for file in ("config.json", "tokenizer_config.json"):
+        if not trust_remote_code:
+            refuse_code(path / file)
+    if not list(path.glob("model*.safetensors")):
+        hint = ""
+        if (path / "adapter_config.json").exists():
+            hint = "; this is an adapter: give its base as --model and the adapter beside it"
+        elif list(path.glob("*.bin")):
+            hint = "; pickled *.bin weights can run code and are not read: convert them"
+        raise UserError(f"{name}: no model*.safetensors in the folder{hint}")
+
+
+def refuse_code(file: Path) -> None:
+    """Raise UserError where a JSON file of a model asks to run code that came with it."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{file}: holds no JSON object")
+    for key in ("model_file", "auto_map"):
+        if key in settings:
+            raise UserError(
+                f"{file}: asks to run code of its own ({key}); "
+                "give --trust-remote-code if you trust it"
+            )
+
+
 def check_model_files(folder: Path) -> None:
     """Check every JSON and weight file in a model folder. Raises UserError for the first fault."""
     for file in sorted(folder.iterdir()):

@@ -3,8 +3,6 @@
 import fast_blas
 
 import glob
-import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,12 +15,13 @@ from mlx.utils import tree_flatten
 
 from errors import UserError
 from models.base_fingerprint import DEFAULT_MODEL, DEFAULT_NAME, base_fingerprint
-from models.file_checks import check_depth, check_memory, check_model_files
+from models.file_checks import check_folder, check_memory, read_config, refuse_code
 from models.hub_files import download, looks_like_hub_name
 from models.limits import Limits, context_of, find_limits
 from models.repairs import model_classes, repair
 from models.transformers_config import unnested
-from waiting import watched
+from safe_files import scratch_folder
+from waiting import busy, watched
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 QUANTIZE_GROUP_SIZES = (64, 32)  # mlx's default, then what narrow layers divide by
@@ -88,8 +87,9 @@ def load_model(
     if tokenizer is not None:
         reader = resolve_path(str(tokenizer))
         if not trust_remote_code:
-            _refuse_code(reader / "tokenizer_config.json")
-    model, tokenizer, config = _load(path, name, trust_remote_code, reader)
+            refuse_code(reader / "tokenizer_config.json")
+    with busy("loading"):
+        model, tokenizer, config = _load(path, name, trust_remote_code, reader)
     quantized = None if quantize is None else _quantize(model, config, quantize, name)
     repair(model, config)  # after quantisation, which makes some modules anew
     if dtype != "stored":
@@ -131,51 +131,6 @@ def resolve_path(name: str, revision: str | None = None, *, with_code: bool = Fa
     return download(name, revision, with_code=with_code)
 
 
-def read_config(path: Path) -> dict:
-    """The config.json of a model folder. Raises UserError where it is missing or broken."""
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not a model folder: config.json is missing") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise UserError(f'{file}: "model_type" is missing; is this the config of a model?')
-    return config
-
-
-def check_folder(path: Path, name: str, trust_remote_code: bool) -> None:
-    """Raise UserError unless a model folder is whole, sound and asks for no code of its own."""
-    check_model_files(path)
-    check_depth(read_config(path), path)
-    for file in ("config.json", "tokenizer_config.json"):
-        if not trust_remote_code:
-            _refuse_code(path / file)
-    if not list(path.glob("model*.safetensors")):
-        hint = ""
-        if (path / "adapter_config.json").exists():
-            hint = "; this is an adapter: give its base as --model and the adapter beside it"
-        elif list(path.glob("*.bin")):
-            hint = "; pickled *.bin weights can run code and are not read: convert them"
-        raise UserError(f"{name}: no model*.safetensors in the folder{hint}")
-
-
-def _refuse_code(file: Path) -> None:
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{file}: holds no JSON object")
-    for key in ("model_file", "auto_map"):
-        if key in settings:
-            raise UserError(
-                f"{file}: asks to run code of its own ({key}); "
-                "give --trust-remote-code if you trust it"
-            )
-
-
 def _load(path: Path, name: str, trust_remote_code: bool, reader: Path | None = None):
     from mlx_lm.utils import load_model as mlx_lm_load_model
     from mlx_lm.utils import load_tokenizer
@@ -212,8 +167,8 @@ def no_pattern(path: Path) -> Iterator[Path]:
     if glob.escape(str(path)) == str(path):
         yield path
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        link = Path(scratch, "model")
+    with scratch_folder("load") as scratch:
+        link = scratch / "model"
         link.symlink_to(path.absolute())
         yield link
 

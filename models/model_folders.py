@@ -17,14 +17,14 @@ from models.family_names import family_weights
 from models.load import LoadedModel
 from models.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
 from safe_files import (
-    put_folder_in_place,
     refuse_links,
     sweep,
     sync_folder,
-    sync_tree,
     synced_sum,
     temporary_name,
+    whole_folder,
 )
+from waiting import busy
 
 MODEL_SIGNS = ("config.json", "adapter_config.json", "model.gguf")  # a folder that may be replaced
 RUN_SIGNS = ("metrics.jsonl", "checkpoints")  # a run has a config.json too
@@ -40,16 +40,11 @@ def new_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     path = Path(path).expanduser().resolve()
     sweep(path)
     check_free(path, force)
-    aside = temporary_name(path)
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        sync_tree(aside)
-        put_folder_in_place(aside, path)
+        with whole_folder(path) as aside:
+            yield aside
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: cannot write: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_free(path: Path, force: bool, *, suffix: str | None = None) -> None:
@@ -95,7 +90,8 @@ def write_model(folder: Path, loaded: LoadedModel) -> None:
     from mlx_lm.utils import save_config
 
     weights = family_weights(loaded)
-    save_weights(folder, loaded.model if "quantization" in loaded.config else _Weights(weights))
+    with busy("writing"):
+        save_weights(folder, loaded.model if "quantization" in loaded.config else _Weights(weights))
     config = {**loaded.config, "dtype": stored_dtype(loaded)}
     config.pop("torch_dtype", None)
     sees = any(name.startswith("vision_tower") or ".vision_tower" in name for name in weights)

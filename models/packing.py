@@ -69,16 +69,22 @@ def pack(
     prefix: Sequence[int] = (),
     masks: Sequence[Sequence[int]] | None = None,
     pad_to_multiple: int = 1,
+    width: int = 1,
 ) -> Packed:
     """Lay out `prefix + query + response` for each row; `masks` marks the tokens that count.
 
-    With `pad_to_multiple` > 1, L, R and N are rounded up, so that few shapes occur.
+    R is at least `width`. With `pad_to_multiple` > 1, L, R and N are rounded up, so that few shapes
+    occur.
     """
     rows = [[*prefix, *q, *r] for q, r in zip(queries, responses, strict=True)]
     tokens, counted, mask = lay_out_rows(rows, responses, masks, pad_to_multiple)
+    more = max(round_up(width, pad_to_multiple) - mask.shape[1], 0)
+    mask = np.pad(mask, ((0, 0), (0, more)))
     inputs, index, targets = pick_targets(tokens, counted)
     slot = np.where(mask, np.cumsum(mask).reshape(mask.shape) - 1, 0)
-    spare = round_up(len(index), 8 * pad_to_multiple) - len(index) if pad_to_multiple > 1 else 0
+    # At least one, which belongs nowhere: MLX's sums over nothing can take minutes.
+    multiple = 8 * pad_to_multiple if pad_to_multiple > 1 else 1
+    spare = round_up(max(len(index), 1), multiple) - len(index)
     return Packed(
         mx.array(inputs),
         mx.array(np.pad(index, (0, spare))),

@@ -106,7 +106,7 @@ def normalise(model: Any, texts: Sequence[Sequence[int]]) -> None:
     scores are equal.
     """
     model.gain, model.offset = 1.0, 0.0
-    scores = np.array(model.score(texts), dtype=np.float64)
+    scores = np.array(model.score(texts, watched_as="scoring"), dtype=np.float64)
     if not scores.std() > 1e-6 * np.abs(scores).max():  # what is less is rounding
         raise UserError(
             "--normalize-samples: all samples have the same score, so there is no "

@@ -15,6 +15,7 @@ import numpy as np
 from errors import UserError
 from models.trunk import hidden_states, token_logprobs
 from padding import pad_rows, round_up
+from waiting import watched
 
 # Tokens of one batch: on a CPU more only spoils its caches; a GPU is busy with these.
 BATCH_TOKENS = {mx.DeviceType.cpu: 1024, mx.DeviceType.gpu: 16384}
@@ -29,17 +30,21 @@ class Text:
     scored: bool = False  # its mean log-probability is wanted, else its mean hidden state
 
 
-def measure(model: nn.Module, texts: Sequence[Text]) -> dict[Text, np.ndarray]:
+def measure(
+    model: nn.Module, texts: Sequence[Text], watched_as: str | None = None
+) -> dict[Text, np.ndarray]:
     """For each text, once: mean log p of its counted tokens, or mean of their hidden states (D,).
 
     Padding and company change nothing but rounding. Texts whose counted part is empty are left out.
+    `watched_as`: what a bar calls it; None: there is none.
     Raises UserError for a model whose values are not finite.
     """
     wanted = [text for text in dict.fromkeys(texts) if len(text.tokens) > text.start]
     wanted.sort(key=lambda text: len(text.tokens))
     found: dict[Text, np.ndarray] = {}
     device = mx.default_device().type
-    for batch in batches(wanted, BATCH_TOKENS[device]):
+    parts = batches(wanted, BATCH_TOKENS[device])
+    for batch in parts if watched_as is None else watched(parts, watched_as):
         found |= _measure(model, batch, 16 if device == mx.DeviceType.gpu else 1)
     if not all(np.isfinite(values).all() for values in found.values()):
         raise UserError("NaN or infinite log-probabilities or hidden states of the reference model")

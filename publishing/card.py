@@ -101,8 +101,8 @@ def header(facts: Facts) -> str:
         metadata["base_model"] = facts.base
         adapter = facts.kind in ("adapter", "peft")
         metadata["base_model_relation"] = "adapter" if adapter else "finetune"
-    if dataset := _hub_dataset(facts):
-        metadata["datasets"] = [dataset]
+    if datasets := _hub_datasets(facts):
+        metadata["datasets"] = datasets
     if found := held_out(facts):
         metadata |= {"model_name": facts.name.split("/")[-1], "eval_results": found}
     return ModelCardData(**metadata).to_yaml().strip()
@@ -124,12 +124,13 @@ def held_out(facts: Facts) -> list[Any]:
 
     if facts.run is None:
         return []
-    data = facts.run.options.get("validation_file") or data_of(facts.run.options) or "data"
+    options, datasets = facts.run.options, _hub_datasets(facts)
+    data = ", ".join(named(options, "validation_file")) or data_of(options) or "data"
     task = TASKS.get(facts.kind, "text-generation")
     return [
         EvalResult(
             task_type=task,
-            dataset_type=_hub_dataset(facts) or "local",
+            dataset_type=datasets[0] if len(datasets) == 1 else "local",
             dataset_name=f"held-out rows of {data}",
             metric_type=kind,
             metric_name=text,
@@ -142,14 +143,19 @@ def held_out(facts: Facts) -> list[Any]:
 
 def data_of(options: Mapping[str, Any]) -> str:
     """The rows that were trained on: a dataset, files in place of a folder's, or that folder."""
-    files = options.get("train_file") or []
-    files = [files] if isinstance(files, str) else files
-    return options.get("dataset") or ", ".join(map(str, files)) or options.get("data") or ""
+    names = named(options, "dataset") or named(options, "train_file") or named(options, "data")
+    return ", ".join(names)
 
 
-def _hub_dataset(facts: Facts) -> str | None:
-    name = facts.run.options.get("dataset") if facts.run else None
-    return name if isinstance(name, str) and HUB_NAME.fullmatch(name) else None
+def named(options: Mapping[str, Any], option: str) -> list[str]:
+    """What an option of a run names, one or several."""
+    given = options.get(option) or []
+    return [given] if isinstance(given, str) else [str(name) for name in given]
+
+
+def _hub_datasets(facts: Facts) -> list[str]:
+    names = named(facts.run.options, "dataset") if facts.run else []
+    return [name for name in names if HUB_NAME.fullmatch(name)]
 
 
 def method(facts: Facts) -> tuple[str, list[str]]:

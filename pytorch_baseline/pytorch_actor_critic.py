@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from pytorch_models import Tuned
 from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig
 
 from padding import lay_out
 from rl.rollouts import Rollout
@@ -129,31 +129,6 @@ def token_logprobs(
 # ---- sampling ----------------------------------------------------------------------------------
 
 
-class RowLimits(StoppingCriteria):
-    """Ends each row at its own limit, or where `should_stop(tokens)` says so."""
-
-    def __init__(self, start: int, limits: Sequence[int], should_stop: Callable | None):
-        self.start, self.limits, self.should_stop = start, limits, should_stop
-
-    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
-        written = input_ids[:, self.start :]
-        done = [written.shape[1] >= limit for limit in self.limits]
-        if self.should_stop is not None:
-            stopped = map(self.should_stop, written.tolist())
-            done = [limit or stop for limit, stop in zip(done, stopped, strict=True)]
-        return torch.tensor(done, device=input_ids.device)
-
-
-class LastHidden:
-    """Collects the hidden state that each sampled token came from, while it is registered."""
-
-    def __init__(self):
-        self.steps: list[Tensor] = []  # (B, D) each
-
-    def __call__(self, module, inputs, output) -> None:
-        self.steps.append(output.last_hidden_state[:, -1])
-
-
 @torch.no_grad()
 def generate(
     model: Tuned,
@@ -176,25 +151,19 @@ def generate(
     if not prompts or any(not p for p in prompts) or min(limits) < 1:
         raise ValueError("every prompt needs a token, and every row a limit of at least 1")
     fed, start = left_padded(model, prompts)
-    collect = LastHidden()
-    hook = model.trunk.register_forward_hook(collect)
+    config = generation_config(max(limits), eos_ids, **sampling)
+    config.output_hidden_states = value_head is not None
     devices = [model.device] if model.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices, enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            made = model.base.generate(
-                **fed,
-                generation_config=generation_config(max(limits), eos_ids, **sampling),
-                stopping_criteria=StoppingCriteriaList([RowLimits(start, limits, should_stop)]),
-            )
-    finally:
-        hook.remove()
+    with torch.random.fork_rng(devices=devices, enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        made = model.base.generate(**fed, generation_config=config)
     tokens = made.sequences[:, start:]  # (B, R)
     logits = torch.stack(made.logits, dim=1)  # (B, R, V), before any filter
     columns = list(token_logprobs(logits, tokens, sampling.get("temperature") or 1.0))
-    if value_head is not None:
-        columns.append(value_head(torch.stack(collect.steps, dim=1)))
+    if value_head is not None:  # on what each token was sampled from, (B, R, D)
+        hidden = [layers[-1][:, -1] for layers in made.hidden_states]
+        columns.append(value_head(torch.stack(hidden, dim=1)))
     return cut(prompts, tokens, columns, limits, eos_ids, should_stop)
 
 

@@ -1,5 +1,6 @@
 """rl/losses.py, kl.py, shaping.py and advantages.py in PyTorch: the arithmetic of PPO and rewards.
 
+The functions of the same names there say what their options mean, and whose equations these are.
 PPO tensors are (B, T), float32; `mask` (B, T) is 1 on the tokens that count. What stands at a
 masked place, NaN included, changes nothing. Metric names are TRL's without their "ppo/" prefix.
 
@@ -58,11 +59,7 @@ def policy_loss(
     cliprange_high: float | None = None,
     dual_clip: float | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Clipped surrogate objective (Schulman et al. 2017, eq. 7), negated: a scalar to minimise.
-
-    `cliprange_high` None means `cliprange`; `dual_clip` c > 1 bounds the loss of a token with
-    negative advantage A at -c A (Ye et al. 2020, eq. 5).
-    """
+    """Clipped surrogate objective, negated: a scalar to minimise."""
     high = cliprange if cliprange_high is None else cliprange_high
     log_ratio = counted(logprobs - old_logprobs, mask)  # before exp: no overflow in the gradient
     advantages = counted(advantages, mask)
@@ -93,11 +90,7 @@ def value_loss(
     *,
     cliprange_value: float = 0.2,
 ) -> tuple[Tensor, Metrics]:
-    """Half the mean squared error of the value head, the worse of unclipped and clipped per token.
-
-    Clipped: `values` held within `cliprange_value` of the rollout's `old_values`. The scalar does
-    not include vf_coef.
-    """
+    """Half the mean squared error of the values; per token the worse of unclipped and clipped."""
     values, old_values, returns = (counted(x, mask) for x in (values, old_values, returns))
     near = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
     unclipped = (values - returns).square()
@@ -127,10 +120,7 @@ def pairwise_loss(
     centering: float = 0.0,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Bradley-Terry: mean of -log sigmoid(chosen - rejected - margin); all (B,).
-
-    `centering` adds that multiple of mean((chosen + rejected)^2). `weights` (B,) weigh the pairs.
-    """
+    """Bradley-Terry: mean of -log sigmoid(chosen - rejected - margin); all (B,)."""
     difference = chosen - rejected
 
     def mean(x: Tensor) -> Tensor:
@@ -200,11 +190,9 @@ def per_token_rewards(
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """(advantages, returns), both (B, T), unwhitened, 0 at masked places (Schulman et al. 2016).
+    """(advantages, returns), both (B, T), unwhitened, 0 at masked places.
 
-    delta_t = r_t + gamma V' - V_t,  A_t = delta_t + gamma lam A',  return_t = A_t + V_t, where ' is
-    the next token of the row that counts. This is the plain loop of the textbook; rl/advantages.py
-    computes the same in log2(T) rounds.
+    This is the plain loop of the textbook; rl/advantages.py computes the same in log2(T) rounds.
     """
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # (B,)

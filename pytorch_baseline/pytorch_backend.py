@@ -53,12 +53,10 @@ class PyTorchBackend:
         generators = {"cpu": torch.get_rng_state()}  # what dropout reads
         if self.device.type != "cpu":
             generators[self.device.type] = getattr(torch, self.device.type).get_rng_state()
-        parts = {"optimizer": trainer.optimizer, "schedule": trainer.scheduler}
-        return {name: part.state_dict() for name, part in parts.items()}, generators
+        return trainer.optimizer.state_dict(), generators
 
     def restore_training(self, trainer: Any, arrays: dict, generators: dict, trained: dict) -> None:
-        trainer.optimizer.load_state_dict(arrays["optimizer"])
-        trainer.scheduler.load_state_dict(arrays["schedule"])
+        trainer.optimizer.load_state_dict(arrays)
         torch.set_rng_state(generators["cpu"])
         if self.device.type in generators and self.device.type != "cpu":
             getattr(torch, self.device.type).set_rng_state(generators[self.device.type])

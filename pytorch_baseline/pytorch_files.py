@@ -7,7 +7,6 @@ weights, which every script loads with --model. Heads lie beside either, in file
 
 import copy
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from pytorch_models import LoadedModel, Tuned, mlx_layout, model_folder
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from errors import UserError
 from models.adapter_description import (
@@ -35,28 +34,9 @@ from models.base_fingerprint import (
     check_quantization,
     described_base,
 )
-from models.tokenizer_files import GENERATION_CONFIG, TOKENIZER_FILES, copy_tokenizer
+from models.tokenizer_files import copy_tokenizer
 from run_folder.checkpoint_folder import disk_refused
-from safe_files import (
-    put_folder_in_place,
-    replacing,
-    sweep,
-    sync_tree,
-    synced_sum,
-    temporary_name,
-    write_atomically,
-)
-
-# All that is in a folder that was written here.
-OUTPUTS = (
-    *TOKENIZER_FILES,
-    GENERATION_CONFIG,
-    "config.json",
-    "adapter_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    ".DS_Store",
-)
+from safe_files import replacing, synced_sum, whole_folder, write_atomically
 
 
 def is_adapter(path: str | Path, model: Tuned) -> bool:
@@ -165,36 +145,29 @@ def check_finite(arrays: dict[str, Tensor], source: str) -> None:
 # ---- merged folders ----------------------------------------------------------------------------
 
 
-def is_output(path: Path) -> bool:
-    """Whether a folder holds nothing but what is written here, and what a Mac adds."""
-    return path.is_dir() and all(
-        any(file.match(pattern) for pattern in OUTPUTS) for file in path.iterdir()
-    )
-
-
 def save_merged(path: Path, model: Tuned, loaded: LoadedModel, tokenizer: str | None) -> None:
     """A transformers folder: weights, the base's own config.json, its tokenizer.
 
     config.json is the base's and not one that transformers writes: version 5 moves rope_theta to
     where mlx-lm does not look for it, and would silently get the default.
     """
-    path = path.resolve()
-    sweep(path)
-    aside = temporary_name(path)
-    try:
-        whole = model.base
-        if model.peft is not None:
-            whole = copy.deepcopy(model.peft).merge_and_unload()
-        with asking_the_disk(path.parent):
-            whole.save_pretrained(aside)
-        config = {**loaded.config, "dtype": str(model.base.dtype).removeprefix("torch.")}
-        config.pop("torch_dtype", None)
+    whole = model.base
+    if model.peft is not None:
+        whole = copy.deepcopy(model.peft).merge_and_unload()
+    config = {**loaded.config, "dtype": str(model.base.dtype).removeprefix("torch.")}
+    config.pop("torch_dtype", None)
+    with weights_folder(path, whole) as aside:
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_tokenizer(model_folder(tokenizer or loaded.name), aside)
-        sync_tree(aside)
-        put_folder_in_place(aside, path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def weights_folder(path: Path, model: nn.Module) -> Iterator[Path]:
+    """A folder that transformers has written, to put more into: whole in the end or not there."""
+    with whole_folder(path.resolve()) as aside:
+        with asking_the_disk(path.parent):
+            model.save_pretrained(aside)
+        yield aside
 
 
 # ---- arrays on disk ----------------------------------------------------------------------------

@@ -6,7 +6,6 @@ switched off, which gives the reference of PPO.
 Legend: B batch, L padded length, D width, V vocabulary, N positions picked from B x L.
 """
 
-import json
 import os
 import re
 import warnings
@@ -16,19 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from project_root import ROOT
 from torch import Tensor, nn
 
 from errors import UserError
 from models.adapter_description import check_shapes, match_keys, path_in_block
-from models.base_fingerprint import base_fingerprint
+from models.base_fingerprint import DEFAULT_MODEL, base_fingerprint
+from models.file_checks import read_config, refuse_code
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # peft reads a name that transformers is about to drop.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
-DEFAULT_MODEL = ROOT / "data" / "digits_model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Options of configurations that act between hidden states and logits, and are not mirrored here.
 UNKNOWN_HEADS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -80,10 +78,12 @@ def load_model(
     name, device = name or str(DEFAULT_MODEL), torch.device(device)
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
-    config = read_config(name, trust_remote_code)
+    config = checked_config(name, trust_remote_code)
     options = {"trust_remote_code": trust_remote_code}
     model = loaded_from(name, AutoModelForCausalLM, dtype=DTYPES[dtype], **options)
     reader = loaded_from(tokenizer or name, AutoTokenizer, **options)
+    if (ends := model.generation_config.eos_token_id) is not None:  # what mlx-lm reads, too
+        config["eos_token_id"] = ends
     # Its own sampling settings (a repetition penalty, say) must not reach the rollouts.
     model.generation_config = GenerationConfig()
     for module in model.modules():
@@ -110,35 +110,24 @@ def model_folder(name: str) -> Path:
     from transformers.utils import cached_file
 
     path = Path(name).expanduser()
-    return path if path.is_dir() else Path(cached_file(name, "config.json")).parent
+    try:
+        return path if path.is_dir() else Path(cached_file(name, "config.json")).parent
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{name}: no model there: {reason}") from None
 
 
-def read_config(name: str, trust_remote_code: bool = False) -> dict:
-    """config.json of a folder or hub name, with generation_config.json's EOS as mlx-lm reads it."""
-    from transformers.utils import cached_file
-
-    found = []
-    for file in ("config.json", "generation_config.json"):
-        path = Path(name).expanduser() / file
-        try:
-            if not path.parent.is_dir():
-                path = Path(cached_file(name, file))
-            found.append(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            if file == "config.json":
-                reason = " ".join(str(error).split())[:300]
-                raise UserError(f"{name}: no model there: {reason}") from None
-            found.append({})
-    config, generation = found
+def checked_config(name: str, trust_remote_code: bool = False) -> dict:
+    """config.json of a folder or hub name; UserError for what the baseline does not run."""
+    folder = model_folder(name)
+    config = read_config(folder)
+    if not trust_remote_code:
+        refuse_code(folder / "config.json")
     if "quantization" in config:
         raise UserError(f"{name}: is quantised by MLX, which PyTorch cannot read; give its source")
-    if "auto_map" in config and not trust_remote_code:
-        raise UserError(f"{name}: asks to run code of its own; give --trust-remote-code")
     for key in UNKNOWN_HEADS:
         if config.get(key) not in (None, 1, 1.0):
             raise UserError(f"{name}: scales its logits ({key}), which the baseline does not do")
-    if generation.get("eos_token_id") is not None:
-        config["eos_token_id"] = generation["eos_token_id"]
     return config
 
 

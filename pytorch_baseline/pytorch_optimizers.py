@@ -1,6 +1,8 @@
 """training/optimizers.py in PyTorch."""
 
+import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,30 +28,49 @@ class Lion(torch.optim.Optimizer):
                 m.mul_(b2).add_(p.grad, alpha=1 - b2)
 
 
-class Together:
-    """Several optimizers with one interface, for parameters that need different ones."""
+class Optimizer:
+    """Optimizers of torch with one interface, each for parameters of its own.
 
-    def __init__(self, parts: list[torch.optim.Optimizer]):
-        self.parts = parts
+    The learning rate of every update is its peak times `factor(updates done)`.
+    """
 
-    @property
-    def param_groups(self) -> list[dict]:
-        return [group for part in self.parts for group in part.param_groups]
+    def __init__(
+        self,
+        *parts: torch.optim.Optimizer,
+        factor: Callable[[int], float] = lambda done: 1.0,
+    ):
+        self.parts, self.factor = parts, factor
+        self.peak = parts[0].param_groups[0]["lr"]
+        self.count(0)
+
+    def count(self, done: int) -> None:
+        """So many updates are done: set the rate of the next one."""
+        self.done, self.learning_rate = done, self.peak * float(self.factor(done))
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = self.learning_rate
 
     def step(self) -> None:
         for part in self.parts:
             part.step()
+        self.count(self.done + 1)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self) -> None:
         for part in self.parts:
-            part.zero_grad(set_to_none)
+            part.zero_grad()
 
-    def state_dict(self) -> list[dict]:
-        return [part.state_dict() for part in self.parts]
+    def state_dict(self) -> dict:
+        states = [part.state_dict() for part in self.parts]
+        return {
+            "optimizer": states if len(states) > 1 else states[0],
+            "schedule": {"done": self.done},
+        }
 
-    def load_state_dict(self, states: list[dict]) -> None:
-        for part, state in zip(self.parts, states, strict=True):
-            part.load_state_dict(state)
+    def load_state_dict(self, state: dict) -> None:
+        states = state["optimizer"] if len(self.parts) > 1 else [state["optimizer"]]
+        for part, its in zip(self.parts, states, strict=True):
+            part.load_state_dict(its)
+        self.count(state["schedule"]["done"])
 
 
 def build_optimizer(
@@ -57,29 +78,31 @@ def build_optimizer(
     name: str,
     learning_rate: float,
     *,
+    schedule: str = "constant",
     weight_decay: float | None = None,
     betas: tuple[float, float | None] = (0.9, None),
     eps: float = 1e-8,
     momentum: float | None = None,
-) -> torch.optim.Optimizer | Together:
-    """An optimizer by name, with the defaults of training/optimizers.py."""
+    steps: int = 1,
+    **shape,
+) -> Optimizer:
+    """An optimizer by name, with the options and defaults of training/optimizers.py."""
     decay = DECAY.get(name, 0.0) if weight_decay is None else weight_decay
     both, given, rate = both_betas(name, betas), list(parameters.values()), learning_rate
     if name == "adam":
-        return torch.optim.Adam(given, rate, both, eps, decay)
-    if name == "adamw":
-        return torch.optim.AdamW(given, rate, both, eps, decay)
-    if name == "lion":
-        return Lion(given, rate, both, decay)
-    if name == "sgd":
-        return torch.optim.SGD(given, rate, momentum or 0.0, weight_decay=decay)
-    if name == "adafactor":
+        parts = [torch.optim.Adam(given, rate, both, eps, decay)]
+    elif name == "adamw":
+        parts = [torch.optim.AdamW(given, rate, both, eps, decay)]
+    elif name == "lion":
+        parts = [Lion(given, rate, both, decay)]
+    elif name == "sgd":
+        parts = [torch.optim.SGD(given, rate, momentum or 0.0, weight_decay=decay)]
+    elif name == "adafactor":
         from transformers.optimization import Adafactor
 
-        return Adafactor(
-            given, rate, weight_decay=decay, relative_step=False, scale_parameter=False
-        )
-    if name == "muon":
+        own = {"relative_step": False, "scale_parameter": False}
+        parts = [Adafactor(given, rate, weight_decay=decay, **own)]
+    elif name == "muon":
         inner = {n for n, p in parameters.items() if is_inner_matrix(n, p)}
         muon = torch.optim.Muon(
             [p for n, p in parameters.items() if n in inner],
@@ -89,53 +112,27 @@ def build_optimizer(
             adjust_lr_fn="match_rms_adamw",
         )
         rest = [p for n, p in parameters.items() if n not in inner]
-        return Together([muon, torch.optim.AdamW(rest, rate, both, eps, decay)] if rest else [muon])
-    raise UserError(f"--optimizer: {name!r} is no optimizer this program has")
+        parts = [muon, torch.optim.AdamW(rest, rate, both, eps, decay)] if rest else [muon]
+    else:
+        raise UserError(f"--optimizer: {name!r} is no optimizer this program has")
+    factor = learning_rate_schedule(schedule, 1.0, steps=steps, **shape)
+    return Optimizer(*parts, factor=factor)
 
 
-class Scheduler:
-    """Sets the learning rate of every update: its peak times `factor(updates done)`."""
+def apply_update(trainer: Any, loss: float = 0.0) -> float:
+    """Move `trainer.parameters` by the gradients that were added up in them; returns their norm.
 
-    def __init__(self, optimizer, factor: Callable[[int], float]):
-        self.optimizer, self.factor, self.done = optimizer, factor, 0
-        self.waiting = False
-        self.peaks = [group["lr"] for group in optimizer.param_groups]
-        self._set()
-
-    def _set(self) -> None:
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * float(self.factor(self.done))
-
-    def step(self) -> None:
-        """After an update: the rate of the next one."""
-        if not self.waiting:
-            self.done += 1
-            self._set()
-        self.waiting = False
-
-    def wait(self) -> None:
-        """The update that is coming is skipped: the next `step` changes nothing."""
-        self.waiting = True
-
-    def get_last_lr(self) -> list[float]:
-        """The rates of the update that was last made, or is next; as torch's schedulers have it."""
-        return [group["lr"] for group in self.optimizer.param_groups]
-
-    def state_dict(self) -> dict:
-        return {"done": self.done}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.done = state["done"]
-        self._set()
-
-
-def optimizer_and_schedule(parameters: dict[str, nn.Parameter], options: dict, steps: int):
-    """Both from `command_line.shared_flags.optimizer_options`; `steps` counts updates."""
-    schedule = {each: options.pop(each) for each in ("cycles", "power", "end_factor")}
-    name, warmup = options.pop("schedule"), options.pop("warmup")
-    optimizer = build_optimizer(parameters, **options)
-    factor = learning_rate_schedule(name, 1.0, steps=steps, warmup=warmup, **schedule)
-    return optimizer, Scheduler(optimizer, factor)
+    The norm is that before clipping. Where it or the `loss` is not finite, nothing moves, schedule
+    and `trainer.learning_rate` included. `trainer.before_update` is called right before it does.
+    """
+    weights, most = trainer.parameters.values(), trainer.max_grad_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(weights, most).item()
+    if math.isfinite(norm) and math.isfinite(loss):
+        trainer.before_update()
+        trainer.learning_rate = trainer.optimizer.learning_rate
+        trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    return norm
 
 
 def finite(tensors: Iterable[torch.Tensor]) -> bool:

@@ -22,12 +22,20 @@ from pytorch_actor_critic import (
 )
 from pytorch_arithmetic import full_kl, kl_penalty
 from pytorch_models import Tuned
-from pytorch_optimizers import finite
+from pytorch_optimizers import Optimizer, apply_update, build_optimizer, finite
 from torch import Tensor
 
 from errors import UserError
 from rl.ppo_config import PPOConfig
-from rl.rollouts import Rollout, check_token_ids, set_mask, stream, token_lists, use_sampled
+from rl.rollouts import (
+    Rollout,
+    check_token_ids,
+    minibatch_update,
+    set_mask,
+    stream,
+    token_lists,
+    use_sampled,
+)
 from training.rollout_steps import PPOSteps
 
 __all__ = ["PPOConfig", "PPOTrainer"]
@@ -43,23 +51,20 @@ class PPOTrainer(PPOSteps):
         config: PPOConfig,
         model: ActorCritic,
         ref_model: Tuned | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Optimizer | None = None,
         *,
         eos_ids: set[int],
-        scheduler=None,
         grad_checkpoint: bool = False,
     ):
         if ref_model is None and model.model.kind == "full":
             raise UserError("full fine-tuning needs a reference model: a frozen copy of the policy")
         vocabulary = model.model.base.get_input_embeddings().num_embeddings
         super().__init__(config, eos_ids, vocabulary)
-        self.model, self.reference, self.scheduler = model, ref_model, scheduler
+        self.model, self.reference = model, ref_model
         self.parameters = model.trainable_parameters()
-        self.optimizer = optimizer or torch.optim.Adam(
-            self.parameters.values(), lr=config.learning_rate
-        )
-        self.learning_rate = self.optimizer.param_groups[0]["lr"]  # of the last update
-        self.device = model.model.device
+        self.optimizer = optimizer or build_optimizer(self.parameters, "adam", config.learning_rate)
+        self.learning_rate = self.optimizer.learning_rate  # of the last update
+        self.max_grad_norm, self.device = config.max_grad_norm, model.model.device
         self.grad_checkpoint = grad_checkpoint
         if grad_checkpoint:
             model.model.checkpoint_blocks()
@@ -150,33 +155,26 @@ class PPOTrainer(PPOSteps):
     # ------------------------------------------------------------------ 7. optimise
 
     def _update(self, rollout: Rollout, rows: np.ndarray) -> list[dict[str, float]]:
-        """One optimizer update, from the minibatches that `rows` fall into."""
-        config, weights, metrics = self.config, self.parameters.values(), []
-        for start in range(0, len(rows), config.mini_batch_size):
-            part = rows[start : start + config.mini_batch_size]
-            gradient, found = self.gradient(rollout, part)
-            metrics.append(found)
-            for weight, added in zip(weights, gradient, strict=False):
-                weight.grad = added if weight.grad is None else weight.grad + added
-        if all(weight.grad is None for weight in weights):
-            return metrics
-        for weight in weights:
-            weight.grad = weight.grad / config.gradient_accumulation_steps
-        norm = torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm or math.inf).item()
-        metrics[-1]["grad_norm"] = norm
-        if math.isfinite(norm):
-            self.before_update()
-            self.learning_rate = self.optimizer.param_groups[0]["lr"]
-            self.optimizer.step()
-            if self.scheduler is not None:
-                self.scheduler.step()
-        else:  # of numbers that were finite themselves
-            metrics[-1] |= {"not_finite": 1.0, "skipped": 1.0}
-        self.optimizer.zero_grad(set_to_none=True)
-        return metrics
+        """One optimizer update, from the minibatches that `rows` fall into; their metrics."""
 
-    def gradient(self, rollout: Rollout, rows: np.ndarray) -> tuple[Sequence[Tensor], dict]:
-        """The gradient of one minibatch, () where it must not move the weights; its metrics."""
+        def added(total: Sequence[Tensor] | None, part: Sequence[Tensor]) -> Sequence[Tensor]:
+            return part if total is None else [a + b for a, b in zip(total, part, strict=True)]
+
+        def apply(total: Sequence[Tensor]) -> float:
+            for weight, gradient in zip(self.parameters.values(), total, strict=True):
+                weight.grad = gradient / self.config.gradient_accumulation_steps
+            return apply_update(self)
+
+        return minibatch_update(
+            rows,
+            self.config.mini_batch_size,
+            lambda some: self.gradient(rollout, some),
+            added,
+            apply,
+        )
+
+    def gradient(self, rollout: Rollout, rows: np.ndarray) -> tuple[Sequence[Tensor] | None, dict]:
+        """The gradient of one minibatch, None where it must not move the weights; its metrics."""
         packed = self.packed(rollout, rows)
         index, width = torch.from_numpy(rows).to(self.device), packed.mask.shape[1]
         columns = (rollout.logprobs, rollout.values, rollout.advantages, rollout.returns)
@@ -193,7 +191,7 @@ class PPOTrainer(PPOSteps):
         bad = not (finite(gradient) and math.isfinite(metrics["loss/total"]))
         skipped = self.runs_away(metrics) or bad
         metrics |= {"not_finite": float(bad), "skipped": float(skipped)}
-        return (() if skipped else gradient), metrics
+        return (None if skipped else gradient), metrics
 
 
 def fit_columns(tensor: Tensor, width: int) -> Tensor:

@@ -8,15 +8,17 @@ Within minutes on a laptop, on the embedded model:
     python pytorch_baseline/pytorch_ppo_training.py --ground_truth_reward
 """
 
+from functools import partial
+
 import project_root  # noqa: F401
 from pytorch_actor_critic import ActorCritic, ValueHead
 from pytorch_backend import trained_group
 from pytorch_files import is_adapter, read_head, save_head, save_trained
 from pytorch_models import Tuned, load_model
-from pytorch_optimizers import optimizer_and_schedule
+from pytorch_optimizers import build_optimizer
 from pytorch_ppo_trainer import PPOTrainer
 from pytorch_reward_model import load_reward_model
-from pytorch_runs import load_base, loading, make_tuned, parse, start, train
+from pytorch_runs import load_base, loading, make_tuned, parse, place, start, train
 
 from command_line import ppo_flags
 from command_line.dataclass_flags import dataclass_from_arguments
@@ -29,7 +31,8 @@ from models.adapter_description import VALUE_HEAD
 from rewards.learned import learned_reward
 from rl.ppo_config import PPOConfig
 from run_folder.console import command
-from training.launch import count_trained, finish_ppo, rollout_loop, say_peak_memory
+from training.launch import ppo_said, rollout_loop, say_peak_memory
+from training.results import finish_ppo
 from training.rollout_loop import RolloutLoop
 
 
@@ -58,12 +61,8 @@ def main(words=None) -> int:
         backend=backend,
         **trained_group(trainer.parameters),
     )
-    said = (
-        f"{config.num_steps} steps of {config.batch_size} responses, "
-        f"{config.ppo_epochs} epochs of minibatches of {config.mini_batch_size}; "
-        f"{count_trained(trainer.model.model)}; rewards: {rewards}"
-    )
-    train(args, "ppo", make_loop, said, lambda *ended: finish(args, loaded, *ended))
+    said = ppo_said(config, trainer.model.model, rewards)
+    train(args, "ppo", make_loop, said, partial(finish, args, loaded))
     say_peak_memory(backend.peak_memory())
     return 0
 
@@ -79,19 +78,14 @@ def make_trainer(args, loaded) -> PPOTrainer:
         reference = Tuned(load_model(args.model, **loading(args)).model, {"fine_tune_type": "full"})
         reference.requires_grad_(False).eval()
     policy, config = ActorCritic(model, head), dataclass_from_arguments(PPOConfig, args)
-    optimizer, scheduler = optimizer_and_schedule(
-        policy.trainable_parameters(),
-        optimizer_options(args),
-        config.num_steps * config.updates_per_step,
-    )
+    updates, parameters = config.num_steps * config.updates_per_step, policy.trainable_parameters()
     turn_end = Template(loaded.tokenizer, args.prompt_template, args.token_format).turn_end_id()
     return PPOTrainer(
         config,
         policy,
         reference,
-        optimizer,
+        build_optimizer(parameters, **optimizer_options(args), steps=updates),
         eos_ids=set() if args.ignore_eos else loaded.eos_ids | ({turn_end} - {None}),
-        scheduler=scheduler,
         grad_checkpoint=args.grad_checkpoint,
     )
 
@@ -113,9 +107,9 @@ def make_learned_reward(args, loaded):
     )
 
 
-def finish(args, loaded, run, loop, path) -> None:
+def finish(args, loaded, run, loop) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
-    policy = loop.trainer.model
+    path, policy = place(args, run), loop.trainer.model
     written = save_trained(path, policy.model, loaded, args.tokenizer, VALUE_HEAD, run=run.recorded)
     written.append(save_head(path, VALUE_HEAD, policy.value_head.state_dict(), {}))
     adapter = is_adapter(path, policy.model)

@@ -1,30 +1,27 @@
 """What both scripts do around their loop: flags, seed, model, what is trained; where it goes."""
 
-import importlib.metadata
-import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from pytorch_backend import PyTorchBackend
-from pytorch_files import is_output, load_adapter
+from pytorch_files import load_adapter
 from pytorch_models import LoadedModel, Tuned, load_model, pick_device
+from transformers import set_seed
 
 from command_line.adapter_file import refuse_other_adapter
+from command_line.fused_dir import check_model_folder
 from command_line.parser import Parser
 from command_line.shared_flags import adapter_description
 from errors import UserError
-from models.adapter_description import is_single_file, read_json
-from run_folder.run import OWN_NAMES, RUNS, Run
-from run_folder.run_config import with_sum
-from safe_files import write_json
+from models.adapter_description import is_single_file
+from run_folder.run import Run
 from training.launch import run_training
 
-WRITTEN = "written.json"  # in a run's folder: where it has written its model
 # Options of the MLX side that nothing here computes in the same way.
 REFUSED = {
     "quantize": "PyTorch has no counterpart that gives the same numbers",
@@ -82,10 +79,9 @@ def parse(flags: ModuleType, words: list[str] | None = None):
 
 def start(args, load: Callable[[Any], Any]) -> tuple[Any, PyTorchBackend]:
     """Check where the model goes, seed everything, and `load(args)` what is trained on."""
-    check_free(args)
-    random.seed(args.seed)
-    np.random.seed(args.seed % 2**32)
-    torch.manual_seed(args.seed)
+    if args.save_file is not None and not is_single_file(args.save_file):
+        check_model_folder(args, "save_file")
+    set_seed(args.seed % 2**32)
     loaded = load(args)
     return loaded, PyTorchBackend(loaded.device)
 
@@ -110,49 +106,20 @@ def make_tuned(args, loaded: LoadedModel, file: str | None, ignore: tuple = ()) 
     return model
 
 
+def place(args, run: Run) -> Path:
+    """Where the trained model goes."""
+    return Path(args.save_file or run.folder / "model")
+
+
 def train(args, kind: str, make_loop: Callable, said: str, finish: Callable) -> None:
-    """`run_training` with a model folder; `finish(run, loop, path)` writes to `path`."""
-
-    def about(loop: Any) -> str:  # nothing refuses any more
-        config = loop.run_folder.config
-        names = ("torch", "peft", "trl")
-        config["versions"] |= {name: importlib.metadata.version(name) for name in names}
-        config["machine"]["torch_threads"] = torch.get_num_threads()
-        loop.run_folder.config = with_sum(config)
-        loop.run_folder.write_config()
-        return said
-
-    def place(run: Run) -> Path:
-        """Where the model goes; noted there, so that the same run may replace it."""
-        path = Path(args.save_file or run.folder / "model")
-        write_json(run.folder / WRITTEN, {"path": str(path.resolve())})
-        return path
-
-    def end(run: Run, loop: Any) -> None:
-        finish(run, loop, place(run))
-
-    own = ("model", WRITTEN)
-    run_training(args, f"pytorch_{kind}", make_loop, about, end, outputs=own, place=place)
-
-
-def check_free(args) -> None:
-    """Raise UserError unless --save-file may be written: before the work, not after it.
-
-    A folder that is there is replaced where the run that is resumed has written it itself, or where
-    --overwrite deletes it with its run.
-    """
-    if args.save_file is None or is_single_file(args.save_file):
-        return
-    path, refused = Path(args.save_file).resolve(), f"--save-file {args.save_file}: "
-    run = (Path(args.output_dir) if args.output_dir else Path(RUNS, "new")).resolve()
-    inside = path.relative_to(run).parts if path.is_relative_to(run) else ()
-    if path in (run, *run.parents) or (inside and inside[0] in OWN_NAMES):
-        raise UserError(f"{refused}is where the run is kept; give another name")
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if args.overwrite and inside == ("model",):
-        return
-    written = run / WRITTEN
-    own = args.resume is not None and written.exists() and read_json(written)["path"] == str(path)
-    if not own or not is_output(path):
-        raise UserError(f"{refused}is there already; give another name, or move it away")
+    """`run_training` on torch; `finish(run, loop)` writes to `place`."""
+    run_training(
+        args,
+        f"pytorch_{kind}",
+        make_loop,
+        lambda _: said,
+        finish,
+        outputs=("model",),
+        place=partial(place, args),
+        computing={"torch_threads": torch.get_num_threads()},
+    )

@@ -8,18 +8,20 @@ Within a minute on a laptop, on the embedded model:
     python pytorch_baseline/pytorch_sft.py --train --iters 100 --batch-size 32 --learning-rate 3e-3
 """
 
+from functools import partial
+
 import project_root  # noqa: F401
 import pytorch_encoder
 from pytorch_actor_critic import generate
 from pytorch_backend import trained_group
 from pytorch_files import is_adapter, save_trained
 from pytorch_models import Tuned
-from pytorch_optimizers import optimizer_and_schedule, trainable
+from pytorch_optimizers import build_optimizer, trainable
 from pytorch_reward_model import RewardModel
-from pytorch_runs import load_base, make_tuned, parse, start
+from pytorch_runs import load_base, make_tuned, parse, place, start
 from pytorch_runs import train as run_and_finish
 
-from command_line import sft_flags
+from command_line import sft_flags, sft_rows
 from command_line.adapter_file import refuse_other_pooling
 from command_line.data_flags import data_sources
 from command_line.exits import run_main
@@ -27,16 +29,11 @@ from command_line.shared_flags import optimizer_options, schedule_options
 from data_utils import BatchPlan, epoch_batches
 from models.adapter_description import REWARD_HEAD
 from run_folder.console import command
-from training.launch import (
-    Parts,
-    agreement,
-    count_trained,
-    finish_supervised,
-    say_peak_memory,
-    show,
-    supervised_loop,
-)
+from training.launch import Parts, count_trained, say_peak_memory, supervised_loop
+from training.results import agreement, finish_supervised, show
 from training.sample_texts import log_answers, normalise_on, starts_of
+from training.supervised_loop import Loop
+from waiting import watched
 
 
 def main(words=None) -> int:
@@ -46,10 +43,10 @@ def main(words=None) -> int:
         pytorch_encoder.settle(args)
     loaded, backend = start(args, pytorch_encoder.load_encoder if encoder else load_base)
     if encoder:  # a classifier, which is trained whole and reads pairs of texts
-        model = loaded.model
-        rows = pytorch_encoder.load_rows(args, data_sources(args), model)
+        model = pytorch_encoder.Encoder(loaded)
+        rows = pytorch_encoder.load_rows(args, data_sources(args), loaded)
     else:
-        rows = sft_flags.load_rows(args, loaded.tokenizer)
+        rows = sft_rows.load_rows(args, loaded.tokenizer)
     if args.preview:
         return 0
     if not encoder:
@@ -60,7 +57,7 @@ def main(words=None) -> int:
         train(args, loaded, backend, model, rows)
     if args.test:
         plan = BatchPlan(rows["test"].lengths, args.batch_size, shuffle=False)
-        batches = epoch_batches(rows["test"].rows, plan)
+        batches = watched(epoch_batches(rows["test"].rows, plan), "test", len(plan))
         show("test", make_trainer(args, loaded, model).evaluate(batches))
         if args.reward_model:
             agreement(model, rows["test"].rows)
@@ -100,19 +97,14 @@ def make_trainer(args, loaded, model, **options):
 
 def train(args, loaded, backend, model, rows) -> None:
     """The loop, and what is left behind at its end."""
-    from pytorch_sft_trainer import TrainerLoop
-
     plan = BatchPlan(rows["train"].lengths, args.batch_size, seed=args.seed)
-    steps, batches = sft_flags.training_length(args, len(plan))
+    steps, batches = sft_rows.training_length(args, len(plan))
     accumulation, parameters = args.gradient_accumulation_steps, trainable(model)
-    optimizer, scheduler = optimizer_and_schedule(parameters, optimizer_options(args), steps)
     trainer = make_trainer(
         args,
         loaded,
         model,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        accumulation=accumulation,
+        optimizer=build_optimizer(parameters, **optimizer_options(args), steps=steps),
         max_grad_norm=args.max_grad_norm,
         grad_checkpoint=args.grad_checkpoint,
     )
@@ -132,8 +124,8 @@ def train(args, loaded, backend, model, rows) -> None:
         plan,
         (steps, batches),
         schedule_options(args),
-        parts=Parts(TrainerLoop, trained_group(parameters), backend, write_samples),
-        validation=sft_flags.validation(args, rows.get("valid")),
+        parts=Parts(Loop, trained_group(parameters), backend, write_samples),
+        validation=sft_rows.validation(args, rows.get("valid")),
     )
     said = (
         f"{steps} updates of {args.batch_size} x {accumulation} rows "
@@ -141,25 +133,25 @@ def train(args, loaded, backend, model, rows) -> None:
         f"{count_trained(trainer.tuned)}"
     )
     kind = "reward_model" if args.reward_model else "sft"
-    run_and_finish(args, kind, make_loop, said, lambda *ended: finish(args, loaded, rows, *ended))
+    run_and_finish(args, kind, make_loop, said, partial(finish, args, loaded, rows))
 
 
 # ------------------------------------------------------------------------------ save
 
 
-def finish(args, loaded, rows, run, loop, path) -> None:
+def finish(args, loaded, rows, run, loop) -> None:
     """Write the trained weights, plots and a summary; say where everything lies."""
-    trainer, reward_model = loop.trainer, None
+    path, trainer, reward_model = place(args, run), loop.trainer, None
     if args.save_best:
         loop.take_best()
     if args.reward_model:
         reward_model = trainer.trained
-    if isinstance(loaded, pytorch_encoder.LoadedEncoder):
+    if isinstance(trainer.trained, pytorch_encoder.Encoder):
         written = pytorch_encoder.save_encoder(path, loaded)
         going_on = command("ppo_training.py", reward_model=path)
     else:
         written, going_on = save(args, loaded, trainer, rows, path, run.recorded)
-    peak, valid = loop.backend.peak_memory(), sft_flags.validated(args, rows.get("valid"))
+    peak, valid = loop.backend.peak_memory(), sft_rows.validated(args, rows.get("valid"))
     finish_supervised(args, run, loop, written, valid, reward_model, going_on, peak_memory=peak)
 
 

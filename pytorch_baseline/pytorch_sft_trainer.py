@@ -1,18 +1,15 @@
 """mlx_sft_trainer.py on TRL's SFTTrainer and RewardTrainer: models of language and of reward.
 
-Losses, accumulation, clipping and updates are theirs (and transformers' Trainer's, on which they
-stand). What is added, so that they train as the MLX side does: the batches of data_utils in their
-order, weighted by their tokens (or rows, or prompts), so that 8 x 1 = 1 x 8; an update whose
-gradient is not finite is skipped; the loop of the MLX side; reward losses that TRL has not.
+Losses and gradients are theirs (and transformers' Trainer's, on which they stand). What is added,
+so that they train as the MLX side does: `step`, for the loop of both sides, on the batches of
+data_utils, weighted by their tokens (or rows, or prompts), so that 8 x 1 = 1 x 8; and reward losses
+that TRL has not.
 """
 
 import copy
-import itertools
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -20,15 +17,13 @@ import trl
 from datasets import Dataset
 from pytorch_arithmetic import pairwise_loss, regression_loss
 from pytorch_models import Tuned
-from pytorch_optimizers import Scheduler, finite, trainable
+from pytorch_optimizers import Optimizer, apply_update, trainable
 from pytorch_reward_model import RewardModel
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from data_utils import BatchIterator, PreferenceBatch, ScalarBatch, TextBatch
-from run_folder.console import Progress
-from training.supervised_loop import Loop
+from data_utils import PreferenceBatch, ScalarBatch, TextBatch
 
 Batch = TextBatch | ScalarBatch | PreferenceBatch
 Inputs = dict[str, Tensor]
@@ -37,10 +32,9 @@ Inputs = dict[str, Tensor]
 class SupervisedTrainer:
     """What both add to TRL's trainers, before them in the order of methods; no files or printing.
 
-    An update is of `accumulation` batches; the last one has fewer where they end before. Without
-    an optimizer there is `evaluate` alone. A subclass has `inputs(batch)`, a batch of data_utils as
-    TRL's collators would give it; `weight(inputs)`, what it counts for in means; `taken(mode)`, the
-    metrics that TRL noted of the last batch, under the names of the MLX side.
+    Without an optimizer there is `evaluate` alone. A subclass has `inputs(batch)`, a batch of
+    data_utils as TRL's collators would give it; `weight(inputs)`, what it counts for in means;
+    `taken(mode)`, the metrics that TRL noted of the last batch, under the names of the MLX side.
     """
 
     CONFIG: type  # of the trainer's options
@@ -53,33 +47,20 @@ class SupervisedTrainer:
         module: nn.Module,
         tokenizer,
         *,
-        batches: BatchIterator | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        scheduler: Scheduler | None = None,
-        accumulation: int = 1,
+        optimizer: Optimizer | None = None,
         max_grad_norm: float | None = None,
         grad_checkpoint: bool = False,
         seed: int = 0,
         **options,
     ):
-        self.trained, self.batches, self.scheduler = trained, batches, scheduler
-        self.parameters = trainable(trained)
-        self.update: list[Batch] = []  # that is made
-        self.parts: list[dict[str, float]] = []  # metrics of its batches
-        self.loss = 0.0  # its loss; Trainer's own sum stays NaN after the first NaN
-        self.skipped = False  # whether the last update was
-        self.begin_update: Callable[[], None] = lambda: None
+        self.trained, self.parameters = trained, trainable(trained)
+        self.max_grad_norm = max_grad_norm
+        self.learning_rate = optimizer and optimizer.learning_rate  # of the last update
         self.before_update: Callable[[], None] = lambda: None  # called before weights move
         device = next(trained.parameters()).device
         config = self.CONFIG(
             output_dir=".",  # no file is written: checkpoints are the loop's
-            save_strategy="no",
             report_to="none",
-            disable_tqdm=True,
-            logging_strategy="steps",
-            logging_steps=1,
-            gradient_accumulation_steps=accumulation,
-            max_grad_norm=max_grad_norm or 0.0,
             activation_checkpointing=False,  # Tuned.checkpoint_blocks does it
             bf16=False,  # the weights have the type that they were loaded in
             use_cpu=device.type == "cpu",
@@ -92,51 +73,31 @@ class SupervisedTrainer:
         super().__init__(
             model=module,
             args=config,
-            # Asked for, and not read: `get_batch_samples` takes the batches of data_utils.
+            # Asked for, and not read: `step` is given the batches of data_utils.
             train_dataset=Dataset.from_dict({name: [[0]] for name in self.COLUMNS}),
             data_collator=list,
             processing_class=tokenizer,
-            optimizers=(optimizer, scheduler),
-            callbacks=[Hooks(self)],
+            optimizers=(optimizer, None),
         )
         self.remove_callback(PrinterCallback)
         if grad_checkpoint:
             self.tuned.checkpoint_blocks()
 
-    # -------------------------------------------------------------------------- training
+    def step(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """One update from one or more batches; means over them, with grad_norm.
 
-    def train_for(
-        self, updates: int, batches: int, after_update: Callable[[dict[str, float]], Any]
-    ) -> None:
-        """Make `updates` updates from the next `batches` batches.
-
-        After each, `after_update` gets means over it, with grad_norm and learning_rate; training
-        ends where it returns True. "not_finite" is 1 where loss or gradient was NaN or infinite,
-        and the weights stayed as they were.
+        Weights, moments and schedule stay as they are, and "not_finite" is 1, where loss or
+        gradient is NaN or infinite.
         """
-        self.args.max_steps, self.left, self.after_update = updates, batches, after_update
-        self.train()
-
-    def get_train_dataloader(self):
-        return range(self.left)  # batches; `get_batch_samples` takes them of data_utils
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[int], num_batches: int, device: torch.device
-    ) -> tuple[list[Inputs], float]:
-        """The batches of one update, and what its loss is divided by."""
-        self.begin_update()
-        self.update = [next(self.batches) for _ in itertools.islice(epoch_iterator, num_batches)]
-        self.parts, self.loss = [], 0.0
-        made = [self._prepare_inputs(self.inputs(batch)) for batch in self.update]
-        return made, sum(map(self.weight, made))
-
-    def training_step(self, model, inputs: Inputs, num_items_in_batch=None) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.parts.append({"weight": self.weight(inputs), **self.taken("train")})
-        self.loss += loss.item()
-        return loss
-
-    # ------------------------------------------------------------------------ evaluation
+        made = [self._prepare_inputs(self.inputs(batch)) for batch in batches]
+        weight, parts, loss = sum(map(self.weight, made)), [], 0.0
+        for inputs in made:
+            loss += self.training_step(self.model, inputs, weight).item()
+            parts.append({"weight": self.weight(inputs), **self.taken("train")})
+        norm = apply_update(self, loss)
+        bad = not (math.isfinite(loss) and math.isfinite(norm))
+        ends = {"loss": loss, "grad_norm": norm, "not_finite": float(bad)}
+        return self.summary(mean_of(parts) | ends)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -158,59 +119,6 @@ class SupervisedTrainer:
 
     def _send_telemetry(self) -> None:
         """TRL's trainers tell its makers what they run on; these do not."""
-
-
-class Hooks(TrainerCallback):
-    """What Trainer calls in an update, before the optimizer's step and after it."""
-
-    def __init__(self, trainer: SupervisedTrainer):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args, state, control, **_) -> None:
-        """Leave weights, moments and schedule as they are where something is not finite."""
-        trainer, weights = self.trainer, self.trainer.parameters.values()
-        gradients = (w.grad for w in weights if w.grad is not None)
-        trainer.skipped = not (np.isfinite(trainer.loss) and finite(gradients))
-        if trainer.skipped:
-            for weight in weights:
-                weight.grad = None  # of these no optimizer takes a step
-            trainer.scheduler.wait()
-        else:
-            trainer.before_update()
-
-    def on_log(self, args, state, control, logs: dict[str, float], **_) -> None:
-        """After every update, and once more, without these, when training ends."""
-        trainer = self.trainer
-        if "grad_norm" in logs:
-            metrics = {**mean_of(trainer.parts), "loss": trainer.loss}
-            metrics |= {name: logs[name] for name in ("grad_norm", "learning_rate")}
-            metrics["not_finite"] = float(trainer.skipped)
-            control.should_training_stop |= bool(trainer.after_update(trainer.summary(metrics)))
-
-
-@dataclass
-class TrainerLoop(Loop):
-    """training/supervised_loop.py with updates in transformers' Trainer, which calls back."""
-
-    def trained(self) -> dict:
-        return self.trainer.parameters
-
-    def make_updates(self, progress: Progress) -> None:
-        """Updates until the last one, or a stop; the Trainer's own loop makes them."""
-        plan, step = self.schedule, ExitStack()
-        left = (plan.batches or plan.steps * plan.accumulation) - self.step * plan.accumulation
-
-        def after_update(metrics: dict[str, float]) -> bool:
-            step.close()
-            self.note(metrics, self.trainer.update, progress)
-            self.end_step(progress)
-            return self.ended(progress)
-
-        if not self.ended(progress):
-            self.trainer.batches = self.batches
-            self.trainer.begin_update = lambda: step.enter_context(self.step_to_give_up())
-            with step:
-                self.trainer.train_for(plan.steps - self.step, left, after_update)
 
 
 def mean_of(parts: list[dict[str, float]]) -> dict[str, float]:

@@ -10,21 +10,27 @@ import sys
 from collections.abc import Iterator
 
 import project_root  # noqa: F401
+import torch
 from pytorch_actor_critic import generate
 from pytorch_files import load_adapter
-from pytorch_models import Tuned, load_model, pick_device
+from pytorch_models import Tuned
 from pytorch_reward_model import NOTHING_TRAINED
+from pytorch_runs import load_base
 
 from chat.conversation import Conversation, Prompting
 from chat.settings import Settings
+from command_line.dataclass_flags import add_dataclass_arguments, dataclass_from_arguments
 from command_line.exits import run_main
 from command_line.parser import Parser
-from command_line.shared_flags import add_any_base, add_model_arguments, at_least
+from command_line.shared_flags import add_any_base, add_model_arguments
 from data_utils import Template
 from errors import UserError
 from run_folder.output import printable
 
 LEAVE = ("/quit", "/exit", "/bye")
+# How transformers picks tokens here; nothing here repeats beams and penalties of the MLX side.
+SAMPLING = ("top_k", "top_p", "min_p")
+LEFT_OUT = ("repetition_penalty", "repetition_context_size", "num_beams", "length_penalty")
 
 
 def parse_arguments(words=None):
@@ -35,17 +41,10 @@ def parse_arguments(words=None):
     add = parser.add_argument_group("what is said").add_argument
     add("--resume-file", help="adapter or soft prompt to put on the model (a file or a folder)")
     add("--device", choices=("cpu", "mps", "cuda"), default="cpu", help="where it runs")
-    own = Settings()
-    add("--max-tokens", "-m", type=int, default=own.max_tokens, help="longest reply, in tokens")
-    text = "tokens of the conversation that are read; the oldest go first (default: all)"
-    add("--max-context", "-c", type=int, help=text)
-    text = "sampling temperature; 0 takes the likeliest token"
-    add("--temp", "--temperature", type=float, default=own.temp, help=text)
-    add("--seed", type=int, default=0, help="makes sampled replies repeatable")
+    add_dataclass_arguments(parser, Settings, title="how replies are written", exclude=LEFT_OUT)
 
     def check(args) -> None:
-        at_least(args, 1, "max_tokens", "max_context")
-        at_least(args, 0, "temp", "seed")
+        args.settings = dataclass_from_arguments(Settings, args)
         if args.quantize:
             raise UserError("--quantize: PyTorch has no counterpart that gives the same numbers")
 
@@ -68,13 +67,7 @@ def prompts(person: bool) -> Iterator[str]:
 
 def main(words=None) -> None:
     args = parse_arguments(words)
-    loaded = load_model(
-        args.model,
-        tokenizer=args.tokenizer,
-        device=pick_device(args.device),
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
-    )
+    settings, loaded = args.settings, load_base(args)
     if args.resume_file is not None:
         model = load_adapter(loaded, args.resume_file, any_base=args.any_base)
     else:
@@ -83,17 +76,13 @@ def main(words=None) -> None:
     prompting, said = Prompting(loaded.tokenizer), Conversation()
     turn_end = Template(loaded.tokenizer, None, "standard").turn_end_id()
     ends = loaded.eos_ids | ({turn_end} if turn_end is not None else set())
+    sampling = {name: getattr(settings, name) for name in SAMPLING}
+    sampling |= {"max_tokens": settings.max_tokens, "temperature": settings.temp}
+    torch.seed() if settings.seed is None else torch.manual_seed(settings.seed)
     person = sys.stdin.isatty()
-    for number, prompt in enumerate(prompts(person)):
-        tokens, _ = prompting.recent(said.messages(prompt), None, args.max_context)
-        made = generate(
-            model,
-            [tokens],
-            max_tokens=args.max_tokens,
-            eos_ids=ends,
-            temperature=args.temp,
-            seed=args.seed + number,
-        )
+    for prompt in prompts(person):
+        tokens, _ = prompting.recent(said.messages(prompt), None, settings.max_context)
+        made = generate(model, [tokens], eos_ids=ends, **sampling)
         reply = loaded.tokenizer.decode(made.responses[0], skip_special_tokens=True).strip()
         print(printable(reply) if person else reply, flush=True)
         if person and prompting.has_turns:

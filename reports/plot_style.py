@@ -29,6 +29,9 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = (
 SEED_COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 GREY = "#4D4D4D"
 DOTS_PER_INCH = 150
+# Of a legend in 9 points, in points: a line's height, a letter's mean width, a key with its gaps;
+# and what a panel's width leaves to ticks and labels.
+LEGEND_LINE, LETTER, LEGEND_KEY, BESIDE_PANEL = 14, 4.6, 39, 50
 # Fewer points than this are shown as they are; more get a running mean over a twentieth of them.
 SMOOTH_FROM = 60
 
@@ -144,8 +147,26 @@ def draw_series(axis: Axes, rows: Rows, name: str, colour: str, text: str) -> bo
     return True
 
 
-def legend(axis: Axes, **options: Any) -> None:
-    axis.legend(fontsize=9, frameon=True, framealpha=0.9, edgecolor="#E3E3E3", **options)
+def legend(axis: Axes, **place: Any) -> None:
+    """What the colours mean: above the panel, where it covers nothing, or at a `place` in it."""
+    if place:
+        axis.legend(fontsize=9, frameon=True, framealpha=0.9, edgecolor="#E3E3E3", **place)
+        return
+    texts = axis.get_legend_handles_labels()[1]
+    columns = next(n for n in range(len(texts), 0, -1) if n == 1 or fits(axis, texts, n))
+    style = {"frameon": False, "borderaxespad": 0.1, "columnspacing": 1.4, "borderpad": 0.2}
+    axis.legend(fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **style)
+    lines = -(-len(texts) // columns)
+    axis.set_title(axis.get_title("left"), fontsize=11, loc="left", pad=6 + LEGEND_LINE * lines)
+
+
+def fits(axis: Axes, texts: Sequence[str], columns: int) -> bool:
+    """Whether a legend of so many columns is no wider than the panel."""
+    parts = np.array_split(np.array([len(text) for text in texts]), columns)  # as matplotlib does
+    letters = sum(part.max() for part in parts)
+    panels = axis.get_subplotspec().get_gridspec().ncols
+    room = axis.figure.get_figwidth() * 72 / panels - BESIDE_PANEL
+    return letters * LETTER + len(parts) * LEGEND_KEY <= room
 
 
 def require(drawn: bool, path: str | Path, names: str) -> None:

@@ -192,8 +192,8 @@ def plot_seeds(
             line = f"goal {goal[name]:g}"
             axis.axhline(goal[name], color=GREY, linewidth=1, linestyle="--", label=line)
         label(axis, "", text)
-    legend(axes[0, 0], ncols=3)
     axes[0, 0].set_title(title, fontsize=11, loc="left")
+    legend(axes[0, 0])
     axes[-1, 0].set_xlabel("step", fontsize=10)
     return save(figure, path)
 
@@ -279,6 +279,5 @@ def plot_distributions(
         axis.hist(values, edges, weights=shares, color=colour, alpha=0.35, label=text)
         axis.hist(values, edges, weights=shares, color=colour, histtype="step", linewidth=1.6)
     label(axis, unit, "share of the group (%)", title)
-    axis.set_ylim(top=axis.get_ylim()[1] * (1.05 + 0.09 * len(groups)))  # room for the legend
     legend(axis)
     return save(figure, path)

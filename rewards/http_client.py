@@ -117,9 +117,8 @@ class Client:
             raise Passing(f"no answer within {self.timeout:g} s") from None
         finally:
             for connection in sockets:
-                with contextlib.suppress(OSError):  # closed already
-                    # Not SSLSocket's own, which changes the object that the thread is reading from.
-                    socket.socket.shutdown(connection, socket.SHUT_RDWR)
+                with connection, contextlib.suppress(OSError):  # the other side has gone already
+                    connection.shutdown(socket.SHUT_RDWR)
         if isinstance(found, BaseException):
             raise found
         return found
@@ -214,10 +213,16 @@ class _Secure(urllib.request.HTTPSHandler):
 
 
 def _noting(kind: type[http.client.HTTPConnection], sockets: list[socket.socket]) -> type:
+    def create(*words: Any, **options: Any) -> socket.socket:
+        connection = socket.create_connection(*words, **options)
+        # A second handle: the first is TLS's from the handshake on, which may drip too.
+        sockets.append(connection.dup())
+        return connection
+
     class Noting(kind):
         def connect(self) -> None:
+            self._create_connection = create
             super().connect()
-            sockets.append(self.sock)
 
     return Noting
 

@@ -206,7 +206,7 @@ class Signals:
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def measure(self, rows: Sequence[Response]) -> None:
+    def measure(self, rows: Sequence[Response], watched_as: str | None = None) -> None:
         """Fill in what the components need, in one pass of the reference over all texts."""
         if not self.needs:
             return
@@ -228,7 +228,8 @@ class Signals:
         flat = [text for parts in texts["segment"] for text in parts]
         wanted = {**texts, "segment": flat}
         with self.reference() as model:
-            found = measure(model, [t for kind in sorted(self.needs) for t in wanted[kind]])
+            all_texts = [text for kind in sorted(self.needs) for text in wanted[kind]]
+            found = measure(model, all_texts, watched_as)
         width = next((len(v) for v in found.values() if np.ndim(v)), 0)
 
         def state(kind: str, text: Text) -> np.ndarray:
@@ -267,7 +268,7 @@ class Signals:
                 "internal rewards: the reference model writes nothing but ends at once, so there "
                 "is nothing to compare with"
             )
-        self.measure(rows)
+        self.measure(rows, watched_as="calibration")
         if "ppl" in self.needs:
             self.log_ppl0 = float(np.median([row.log_ppl for row in rows]))
         else:

@@ -21,6 +21,7 @@ from errors import UserError
 from models.reading import Ending, Reading, end_id
 from reports.reward_report import pearson, preference_report, ranks, spearman
 from rewards.texts import Prompt, plain, response_text, reward_columns
+from rl.scores import constant
 
 # Fields of rows with several responses that belong to all of them together.
 SHARED = ("chosen", "rejected", "responses", "scores", "margin")
@@ -206,6 +207,11 @@ def summary(pairs: Sequence[Pair]) -> dict[str, dict[str, float]]:
     for name in pairs[0].parts:
         columns[name] = [pair.parts[name] for pair in pairs]
     return {name: _describe(np.array(column), pairs) for name, column in columns.items()}
+
+
+def same_score(pairs: Sequence[Pair]) -> float | None:
+    """The score of all responses, where there is but one."""
+    return constant([pair.score for pair in pairs])
 
 
 def _describe(scores: np.ndarray, pairs: Sequence[Pair]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from rl.group_config import GroupConfig, Level, LossType
-from rl.losses import Metrics, _counted, _detached, masked_mean
+from rl.losses import Metrics, _counted, _detached
 
 # VESPO holds the product of ratios within these.
 LEAST_WEIGHT, LARGEST_LOG_WEIGHT = 1e-8, 20.0
@@ -349,7 +349,7 @@ def mean_of(x: mx.array, mask: mx.array) -> mx.array:
     """The mean over counted tokens, or of (N, 1) over rows; 0 where there is none."""
     if x.shape[1] == 1 and mask.shape[1] != 1:
         return x.mean()
-    return mx.where(mask.sum() > 0, masked_mean(x, mask), 0.0)
+    return _total(x, mask) / mx.maximum(mask.sum(), 1.0)  # no 0 / 0: the gradient would be NaN
 
 
 def _extremes(x: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:

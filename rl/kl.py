@@ -12,7 +12,6 @@ PER_TOKEN = {
     "k2": lambda d: 0.5 * mx.square(d),
     "k3": lambda d: mx.expm1(-d) + d,
 }
-KL_MODES = (*PER_TOKEN, "full")
 
 
 def kl_penalty(logprobs: mx.array, ref_logprobs: mx.array, mode: str = "kl") -> mx.array:

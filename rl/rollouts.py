@@ -3,6 +3,7 @@
 No array library: the PyTorch twin shares it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,6 +127,32 @@ def stream(seed: int, step: int, *purpose: int) -> np.random.Generator:
 def minibatch_order(count: int, seed: int, step: int, epoch: int) -> np.ndarray:
     """A permutation of `count` responses, fresh for each epoch of each step."""
     return stream(seed, step, ORDER, epoch).permutation(count)
+
+
+def minibatch_update(
+    rows: Sequence[int],
+    size: int,
+    gradient: Callable[[Sequence[int]], tuple[Any, dict[str, float]]],
+    added: Callable[[Any, Any], Any],
+    apply: Callable[[Any], float],
+) -> list[dict[str, float]]:
+    """One update from the minibatches of `size` that `rows` fall into; the metrics of each.
+
+    `gradient(rows)` gives arrays, None where the minibatch must not move the weights, and metrics;
+    `added(total, part)` is their sum, a total of None being 0. `apply(sum of the gradients)`
+    returns their norm, which the last metrics get as "grad_norm".
+    """
+    total, metrics = None, []
+    for start in range(0, len(rows), size):
+        part, found = gradient(rows[start : start + size])
+        metrics.append(found)
+        if part is not None:
+            total = added(total, part)
+    if total is not None:
+        norm = metrics[-1]["grad_norm"] = apply(total)
+        if not math.isfinite(norm):  # of numbers that were finite themselves
+            metrics[-1] |= {"not_finite": 1.0, "skipped": 1.0}
+    return metrics
 
 
 def response_limits(

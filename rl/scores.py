@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 # ---- scores ------------------------------------------------------------------------------------
 
 
+def constant(scores: Sequence[float]) -> float | None:
+    """The score that two or more responses all have, of those that have one; None: they differ."""
+    known = [score for score in scores if math.isfinite(score)]
+    return known[0] if len(known) > 1 and min(known) == max(known) else None
+
+
 def length_penalties(
     lengths: Sequence[int],
     ended: Sequence[bool],

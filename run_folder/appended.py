@@ -20,23 +20,33 @@ class Appended:
     """
 
     def __init__(self, path: Path, *, anew: bool = False):
-        """`anew`: rows that are there are dropped."""
+        """`anew`: rows that are there do not count, and `begin` drops them."""
         self.path, self._file = path, None
+        self._drops = anew
         self.rows: list[dict[str, Any]] = []
         if os.path.lexists(path):
             self._open()
             with writing(path):
                 self._file.seek(0)
                 data = b"" if anew else self._file.read()
-                os.ftruncate(self._file.fileno(), data.rfind(b"\n") + 1)
+                if not anew:
+                    os.ftruncate(self._file.fileno(), data.rfind(b"\n") + 1)
             for number, line in enumerate(data.split(b"\n")[:-1], 1):
                 self.rows.append(self._read(line, number))
+
+    def begin(self) -> None:
+        """With `anew`: drop the rows of earlier starts, now that something takes their place."""
+        if self._drops and self._file is not None:
+            with writing(self.path):
+                os.ftruncate(self._file.fileno(), 0)
+        self._drops = False
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row, which is on the disk when this returns; a disk that refuses leaves no half."""
         row = plain(dict(row))
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         self._open()
+        self.begin()
         end = os.fstat(self._file.fileno())
         if not end.st_nlink:
             raise UserError(f"{self.path}: was deleted by another program meanwhile")

@@ -12,7 +12,6 @@ import contextlib
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from run_folder.manifest import (
     problem,
     read_json,
     read_manifest,
+    whole_manifest,
     write_manifest,
 )
 from run_folder.run_config import SUM, was_changed, with_sum
@@ -100,9 +100,11 @@ def put_in_place(temporary: Path, wanted: Path, manifest: dict[str, Any]) -> Pat
     final = wanted
     if taken:
         final = taken[-1]
-        if problem(final) or (final == wanted and wanted.name.endswith(UNFINISHED)):
+        known = read_manifest(final)  # None where a disk gives it once and not again
+        broken = known is None or problem(final)
+        if broken or (final == wanted and wanted.name.endswith(UNFINISHED)):
             discard(final)
-        elif read_manifest(final)["files"] == manifest["files"]:
+        elif known["files"] == manifest["files"]:
             return final
         else:
             number = int(final.name.removeprefix(wanted.name)[1:] or 1) + 1
@@ -162,8 +164,10 @@ def set_aside_after(checkpoint: Path | None, folder: Path) -> None:
     """
     last = (-1, 0)
     if checkpoint is not None:
-        name = checkpoint.name.removeprefix(ASIDE)
-        last = place_of(name) or (read_manifest(checkpoint)["step"], 1)
+        last = place_of(checkpoint.name.removeprefix(ASIDE)) or (
+            whole_manifest(checkpoint)["step"],
+            1,
+        )
     newer = [path for path in list_checkpoints(folder) if place_of(path.name) > last]
     with writing(folder):
         for path in reversed(newer):
@@ -195,8 +199,6 @@ def saving(path: str | Path) -> Iterator[None]:
         said = str(wrong)
     if said is None:
         return
-    # A zip file that could not be finished complains once more, with a traceback, when it goes.
-    sys.unraisablehook = lambda _: None
     raise UserError(
         f"{path}: cannot write: {said}; the trained weights are in the last checkpoint: --resume "
         "the run with another --save-file"

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from errors import UserError
 from run_folder.run_config import SUM, was_changed, with_sum
 from run_folder.secrets import tell
 from safe_files import plain, sync_folder, synced_sum, write_atomically, write_checked
@@ -78,7 +79,7 @@ def number_old_ones(folder: Path, options: dict[str, Any]) -> None:
             "of their steps and options; they are taken as they are"
         )
     for path in old:
-        manifest = read_manifest(path)
+        manifest = whole_manifest(path)
         write_atomically(path / OPTIONS, as_text(options))
         sums = {**manifest["files"], OPTIONS: synced_sum(path / OPTIONS)}
         new = {"step": manifest["step"], "sha256": sums, "metric": manifest["metric"]}
@@ -131,6 +132,14 @@ def metric_of(checkpoint: Path) -> Metric | None:
         return metric if isinstance(metric.value, int | float) else None
     except (TypeError, KeyError):
         return None
+
+
+def whole_manifest(checkpoint: Path) -> dict[str, Any]:
+    """`read_manifest` of a checkpoint that had one a moment ago. Raises UserError."""
+    found = read_manifest(checkpoint)
+    if found is None:
+        raise UserError(f"{checkpoint / MANIFEST}: cannot be read any more")
+    return found
 
 
 def options_of(checkpoint: Path) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import sys
 import traceback
 import unicodedata
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any, TextIO
 
 GONE = (errno.EPIPE, errno.EBADF, errno.EIO)  # nobody reads: `| head`, a closed terminal
 
@@ -18,8 +18,13 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
+bars: set[Any] = set()  # that are in the terminal now, with tqdm's methods and `due`
+
+
 class Output:
     """A standard stream whose `write` cleans text, and drops it once nobody takes it any more.
+
+    In a terminal a line stands above the bars, whoever writes it: a warning, a user's function.
 
     `own` is the same stream for text that is clean and has escape sequences of ours in it.
     """
@@ -27,10 +32,23 @@ class Output:
     def __init__(self, stream: TextIO, clean: Callable[[str], str]) -> None:
         self.stream, self.clean = stream, clean
         self.lost: OSError | None = None  # why nothing is written any more
+        self.partial = False  # the last line is not ended yet
         self.own = OwnText(self)
 
     def write(self, text: str) -> int:
-        self.write_own(self.clean(text))
+        if not bars or not text or not self.stream.isatty():
+            self.write_own(self.clean(text))
+            return len(text)
+        with next(iter(bars)).get_lock():
+            if not self.partial:
+                for bar in [bar for bar in bars if bar.due()]:
+                    bar.clear()
+            self.write_own(self.clean(text))
+            self.partial = not text.endswith("\n")
+            if not self.partial:
+                self.flush()  # bars may stand on the other stream
+                for bar in [bar for bar in bars if bar.due()]:
+                    bar.refresh()
         return len(text)
 
     def write_own(self, text: str) -> int:

@@ -10,7 +10,6 @@
 Importing this loads neither MLX nor W&B.
 """
 
-import importlib.metadata
 import math
 import os
 import platform
@@ -30,6 +29,7 @@ from run_folder.run_config import (
     config_of_run,
     own_options,
     read_run_config,
+    versions,
     with_sum,
 )
 from run_folder.secrets import redact, tell
@@ -44,7 +44,6 @@ from safe_files import (
 )
 
 HELD_OUT = ("eval/", "valid/")  # how metrics of held-out rows begin
-LIBRARIES = ("mlx", "mlx-lm", "transformers", "numpy")
 RUNS = "runs"  # where runs lie that are given no folder
 OWN_NAMES = ["config.json", *ROW_FILES, "summary.json", "checkpoints", "plots", *LOGGERS]
 
@@ -377,19 +376,13 @@ def describe(
 ) -> dict[str, Any]:
     """What ``config.json`` holds; secrets are redacted."""
     kept = {name: value for name, value in options.items() if name not in OF_ONE_START}
-    versions = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            versions[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            versions[library] = None
     return with_sum(
         {
             "script": script,
             "created": created or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "options": redact(plain(kept)),
             "differing": differing(kept, options.get("defaults", kept)),
-            "versions": versions,
+            "versions": versions(),
             "machine": {
                 "platform": platform.platform(),
                 "processor": platform.processor() or platform.machine(),

@@ -1,7 +1,10 @@
 """``config.json`` of a run: where it is, what it holds, which script made it. Loads no MLX."""
 
 import hashlib
+import importlib.metadata
 import json
+import platform
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,9 @@ MADE_BY = {
     "pytorch_reward_model": "pytorch_baseline/pytorch_sft.py",
     "pytorch_ppo": "pytorch_baseline/pytorch_ppo_training.py",
 }
+
+LIBRARIES = ("mlx", "mlx-lm", "transformers", "numpy")
+IF_LOADED = ("torch", "peft", "trl")  # what only some runs compute with
 
 # Belong to one start of the program and are not taken over from the run that is resumed.
 OF_ONE_START = frozenset(
@@ -91,3 +97,14 @@ def with_sum(contents: Mapping[str, Any]) -> dict[str, Any]:
 def was_changed(contents: Mapping[str, Any]) -> bool:
     """Whether contents with a sum are not those that it was taken of."""
     return with_sum(contents)[SUM] != contents.get(SUM)
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of what a run computes with; None for a library that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for library in (*LIBRARIES, *(name for name in IF_LOADED if name in sys.modules)):
+        try:
+            found[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            found[library] = None
+    return found

@@ -6,11 +6,15 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Seconds within which a signal is the same one again: `timeout` and service managers send it to
+# each process of a group, and a parent hands it on.
+AGAIN = 0.25
 GIVING_UP = b"\nstopping: this step has moved no weight and is given up; once more stops at once\n"
 FINISHING = b"\nstopping after this step; once more stops at once\n"
 
@@ -62,10 +66,10 @@ class GracefulStop:
         self._may_give_up = False
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.signal is not None:  # the same one again
+            return
         self.signal = number
-        # The system's own handler needs no interpreter, so it works in the middle of a long step.
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        end_at_the_next()
         if self._may_give_up:
             self._may_give_up, self._given_up = False, True
             raise StepGivenUp
@@ -75,14 +79,16 @@ class GracefulStop:
 
         Python runs `_handle` when the device call under way is over, which may take minutes.
         """
-        heard = False
+        heard = None  # when
         with open(pipe, "rb", buffering=0) as numbers:
             while number := numbers.read(1):
                 if number[0] not in SIGNALS:
                     continue  # the alarm of a reward's time limit, for one
-                if heard:
-                    os._exit(128 + number[0])
-                heard = True
+                if heard is not None:
+                    if time.monotonic() - heard > AGAIN:
+                        os._exit(128 + number[0])
+                    continue
+                heard = time.monotonic()
                 given_up = self._may_give_up or self._given_up
                 with contextlib.suppress(OSError):  # nobody reads any more
                     os.write(2, GIVING_UP if given_up else FINISHING)
@@ -117,6 +123,16 @@ class GracefulStop:
             ]
             print("\n".join(lines), flush=True)
             sys.exit(128 + self.signal)
+
+
+def end_at_the_next() -> None:
+    """From a handler of a signal: the next one ends the process, but not the same one again.
+
+    The system's own handler does, which needs no interpreter: also in the middle of a long step.
+    """
+    time.sleep(AGAIN)
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_DFL)
 
 
 def resume_command(script: str, folder: str | Path) -> str:

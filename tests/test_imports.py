@@ -19,7 +19,7 @@ FILES = sorted(
     for path in (ROOT / folder).glob("*.py")
 )
 TOP = {path.stem for path in ROOT.glob("*.py")} | {*FOLDERS}
-FOR_ALL = {"errors", "fast_blas", "padding", "waiting"}
+FOR_ALL = {"errors", "fast_blas", "padding", "right_python", "waiting"}
 PYTORCH = {"torch", "transformers", "peft", "trl", "accelerate"}
 # mlx-lm's parts that change between releases, by the name they are imported under.
 UNSTABLE = {"BatchGenerator", "BatchKVCache", "linear_to_lora_layers", "load_model"}
@@ -176,9 +176,9 @@ def test_no_file_imports_upward():
     assert upward({Path("training/memory.py"): {high}}), "training knows nothing of flags"
 
 
-# fewer than so many files of the project, of which some are of workers; the group trainer has
-# statistics of two kinds
-TRAINERS = {"mlx_sft_trainer": 27, "mlx_ppo_trainer": 28, "mlx_group_trainer": 30}
+# fewer than so many files of the project beside its own; the group trainer has two kinds of
+# statistics
+TRAINERS = {"mlx_sft_trainer": 25, "mlx_ppo_trainer": 25, "mlx_group_trainer": 27}
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -189,7 +189,7 @@ def test_a_trainer_brings_in_few_files(trainer):
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     loaded = set(done.stdout.split())
-    ours = {module_files()[name] for name in loaded & {*module_files()}}
+    ours = {module_files()[name] for name in loaded & {*module_files()} - {trainer}}
     assert 10 < len(ours) < TRAINERS[trainer], sorted(map(str, ours))
     assert not {unit(file) for file in ours} & {"run_folder", "command_line", "reports", "rewards"}
     assert "wandb" not in loaded

@@ -22,7 +22,7 @@ from run_folder.checkpoint_folder import (
     disk_refused,
     write_checkpoint,
 )
-from run_folder.manifest import Metric, problem, read_manifest
+from run_folder.manifest import Metric, problem, whole_manifest
 from safe_files import plain, write_checked
 from training.backend import Checkpoint
 
@@ -93,11 +93,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     wrong = problem(path)
     if wrong:
         raise UserError(f"{path}: {wrong}; this checkpoint cannot be used")
-    manifest = read_manifest(path)
+    manifest = whole_manifest(path)
     arrays = {}
     for name in manifest["files"]:
         if name.endswith(".safetensors"):
-            group = arrays[name.removesuffix(".safetensors")] = mx.load(str(path / name))
-            mx.eval(group)  # MLX reads lazily, and the file may be deleted before that
+            try:
+                group = arrays[name.removesuffix(".safetensors")] = mx.load(str(path / name))
+                mx.eval(group)  # MLX reads lazily, and the file may be deleted before that
+            except RuntimeError as wrong:
+                raise UserError(f"{path / name}: cannot be read: {wrong}") from None
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     return Checkpoint(path, manifest["step"], arrays, state)

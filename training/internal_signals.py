@@ -17,6 +17,7 @@ from rewards.texts import response_text
 from rl.rollouts import stream
 from training.groups import Group
 from training.rollout_stages import reference_of, sample
+from waiting import watched
 
 CALIBRATION = 5  # what a random stream is for, beside those of training/rollout_stages.py
 
@@ -48,7 +49,7 @@ def reference_signals(
         rows = [prompts[i % len(prompts)] for i in range(ROWS)]
         responses: list[list[int]] = []
         with on() as model:
-            for start in range(0, ROWS, batch_size):
+            for start in watched(range(0, ROWS, batch_size), "calibration"):
                 made = sample(
                     model,
                     (),

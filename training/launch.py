@@ -11,21 +11,21 @@ MLX and what stands on it is imported when it is needed: help and mistakes answe
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from distributed.membership import member
 from run_folder.checkpoint_folder import latest_checkpoint, saving
-from run_folder.console import command, next_lines, say_gb
+from run_folder.console import next_lines, say_gb
 from run_folder.private import forget_private, keep_private
-from run_folder.run import Run, read_rows
+from run_folder.run import Run
 from run_folder.run_config import MADE_BY, checkpoint_asked_for, read_run_config
 from run_folder.stopping import GracefulStop, StepGivenUp
 from safe_files import check_place
+from training.results import talk_command
 from training.together import begin, open_run, part
 
 
@@ -197,7 +197,7 @@ def run_training(
     outputs: Sequence[str] = (),
     place: Callable[[Run], str | Path] | None = None,
     write_fused: Callable[[Namespace, Path], list[str]] | None = None,
-    blas: str | None = None,
+    computing: Mapping[str, Any] | None = None,
 ) -> None:
     """A run of `kind` (run_folder/run_config.py) from its folder to what it leaves behind.
 
@@ -205,8 +205,8 @@ def run_training(
     printed, when it is about to begin; `finish(run, loop)` saves to --save-file, or where
     `place(run)` says, once the loop is through. Of `args`, the flags of `add_run_arguments` are
     read. `outputs`: names of what the script itself writes into the folder. `write_fused(args,
-    run folder)` makes --fused-dir of what was saved and gives commands to go on with. `blas`: the
-    library that MLX computes with. Exits with 130 or 143 after a stop.
+    run folder)` makes --fused-dir of what was saved and gives commands to go on with. `computing`:
+    what is recorded of a library that computes in MLX's place. Exits with 130 or 143 after a stop.
     """
     import fast_blas
 
@@ -221,7 +221,7 @@ def run_training(
         overwrite=args.overwrite,
         log_with=args.log_with,
         outputs=outputs,
-        computing={} if blas is None else fast_blas.settings(),
+        computing=fast_blas.settings() if computing is None else computing,
     )
     with run, shared_stop() as stop:
         loop = make_loop(run)
@@ -232,11 +232,12 @@ def run_training(
             where += ": it has no checkpoint" * (last is None)
             print(f"{run.folder}: goes on {where}")
         with suppress(StepGivenUp), stop.giving_up():  # what it says may take long to find out
-            told = fast_blas.told() if blas is not None else ""
+            told = fast_blas.told() if computing is None else ""
             print(f"{run.folder}: {said(loop)}" + f"; {told}" * bool(told))
         loop.run(stop, name or kind)
+        more = part()
         stopped = stop.requested
-        if not part():
+        if not more:
             sys.exit(128 + stop.signal if stopped else 0)
         if not stopped:
             path = args.save_file if place is None else place(run)
@@ -284,140 +285,16 @@ def checkpoint_is_adapter(args: Namespace, run: Run) -> str:
     return f"its last checkpoint is an adapter as well:\n  {talk_command(args, last)}"
 
 
-# ------------------------------------------------------------------------------ what is left
+# ------------------------------------------------------------------------------ figures
 
 
-def finish_supervised(
-    args: Namespace,
-    run: Run,
-    loop: Any,
-    written: Sequence[Path],
-    valid: Any,
-    reward_model: Any,
-    going_on: str,
-    **summary: Any,
-) -> None:
-    """Loss or agreement on held-out rows, a plot and a summary; say where everything lies.
-
-    `written`: the files so far; `valid`: the rows, if there are any; `reward_model`: what scores
-    them, None for a language model; `going_on`: the next command.
-    """
-    from reports.training_plots import plot_losses
-
-    if reward_model is not None and valid is not None:
-        report = agreement(reward_model, valid.rows, run.plots)
-        summary |= {f"heldout/{name}": value for name, value in report.items()}
-    elif valid is not None:
-        found = loop.validation_of()
-        show("validation", found)
-        summary |= {f"valid/{name}": value for name, value in found.items()}
-    unit = "nats per token" if reward_model is None else "loss"
-    plot = plot_losses(read_rows(run.folder), run.plots / "loss.png", unit=unit)
-    run.finish({"steps": loop.step, "best_valid_loss": loop.best, **loop.totals, **summary})
-    say_written(run, [*written, plot], going_on)
-
-
-def agreement(model: Any, rows: Sequence, plots: Path | None = None) -> dict[str, float]:
-    """How far a reward model's scores agree with rewards or preferences; with `plots`, drawn."""
-    from reports.reward_evaluation import evaluate_scores
-
-    score = partial(model.score, watched_as="scoring")
-    report = evaluate_scores(score, rows, plots, gain=model.gain, offset=model.offset)
-    told = [f"{k} {v:,.0f}" if k == "pairs" else f"{k} {v:.3f}" for k, v in report.items()]
-    print("held-out rows: " + "  ".join(told))
-    return report
-
-
-def finish_rollouts(
-    args: Namespace,
-    run: Run,
-    loop: Any,
-    written: Sequence[Path],
-    commands: Sequence[str],
-    *,
-    metric: str,
-    **summary: Any,
-) -> None:
-    """Plots and a summary of a run on rollouts; say where everything lies.
-
-    `written`: the files so far; `commands`: what to do with them; `metric` names a reward's mean in
-    the metrics, from its {name}.
-    """
-    from reports.training_plots import plot_learned_and_true
-    from rewards.learned import GROUND_TRUTH, LEARNED
-
-    written = [*written]
-    if args.reward_model and args.true_score:
-        names = {"learned": metric.format(name=LEARNED), "true": metric.format(name=GROUND_TRUTH)}
-        place = run.plots / "learned_and_true.png"
-        written.append(plot_learned_and_true(read_rows(run.folder), place, **names))
-    evaluations = {"first": loop.evaluations[:1], "last": loop.evaluations[-1:]}
-    run.finish({"steps": loop.step, **summary, "evaluation": evaluations})
-    say_written(run, written, *commands)
-
-
-def finish_ppo(
-    args: Namespace,
-    run: Run,
-    loop: Any,
-    written: Sequence[Path],
-    commands: Sequence[str],
-    **summary: Any,
-) -> None:
-    """`finish_rollouts` of PPO, with its plot and its last KL."""
-    from reports.training_plots import plot_ppo
-
-    rows = read_rows(run.folder)
-    adapted = {"kl_target": args.target if args.adap_kl_ctrl else None}
-    if args.use_dynamic_kl:
-        adapted = {"kl_target": args.kl_target, "kl": "objective/kl_per_token", "unit": "token"}
-    plot = plot_ppo(rows, run.plots / "ppo.png", **adapted)
-    kls = [row["objective/kl"] for row in rows if row.get("objective/kl") is not None][-10:]
-    summary["kl"] = sum(kls) / len(kls) if kls else None
-    finish_rollouts(
-        args, run, loop, [*written, plot], commands, metric="env/{name}_mean", **summary
+def ppo_said(config: Any, trained: Any, rewards: Any) -> str:
+    """What a run of PPO says before it begins."""
+    return (
+        f"{config.num_steps} steps of {config.batch_size} responses, "
+        f"{config.ppo_epochs} epochs of minibatches of {config.mini_batch_size}; "
+        f"{count_trained(trained)}; rewards: {rewards}"
     )
-
-
-def policy_commands(args: Namespace, tuning: Any) -> list[str]:
-    """What to do with a policy that was saved."""
-    fused = tuning.kind == "prompt" or args.fused_dir
-    return [*([] if fused else [fuse_command(args)]), talk_command(args)]
-
-
-def fuse_command(args: Namespace) -> str:
-    made = {"adapter_file": args.save_file, "save_path": "my_model/"}
-    return command("fuse.py", **base_words(args), **made)
-
-
-def talk_command(args: Namespace, file: Any = None) -> str:
-    """`file`: an adapter in place of the one that was saved."""
-    return command("talk_to_model.py", **base_words(args), resume_file=file or args.save_file)
-
-
-def base_words(args: Namespace) -> dict[str, Any]:
-    """Options that make again, for another script, the base that an adapter was trained on."""
-    return {"model": args.model, "tokenizer": args.tokenizer, "quantize": args.quantize}
-
-
-def say_peak_memory(peak: float | None = None) -> None:
-    """The most memory that was held, in GB; None: that of MLX."""
-    if peak is None:
-        from training.memory import peak_memory
-
-        peak = peak_memory()
-    print(f"peak memory {say_gb(peak)}")
-
-
-def say_written(run: Run, written: Iterable[Any], *commands: str) -> None:
-    """The last words of a run: where everything lies, and what to do with it."""
-    print("wrote " + "\n      ".join(map(str, [*written, run.folder / "metrics.jsonl"])))
-    print(next_lines(commands))
-
-
-def show(what: str, metrics: Mapping[str, float]) -> None:
-    """One line of metrics."""
-    print(f"{what}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
 def count_trained(tuning: Any) -> str:
@@ -430,3 +307,12 @@ def shape_multiple() -> int:
     import mlx.core as mx
 
     return 16 if mx.default_device().type == mx.DeviceType.gpu else 1
+
+
+def say_peak_memory(peak: float | None = None) -> None:
+    """The most memory that was held, in GB; None: that of MLX."""
+    if peak is None:
+        from training.memory import peak_memory
+
+        peak = peak_memory()
+    print(f"peak memory {say_gb(peak)}")

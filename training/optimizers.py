@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -116,18 +115,6 @@ def build_optimizer(
         outer = Adam(rate, both, eps, decay, decoupled=True)
         return optim.MultiOptimizer([inner, outer], [is_inner_matrix])
     raise UserError(f"--optimizer: {name!r} is no optimizer this program has")
-
-
-def clip_gradients(gradients: Any, max_norm: float | None) -> tuple[Any, mx.array]:
-    """Gradients scaled down to a global norm of ``max_norm`` (None: as they are), and the norm.
-
-    The norm is of the gradients that came in, float32. As torch.nn.utils.clip_grad_norm_.
-    """
-    leaves = [leaf for _, leaf in tree_flatten(gradients)]
-    if max_norm is None:
-        total = sum(mx.square(leaf.astype(mx.float32)).sum() for leaf in leaves)
-        return gradients, mx.sqrt(total)
-    return optim.clip_grad_norm(gradients, max_norm)
 
 
 # ------------------------------------------------------------------------------ state

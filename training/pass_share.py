@@ -5,7 +5,7 @@ the parts add up to the loss of all rows; masks are the same at all, so that eac
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -49,10 +49,6 @@ class PassShare:
                 if name in weighed:
                     weighed[name] = mx.array(self._extreme(weighed[name], join))
         return gradient, weighed
-
-    def nothing(self) -> "PassShare":
-        """The share of a worker whose rows have no token."""
-        return replace(self, loss=0.0, metrics=dict.fromkeys(self.metrics, 0.0))
 
     def _slots(self, value: mx.array) -> mx.array:
         """(workers,) the value at this worker's place, 0 elsewhere."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from data_utils import BatchIterator, BatchPlan, Conditioning, TextRow
 from errors import UserError
+from rl.scores import constant
 from run_folder.console import Progress, Wait
 from run_folder.manifest import Metric
 from run_folder.run import remove
@@ -131,6 +132,11 @@ class RestLoop(Loop):
                 self.groups["adapters"].put(dict(self.initial))
             self.trainer.begin(self.make_optimizer())
         rewards = [row["reward"] for row in rows]
+        if not step and (same := constant(rewards)) is not None:
+            progress.line(
+                f"warning: grow {grow + 1}: every response has the score {same:g}, so none is "
+                "better than another: score.py shows what the reward does"
+            )
         threshold = how.threshold(step, rewards)
         kept = [row for row in rows if threshold is None or row["reward"] >= threshold]
         made = self.to_train(kept, rows, grow_file(self.run_folder.folder, grow + 1).name)

@@ -5,7 +5,6 @@ It works on a trainer with `generate`, `sample_for_evaluation`, `update`, `skip`
 algorithm that makes its batches otherwise has a subclass with a `choose` or `learn` of its own.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from rewards.texts import asked, response_text, reward_columns
 from rewards.user_function import quote_row
 from rl.ppo_statistics import logged_row, part_means
 from rl.rollouts import join_rollouts
+from rl.scores import constant
 from run_folder.console import Progress, Wait, say_gb
 from run_folder.manifest import Metric
 from run_folder.run import Run
@@ -123,6 +123,7 @@ class RolloutLoop(Resumable):
             self.progress = progress
             # At the start, or where a signal gave it up.
             metric = self.end_step(progress) if self.evaluation_due() else None
+            progress.begin()
             while self.step < plan.steps and not stop.requested:
                 with self.step_to_give_up():
                     self.train_step(progress)
@@ -188,13 +189,12 @@ class RolloutLoop(Resumable):
 
     def watch_scores(self, progress: Progress, scores: Sequence[float]) -> None:
         """Say so, once, where a reward tells no response from another."""
-        known = [score for score in scores if math.isfinite(score)]
-        same = len(known) > 1 and min(known) == max(known)
-        self.same_scores = self.same_scores + 1 if same else 0
+        same = constant(scores)
+        self.same_scores = 0 if same is None else self.same_scores + 1
         if self.same_scores == SAME_SCORES:
             progress.line(
                 f"warning: every response of the last {SAME_SCORES} steps has the score "
-                f"{known[0]:g}, so there is nothing to learn: score.py shows what the reward does"
+                f"{same:g}, so there is nothing to learn: score.py shows what the reward does"
             )
 
     @contextmanager
@@ -351,18 +351,17 @@ class RolloutLoop(Resumable):
         row, start = {"step": self.step}, perf_counter()
         kinds = (("greedy", True, 1), ("sampled", False, self.schedule.eval_samples))
         total = len(self.validation) * sum(count for _, _, count in kinds)
-        wait = Wait("evaluation", total)
-        for kind, greedy, count in kinds:
-            rows = [prompt for prompt in self.validation for _ in range(count)]
-            rollout = self.sample(rows, greedy, wait.advance)
-            texts, scores, parts = self.score(rows, rollout)
-            means = part_means({"score": scores} | parts)
-            row |= {f"eval/{kind}/{name}": value for name, value in means.items()}
-            lengths = [len(response) for response in rollout.responses]
-            row[f"eval/{kind}/response_tokens"] = float(np.mean(lengths))
-            sample = {**asked(rows[0]), "response": texts[0], "score": scores[0]}
-            self.run_folder.log_samples(self.step, [{"evaluation": kind, **sample}])
-        wait.close()
+        with Wait("evaluation", total) as wait:
+            for kind, greedy, count in kinds:
+                rows = [prompt for prompt in self.validation for _ in range(count)]
+                rollout = self.sample(rows, greedy, wait.advance)
+                texts, scores, parts = self.score(rows, rollout)
+                means = part_means({"score": scores} | parts)
+                row |= {f"eval/{kind}/{name}": value for name, value in means.items()}
+                lengths = [len(response) for response in rollout.responses]
+                row[f"eval/{kind}/response_tokens"] = float(np.mean(lengths))
+                sample = {**asked(rows[0]), "response": texts[0], "score": scores[0]}
+                self.run_folder.log_samples(self.step, [{"evaluation": kind, **sample}])
         logged = {k: v for k, v in row.items() if k != "step"}
         self.run_folder.log(self.step, logged | {"time/ppo/evaluation": perf_counter() - start})
         shown = {"greedy": row["eval/greedy/score"], "sampled": row["eval/sampled/score"]}

@@ -124,15 +124,17 @@ def pack_rows(
     rows: Sequence[int],
     prefix: Sequence[int] = (),
     pad_to_multiple: int = 1,
+    width: int = 1,
     kept: KeptStates | None = None,
 ) -> Packed:
-    """Some rows of a rollout laid out for one forward pass."""
+    """Some rows of a rollout laid out for one forward pass, R at least `width`."""
     packed = pack(
         [rollout.queries[i] for i in rows],
         [rollout.responses[i] for i in rows],
         masks=[rollout.masks[i] for i in rows],
         prefix=prefix,
         pad_to_multiple=pad_to_multiple,
+        width=width,
     )
     if kept is not None:
         packed.below = kept.below(rows, packed.tokens)
@@ -156,7 +158,7 @@ def scored(
     size = max(1, size // workers.size)
     for start in range(0, len(every), size):
         rows = every[start : start + size]
-        found = score(pack_rows(rollout, rows, prefix, pad_to_multiple, kept))
+        found = score(pack_rows(rollout, rows, prefix, pad_to_multiple, kept=kept))
         mx.eval(found)
         parts.append(found)
     width = rollout.mask.shape[1]

@@ -22,22 +22,22 @@ from rl.rollouts import (
     REFERENCE,
     SAMPLING,
     Rollout,
+    minibatch_update,
     passes_over,
     set_mask,
     stream,
     use_sampled,
 )
 from training.kept_states import KeptStates
-from training.optimizers import build_optimizer
 from training.pass_share import PassShare
 from training.rollout_stages import pack_rows, reference_of, sample, scored
 from training.rollout_steps import RolloutSteps
 from training.update import (
+    added,
     all_finite,
     apply_update,
     checkpointed_blocks,
     loss_and_gradient,
-    minibatch_update,
 )
 
 
@@ -70,7 +70,7 @@ class RolloutTrainer(RolloutSteps):
         ends = eos_ids if eos_ids is not None else tokenizer.eos_token_ids
         super().__init__(config, ends, vocabulary_size(model.model))
         self.model, self.reference, self.tokenizer = model, ref_model, tokenizer
-        self.optimizer = optimizer or build_optimizer("adam", config.learning_rate)
+        self.optimizer = optimizer or adam(config.learning_rate)
         self.optimizer.init(model.trainable_parameters())
         self.grad_checkpoint = grad_checkpoint
         on_gpu = mx.default_device().type == mx.DeviceType.gpu
@@ -191,7 +191,11 @@ class RolloutTrainer(RolloutSteps):
             )
 
         metrics = minibatch_update(
-            rows, self.config.mini_batch_size, lambda some: self._gradient(rollout, some), apply
+            rows,
+            self.config.mini_batch_size,
+            lambda some: self._gradient(rollout, some),
+            added,
+            apply,
         )
         if math.isfinite(metrics[-1].get("grad_norm", math.nan)):
             self.after_update(metrics)
@@ -200,14 +204,14 @@ class RolloutTrainer(RolloutSteps):
     def after_update(self, metrics: list[dict[str, float]]) -> None:
         """The weights have moved; `metrics` are those of the update's minibatches."""
 
-    def _packed(self, rollout: Rollout, rows: np.ndarray):
-        """Rows of a rollout as one pass, their number, and the width of its (b, r) arrays."""
+    def _packed(self, rollout: Rollout, rows: np.ndarray, width: int = 1):
+        """Rows of a rollout as one pass, their numbers, and the width of its (b, r) arrays.
+
+        That is at least `width`.
+        """
+        prefix = self.model.tuning.prefix
         packed = pack_rows(
-            rollout,
-            rows.tolist(),
-            self.model.tuning.prefix,
-            self.pad_to_multiple,
-            self._kept(rollout),
+            rollout, rows.tolist(), prefix, self.pad_to_multiple, width, self._kept(rollout)
         )
         return packed, mx.array(rows), packed.mask.shape[1]
 
@@ -227,3 +231,10 @@ class RolloutTrainer(RolloutSteps):
         metrics = {name: value.item() for name, value in metrics.items()}
         bad = not (finite.item() and math.isfinite(metrics[total]))
         return gradient, metrics | {"not_finite": float(bad), "skipped": float(bad)}
+
+
+def adam(learning_rate: float) -> optim.Optimizer:
+    """What moves the weights where no optimizer is given."""
+    from training.optimizers import build_optimizer  # which a script has loaded, and gives one
+
+    return build_optimizer("adam", learning_rate)

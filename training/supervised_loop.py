@@ -1,7 +1,8 @@
 """The loop of supervised training: update, report, validate, checkpoint, stop, resume.
 
-It works on a trainer with ``step``, ``evaluate`` and ``optimizer`` (mlx_sft_trainer), and on a
-table of array groups that belong into a checkpoint, each with a way to get and to set them.
+It works on a trainer with ``step``, ``evaluate``, ``parameters`` and ``learning_rate`` of either
+backend, and on a table of array groups that belong into a checkpoint, each with a way to get and
+to set them.
 """
 
 import math
@@ -12,7 +13,7 @@ from typing import Any
 
 from data_utils import TextBatch
 from run_folder.checkpoint_folder import best_checkpoint
-from run_folder.console import Progress, Wait, say_gb
+from run_folder.console import Progress, say_gb
 from run_folder.manifest import Metric
 from run_folder.resuming import check_same_reference, check_whole_updates
 from run_folder.rows import read_rows
@@ -106,7 +107,7 @@ class Loop(Resumable):
         return self.batches.rows
 
     def trained(self) -> dict:
-        return self.trainer.task.trained.trainable_parameters()
+        return self.trainer.parameters
 
     def state(self) -> dict[str, Any]:
         return {
@@ -136,6 +137,7 @@ class Loop(Resumable):
             with Progress(self.schedule.steps, done=self.step, name=name) as progress:
                 if self.evaluation_due():  # at the start, or a signal gave it up
                     self.end_step(progress)
+                    progress.begin()
                 self.make_updates(progress)
             if not stop.requested:
                 report_skipped(self, self.totals["skipped"], "loss or gradient")
@@ -203,8 +205,7 @@ class Loop(Resumable):
         return metrics
 
     def evaluated(self) -> dict[str, float]:
-        with Wait("validation") as wait:
-            return self.trainer.evaluate(counted(self.validation(), wait))
+        return self.trainer.evaluate(self.validation())
 
     def stopped_early(self, progress: Progress) -> bool:
         patience = self.schedule.patience
@@ -223,7 +224,7 @@ class Loop(Resumable):
             batches.append(next(self.batches))
             taken.extend(self.batches.taken)
         metrics = self.trainer.step(batches)
-        metrics["learning_rate"] = float(self.trainer.optimizer.learning_rate)
+        metrics["learning_rate"] = self.trainer.learning_rate
         self.note(metrics, batches, progress, self.batches.plan.notes(self.step, taken))
 
     def note(
@@ -231,7 +232,7 @@ class Loop(Resumable):
         metrics: dict[str, float],
         batches: Sequence,
         progress: Progress,
-        notes: Mapping[str, float] | None = None,
+        notes: Mapping[str, float],
     ) -> None:
         """An update of `batches` was made, or skipped: count it, log it; `notes` is of its rows."""
         self.step += 1
@@ -244,9 +245,7 @@ class Loop(Resumable):
         self.totals["skipped"] += bad
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
         row = {f"train/{key}": value for key, value in metrics.items()}
-        self.run_folder.log(
-            self.step, row | self.totals_row() | dict(notes or {}) | worker_metrics()
-        )
+        self.run_folder.log(self.step, row | self.totals_row() | dict(notes) | worker_metrics())
         progress.advance()
         self.since.add(metrics, weight, tokens)
         if self.step % self.schedule.report_every == 0:
@@ -285,10 +284,3 @@ class Loop(Resumable):
         self.since_best = 0 if gained else self.since_best + 1
         self.after_validation(self.step)
         return Metric("valid/loss", metrics["loss"])
-
-
-def counted(batches: Iterable, wait: Wait) -> Iterable:
-    """The batches, each counted once it has been worked on."""
-    for batch in batches:
-        yield batch
-        wait.advance()

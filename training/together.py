@@ -3,8 +3,6 @@
 Alone, nothing of it does anything. Collectives are those of distributed/group.py.
 """
 
-import importlib.metadata
-import platform
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +11,8 @@ from typing import Any
 from distributed.membership import member
 from errors import UserError
 from run_folder.resuming import HARMLESS, fingerprint
-from run_folder.run import LIBRARIES, Run
-from run_folder.run_config import OF_ONE_START
+from run_folder.run import Run
+from run_folder.run_config import OF_ONE_START, versions
 from run_folder.silent_run import SilentRun
 from safe_files import plain
 from training.backend import Checkpoint
@@ -52,16 +50,6 @@ def compared_options(args: Namespace) -> dict[str, Any]:
     return {k: v for k, v in vars(args).items() if k not in HARMLESS | OF_ONE_START | own}
 
 
-def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            found[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            found[library] = None
-    return found
-
-
 def refuse_differences(facts: Sequence[Mapping[str, Any]]) -> None:
     """UserError where a worker is about to do something else than worker 0."""
     first, said = facts[0], []
@@ -96,12 +84,15 @@ def open_run(kind: str, options: Mapping[str, Any], **more: Any) -> Run | Silent
 
 
 def part() -> bool:
-    """The end of what all do together; whether this worker has more to do: worker 0 has."""
+    """The end of what all do together; whether this worker has more to do: worker 0 has.
+
+    A signal that came after the last update is known to all from here on.
+    """
     if (own := member()) is None:
         return True
     from distributed import group
 
-    group.here().gather(None, "the end")
+    group.here().sum((), "the end")
     own.leave()
     group.part()
     return own.rank == 0

@@ -5,7 +5,7 @@ of minibatches (training/rollout_trainer.py).
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,6 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
 from models.frozen_blocks import patched_blocks
-from training.optimizers import clip_gradients
 
 # ------------------------------------------------------------------------------ gradients
 
@@ -79,6 +78,18 @@ def all_finite(gradient: Any) -> mx.array:
     return mx.stack([mx.isfinite(g).all() for _, g in tree_flatten(gradient)]).all()
 
 
+def clip_gradients(gradients: Any, max_norm: float | None) -> tuple[Any, mx.array]:
+    """Gradients scaled down to a global norm of ``max_norm`` (None: as they are), and the norm.
+
+    The norm is of the gradients that came in, float32. As torch.nn.utils.clip_grad_norm_.
+    """
+    leaves = [leaf for _, leaf in tree_flatten(gradients)]
+    if max_norm is None:
+        total = sum(mx.square(leaf.astype(mx.float32)).sum() for leaf in leaves)
+        return gradients, mx.sqrt(total)
+    return optim.clip_grad_norm(gradients, max_norm)
+
+
 def apply_update(
     model: nn.Module,
     optimizer: optim.Optimizer,
@@ -102,27 +113,3 @@ def apply_update(
         optimizer.update(model, gradient)
         mx.eval(model.trainable_parameters(), optimizer.state)
     return size
-
-
-def minibatch_update(
-    rows: Sequence[int],
-    size: int,
-    gradient: Callable[[Sequence[int]], tuple[Any, dict[str, float]]],
-    apply: Callable[[Any], float],
-) -> list[dict[str, float]]:
-    """One update from the minibatches of `size` that `rows` fall into; the metrics of each.
-
-    `gradient(rows)` gives a tree, None where the minibatch must not move the weights, and metrics.
-    `apply(sum of the gradients)` returns their norm, which the last metrics get as "grad_norm".
-    """
-    total, metrics = None, []
-    for start in range(0, len(rows), size):
-        part, found = gradient(rows[start : start + size])
-        metrics.append(found)
-        if part is not None:
-            total = added(total, part)
-    if total is not None:
-        norm = metrics[-1]["grad_norm"] = apply(total)
-        if not math.isfinite(norm):  # of numbers that were finite themselves
-            metrics[-1] |= {"not_finite": 1.0, "skipped": 1.0}
-    return metrics

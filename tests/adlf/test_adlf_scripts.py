@@ -16,7 +16,7 @@ import fuse
 import ppo_training
 import sft
 from adlf import Advanced_training, stages, training
-from adlf.stages import Stage, found, run_stages
+from adlf.stages import RECORD, Stage, found, run_stages
 from command_line.exits import run_main
 from command_line.parser import Parser
 from errors import UserError
@@ -181,6 +181,28 @@ def test_what_is_finished_is_not_done_again(tmp_path, monkeypatch, capsys):
         run_stages(tmp_path / "D", made_stages(tmp_path, "more"))
 
 
+def test_a_stage_that_says_what_is_wrong_says_it_alone(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "stage.py"
+    script.write_text("import sys; print('error: no such model', file=sys.stderr); sys.exit(2)")
+    with pytest.raises(SystemExit) as end:
+        run_stages(tmp_path / "D", [Stage("one", str(script), [], tmp_path / "made")])
+    assert end.value.code == 2 and capfd.readouterr().err == "error: no such model\n"
+
+
+@pytest.mark.parametrize("there", ["{}", "[]", None])
+def test_a_record_that_is_a_link_is_refused_before_the_first_stage(tmp_path, monkeypatch, there):
+    monkeypatch.chdir(tmp_path)
+    Path("D").mkdir()
+    if there is not None:
+        Path("mine").write_text(there)
+    Path("D", RECORD).symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="stages.json: is a symbolic link"):
+        run_stages(tmp_path / "D", made_stages(tmp_path))
+    assert not Path("ran.txt").exists()
+    assert (Path("mine").read_text() if there is not None else None) == there
+
+
 def test_a_stage_that_was_begun_is_resumed_or_begun_anew(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("run_one/checkpoints/step-00000002").mkdir(parents=True)
@@ -250,21 +272,58 @@ class OnlySettled(list):
         return (f for f in list.__iter__(self) if getattr(f, "__name__", "") not in names)
 
 
+SEVERAL = "--data_path x --use_multi_objective"
+NO_WEIGHT = "--fluency_weight 0 --faithfulness_weight 0 --quality_weight 0"
+CONTRAST = "--data_path x --use_contrastive"
+
+
 @pytest.mark.parametrize(
     "module, line, said",
     [
         (training, "", "data-path"),
         (training, "--data_path x --adlf_alpha 2", "from 0 to 1"),
-        (training, "--data_path x --wandb_project P", "without --use_wandb"),
+        (training, "--data_path x --wandb_project P", "without --use-wandb"),
+        (training, "--data_path x --sft_epochs 0", "--sft-epochs: give a number above 0"),
+        (training, "--data_path x --ppo_epochs 2e6", "--ppo-epochs: give a number above 0"),
+        (training, "--data_path x --ppo_learning_rate -1", "--ppo-learning-rate: -1.0 is below 0"),
+        (training, "--data_path x --max_seq_length 1", "--max-seq-length: 1 is below 2"),
+        (training, "--data_path x --run_sft --ppo_epochs 3", "without --run_rlhf"),
+        (training, "--data_path x --run_sft --use_coherence_reward", "without --run_rlhf"),
+        (training, "--data_path x --adlf_alpha 0 --use_length_penalty", "at --adlf-alpha 0"),
+        (training, "--data_path x --adlf_alpha 0 --length_target 7", "at --adlf_alpha 0"),
+        (
+            training,
+            "--data_path x --use_coherence_reward --length_target 7",
+            "without --use_length_penalty",
+        ),
         (training, "--data_path x --run_sft --sft_checkpoint y", "give one of them"),
         (training, "--data_path nowhere.jsonl", "nowhere.jsonl"),
         (training, "--data_path UNSCORED", "no score"),
         (training, "--data_path EQUAL", "every score is 3"),
         (Advanced_training, "--data_path x --kl_target 1", "without --use-dynamic-kl"),
         (Advanced_training, "--data_path x --fluency_weight 1", "without --use-multi-objective"),
+        (Advanced_training, f"{SEVERAL} --fluency_weight -1", "not below 0"),
+        (Advanced_training, f"{SEVERAL} {NO_WEIGHT}", "all 0"),
+        (Advanced_training, f"{SEVERAL} --adlf_alpha 0", "no effect at --adlf-alpha 0"),
+        (Advanced_training, f"{SEVERAL} --use_coherence_reward", "with --use-multi-objective"),
+        (Advanced_training, f"{SEVERAL} --run_sft", "without --run_rlhf"),
+        (Advanced_training, "--data_path x --use_dynamic_kl --run_sft", "without --run_rlhf"),
+        (Advanced_training, "--data_path x --use_dynamic_kl --kl_target 0", "above 0"),
+        (Advanced_training, f"{CONTRAST} --contrastive_temp 0", "above 0"),
+        (Advanced_training, f"{CONTRAST} --sft_batch_size 3", "--sft-batch-size 3 is below 4"),
+        (Advanced_training, f"{CONTRAST} --use_self_critique", "drop one"),
+        (
+            Advanced_training,
+            "--data_path x --use_decision_transformer --score_template x",
+            "must hold {score}",
+        ),
+        (Advanced_training, "--data_path x --use_self_critique --critique_weight 2", "from 0 to 1"),
+        (Advanced_training, "--data_path x --cosine_cycles 2", "without --scheduler"),
+        (Advanced_training, "--data_path x --length_target 7", "without --use-length-penalty"),
     ],
 )
 def test_mistakes_are_one_line(module, line, said, tmp_path, monkeypatch, capsys):
+    """Before the first stage, whichever stage they are about: "x" is no file, and not read."""
     monkeypatch.chdir(tmp_path)
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     Path("UNSCORED").write_text(json.dumps(row) + "\n")

@@ -48,6 +48,7 @@ def test_an_encoder_learns_pairs_and_scores_as_it_was_trained(pairs, tmp_path, c
     from pytorch_runs import parse
 
     from command_line import sft_flags
+    from models.encoder_families import read_pair
     from models.encoder_reward import EncoderReward, is_encoder
 
     model = base_encoder(tmp_path / "bert")
@@ -70,8 +71,9 @@ def test_an_encoder_learns_pairs_and_scores_as_it_was_trained(pairs, tmp_path, c
     loaded = pytorch_encoder.load_encoder(
         parse(sft_flags, [*words, "--model", str(tmp_path / "out")])
     )
-    tokens = [loaded.model.pair(*pair, longest=64)[0] for pair in asked]
-    assert loaded.model.score(tokens) == pytest.approx(trained, abs=1e-5)
+    tokens = [read_pair(loaded.tokenizer, *pair, longest=64)[0]["input_ids"] for pair in asked]
+    scores = pytorch_encoder.Encoder(loaded).score(tokens)
+    assert scores == pytest.approx(trained, abs=1e-5)
 
 
 @pytest.mark.parametrize(

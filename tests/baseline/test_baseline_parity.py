@@ -9,7 +9,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from baseline_setup import DIGITS, ROOT, close, torch, training_losses
+from baseline_setup import DIGITS, ROOT, close, losses, torch
 from mlx.utils import tree_flatten
 from pytorch_actor_critic import ActorCritic as TorchActorCritic
 from pytorch_actor_critic import ValueHead as TorchValueHead
@@ -18,14 +18,13 @@ from pytorch_actor_critic import pack as torch_pack
 from pytorch_files import save_head, save_trained
 from pytorch_models import Tuned
 from pytorch_models import load_model as load_torch
-from pytorch_optimizers import Scheduler, build_optimizer, trainable
+from pytorch_optimizers import build_optimizer, trainable
 from pytorch_ppo_trainer import PPOTrainer as TorchPPOTrainer
 from pytorch_reward_model import RewardModel as TorchRewardModel
 from pytorch_sft_trainer import RewardTrainer, SFTTrainer
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from data_utils import (
-    BatchIterator,
     BatchPlan,
     read_records,
     tokenise_preferences,
@@ -43,7 +42,6 @@ from models.packing import pack
 from models.reward_model import RewardModel, load_reward_head
 from rewards.digits import digits_score
 from training.optimizers import build_optimizer as build_mlx_optimizer
-from training.schedules import learning_rate_schedule
 
 pytestmark = pytest.mark.torch
 SIZES = dict(
@@ -187,15 +185,8 @@ def rows_of(kind: str, tokenizer):
     return make[kind](records, tokenizer)
 
 
-def batches_of(rows) -> BatchIterator:
-    return BatchIterator(rows.rows, BatchPlan(rows.lengths, 16, seed=0))
-
-
-def losses(trainer, rows, steps: int, accumulation: int = 1) -> list[float]:
-    batches = batches_of(rows)
-    return [
-        trainer.step([next(batches) for _ in range(accumulation)])["loss"] for _ in range(steps)
-    ]
+def plan_of(rows) -> BatchPlan:
+    return BatchPlan(rows.lengths, 16, seed=0)
 
 
 RATES = {"lora": 3e-3, "dora": 3e-3, "full": 3e-4, "prompt": 3e-2}
@@ -211,16 +202,14 @@ def test_sft_losses(kind, tmp_path):
         build_mlx_optimizer("adam", RATES[kind], schedule="cosine", steps=50, warmup=5),
         max_grad_norm=1.0,
     )
-    optimizer = build_optimizer(trainable(theirs), "adam", RATES[kind])
+    cosine = {"schedule": "cosine", "steps": 50, "warmup": 5}
     trainer = SFTTrainer(
         theirs,
         tokenizer,
-        batches=batches_of(rows),
-        optimizer=optimizer,
-        scheduler=Scheduler(optimizer, learning_rate_schedule("cosine", 1.0, steps=50, warmup=5)),
+        optimizer=build_optimizer(trainable(theirs), "adam", RATES[kind], **cosine),
         max_grad_norm=1.0,
     )
-    found, wanted = losses(ours, rows, 50), training_losses(trainer, 50)
+    found, wanted = (losses(each, rows.rows, plan_of(rows), 50) for each in (ours, trainer))
     np.testing.assert_allclose(found, wanted, atol=1e-3)
     assert np.mean(found[-5:]) < np.mean(found[:5]) - 0.1  # and it is a training
 
@@ -241,18 +230,14 @@ def test_reward_model_losses(kind, data, pooling, tmp_path):
         RewardModelTask(reward_model, centering=0.01), build_mlx_optimizer("adam", 1e-3)
     )
     steps, accumulation = (50, 1) if (kind, pooling) == ("lora", "mean") else (10, 2)
-    optimizer = build_optimizer(trainable(torch_model), "adam", 1e-3)
     trainer = RewardTrainer(
         torch_model,
         tokenizer,
-        batches=batches_of(rows),
-        optimizer=optimizer,
-        scheduler=Scheduler(optimizer, lambda done: 1.0),
-        accumulation=accumulation,
+        optimizer=build_optimizer(trainable(torch_model), "adam", 1e-3),
         centering=0.01,
     )
-    found = losses(ours, rows, steps, accumulation)
-    wanted = training_losses(trainer, steps, accumulation)
+    asked = rows.rows, plan_of(rows), steps, accumulation
+    found, wanted = losses(ours, *asked), losses(trainer, *asked)
     np.testing.assert_allclose(found, wanted, atol=1e-3)
     texts = [getattr(row, "tokens", None) or row.chosen for row in rows.rows[:20]]
     close(reward_model.score(texts), torch_model.score(texts), "scores", relative=2e-3)
@@ -427,49 +412,6 @@ def test_ppo_learns_the_same_thing(tmp_path):
         if len(means) == 1:  # kept log-probabilities are those of the policy
             assert abs(stats["ppo/policy/ratio"] - 1) < 0.2
     assert means[-1] > means[0] + 0.05
-
-
-# ---- optimizers --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["adam", "adamw", "adafactor", "lion", "sgd", "muon"])
-def test_optimizers(name):
-    rng = np.random.default_rng(0)
-    start = {"a": rng.normal(size=(6, 4)), "head": rng.normal(size=(4, 3)), "b": rng.normal(size=5)}
-    options = dict(weight_decay=0.05, momentum=0.9 if name in ("sgd", "muon") else None)
-    parameters = {
-        k: torch.nn.Parameter(torch.tensor(v, dtype=torch.float32)) for k, v in start.items()
-    }
-    optimizer = build_optimizer(parameters, name, 0.01, **options)
-    factor = learning_rate_schedule("linear", 1.0, steps=10, warmup=2, end_factor=0.1)
-    scheduler = Scheduler(optimizer, factor)
-    model = {k: mx.array(v.astype(np.float32)) for k, v in start.items()}
-    mlx_optimizer = build_mlx_optimizer(
-        name, 0.01, schedule="linear", steps=10, warmup=2, end_factor=0.1, **options
-    )
-    mlx_optimizer.init(model)
-    for _ in range(6):
-        gradients = {k: rng.normal(size=v.shape).astype(np.float32) for k, v in start.items()}
-        for key, parameter in parameters.items():
-            parameter.grad = torch.tensor(gradients[key])
-        optimizer.step()
-        scheduler.step()
-        model = mlx_optimizer.apply_gradients({k: mx.array(g) for k, g in gradients.items()}, model)
-    # Muon orthogonalises in bfloat16 in torch.
-    relative = 2e-2 if name == "muon" else 1e-5
-    for key, parameter in parameters.items():
-        moved_by = np.abs(np.array(model[key]) - start[key]).max()
-        assert moved_by > 1e-3
-        close(model[key], parameter, key, relative=0, absolute=relative * moved_by + 1e-6)
-
-
-@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "cosine_with_restarts"])
-def test_schedules(name):
-    options = dict(steps=20, warmup=4, cycles=2, end_factor=0.25)
-    factor = learning_rate_schedule(name, 1.0, **options)
-    rate = learning_rate_schedule(name, 0.5, xp=mx, **options)
-    for done in range(25):
-        close(0.5 * factor(done), rate(done), f"{name} {done}", relative=1e-6)
 
 
 # ---- files -------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def test_the_checkpoints_before_a_bad_streak_are_kept(tmp_path):
 
 def test_a_ppo_run_ends_although_a_step_had_no_number(tmp_path, monkeypatch):
     rows = [{"step": 1, "objective/kl": None}, {"step": 2, "objective/kl": 0.5}]
-    monkeypatch.setattr("training.launch.read_rows", lambda folder: rows)
+    monkeypatch.setattr("training.results.read_rows", lambda folder: rows)
     monkeypatch.setattr("reports.training_plots.plot_ppo", lambda rows, path, **_: path)
     run = tmp_path / "run"
     ppo_main([*PPO, "--output-dir", str(run), "--save-file", str(tmp_path / "a.npz")])

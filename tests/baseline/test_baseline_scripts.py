@@ -1,8 +1,7 @@
-"""pytorch_sft.py and pytorch_ppo_training.py: commands, files that both sides read, resume."""
+"""pytorch_sft.py and pytorch_ppo_training.py: flags, commands, files that both sides read."""
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +9,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from baseline_runs import MODEL, PPO, SMALL, losses, other_base, ppo, sft
 from baseline_setup import DIGITS, ROOT, close, torch
-from files import tree, without_times
+from files import tree
 from flag_check import unread_flags
 from pytorch_files import load_adapter as load_torch_adapter
 from pytorch_models import load_model as load_torch
@@ -27,47 +27,11 @@ from models.base_fingerprint import KEY, base_fingerprint
 from models.load import load_model
 from models.reward_model import load_reward_model
 from ppo_training import main as mlx_ppo_main
-from run_folder.run import Run, read_rows
-from run_folder.run_config import MADE_BY
+from run_folder.run import read_rows
 
-pytestmark = pytest.mark.torch
-MODEL = str(DIGITS.relative_to(ROOT))
-SMALL = ["--iters", "4", "--batch-size", "8", "--val-batches", "2", "--steps-per-eval", "2"]
-PPO = [
-    "--num-steps",
-    "4",
-    "--batch-size",
-    "8",
-    "--max-new-tokens",
-    "10",
-    "--eval-samples",
-    "1",
-    "--ground-truth-reward",
-]
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("in_root")]
 ROOMS = ("pytorch_baseline", "command_line", "run_folder", "training", "rewards", "rl")
 SOURCES = [file for room in ROOMS for file in ROOT.glob(f"{room}/*.py")]
-
-
-@pytest.fixture(autouse=True)
-def in_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-
-
-def sft(folder, *words: str) -> Path:
-    """A small training of its own in `folder`; its run folder."""
-    sft_main(["--train", "--output-dir", str(folder), *SMALL, *words])
-    return Path(folder)
-
-
-def ppo(folder, *words: str) -> Path:
-    ppo_main(["--output-dir", str(folder), *PPO, *words])
-    return Path(folder)
-
-
-def losses(folder) -> list[dict]:
-    """The rows of metrics, without times."""
-    return [without_times(row) for row in read_rows(folder)]
 
 
 # ---- flags -------------------------------------------------------------------------------------
@@ -131,12 +95,13 @@ def test_a_folder_that_is_there_is_not_replaced(tmp_path, words):
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     before = tree(tmp_path)
     for there in (tmp_path / "mine", run, run / "model", base):
-        with pytest.raises(UserError, match="is there already; give another name"):
+        said = "exists already; give another name|is, or holds, what --model names"
+        with pytest.raises(UserError, match=said):
             sft(tmp_path / "new", "--model", str(base), *words, "--save-file", str(there))
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         sft_main(["--resume", str(run), "--save-file", str(base)])
     for there in (tmp_path / "new", tmp_path):
-        with pytest.raises(UserError, match="is where the run is kept"):
+        with pytest.raises(UserError, match="is, or holds, what --output-dir names"):
             sft(tmp_path / "new", *words, "--save-file", str(there))
     assert tree(tmp_path) == before
 
@@ -145,10 +110,10 @@ def test_a_run_is_not_replaced_by_its_model(tmp_path, monkeypatch):
     """Nor anything that holds it, or that it holds; whatever the run folder is called."""
     monkeypatch.chdir(tmp_path)
     data = ["--data", str(ROOT / "data")]
-    with pytest.raises(UserError, match="is where the run is kept"):
+    with pytest.raises(UserError, match="is, or holds, what --output-dir names"):
         sft_main(["--train", *SMALL, *data, "--save-file", "runs"])
     for there in (".", "o", "o/checkpoints"):
-        with pytest.raises(UserError, match="is where the run is kept"):
+        with pytest.raises(UserError, match="--output-dir names|keeps files of its own"):
             sft("o", *data, "--save-file", there)
     assert not list(tmp_path.iterdir())
 
@@ -165,7 +130,7 @@ def test_a_resumed_run_replaces_what_it_wrote(tmp_path):
     assert before.keys() == after.keys() and before != after
     assert {path.name for path in tmp_path.iterdir()} == {"model", "run"}
     (model / "letter.txt").touch()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         sft_main(["--resume", str(run), "--iters", "7"])
 
 
@@ -177,7 +142,7 @@ def test_a_resumed_run_replaces_nothing_else(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text(f"save-file: {model}")
     before = tree(tmp_path)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         sft_main(["--resume", str(run), "--config", str(config)])
     assert tree(tmp_path) == before
 
@@ -292,17 +257,6 @@ def test_reward_adapter_on_its_base(tmp_path):
     theirs = load_reward_model(path, load_model(DIGITS, dtype="float32"))
     assert ours.pooling == theirs.pooling == "last" and ours.gain != 1.0
     close(theirs.score(texts), ours.score(texts), relative=1e-4)
-
-
-def other_base(folder: Path, factor: float = 1.1) -> Path:
-    """The embedded model with one matrix multiplied, as transformers writes it."""
-    model = load_torch(str(DIGITS)).model
-    with torch.no_grad():
-        model.model.layers[1].self_attn.q_proj.weight.mul_(factor)
-    model.save_pretrained(folder)
-    for file in (*DIGITS.glob("*token*"), DIGITS / "config.json"):
-        shutil.copyfile(file, folder / file.name)
-    return folder
 
 
 def test_a_model_that_transformers_writes_anew_is_the_same_base(tmp_path):
@@ -431,107 +385,3 @@ def test_full_fine_tuning_into_a_folder_that_mlx_loads(tmp_path):
     theirs = load_torch(str(run / "model")).model(torch.tensor([[1, 30, 40, 50]])).logits
     close(merged.model(tokens), theirs, relative=1e-4)
     assert mx.abs(merged.model(tokens) - base.model(tokens)).max().item() > 1e-3
-
-
-# ---- repeat and resume -------------------------------------------------------------------------
-
-
-def stopped_after(folder: Path, step: int) -> Path:
-    """A copy of a finished run as it stood at a checkpoint."""
-    copied = folder.with_name(folder.name + "-stopped")
-    shutil.copytree(folder, copied)
-    for checkpoint in (copied / "checkpoints").glob("step-*"):
-        if int(checkpoint.name.split("-")[1]) > step:
-            shutil.rmtree(checkpoint)
-    (copied / "summary.json").unlink()
-    return copied
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "model" / "model.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--lora-dropout", "0.2", "--gradient-accumulation-steps", "2", "--optimizer", "adamw"],
-        ["--fine-tune-type", "full", "--grad-checkpoint", "--warmup-steps", "1"],
-    ],
-)
-def test_sft_repeats_and_resumes_to_the_byte(words, tmp_path):
-    words = [*words, "--save-every", "2", "--keep-checkpoints", "9"]
-    first, second = sft(tmp_path / "a", *words), sft(tmp_path / "b", *words)
-    assert weights(first) == weights(second) and losses(first) == losses(second)
-    stopped = stopped_after(first, 2)
-    sft_main(["--resume", str(stopped)])
-    assert weights(stopped) == weights(first) and losses(stopped) == losses(first)
-
-
-def test_ppo_repeats_and_resumes_to_the_byte(tmp_path):
-    words = [
-        "--save-every",
-        "2",
-        "--keep-checkpoints",
-        "9",
-        "--adap-kl-ctrl",
-        "--target",
-        "0.1",
-        "--horizon",
-        "50",
-        "--use-score-scaling",
-        "--min-response-length",
-        "3",
-    ]
-    first, second = ppo(tmp_path / "a", *words), ppo(tmp_path / "b", *words)
-    assert weights(first) == weights(second) and losses(first) == losses(second)
-    stopped = stopped_after(first, 2)
-    ppo_main(["--resume", str(stopped)])
-    assert weights(stopped) == weights(first) and losses(stopped) == losses(first)
-
-
-@pytest.mark.parametrize("main", [sft_main, ppo_main], ids=["sft", "ppo"])
-def test_resume_refuses_a_run_of_another_script(main, tmp_path, capsys):
-    this = "sft" if main is sft_main else "ppo_training"
-    for made, maker in MADE_BY.items():
-        Run(made, {"train": True}, output_dir=tmp_path / made).close()
-        before = tree(tmp_path)
-        if maker != f"pytorch_baseline/pytorch_{this}.py":
-            with pytest.raises(SystemExit):
-                main(["--resume", str(tmp_path / made)])
-            err = capsys.readouterr().err
-            assert f"is a run of {maker}, and this is pytorch_baseline/pytorch_{this}.py" in err
-            assert f"python {maker} --resume {tmp_path / made}" in err
-        assert tree(tmp_path) == before
-
-
-def test_resume_refuses_other_data(tmp_path):
-    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("digits_model"))
-    run = sft(tmp_path / "a", "--data", str(tmp_path / "data"))
-    rows = (tmp_path / "data" / "increasing_mult_2_train.jsonl").read_text().splitlines()
-    (tmp_path / "data" / "increasing_mult_2_train.jsonl").write_text("\n".join(rows[:-1]) + "\n")
-    before = tree(run)
-    with pytest.raises(UserError, match="--force-resume"):
-        sft_main(["--resume", str(run), "--iters", "9"])
-    assert tree(run) == before  # the options too
-
-
-def test_resume_refuses_other_weights_of_the_base(tmp_path):
-    run = sft(tmp_path / "a", "--model", str(other_base(tmp_path / "m", 1.0)))
-    other_base(tmp_path / "m", 1.1)
-    with pytest.raises(UserError, match="weights of the model are not what .* --force-resume"):
-        sft_main(["--resume", str(run)])
-    sft_main(["--resume", str(run), "--force-resume"])
-
-
-def test_recomputing_activations_changes_no_number(tmp_path):
-    plain, recomputed = sft(tmp_path / "a"), sft(tmp_path / "b", "--grad-checkpoint")
-    for a, b in zip(losses(plain), losses(recomputed), strict=True):
-        close(list(a.values()), list(b.values()), relative=1e-6)
-    a, b = ppo(tmp_path / "c"), ppo(tmp_path / "d", "--grad-checkpoint")
-    for one, other in zip(losses(a), losses(b), strict=True):
-        close(list(one.values()), list(other.values()), relative=1e-5)
-
-
-def test_memory_limit(tmp_path):
-    with pytest.raises(UserError, match="--memory-limit"):
-        sft(tmp_path / "a", "--memory-limit", "0.01")

@@ -8,16 +8,15 @@ import time
 
 import numpy as np
 import pytest
-from baseline_setup import DIGITS, ROOT, close, torch, training_losses
+from baseline_setup import DIGITS, ROOT, close, torch, updates
 from files import tree
 from pytorch_models import Tuned, load_model
-from pytorch_optimizers import Scheduler, build_optimizer, trainable
+from pytorch_optimizers import build_optimizer, trainable
 from pytorch_reward_model import RewardModel
 from pytorch_sft import main as sft_main
 from pytorch_sft_trainer import RewardTrainer, SFTTrainer
 
 from data_utils import (
-    BatchIterator,
     BatchPlan,
     epoch_batches,
     read_records,
@@ -56,23 +55,24 @@ def rows_of(kind: str, tokenizer, folder):
     return make[kind](records, tokenizer)
 
 
-def make_trainer(kind: str, rows, tokenizer, batch_size: int = 8, optimizer="sgd", **options):
+def make_trainer(kind: str, tokenizer, optimizer="sgd", **options):
     """A trainer of every weight of the embedded model, the same one each time."""
     torch.manual_seed(0)
     model = Tuned(load_model(str(DIGITS)).model, FULL)
     trained = model if kind == "text" else RewardModel(model, pooling="last")
-    optimizer = build_optimizer(trainable(trained), optimizer, 1e-2)
-    plan = BatchPlan(rows.lengths, batch_size, shuffle=False)
+    linear = {"schedule": "linear", "steps": 10}
     if kind != "text":
         options["centering"] = 0.01
     return (SFTTrainer if kind == "text" else RewardTrainer)(
         trained,
         tokenizer,
-        batches=BatchIterator(rows.rows, plan),
-        optimizer=optimizer,
-        scheduler=Scheduler(optimizer, lambda done: 1.0 - done / 10),
+        optimizer=build_optimizer(trainable(trained), optimizer, 1e-2, **linear),
         **options,
     )
+
+
+def in_order(rows, batch_size: int) -> BatchPlan:
+    return BatchPlan(rows.lengths, batch_size, shuffle=False)
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +89,12 @@ def test_several_batches_are_one_large_one(kind, tokenizer, tmp_path):
     """Weighted by tokens, rows and prompts: TRL's mean over batches would weigh rows unequally."""
     rows = rows_of(kind, tokenizer, tmp_path)
     rows.rows = rows.rows[:19]  # so that the last of the small batches has fewer rows
-    small = make_trainer(kind, rows, tokenizer, 4, accumulation=5)
-    large = make_trainer(kind, rows, tokenizer, 19)
-    found, wanted = [], []
-    small.train_for(1, 5, found.append)
-    large.train_for(1, 1, wanted.append)
-    assert found[0].keys() == wanted[0].keys()
-    for name, value in wanted[0].items():
-        close(found[0][name], value, name, relative=1e-5)
+    small, large = make_trainer(kind, tokenizer), make_trainer(kind, tokenizer)
+    (found,) = updates(small, rows.rows, in_order(rows, 4), 1, 5)
+    (wanted,) = updates(large, rows.rows, in_order(rows, 19), 1)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        close(found[name], value, name, relative=1e-5)
     after = weights(large)
     for name, weight in weights(small).items():
         close(weight, after[name], name, relative=1e-5)
@@ -107,7 +105,7 @@ def test_the_same_metrics_as_on_the_mlx_side(kind, tokenizer, tmp_path):
     """Of an evaluation, and of three updates of two batches; the last has one."""
     rows = rows_of(kind, tokenizer, tmp_path)
     rows.rows = rows.rows[:20]
-    theirs = make_trainer(kind, rows, tokenizer, 4, accumulation=2, max_grad_norm=0.5)
+    theirs = make_trainer(kind, tokenizer, max_grad_norm=0.5)
     base = load_mlx(DIGITS, dtype="float32")
     tuning = attach(base.model, FULL)
     if kind == "text":
@@ -117,7 +115,7 @@ def test_the_same_metrics_as_on_the_mlx_side(kind, tokenizer, tmp_path):
         model = MlxRewardModel(base.model, pooling="last", tuning=tuning)
         load_reward_head(model, tmp_path / "a.safetensors")
         task = RewardModelTask(model, centering=0.01)
-    plan = BatchPlan(rows.lengths, 4, shuffle=False)
+    plan = in_order(rows, 4)
 
     def same(found: dict, wanted: dict) -> None:
         assert found.keys() == wanted.keys()
@@ -127,36 +125,32 @@ def test_the_same_metrics_as_on_the_mlx_side(kind, tokenizer, tmp_path):
     evaluated = mlx_evaluate(task, epoch_batches(rows.rows, plan))
     same(theirs.evaluate(epoch_batches(rows.rows, plan)), evaluated)
     optimizer = build_mlx_optimizer("sgd", 1e-2, schedule="linear", steps=10)
-    ours, batches, found = SupervisedTrainer(task, optimizer, max_grad_norm=0.5), [], []
-    theirs.train_for(3, 5, found.append)
+    ours = SupervisedTrainer(task, optimizer, max_grad_norm=0.5)
     batches = list(epoch_batches(rows.rows, plan))
-    for metrics, part in zip(found, (batches[:2], batches[2:4], batches[4:]), strict=True):
-        wanted = ours.step(part)
-        assert metrics.pop("learning_rate") > 0
-        same(metrics, wanted)
+    for part in (batches[:2], batches[2:4], batches[4:]):
+        same(theirs.step(part), ours.step(part))
+        close(theirs.learning_rate, ours.learning_rate, relative=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion", "adafactor"])
 def test_an_update_that_is_not_finite_is_as_if_it_had_not_been(optimizer, tokenizer, tmp_path):
     """Weights, moments and schedule; the updates after it have a loss again."""
     rows = rows_of("text", tokenizer, tmp_path)
-    whole, broken = (make_trainer("text", rows, tokenizer, 8, optimizer) for _ in range(2))
-    other = [*rows.rows[:8], *rows.rows[16:24]]
-    whole.batches = BatchIterator(other, BatchPlan([0] * 16, 8, shuffle=False))
+    whole, broken = (make_trainer("text", tokenizer, optimizer) for _ in range(2))
     compute = broken.compute_loss
 
     def second_is_nan(model, inputs, *args, **options):
         loss = compute(model, inputs, *args, **options)
         return loss * float("nan") if inputs["input_ids"][0].tolist() == second else loss
 
-    batches = list(epoch_batches(rows.rows, broken.batches.plan))[:3]
+    batches = list(epoch_batches(rows.rows, in_order(rows, 8)))[:3]
     second = batches[1].tokens[0].tolist()
     broken.compute_loss = second_is_nan
-    found, wanted = [], []
-    broken.train_for(3, 3, found.append)
-    whole.train_for(2, 2, wanted.append)
+    found = [broken.step([batch]) for batch in batches]
+    wanted = [whole.step([batch]) for batch in (batches[0], batches[2])]
     assert [m["not_finite"] for m in found] == [0, 1, 0] and np.isnan(found[1]["loss"])
     assert found[0] == wanted[0] and found[2] == wanted[1]
+    assert broken.learning_rate == whole.learning_rate
     after = weights(whole)
     assert all(torch.equal(weight, after[name]) for name, weight in weights(broken).items())
 
@@ -213,14 +207,15 @@ def test_trl_tells_nobody(tokenizer, tmp_path, monkeypatch):
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setattr(base_trainer, "send_telemetry", send)
     for kind in ("text", "pairs"):
-        training_losses(make_trainer(kind, rows_of(kind, tokenizer, tmp_path), tokenizer), 1)
+        rows = rows_of(kind, tokenizer, tmp_path)
+        updates(make_trainer(kind, tokenizer), rows.rows, in_order(rows, 8), 1)
 
 
-def test_the_tokenizer_is_left_alone(tokenizer, tmp_path):
+def test_the_tokenizer_is_left_alone(tokenizer):
     """RewardTrainer wants a padding token; one that a model has not must not be saved with it."""
     before, tokenizer.pad_token = tokenizer.pad_token, None
     try:
-        make_trainer("pairs", rows_of("pairs", tokenizer, tmp_path), tokenizer)
+        make_trainer("pairs", tokenizer)
         assert tokenizer.pad_token is None
     finally:
         tokenizer.pad_token = before

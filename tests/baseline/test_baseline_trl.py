@@ -8,14 +8,13 @@ import json
 
 import numpy as np
 import pytest
-from baseline_setup import DIGITS, ROOT, close, torch, training_losses
+from baseline_setup import DIGITS, ROOT, close, losses, torch
 from pytorch_models import Tuned, load_model, mlx_layout
-from pytorch_optimizers import Scheduler, trainable
+from pytorch_optimizers import Optimizer, trainable
 from pytorch_reward_model import RewardModel
 from pytorch_sft_trainer import RewardTrainer, SFTTrainer
 
 from data_utils import (
-    BatchIterator,
     BatchPlan,
     read_records,
     tokenise_preferences,
@@ -57,20 +56,18 @@ def trl_losses(trainer) -> list[float]:
     return [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
 
 
-def our_losses(kind, model, tokenizer, rows, **losses) -> list[float]:
+def our_losses(kind, model, tokenizer, rows, **options) -> list[float]:
     """The loss of each step; the model's weights move as they do in TRL's."""
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=RATE, weight_decay=0.0)
     plan = BatchPlan([0] * len(rows), BATCH, shuffle=False)  # lengths order shuffled rows alone
     trainer = kind(
         model,
         tokenizer,
-        batches=BatchIterator(rows, plan),
-        optimizer=optimizer,
-        scheduler=Scheduler(optimizer, lambda done: 1.0),
+        optimizer=Optimizer(optimizer),
         max_grad_norm=1.0,
-        **losses,
+        **options,
     )
-    return training_losses(trainer, STEPS)
+    return losses(trainer, rows, plan, STEPS)
 
 
 @pytest.mark.parametrize("mask_prompt", [False, True])

@@ -6,8 +6,10 @@ import pytest
 from tiny import tiny_model_folder
 
 import group_training
+import judge
 import ppo_training
 import preference_training
+import rest
 import score
 import sft
 from command_line.exits import run_main
@@ -104,6 +106,24 @@ TRAINED = {
     (ppo_training, "prompt"): SCRIPTS[ppo_training] + " --max-new-tokens 4 --preview",
     (group_training, "prompt"): SCRIPTS[group_training] + " --max-new-tokens 4 --preview",
 }
+
+
+REWARD = "--reward-function reward.py:length "
+READ = {
+    (score, "--input conversation.jsonl"): REWARD,
+    (score, "--prompts prompt.jsonl"): REWARD + "--samples 1 --max-new-tokens 2",
+    (judge, "--input pairs.jsonl"): REWARD + "--output labels.jsonl --force",
+    (rest, "--train-file prompt.jsonl"): REWARD + "--max-new-tokens 2 --grow-steps 1 --iters 1 "
+    "--quantiles 0 --lora-rank 1 --overwrite --output-dir run --save-file a.npz",
+}
+
+
+@pytest.mark.parametrize("script, rows, words", [(*key, w) for key, w in READ.items()], ids=str)
+def test_conversations_of_other_scripts_for_a_base_model(run, script, rows, words):
+    for more, count in (("--model base", 1), ("--model instruct", 0)):
+        status, said = run(script, f"{rows} {words} {more}")
+        assert status == 0, said
+        assert said.count("has no chat template") == count
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """No flag is parsed and ignored; help is complete."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -105,14 +106,41 @@ def test_the_names_of_the_short_help_are_flags(monkeypatch):
     assert COMMON <= known
 
 
-def test_a_python_without_the_packages_is_one_line(tmp_path):
-    """-S and -I: no packages but the standard library's."""
-    code = (
-        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['sft.py', '--train']; "
-    )
-    code += f"runpy.run_path({str(ROOT / 'sft.py')!r}, run_name='__main__')"
+def run_in_wrong_python(script: str, folder, before: str = "") -> str:
+    """The one line that a script says; -S and -I: no packages but the standard library's."""
+    path, search = str(ROOT / script), [str(ROOT), str((ROOT / script).parent)]
+    code = f"import runpy, sys; sys.path[:0] = {search!r}; sys.argv = [{path!r}, '--help']; "
+    code += before + f"runpy.run_path({path!r}, run_name='__main__')"
     words = [sys.executable, "-S", "-I", "-c", code]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and not done.stdout
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout, done.stderr
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and "has no numpy" in line and ".venv/bin/activate" in line
+    assert line.startswith("error: ")
+    return line
+
+
+RUN_BY_PEOPLE = [path.name for path in ROOT.glob("*.py") if "__main__" in path.read_text("utf-8")]
+RUN_BY_PEOPLE += [
+    f"{path.parent.name}/{path.name}"
+    for folder in ("adlf", "data", "pytorch_baseline")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if 'if __name__ == "__main__"' in path.read_text("utf-8")
+]
+
+
+@pytest.mark.parametrize("script", [*RUN_BY_PEOPLE, "benchmarks/apple.py"])
+def test_a_python_without_the_packages_is_one_line(tmp_path, script):
+    line = run_in_wrong_python(script, tmp_path)
+    place = ".venv-baseline" if script.startswith("pytorch") else ".venv"
+    assert "has no numpy" in line and f"`. {place}/bin/activate`" in line
+
+
+@pytest.mark.parametrize("script", ["sft.py", "adlf/training.py", "data/imessage.py"])
+def test_a_python_that_is_too_old_is_one_line(tmp_path, script):
+    line = run_in_wrong_python(script, tmp_path, "sys.version_info = (3, 9, 18, 'final', 0); ")
+    assert "is Python 3.9, and 3.11 or newer is needed" in line
+
+
+def test_what_comes_before_that_line_is_read_by_old_pythons():
+    for script in [*RUN_BY_PEOPLE, "benchmarks/apple.py", "right_python.py", "fast_blas.py"]:
+        ast.parse((ROOT / script).read_text("utf-8"), script, feature_version=(3, 8))

@@ -1,5 +1,6 @@
 """Flags of docs/techniques.md: what says nothing or contradicts itself is one line."""
 
+import json
 import re
 
 import pytest
@@ -100,6 +101,20 @@ def test_contrastive_without_labels(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run_main(lambda: sft.main(line.split()))
     assert end.value.code == 2 and "kinds of label" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "scores, said", [([1, 2, 1], "3 rows are below 4"), ([1, 2, 3, 4, 5], "no two rows")]
+)
+def test_contrastive_with_too_few_rows(scores, said, tmp_path, monkeypatch, capsys):
+    """Of which a batch is made, or that could be drawn together."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "2 4", "completion": " 6", "meta_eval_score": score} for score in scores]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = "--train --train-file rows.jsonl --use-contrastive --batch-size 8 --output-dir run"
+    with pytest.raises(SystemExit) as end:
+        run_main(lambda: sft.main(line.split()))
+    assert end.value.code == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

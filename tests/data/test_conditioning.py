@@ -55,7 +55,19 @@ def test_the_first_user_turn_says_it():
         put_before(turns[:1], "[5] ")
 
 
-@pytest.mark.parametrize("template", ["", "no score", "{score} {other}", "{score:q}", "{", "{}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "",
+        "no score",
+        "{score} {other}",
+        "{score:q}",
+        "{",
+        "{}",
+        "{score:20000}",
+        "{score:9999999999999}",
+    ],
+)
 def test_templates_that_do_not_say_it(template):
     with pytest.raises(UserError, match="score-template"):
         check_template(template)

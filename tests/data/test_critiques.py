@@ -32,7 +32,15 @@ def test_a_critique_asks_about_the_answer_and_gives_reason_and_score():
 
 
 @pytest.mark.parametrize(
-    "template", ["{prompt}", "{response} {prompt} {x}", "{prompt} {response", ""]
+    "template",
+    [
+        "{prompt}",
+        "{response} {prompt} {x}",
+        "{prompt} {response",
+        "",
+        "{prompt:20000} {response}",
+        "{prompt:9999999999999} {response}",
+    ],
 )
 def test_templates_without_their_fields(template):
     with pytest.raises(UserError, match="--critique-template"):

@@ -8,7 +8,8 @@ from tiny_tokenizers import tiny_tokenizer
 
 import sft
 from chat.conversation import Conversation, Prompting
-from command_line.sft_flags import load_rows, parse_arguments
+from command_line.sft_flags import parse_arguments
+from command_line.sft_rows import load_rows
 from data_loading.formats import to_record
 from data_utils import Records
 from errors import UserError

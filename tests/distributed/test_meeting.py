@@ -76,6 +76,15 @@ def test_other_rows_in_a_file_of_the_same_name_are_refused(tmp_path):
     assert first.error == said
 
 
+def test_a_script_that_works_alone_is_not_started_as_several(tmp_path):
+    """Two of it would write into one folder."""
+    env = {"MLX_HOSTFILE": str(hostfile(tmp_path))}
+    processes = [started(tmp_path, "rest.py", "", MLX_RANK=rank, **env) for rank in ("0", "1")]
+    first, second = map(ended, processes)
+    assert (first.code, second.code) == (2, 2)
+    assert first.error.startswith("error: rest.py works alone") and second.err == ""
+
+
 @pytest.mark.long
 def test_an_error_of_all_is_said_once(tmp_path):
     first, second = both(tmp_path, [f"{LINE} --use-contrastive"] * 2)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from together import (
     CLOSE,
+    INT,
     KILL,
     STOP,
     assert_same_numbers,
@@ -28,6 +29,10 @@ NO_EVALUATION = COMMON.replace("--eval-every 2 --eval-prompts 3 --eval-samples 1
 TRUE = "--ground_truth_reward"
 PPO = f"{TRUE} {COMMON} --mini-batch-size 4 --ppo-epochs 2"
 GROUP = f"{TRUE} {COMMON} --num-generations 4 --mini-batch-size 4 --ppo-epochs 2"
+MASKED = (
+    f"{TRUE} {NO_EVALUATION} --num-generations 4 --mini-batch-size 2 --max-new-tokens 9 "
+    "--mask-truncated-completions"
+)
 SAME = {
     "ppo": ("ppo_training.py", PPO),
     "ppo accumulated": (
@@ -59,6 +64,12 @@ SAME = {
         "group_training.py",
         f"{TRUE} {COMMON} --online-dpo --mini-batch-size 4",
     ),
+    # Rows of one minibatch, of which one worker's has no token: constants of the loss, row means.
+    "masked rloo": (
+        "group_training.py",
+        f"{MASKED} --advantage-estimator rloo --beta 0.05",
+    ),
+    "masked vespo": ("group_training.py", f"{MASKED} --loss-type vespo"),
     # One prompt a step: the group lies on both workers in the update, on one in the rollout.
     "one prompt": ("group_training.py", f"{GROUP} --num-generations 8"),
 }
@@ -124,6 +135,18 @@ def test_a_learned_reward_is_shared_out(tmp_path):
     ran(tmp_path / "two", "ppo_training.py", line, 2)
     assert largest_difference(tmp_path / "one" / "out.npz", tmp_path / "two" / "out.npz") < CLOSE
     assert_same_numbers(rows(tmp_path / "one"), rows(tmp_path / "two"))
+
+
+@LONG
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_is_heard_in_steps_without_an_update(rank, tmp_path):
+    """No response ends, so every one is masked, and no gradient is added up."""
+    line = f"{GROUP} --mask-truncated-completions --max-new-tokens 1 --num-steps 5000 "
+    line += "--eval-every 0 --save-every 0"
+    line = line.replace("--eval-every 2 --eval-prompts 3 --eval-samples 1", "")
+    found = signalled(tmp_path, "group_training.py", line, INT, rank, after=3)
+    assert found.code == 130, found.err
+    assert "stopped; go on with:" in found.out
 
 
 UNEVEN = {

@@ -131,6 +131,28 @@ def test_a_signal_at_any_worker_stops_all(rank, tmp_path):
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
 
 
+@LONG
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_after_the_last_update_stops_all_too(rank, tmp_path):
+    """Here in a long validation at the end; the run goes on to what it would have left."""
+    line = f"{UNEVEN} --iters 2 --steps-per-eval 2 --save-every 0 --val-batches 140"
+    line = line.replace(
+        "--max-rows 10", "--train-file ../train.jsonl --validation-file ../all.jsonl"
+    )
+    text = "\n".join(unequal_rows())
+    (tmp_path / "train.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "all.jsonl").write_text("\n".join([text] * 40), encoding="utf-8")
+    found = signalled(tmp_path / "run", "sft.py", line, INT, rank=rank, after=3)
+    assert found.code == 130, found.err + found.out
+    assert "stopped; go on with:" in found.out and not (tmp_path / "run" / "out.npz").exists()
+    ran(tmp_path / "run", "sft.py", "--resume run")
+    ran(tmp_path / "whole", "sft.py", line, 2)
+    for name in ("run", "whole"):
+        assert (tmp_path / name / "out.npz").exists()
+    one, other = ((tmp_path / name / "out.npz").read_bytes() for name in ("run", "whole"))
+    assert one == other
+
+
 REFUSED = {
     "--use-contrastive": ("sft.py", "--use-contrastive compares the rows of a batch"),
     "--loss-type aot": ("preference_training.py", "--loss-type aot compares the rows of a batch"),

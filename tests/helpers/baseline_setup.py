@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_utils import BatchIterator
+
 torch = pytest.importorskip("torch", reason="make test-baseline installs PyTorch")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "pytorch_baseline"))
@@ -34,10 +36,12 @@ def close(ours, theirs, what: str = "", *, relative: float = 1e-5, absolute: flo
         assert difference <= allowed, f"{what}: {difference:.2g} is above {allowed:.2g}"
 
 
-def training_losses(trainer, updates: int, accumulation: int = 1) -> list[float]:
-    """The loss of each update of a trainer of pytorch_sft_trainer."""
-    found = []
-    trainer.train_for(
-        updates, updates * accumulation, lambda metrics: found.append(metrics["loss"])
-    )
-    return found
+def updates(trainer, rows, plan, count: int, accumulation: int = 1) -> list[dict[str, float]]:
+    """The metrics of each update of a trainer, of either side."""
+    batches = BatchIterator(rows, plan)
+    made = [[next(batches) for _ in range(accumulation)] for _ in range(count)]
+    return [trainer.step(part) for part in made]
+
+
+def losses(*words) -> list[float]:
+    return [metrics["loss"] for metrics in updates(*words)]

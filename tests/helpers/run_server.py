@@ -23,7 +23,7 @@ def serve() -> None:
     import mlx_lm.utils
     from PIL import Image
 
-    for script in ("sft", "preference_training", "ppo_training", "group_training", "fuse"):
+    for script in ("sft", "preference_training", "ppo_training", "group_training", "rest", "fuse"):
         importlib.import_module(script)
     for kind in ("sft_trainer", "preference_tasks", "ppo_trainer", "group_trainer"):
         importlib.import_module(f"mlx_{kind}")

@@ -123,6 +123,7 @@ SHORT = {
             f"--eval-every 2 --eval-prompts 2 --eval-samples 1 {FEW}"
         ),
     ),
+    "sft resumed": Short("sft.py", words("--resume run --iters 3"), "out.npz", "sft"),
     "fuse": Short(
         "fuse.py", words("--adapter-file out.npz --save-path fused --run run"), "fused", "sft"
     ),
@@ -131,7 +132,7 @@ SHORT = {
     ),
 }
 
-TRAINED = [name for name, short in SHORT.items() if short.saved == "out.npz"]
+TRAINED = [name for name, short in SHORT.items() if short.saved == "out.npz" and not short.needs]
 
 
 def training_scripts() -> list[str]:

@@ -166,17 +166,30 @@ def rows(tmp_path, monkeypatch):
 ROLLOUTS = "--reward-function own.py:mine --eval-every 0 --batch-size 16 --max-new-tokens 40 "
 
 
+def expected_in(out: str) -> str:
+    """The memory expected, with its parts, as it was said."""
+    (line,) = [line for line in out.splitlines() if line.startswith("memory expected")]
+    return line.split(": ", 1)[1].split(" of ")[0]
+
+
 @pytest.mark.parametrize("script", [ppo_training, group_training])
 def test_a_minibatch_is_chosen_and_said(rows, capsys, script):
     words = (rows + ROLLOUTS).split()
     assert script.main(words) == 0
     out = capsys.readouterr().out
-    assert "memory expected: " in out and "in a gradient of 16 rows" in out
+    assert "memory expected if responses take all --max-new-tokens 40: " in out
+    assert "in a gradient of 16 rows" in out
     assert "weights 0.5 MB" in out and "logits " in out
     script.main([*words, "--memory-limit", "0.008"])
     out = capsys.readouterr().out
     assert "to fit the memory: --mini-batch-size 4 --gradient-accumulation-steps 4" in out
     assert "in a gradient of 4 rows" in out and "of 8.0 MB" in out
+    chosen = expected_in(out)
+    few = "--mini-batch-size 4 --gradient-accumulation-steps 4".split()
+    script.main([*words, *few])  # what was asked for is what is said, with room to spare
+    assert expected_in(capsys.readouterr().out) == chosen
+    script.main([*words, *few[:2]])
+    assert expected_in(capsys.readouterr().out) == chosen
     script.main([*words, "--memory-limit", "0.008", "--mini-batch-size", "16"])
     out = capsys.readouterr().out
     assert "in a gradient of 16 rows" in out and "warning: memory expected" in out

@@ -7,7 +7,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from script_table import DATA, SHORT, training_scripts
+from script_table import DATA, SHORT, TRAINED, training_scripts
 from short_runs import run
 
 import fuse
@@ -26,7 +26,7 @@ def test_every_training_script_has_a_case():
     assert {*training_scripts()} <= {SHORT[name].script for name in CASES}
 
 
-CASES = [name for name, short in SHORT.items() if short.script in training_scripts()]
+CASES = TRAINED
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -86,6 +86,10 @@ def test_the_run_that_wrote_it_may_write_it_again_and_nobody_else(tmp_path):
     run(sft, "--resume", "run", "--iters", 3)
     run(sft, *words, "--output-dir", "run", "--overwrite")
     assert (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns > before
+    letter = tmp_path / "model" / "letter.txt"
+    letter.touch()
+    assert "exists already" in run(sft, "--resume", "run", "--iters", 4, status=2)
+    letter.unlink()
     assert "exists already" in run(sft, *words, "--output-dir", "run2", status=2)
     run(sft, *TINY, "--output-dir", "run3", "--fused-dir", "model3")
     said = run(sft, *words, "--output-dir", "run3", "--overwrite", status=2)
@@ -103,6 +107,7 @@ def test_the_run_that_wrote_it_may_write_it_again_and_nobody_else(tmp_path):
         (["--fused-dir", "out", "--output-dir", "out"], "--output-dir names"),
         (["--fused-dir", "out", "--output-dir", "out/run"], "--output-dir names"),
         (["--fused-dir", "run/plots", "--output-dir", "run"], "files of its own"),
+        (["--fused-dir", "runs"], "--output-dir names"),
         (["--fused-dir", "out", "--save-file", "out"], "--save-file names"),
         (["--fused-dir", "out", "--save-file", "out/a.npz"], "--save-file names"),
         (["--fused-dir", "base", "--model", "base"], "--model names"),

@@ -306,7 +306,13 @@ def test_only_the_folder_is_uploaded(made, tmp_path):
         ({}, "data", "data"),
         ({"train_file": ["/home/a/pairs.jsonl", "more.jsonl"]}, "pairs.jsonl, more.jsonl", None),
         ({"train_file": "own.jsonl", "validation_file": "/home/a/v.jsonl"}, "own.jsonl", "v.jsonl"),
-        ({"dataset": "some/rows", "train_file": None}, "some/rows", None),
+        ({"dataset": ["some/rows"], "train_file": None}, "some/rows", None),
+        (
+            {"dataset": ["a/rows", "b/rows"], "validation_file": ["v.jsonl"]},
+            "a/rows, b/rows",
+            "v.jsonl",
+        ),
+        ({"dataset": "some/rows", "train_file": None}, "some/rows", None),  # of an older run
     ],
 )
 def test_card_names_the_rows_that_were_trained_on(tmp_path, options, data, held):
@@ -315,6 +321,7 @@ def test_card_names_the_rows_that_were_trained_on(tmp_path, options, data, held)
     fuse(tmp_path, "--adapter-file", "a.npz", "--save-path", "fused", "--license", "apache-2.0")
     card = (tmp_path / "fused" / "README.md").read_text()
     assert f"\n- Data: {data}\n" in card and "/home" not in card
+    assert metadata(card).get("datasets") == (data.split(", ") if "dataset" in options else None)
     [result] = metadata(card)["model-index"][0]["results"]
     assert result["dataset"]["name"] == f"held-out rows of {held or data}"
 

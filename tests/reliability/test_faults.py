@@ -21,11 +21,12 @@ from reliable_runs import (
     differences,
     fault_shim,
     left_by_short,
+    quick,
     shared_server,
     start_of,
     whole_short,
 )
-from script_table import SHORT
+from script_table import SHORT, TRAINED
 
 from safe_files import TEMPORARY
 
@@ -89,6 +90,72 @@ def test_some_touches(server, tmp_path, name):
     runs = sum(short.script == script for short in SHORT.values())
     for number, at in enumerate(spread(count, POINTS // runs)):
         hit(server, name, tmp_path / str(at), at, (KILL, FAIL)[number % 2])
+
+
+# ------------------------------------------------------------------------------ the beginning
+
+
+def beginnings(name: str) -> list[int]:
+    """Touches right behind those that give a run its first two files, whichever is first."""
+    touches = [touch.split(" ", 1)[1] for touch in whole_short(name)[2]]
+    named = touches.index("rename run/config.json")
+    rows = next(i for i, touch in enumerate(touches) if touch.startswith("open run/metrics.jsonl"))
+    return [min(named, rows) + 2, max(named, rows) + 1, max(named, rows) + 2]
+
+
+def three_commands(server: Server, name: str, folder: Path) -> list[Ended]:
+    """The same command, --resume and --overwrite, each in a copy of what a kill has left."""
+    short, found = SHORT[name], []
+    for how, line in (
+        ("same", short.line),
+        ("resume", ["--resume", "run"]),
+        ("overwrite", [*short.line, "--overwrite"]),
+    ):
+        copy = folder.with_name(f"{folder.name}-{how}")
+        shutil.copytree(folder, copy)
+        found.append(server.run(short.script, line, copy))
+        if found[-1].code == 0:
+            assert differences(whole_short(name)[1], left_by_short(copy, name)) == [], how
+    return found
+
+
+def check_way_on(ended: list[Ended]) -> None:
+    """One of the three works, and those that refuse name one that does."""
+    works = {
+        how
+        for how, end in zip(("same", "resume", "overwrite"), ended, strict=True)
+        if end.code == 0
+    }
+    said = [end.err for end in ended]
+    assert works, said
+    for end in ended:
+        if end.code:
+            named = {how for how in ("resume", "overwrite") if f"--{how}" in end.error}
+            assert end.code == 2 and (named & works or "same" in works), end.error
+
+
+@pytest.mark.parametrize("name", quick("sft", TRAINED))
+def test_killed_between_metrics_and_config_one_of_three_commands_works(server, tmp_path, name):
+    """The same command, --resume and --overwrite were all refused: a folder stuck for good."""
+    short, points = SHORT[name], beginnings(name)
+    for at in points[:1] if name == "sft" else points:
+        folder = start_of(name, tmp_path / str(at))
+        ended = server.run(short.script, short.line, folder, fault=(at, KILL))
+        assert ended.code == -signal.SIGKILL
+        check_way_on(three_commands(server, name, folder))
+
+
+@pytest.mark.parametrize("left", [["metrics.jsonl"], ["metrics.jsonl", "samples.jsonl"], []])
+@pytest.mark.parametrize("name", quick("", ["sft", "ppo", "group"]))
+def test_what_older_versions_left_of_a_beginning_is_no_stuck_folder(server, tmp_path, name, left):
+    """They opened metrics.jsonl before they wrote config.json."""
+    (run := tmp_path / "x" / "run").mkdir(parents=True)
+    for file in left:
+        (run / file).touch()
+    check_way_on(three_commands(server, name, tmp_path / "x"))
+
+
+# ------------------------------------------------------------------------------ all of them
 
 
 @pytest.mark.long

@@ -1,11 +1,14 @@
 """Tokens from the environment, options and URLs appear in nothing that a run leaves or prints."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+from label_setup import write_samples
 from reliable_runs import RUNS, Ended, data_in, shared_server
-from script_table import SHORT, TRAINED
+from script_table import DATA, SHORT, TRAINED
 
+from adlf.stages import RECORD, Stage, run_stages
 from run_folder.secrets import is_secret_name, redact, secret_values
 
 LONG = pytest.mark.long
@@ -89,6 +92,62 @@ def test_a_service_that_does_not_answer_leaves_no_secret(tmp_path):
     ended = shared_server().run(script, ["--resume", "run"], tmp_path, **SECRETS)
     assert ended.code == 2 and "--reward-url: it held a secret" in ended.error
 
+
+# ------------------------------------------------------------------------------ other scripts
+
+PASSWORD = SECRETS["MY_PASSWORD"]
+PAIRS = str(DATA / "preference_increasing_mult_2_test.jsonl")
+IN_A_NAME = {
+    "a model that judges": ("judge.py", ["--judge", f"of {PASSWORD}", "--max-rows", "2"]),
+    "a model that critiques": (
+        "judge.py",
+        ["--judge", f"of {PASSWORD}", "--revise", "--judge-max-tokens", "4", "--max-rows", "1"],
+    ),
+    "a reward that judges": (
+        "judge.py",
+        ["--reward-function", f"of {PASSWORD}/own.py:length", "--max-rows", "2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_A_NAME)
+def test_names_of_judges_in_labels_hold_no_secret(tmp_path, case):
+    script, words = IN_A_NAME[case]
+    shutil.copytree(DATA / "digits_model", tmp_path / "x" / f"of {PASSWORD}")
+    own = "def length(prompts, responses):\n    return [float(len(r)) for r in responses]\n"
+    (tmp_path / "x" / f"of {PASSWORD}" / "own.py").write_text(own)
+    words = ["--input", PAIRS, *words, "--output", "labels.jsonl"]
+    for _ in range(2):  # the second goes on with the first's
+        ended = shared_server().run(script, words, tmp_path / "x", **SECRETS)
+        assert ended.code == 0, ended.err
+    assert "goes on after" in ended.out
+    rows = [*(tmp_path / "x").glob("labels*.jsonl")]
+    assert rows and not any(PASSWORD in file.read_text() for file in rows)
+    assert PASSWORD not in ended.out + ended.err
+
+
+def test_models_in_labels_and_samples_hold_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_PASSWORD", PASSWORD)
+    shutil.copytree(DATA / "digits_model", folder := tmp_path / f"of {PASSWORD}")
+    for words in ([], ["--against", str(folder)], ["--tokenizer", str(folder)]):
+        write_samples(tmp_path, [["8", "9"]], "--model", str(folder), *words)
+        head = (tmp_path / "labels.samples.jsonl").read_text()
+        assert "of <redacted>" in head and PASSWORD not in head
+
+
+def test_the_record_of_stages_holds_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_PASSWORD", PASSWORD)
+    made = tmp_path / "made"
+    made.touch()
+    (tmp_path / "stage.py").write_text("")
+    for words in (["--data", f"in/{PASSWORD}"], [f"--url=http://u:{PASSWORD}@h"], [PASSWORD]):
+        stage = Stage("one", str(tmp_path / "stage.py"), words, made)
+        run_stages(folder := tmp_path / str(len(words[0])), [stage])
+        assert PASSWORD not in (folder / RECORD).read_text()
+        run_stages(folder, [stage])  # which knows it again
+
+
+# ------------------------------------------------------------------------------ reward functions
 
 REWARD = """
 import os, warnings

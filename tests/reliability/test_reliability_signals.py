@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM on real runs, two runs in one folder, and the limits of memory."""
 
 import signal
+import time
 
 import pytest
 from reliable_runs import (
@@ -19,6 +20,7 @@ from reliable_runs import (
 )
 
 from run_folder.checkpoint_folder import latest_checkpoint
+from run_folder.stopping import AGAIN
 from training.checkpoints import load_checkpoint
 
 
@@ -45,6 +47,7 @@ PLACES = {
     "reward": ("ppo", "training.rollout_loop.RolloutLoop", "score"),
     "sampling of groups": ("group", "mlx_group_trainer.GroupTrainer", "generate"),
     "reference": ("ppo", "mlx_ppo_trainer.PPOTrainer", "score_reference"),
+    "sampling of ReST": ("rest", "training.grow.Grower", "sample"),
     "evaluation of PPO": ("ppo", "mlx_ppo_trainer.PPOTrainer", "sample_for_evaluation"),
 }
 AT = """
@@ -125,7 +128,7 @@ def slow(self, *words):
     inner(self, *words)
     if not said:
         said.append(sys.stderr.write("a slow part begins\\n"))
-        time.sleep(0.5)
+        time.sleep({seconds})
 mlx.optimizers.Optimizer.update = slow
 """
 
@@ -135,7 +138,7 @@ def test_a_signal_during_the_update_finishes_the_step(server, tmp_path, name):
     script, line = RUNS[name]
     run = tmp_path / "run"
     for done, (number, code) in enumerate(((signal.SIGINT, 130), (signal.SIGTERM, 143)), 1):
-        running = server.start(script, line, tmp_path, prelude=IN_UPDATE)
+        running = server.start(script, line, tmp_path, prelude=IN_UPDATE.format(seconds=0.5))
         running.wait_for(NOW)
         running.signal(number)
         ended = running.wait()
@@ -178,20 +181,38 @@ def test_a_signal_is_said_to_be_heard_while_the_device_computes(server, tmp_path
     running.wait_for(NOW)
     running.signal(signal.SIGTERM)
     running.wait_for("is given up")
+    time.sleep(2 * AGAIN)
     running.signal(signal.SIGTERM)
     assert running.wait().code in (143, -signal.SIGTERM)
 
 
 def test_a_second_signal_stops_at_once_and_loses_no_checkpoint(server, tmp_path):
     script, line = RUNS["sft"]
-    running = server.start(script, line, tmp_path, prelude=SLOW.format(seconds=60))
+    running = server.start(script, line, tmp_path, prelude=IN_UPDATE.format(seconds=600))
     running.wait_for(NOW)
     running.signal(signal.SIGINT)
     running.wait_for("once more stops at once")
+    time.sleep(2 * AGAIN)  # sooner, it would be the same one again
     running.signal(signal.SIGINT)
     # By the system, or by the thread that answers signals, whichever is first.
     assert running.wait().code in (-signal.SIGINT, 128 + signal.SIGINT)
     assert latest_checkpoint(tmp_path / "run" / "checkpoints") is None
+
+
+@pytest.mark.parametrize("name", quick("group", ["sft", "ppo", "preference", "rest"]))
+def test_a_signal_that_comes_twice_at_once_is_one(server, tmp_path, name):
+    """`timeout` and service managers signal every process of a group, and a parent hands it on."""
+    script, line = RUNS[name]
+    prelude = IN_UPDATE.format(seconds=0.5)
+    prelude += "import run_folder.stopping\nrun_folder.stopping.AGAIN = 2.0\n"  # a busy machine's
+    running = server.start(script, line, tmp_path, prelude=prelude)
+    running.wait_for(NOW)
+    running.signal(signal.SIGTERM)
+    running.wait_for("once more stops at once")  # so it has been handled, and the next is another
+    running.signal(signal.SIGTERM)
+    ended = running.wait()
+    assert ended.code == 143 and "--resume run" in ended.out, ended.err
+    assert load_checkpoint(latest_checkpoint(tmp_path / "run" / "checkpoints")).step == 1
 
 
 def test_ctrl_c_before_the_loop_ends_in_one_line(server, tmp_path):

@@ -80,6 +80,20 @@ def test_every_plot_is_a_readable_png_with_labelled_axes(tmp_path, figures, name
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize("name", [*DRAWN])
+def test_legends_cover_nothing_and_are_whole(tmp_path, figures, name):
+    DRAWN[name](tmp_path / "a.png")
+    (figure,) = figures
+    for axis in figure.axes:
+        if (legend := axis.get_legend()) is not None:
+            box, panel = legend.get_window_extent(), axis.get_window_extent()
+            assert box.y0 >= panel.y1 - 1  # a pixel
+            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+            assert not axis.title.get_window_extent().overlaps(box)
+            title = axis._left_title
+            assert not title.get_text() or title.get_window_extent().y0 >= box.y1 - 1
+
+
 def test_the_same_rows_give_the_same_bytes(tmp_path):
     first, second = (DRAWN["losses"](tmp_path / f"{k}.png").read_bytes() for k in "ab")
     assert first == second

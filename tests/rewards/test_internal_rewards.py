@@ -113,9 +113,9 @@ def test_all_components_share_one_pass_of_the_reference(loaded, rows, monkeypatc
     signals, calls, tokens = make(loaded, rows), [], []
     whole, forward = models.text_signals.measure, models.text_signals.hidden_states
 
-    def counted(model, texts):
+    def counted(model, texts, watched_as=None):
         calls.append(len(texts))
-        return whole(model, texts)
+        return whole(model, texts, watched_as)
 
     def passed(model, inputs):
         tokens.extend(map(tuple, inputs.tolist()))

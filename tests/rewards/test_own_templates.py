@@ -10,7 +10,8 @@ from tiny_tokenizers import metaspace_tokenizer, tiny_tokenizer
 
 import group_training
 import ppo_training
-from command_line.sft_flags import load_rows, parse_arguments
+from command_line.sft_flags import parse_arguments
+from command_line.sft_rows import load_rows
 from data_loading.formats import to_record
 from data_utils import Records
 from errors import UserError

@@ -118,6 +118,29 @@ def test_a_service_that_drips_gets_its_time_and_no_more(where):
         assert re.search("no (answer|connection) within 0.3 s", ask(service))
 
 
+TLS = {
+    "a record of the handshake": ([b"\x16\x03\x03\x3f\x00"], b"\0"),
+    "records of the handshake": ([], b"\x16\x03\x03\x00\x01\x02"),
+    "a proxy's headers": ([HEAD], b"X-A: b\r\n"),
+}
+
+
+@pytest.mark.parametrize("where", TLS)
+def test_a_connection_that_drips_before_it_is_secure_leaves_no_thread(monkeypatch, where):
+    with Service(*TLS[where]) as service:
+        if "proxy" in where:
+            monkeypatch.setenv("https_proxy", service.url)
+            monkeypatch.setenv("no_proxy", "")
+        before = threading.active_count()
+        reward = HTTPReward(service.url.replace("http:", "https:"), timeout=0.3, retries=0)
+        with pytest.raises(UserError):
+            reward(PROMPTS, RESPONSES)
+        until = time.monotonic() + 30
+        while threading.active_count() > before + 1 and time.monotonic() < until:
+            time.sleep(0.01)  # the service's own goes when the connection does
+        assert threading.active_count() <= before + 1
+
+
 def test_a_service_that_does_not_take_the_request_gets_no_more_either():
     """What is sent counts as well: 40 MB do not fit into the buffers between the two."""
     with Service([], b"H", reads=False) as service:
@@ -259,10 +282,25 @@ def test_two_hundred_replies(reply):
 # A run that waits -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["headers", "body", "interim responses"])
-def test_a_signal_ends_the_wait_for_a_service_that_drips(tmp_path, where):
+WAITING = {
+    "ppo": ["headers", "status line", "trailers"],
+    "group": ["interim responses", "chunk size", "error body"],
+    "rest": ["body", "error headers", "chunk extension"],
+}
+QUICK = ("headers", "interim responses", "body")
+
+
+@pytest.mark.parametrize(
+    "name, where",
+    [
+        pytest.param(name, where, marks=[] if where in QUICK else pytest.mark.long)
+        for name, places in WAITING.items()
+        for where in places
+    ],
+)
+def test_a_signal_ends_the_wait_for_a_service_that_drips(tmp_path, name, where):
     """SIGTERM did not, and the run hung for good."""
-    script, line = RUNS["ppo"]
+    script, line = RUNS[name]
     line = [word for word in line if word != "--ground_truth_reward"]
     prelude = f"""
 import sys, rewards.http_client

@@ -181,6 +181,12 @@ def test_what_was_trained_on_it_is_followed(messages, script, words):
     assert f"{Path('my_model').resolve()} is private" in far
 
 
+def train_on_digits(saved: str) -> None:
+    """A run on what is not private."""
+    words = ["--train", "--data", DATA, "--iters", 1, "--output-dir", "o", "--save-file", saved]
+    run(sft, *COMMON, *words)
+
+
 def test_a_fused_model_is_private_and_an_upload_is_warned_of(messages, capsys):
     trained = ["--train", "--data", messages, "--data-base", "", "--iters", 1]
     run(sft, *COMMON, *trained, "--output-dir", "r", "--save-file", "me.npz")
@@ -190,19 +196,7 @@ def test_a_fused_model_is_private_and_an_upload_is_warned_of(messages, capsys):
     said = capsys.readouterr()
     assert "me/mine: this was trained on private texts" in said.err
     assert MARKER not in said.out  # nor is the mark sent
-    run(
-        sft,
-        "--train",
-        "--data",
-        DATA,
-        "--iters",
-        1,
-        *COMMON,
-        "--output-dir",
-        "o",
-        "--save-file",
-        "other.npz",
-    )
+    train_on_digits("other.npz")
     run(fuse, "--adapter-file", "other.npz", "--save-path", "open")
     assert marked_above("open") is None
 
@@ -211,17 +205,5 @@ def test_the_mark_goes_with_the_file_that_it_was_for(messages):
     trained = ["--train", "--data", messages, "--data-base", "", "--iters", 1]
     run(sft, *COMMON, *trained, "--output-dir", "r", "--save-file", "me.npz")
     assert marked_above("me.npz")
-    run(
-        sft,
-        "--train",
-        "--data",
-        DATA,
-        "--iters",
-        1,
-        *COMMON,
-        "--output-dir",
-        "o",
-        "--save-file",
-        "me.npz",
-    )
+    train_on_digits("me.npz")
     assert marked_above("me.npz") is None

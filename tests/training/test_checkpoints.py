@@ -23,7 +23,7 @@ from run_folder.checkpoint_folder import (
     problem,
 )
 from run_folder.run_config import with_sum
-from run_folder.stopping import resume_command
+from run_folder.stopping import AGAIN, resume_command
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.streams import rng_state, seed_everything, set_rng_state
 
@@ -463,6 +463,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     assert "stopping" in process.stderr.readline() + process.stderr.readline()
+    time.sleep(2 * AGAIN)  # sooner, it would be the same one again
     process.send_signal(signal.SIGINT)
     # By the system, or by the thread that answers signals, whichever is first.
     assert process.wait(5) in (-signal.SIGINT, 128 + signal.SIGINT)

@@ -13,11 +13,11 @@ from command_line.shared_flags import OPTIMIZERS, SCHEDULES
 from errors import UserError
 from training.optimizers import (
     build_optimizer,
-    clip_gradients,
     optimizer_arrays,
     restore_optimizer,
 )
 from training.schedules import SHAPES, is_inner_matrix, learning_rate_schedule
+from training.update import clip_gradients
 
 WEIGHT = np.array([[1.0, -2.0, 0.5], [0.25, 3.0, -1.0]])
 GRADIENTS = [np.cos(np.arange(6).reshape(2, 3) + k) / (k + 1) for k in range(4)]

@@ -185,6 +185,23 @@ def test_bfloat16_through_ppo():
     assert max(moved) > 0
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_bfloat16_through_grpo():
+    model = tiny_model()
+    model.set_dtype(mx.bfloat16)
+    trainer = make_group_trainer(model=model, beta=0.1)
+    queries, _, rewards = random_groups()
+    before = {k: np.array(v) for k, v in trainer.model.tuning.arrays().items()}
+    rollout = trainer.generate(queries[::4])  # each prompt once
+    stats = trainer.update(rollout, rewards)
+    after = trainer.model.tuning.arrays()
+    kept = [*after.values(), rollout.logprobs, rollout.ref_logprobs]
+    assert {str(a.dtype) for a in kept} == {"mlx.core.float32"}
+    assert stats["loss"] is not None and np.isfinite(stats["loss"])
+    assert stats["kl"] == pytest.approx(0, abs=0.05)  # as above
+    assert max(np.abs(np.array(v) - before[k]).max() for k, v in after.items()) > 0
+
+
 def test_the_memory_of_a_group_batch_is_that_of_its_minibatch():
     """Four times the responses, as many in a gradient: the update takes what it took."""
     peaks = []

@@ -8,8 +8,9 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
+from rl.rollouts import minibatch_update
 from training.optimizers import build_optimizer
-from training.update import added, all_finite, apply_update, minibatch_update
+from training.update import added, all_finite, apply_update
 
 
 def layer() -> nn.Linear:
@@ -77,7 +78,7 @@ def test_minibatches_of_an_update_add_up_and_bad_ones_are_left_out():
         applied.append(total)
         return 5.0
 
-    metrics = minibatch_update([0, 1, 2, 3, 4, 5], 2, one, apply)
+    metrics = minibatch_update([0, 1, 2, 3, 4, 5], 2, one, added, apply)
     assert seen == [[0, 1], [2, 3], [4, 5]]
     assert [found["skipped"] for found in metrics] == [False, True, False]
     assert metrics[-1]["grad_norm"] == 5.0 and "grad_norm" not in metrics[0]
@@ -90,10 +91,14 @@ def test_an_update_without_a_good_minibatch_is_none_and_a_norm_that_is_not_finit
     def refuse(total):
         raise AssertionError("nothing to apply")
 
-    metrics = minibatch_update([0, 1], 1, lambda rows: (None, {"skipped": 1.0}), refuse)
+    metrics = minibatch_update([0, 1], 1, lambda rows: (None, {"skipped": 1.0}), added, refuse)
     assert metrics == [{"skipped": 1.0}] * 2
     metrics = minibatch_update(
-        [0, 1], 1, lambda rows: (gradient(1.0, 1.0, 1.0), {"skipped": 0.0}), lambda total: np.inf
+        [0, 1],
+        1,
+        lambda rows: (gradient(1.0, 1.0, 1.0), {"skipped": 0.0}),
+        added,
+        lambda total: np.inf,
     )
     assert metrics[0] == {"skipped": 0.0}
     assert metrics[1] == {"skipped": 1.0, "not_finite": 1.0, "grad_norm": np.inf}

@@ -30,9 +30,8 @@ def train(tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("every, steps", [(2, [0, 2, 4]), (3, [0, 3, 4]), (0, [4])])
-def test_no_weights_are_validated_twice(train, monkeypatch, every, steps):
-    """The last ones too, whether they are due anyway, or no step is."""
+def validated_steps(monkeypatch) -> list[int]:
+    """Grows by the steps after which there is a validation."""
     seen, inner = [], SupervisedTrainer.evaluate
 
     def evaluate(self, batches):
@@ -40,10 +39,27 @@ def test_no_weights_are_validated_twice(train, monkeypatch, every, steps):
         return inner(self, batches)
 
     monkeypatch.setattr(SupervisedTrainer, "evaluate", evaluate)
+    return seen
+
+
+@pytest.mark.parametrize("every, steps", [(2, [0, 2, 4]), (3, [0, 3, 4]), (0, [4])])
+def test_no_weights_are_validated_twice(train, monkeypatch, every, steps):
+    """The last ones too, whether they are due anyway, or no step is."""
+    seen = validated_steps(monkeypatch)
     rows, out, _ = train(f"--steps-per-eval {every} --val-batches 1 --iters 4")
     assert seen == steps
     assert [row["step"] for row in rows if "valid/loss" in row] == steps
     assert out.count("validation: loss") == 1
+
+
+@pytest.mark.parametrize("start, steps", [("step-00000002", [4]), ("step-00000003", [4])])
+def test_a_resumed_run_validates_no_weights_again(train, monkeypatch, capsys, start, steps):
+    train("--steps-per-eval 2 --val-batches 1 --iters 4 --save-every 1 --keep-checkpoints 9")
+    seen = validated_steps(monkeypatch)
+    assert sft.main(["--resume", f"run0/checkpoints/{start}"]) == 0
+    out = capsys.readouterr().out
+    assert seen == steps and out.count("validation: loss") == 1
+    assert f"run0: goes on after step {int(start[-1])}\n" in out
 
 
 def test_the_last_weights_may_be_the_best(train, monkeypatch):
