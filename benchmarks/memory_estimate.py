@@ -28,7 +28,6 @@ from data_utils import TextRow, make_batch  # noqa: E402
 from mlx_ppo_trainer import PPOConfig, PPOTrainer  # noqa: E402
 from mlx_sft_trainer import LanguageModelTask, SupervisedTrainer  # noqa: E402
 from models.actor_critic import ActorCritic, ValueHead  # noqa: E402
-from models.frozen_blocks import frozen_below  # noqa: E402
 from models.lora import LoraConfig, add_lora  # noqa: E402
 from models.memory_estimate import (  # noqa: E402
     Memory,
@@ -37,7 +36,7 @@ from models.memory_estimate import (  # noqa: E402
     supervised_memory,
     trained_of,
 )
-from models.trunk import hidden_size  # noqa: E402
+from models.trunk import frozen_below, hidden_size  # noqa: E402
 from models.tuning import FullTuning, Tuning  # noqa: E402
 from training.optimizers import build_optimizer  # noqa: E402
 

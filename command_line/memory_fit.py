@@ -63,7 +63,7 @@ def blocks_to_keep(
 ) -> int:
     """How many frozen blocks give what is kept; 0 with --recompute-frozen, which is set where the
     states do not fit beside a gradient of as many rows as fit without them."""
-    from models.frozen_blocks import frozen_below
+    from models.trunk import frozen_below
 
     again = passes_over(args, compared) > 1
     frozen = frozen_below(model) if again and not args.recompute_frozen else 0

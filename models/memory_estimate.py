@@ -122,7 +122,7 @@ def rollout_memory(
 ) -> Memory:
     """The peak of steps on `batch` responses with gradients of `rows`; lengths in tokens.
 
-    `compared`: with a reference; `kept`: with what frozen blocks give (training/kept_states.py).
+    `compared`: with a reference; `kept`: with what frozen blocks give (training/rollout_stages.py).
     """
     length = prompt + response - 1
     moments = [_backward(shape, trained, rows, length, rows * response, HEAD_ENTROPY)]

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
+from models.trunk import entered, picked_hidden
 from padding import lay_out as lay_out_rows
 from padding import round_up
 
@@ -40,7 +42,7 @@ class Packed:
     targets: mx.array  # (N,) the picked tokens
     slot: mx.array  # (B, R) which of the N belongs here; 0 where nothing does
     mask: mx.array  # (B, R) float32, 1 where a token belongs
-    # (k, states (B, L, D)): a pass begins at block k with these (models/frozen_blocks.py)
+    # (k, states (B, L, D)): a pass begins at block k with these (models/trunk.py)
     below: tuple[int, mx.array] | None = None
 
     def arrays(self) -> list:
@@ -193,3 +195,11 @@ def left_justified(values: np.ndarray, picked: np.ndarray, width: int) -> np.nda
     out = np.zeros((len(values), width), dtype=np.float32)
     out[np.arange(width) < picked.sum(axis=1)[:, None]] = values[:, 1:][picked]
     return out
+
+
+def packed_hidden(model: nn.Module, packed: Packed) -> mx.array:
+    """The hidden states that predict the picked tokens, (N, D), after the final norm."""
+    if packed.below is None:
+        return picked_hidden(model, packed.tokens, packed.index)
+    with entered(model, *packed.below):
+        return picked_hidden(model, packed.tokens, packed.index)

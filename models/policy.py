@@ -6,8 +6,7 @@ Legend: B batch, R longest response, N response tokens picked.
 import mlx.core as mx
 import mlx.nn as nn
 
-from models.frozen_blocks import packed_hidden
-from models.packing import Packed
+from models.packing import Packed, packed_hidden
 from models.trunk import token_logprobs
 from models.tuning import Tuning
 

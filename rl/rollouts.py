@@ -40,7 +40,7 @@ class Rollout:
     rewards: Array = field(default=None)  # (B, R) the same, plus the score on the last token
     advantages: Array = field(default=None)  # (B, R)
     returns: Array = field(default=None)  # (B, R)
-    kept: Any = field(default=None)  # states of frozen blocks (training/kept_states.py)
+    kept: Any = field(default=None)  # states of frozen blocks (training/rollout_stages.py)
 
     def __post_init__(self):
         if self.masks is None:

@@ -19,10 +19,10 @@ from models.actor_critic import picked_logits, reference_logprobs
 from models.decoding import Generation, Sampling
 from models.decoding import generate as decode
 from models.packing import Packed, pack
+from models.trunk import entering_states
 from models.tuning import Tuning
 from rl.kl import full_kl
 from rl.rollouts import Rollout, check_token_ids, token_lists
-from training.kept_states import KeptStates
 
 # ------------------------------------------------------------------------------ sample
 
@@ -114,6 +114,43 @@ def gathered(part: Generation, places: Sequence[int], count: int) -> Generation:
     responses = [row.astype(int).tolist() for row in cut(0)]  # ids below 2^24, exact in float32
     values = None if part.values is None else cut(2)
     return Generation(responses, cut(1), values, (ends[:, 1] > 0).tolist())
+
+
+# ------------------------------------------------------------------------------ frozen blocks
+
+
+class KeptStates:
+    """What enters the first trained block, `first` of `model`, once for each of `count` rows.
+
+    Reference, policy and every epoch pass the same frozen blocks with the same tokens. A row that
+    is asked for a second time has its hidden states in memory. Rows stand in other batches then,
+    padded to other lengths, so that numbers are those of a whole pass up to rounding.
+    """
+
+    def __init__(self, model: nn.Module, first: int, count: int):
+        self.model, self.first = model, first
+        self._rows: list[mx.array | None] = [None] * count  # (l, D)
+
+    def below(self, rows: Sequence[int], tokens: mx.array) -> tuple[int, mx.array]:
+        """(first, states (b, L, D)) of these rows, whose tokens are (b, L), D width."""
+        new = [place for place, row in enumerate(rows) if self._rows[row] is None]
+        if new:
+            found = entering_states(self.model, self.first, tokens[mx.array(new)])
+            mx.eval(found)
+            for place, states in zip(new, found, strict=True):
+                self._rows[rows[place]] = states
+            if len(new) == len(rows):
+                return self.first, found
+        states = mx.stack([_fit(self._rows[row], tokens.shape[1]) for row in rows])
+        mx.eval(states)
+        return self.first, states
+
+
+def _fit(states: mx.array, length: int) -> mx.array:
+    """(l, D) cut to (L, D), or padded with the last one: causal blocks heed no padding, but NaN."""
+    if len(states) >= length:
+        return states[:length]
+    return mx.pad(states, [(0, length - len(states)), (0, 0)], mode="edge")
 
 
 # ------------------------------------------------------------------------------ score

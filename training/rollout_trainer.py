@@ -16,8 +16,7 @@ import numpy as np
 
 from errors import UserError
 from models.decoding import Sampling
-from models.frozen_blocks import frozen_below
-from models.trunk import vocabulary_size
+from models.trunk import frozen_below, vocabulary_size
 from rl.rollouts import (
     REFERENCE,
     SAMPLING,
@@ -28,9 +27,8 @@ from rl.rollouts import (
     stream,
     use_sampled,
 )
-from training.kept_states import KeptStates
 from training.pass_share import PassShare
-from training.rollout_stages import pack_rows, reference_of, sample, scored
+from training.rollout_stages import KeptStates, pack_rows, reference_of, sample, scored
 from training.rollout_steps import RolloutSteps
 from training.update import (
     added,

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
-from models.frozen_blocks import patched_blocks
+from models.trunk import patched_blocks
 
 # ------------------------------------------------------------------------------ gradients
 

@@ -10,9 +10,8 @@ from tiny_group import make_trainer as make_group_trainer
 from tiny_group import random_groups
 from tiny_ppo import assert_close, make_trainer, movement, random_batch, tuned
 
-from models.frozen_blocks import entered, entering_states, frozen_below
-from models.trunk import hidden_states
-from training.kept_states import KeptStates
+from models.trunk import entered, entering_states, frozen_below, hidden_states
+from training.rollout_stages import KeptStates
 
 MAKERS = {"ppo": (make_trainer, random_batch), "group": (make_group_trainer, random_groups)}
 
