@@ -61,7 +61,9 @@ def main(words=None) -> int:
     rewards.check_columns([*columns_of(prompts["train"].rows), "group_ids"])
     unit = args.num_training_workers * (2 if args.online_dpo else 1)
     beside = (reference, learned and learned.model)
-    settle_rollout_memory(args, loaded, policy.tuning, prompts["train"].rows, *beside, unit=unit)
+    compared = reference is None and bool(config_of(args).beta)
+    rows = prompts["train"].rows
+    settle_rollout_memory(args, loaded, policy.tuning, rows, *beside, unit=unit, compared=compared)
     if args.preview:
         show_prompts(args, loaded.tokenizer, prompts["train"].rows, rewards)
     else:
@@ -106,6 +108,7 @@ def train(args, loaded, policy, reference, rewards, prompts, order) -> None:
         build_optimizer(**optimizer_options(args), steps=updates),
         eos_ids=ends(args, loaded.tokenizer),
         grad_checkpoint=args.grad_checkpoint,
+        recompute_frozen=args.recompute_frozen,
     )
     groups = calibration_groups(rewards)
     if trainer.blend is not None:  # the blended reference is a part of checkpoints

@@ -71,6 +71,7 @@ class GroupTrainer(RolloutTrainer):
         *,
         eos_ids: set[int] | None = None,
         grad_checkpoint: bool = False,
+        recompute_frozen: bool = False,
     ):
         kind = model.tuning.kind
         if config.beta and ref_model is None and kind == "full":
@@ -78,7 +79,8 @@ class GroupTrainer(RolloutTrainer):
                 "full fine-tuning with a KL needs a reference model: a frozen copy of "
                 "the policy; --beta 0 needs none"
             )
-        super().__init__(config, model, ref_model, tokenizer, optimizer, eos_ids, grad_checkpoint)
+        options = (eos_ids, grad_checkpoint, recompute_frozen)
+        super().__init__(config, model, ref_model, tokenizer, optimizer, *options)
         self.updates_done = self.equal_steps = self.num_tokens = 0
         self.entropy_coef, self.last_entropy = config.entropy_coef, float("inf")
         self.blend = None
@@ -88,6 +90,10 @@ class GroupTrainer(RolloutTrainer):
             alpha = config.ref_model_mixup_alpha
             self.blend = ReferenceBlend(model.model, model.tuning, ref_model, alpha)
         self._warn(**sampling_warnings(config), **config_warnings(config))
+
+    @property
+    def compared(self) -> bool:
+        return bool(self.config.beta)
 
     # ------------------------------------------------------------------ 1. generate
 
@@ -188,6 +194,7 @@ class GroupTrainer(RolloutTrainer):
                 self.model.model,
                 self.model.tuning,
                 reference,
+                kept=self._kept(rollout),
                 **self._passes,
             )
 

@@ -76,11 +76,13 @@ class PPOTrainer(PPOSteps, RolloutTrainer):
         *,
         eos_ids: set[int] | None = None,
         grad_checkpoint: bool = False,
+        recompute_frozen: bool = False,
         log: Callable[[int, dict], None] | None = None,
     ):
         if ref_model is None and model.tuning.kind == "full":
             raise UserError("full fine-tuning needs a reference model: a frozen copy of the policy")
-        super().__init__(config, model, ref_model, tokenizer, optimizer, eos_ids, grad_checkpoint)
+        options = (eos_ids, grad_checkpoint, recompute_frozen)
+        super().__init__(config, model, ref_model, tokenizer, optimizer, *options)
         self.log = log
         self.set_up(config)
 
@@ -93,9 +95,9 @@ class PPOTrainer(PPOSteps, RolloutTrainer):
         """Fill in ref_logprobs and kls, nats per token."""
         mode, policy = self.config.kl_penalty, self.model
         models = (policy.model, policy.tuning, self.reference)
-        score_reference(rollout, *models, **self._passes)
+        score_reference(rollout, *models, kept=self._kept(rollout), **self._passes)
         if mode == "full":
-            rollout.kls = whole_kl(rollout, *models, **self._passes)
+            rollout.kls = whole_kl(rollout, *models, kept=self._kept(rollout), **self._passes)
         else:
             rollout.kls = kl_penalty(rollout.logprobs, rollout.ref_logprobs, mode)
 

@@ -75,6 +75,7 @@ def main(words=None) -> int:
         *beside,
         unit=args.num_training_workers,
         texts=texts,
+        compared=reference is None,
     )
     if args.preview:
         show_prompts(args, loaded.tokenizer, prompts["train"].rows, rewards)
@@ -131,6 +132,7 @@ def train(args, loaded, policy, reference, rewards, prompts, order) -> None:
         build_optimizer(**optimizer_options(args), steps=updates),
         eos_ids=ends(args, loaded.tokenizer),
         grad_checkpoint=args.grad_checkpoint,
+        recompute_frozen=args.recompute_frozen,
     )
     head, stop_test = policy.value_head, stop_at(args.stop, loaded.tokenizer)
     told = {"compare_steps": args.compare_steps, "reference_samples": args.reference_samples}

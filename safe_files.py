@@ -266,7 +266,7 @@ def scratch_folder(name: str) -> Iterator[Path]:
 
     What killed processes left there under ``name`` is cleared away first.
     """
-    for there in Path(tempfile.gettempdir()).glob(f"mlx-rlhf-{name}-*"):
+    for there in Path(tempfile.gettempdir()).glob(f"mlx-rlhf-{name}-*-*"):
         process = there.name.split("-")[3]
         if process.isdecimal() and not is_alive(int(process)):
             shutil.rmtree(there, ignore_errors=True)

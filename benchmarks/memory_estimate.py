@@ -36,7 +36,7 @@ from models.memory_estimate import (  # noqa: E402
     supervised_memory,
     trained_of,
 )
-from models.trunk import hidden_size  # noqa: E402
+from models.trunk import frozen_below, hidden_size  # noqa: E402
 from models.tuning import FullTuning, Tuning  # noqa: E402
 from training.optimizers import build_optimizer  # noqa: E402
 
@@ -94,7 +94,8 @@ def measure(
         expected = supervised_memory(sizes, trained, **case)
         step, count, length = fine_tuner(model, tuning, checkpointed), case["rows"], case["length"]
     else:
-        expected = rollout_memory(sizes, trained, **case)
+        kept = frozen_below(model) > 0
+        expected = rollout_memory(sizes, trained, kept=kept, **case)
         count, length = case["batch"], case["prompt"]
         step = improver(
             model,

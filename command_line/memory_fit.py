@@ -5,11 +5,15 @@ Loads no MLX until a model is there.
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from command_line.rules import flag_of
+from rl.rollouts import passes_over
 from run_folder.console import say_gb
 
+# Of a gradient on rollouts: its rows, and how many are summed up for an update.
+ROWS = ("mini_batch_size", "gradient_accumulation_steps")
 SHARE = 0.8  # of the machine's memory; the rest is for the system and for what was not foreseen
 
 
@@ -21,26 +25,58 @@ def settle_rollout_memory(
     *others: Any,
     unit: int = 1,
     texts: int = 1,
+    compared: bool = True,
 ) -> None:
     """Say what steps on prompts take, and choose --mini-batch-size where nothing was asked for.
 
     `others` are models (or None) in memory beside the policy's; a minibatch stays a multiple of
-    `unit`; `texts` responses are written to a prompt of the batch, one after another.
+    `unit`; `texts` responses are written to a prompt of the batch, one after another. `compared`:
+    the policy's model is the reference as well. What frozen blocks give is kept where it fits.
     """
-    from models.memory_estimate import rollout_memory
+    from models.memory_estimate import kept_bytes, rollout_memory
 
     shape, trained = described(args, loaded, tuning, others)
     prompt = len(tuning.prefix) + max(len(row.query) for row in rows)
     prompt += (texts - 1) * args.max_new_tokens  # each reads those before it
 
-    def expected(count: int) -> Any:
-        batch = args.batch_size * texts
-        return rollout_memory(shape, trained, batch, count * texts, prompt, args.max_new_tokens)
+    def expected(count: int, kept: bool) -> Any:
+        rows, response = count * texts, args.max_new_tokens
+        return rollout_memory(shape, trained, batch, rows, prompt, response, kept=kept)
 
+    batch = args.batch_size * texts
     each = args.mini_batch_size or args.batch_size // args.gradient_accumulation_steps
-    names = ("mini_batch_size", "gradient_accumulation_steps")
+    frozen = blocks_to_keep(args, loaded.model, expected, each, unit, compared)
     when = f" if responses take all --max-new-tokens {args.max_new_tokens}"
-    settle(args, expected, each, unit, names, when=when)
+    settle(args, partial(expected, kept=bool(frozen)), each, unit, ROWS, when=when)
+    if frozen:
+        size = say_gb(kept_bytes(shape, batch, prompt + args.max_new_tokens - 1) / 1e9)
+        print(f"kept for the epochs: what {frozen} frozen blocks give, {size} at most")
+
+
+def blocks_to_keep(
+    args: Namespace,
+    model: Any,
+    expected: Callable[[int, bool], Any],
+    count: int,
+    unit: int,
+    compared: bool,
+) -> int:
+    """How many frozen blocks give what is kept; 0 with --recompute-frozen, which is set where the
+    states do not fit beside a gradient of as many rows as fit without them."""
+    from models.trunk import frozen_below
+
+    again = passes_over(args, compared) > 1
+    frozen = frozen_below(model) if again and not args.recompute_frozen else 0
+    if not frozen or args.resume is not None:
+        return frozen
+    usable = usable_memory(args.memory_limit)
+    if not set(ROWS) & args.explicit:
+        count = largest_that_fits(partial(expected, kept=False), count, unit, usable)
+    if expected(count, kept=True).total <= usable:
+        return frozen
+    args.recompute_frozen = True
+    print("to fit the memory: --recompute-frozen")
+    return 0
 
 
 def settle_supervised_memory(

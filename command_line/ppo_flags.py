@@ -128,6 +128,9 @@ def add_task_arguments(parser: Parser, *, save_file: str) -> None:
     add("--epochs", type=float, help="passes over the prompts, in place of --num-steps")
     add("--prompt-words", type=int, default=2, help="of a plain text, how many words are a prompt")
     add_target_score(add)
+    text = "run frozen blocks below the adapter in every pass, where otherwise what they give is "
+    text += "kept for a step's epochs: slower, a little less memory"
+    add("--recompute-frozen", type=bool, default=False, help=text)
     add("--stop", nargs="+", help="texts that end a response")
     add(
         "--ignore-eos",

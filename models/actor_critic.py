@@ -6,8 +6,8 @@ Legend: B batch, R longest response, D width, V vocabulary, N response tokens pi
 import mlx.core as mx
 import mlx.nn as nn
 
-from models.packing import Packed
-from models.trunk import logits_from_hidden, picked_hidden, token_logprobs
+from models.packing import Packed, packed_hidden
+from models.trunk import logits_from_hidden, token_logprobs
 from models.tuning import Tuning
 
 
@@ -57,7 +57,7 @@ class ActorCritic(nn.Module):
 
         `gradient`: that of logprobs and values will be asked for; entropy has none then.
         """
-        hidden = picked_hidden(self.model, packed.tokens, packed.index)  # (N, D)
+        hidden = packed_hidden(self.model, packed)  # (N, D)
         scored = token_logprobs(
             self.model,
             hidden,
@@ -73,13 +73,13 @@ class ActorCritic(nn.Module):
 
 def picked_logits(model: nn.Module, packed: Packed, temperature: float = 1.0) -> mx.array:
     """All logits of the picked tokens, (N, V) float32; for the "full" KL only."""
-    hidden = picked_hidden(model, packed.tokens, packed.index)  # (N, D)
+    hidden = packed_hidden(model, packed)  # (N, D)
     logits = logits_from_hidden(model, hidden).astype(mx.float32)
     return logits / temperature if temperature != 1.0 else logits
 
 
 def reference_logprobs(model: nn.Module, packed: Packed, temperature: float = 1.0) -> mx.array:
     """Log-probabilities of the picked tokens under `model`, (B, R)."""
-    hidden = picked_hidden(model, packed.tokens, packed.index)  # (N, D)
+    hidden = packed_hidden(model, packed)  # (N, D)
     (logprobs,) = token_logprobs(model, hidden, packed.targets, temperature=temperature)
     return packed.spread(logprobs)

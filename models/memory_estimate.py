@@ -118,19 +118,26 @@ def rollout_memory(
     prompt: int,
     response: int,
     compared: bool = True,
+    kept: bool = False,
 ) -> Memory:
     """The peak of steps on `batch` responses with gradients of `rows`; lengths in tokens.
 
-    `compared`: with a reference.
+    `compared`: with a reference; `kept`: with what frozen blocks give (training/rollout_stages.py).
     """
     length = prompt + response - 1
-    moments = [
-        _sampling(shape, batch, prompt, response),
-        _backward(shape, trained, rows, length, rows * response, HEAD_ENTROPY),
-    ]
+    moments = [_backward(shape, trained, rows, length, rows * response, HEAD_ENTROPY)]
     if compared:
         moments.append(_reference(shape, rows, length, rows * response))
+    if kept:
+        held = {"frozen states": kept_bytes(shape, batch + rows, length)}  # those of a pass: copies
+        moments = [(name, terms | held) for name, terms in moments]
+    moments.append(_sampling(shape, batch, prompt, response))
     return _fullest(moments, trained, shape)
+
+
+def kept_bytes(shape: Shape, rows: int, length: int) -> int:
+    """What enters a block, for `rows` rows of `length` tokens."""
+    return rows * length * shape.hidden * shape.number
 
 
 def _fullest(moments: list[tuple[str, dict]], trained: Trained, shape: Shape) -> Memory:

@@ -6,11 +6,13 @@ Legend: B batch, L padded length, R longest response, N tokens picked.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
+from models.trunk import entered, picked_hidden
 from padding import lay_out as lay_out_rows
 from padding import round_up
 
@@ -40,16 +42,22 @@ class Packed:
     targets: mx.array  # (N,) the picked tokens
     slot: mx.array  # (B, R) which of the N belongs here; 0 where nothing does
     mask: mx.array  # (B, R) float32, 1 where a token belongs
+    # (k, states (B, L, D)): a pass begins at block k with these (models/trunk.py)
+    below: tuple[int, mx.array] | None = None
 
-    def arrays(self) -> list[mx.array]:
-        return [self.tokens, self.index, self.targets, self.slot, self.mask]
+    def arrays(self) -> list:
+        """The fields, for a compiled function that makes a `Packed` of them again."""
+        known = [self.tokens, self.index, self.targets, self.slot, self.mask]
+        return known if self.below is None else [*known, self.below]
 
     def without_prefix(self, count: int) -> "Packed":
         """The same picked tokens with the first `count` tokens of every row taken away."""
+        if not count:
+            return self
         length = self.tokens.shape[1]
         row, place = self.index // length, self.index % length
         index = row * (length - count) + mx.maximum(place - count, 0)
-        return Packed(self.tokens[:, count:], index, self.targets, self.slot, self.mask)
+        return replace(self, tokens=self.tokens[:, count:], index=index)
 
     def spread(self, column: mx.array) -> mx.array:
         """(N,) -> (B, R) with 0 at padded places."""
@@ -187,3 +195,11 @@ def left_justified(values: np.ndarray, picked: np.ndarray, width: int) -> np.nda
     out = np.zeros((len(values), width), dtype=np.float32)
     out[np.arange(width) < picked.sum(axis=1)[:, None]] = values[:, 1:][picked]
     return out
+
+
+def packed_hidden(model: nn.Module, packed: Packed) -> mx.array:
+    """The hidden states that predict the picked tokens, (N, D), after the final norm."""
+    if packed.below is None:
+        return picked_hidden(model, packed.tokens, packed.index)
+    with entered(model, *packed.below):
+        return picked_hidden(model, packed.tokens, packed.index)

@@ -6,8 +6,8 @@ Legend: B batch, R longest response, N response tokens picked.
 import mlx.core as mx
 import mlx.nn as nn
 
-from models.packing import Packed
-from models.trunk import picked_hidden, token_logprobs
+from models.packing import Packed, packed_hidden
+from models.trunk import token_logprobs
 from models.tuning import Tuning
 
 
@@ -30,7 +30,7 @@ class Policy(nn.Module):
 
         `gradient`: that of logprobs alone will be asked for; entropy has none then.
         """
-        hidden = picked_hidden(self.model, packed.tokens, packed.index)  # (N, D)
+        hidden = packed_hidden(self.model, packed)  # (N, D)
         logprobs, entropy = token_logprobs(
             self.model,
             hidden,

@@ -36,6 +36,7 @@ REFUSED = {
     "use_decision_transformer": "scores before prompts are MLX's side alone",
     "target_score": "scores before prompts are MLX's side alone",
     "use_self_critique": "critiques are trained on MLX's side alone",
+    "recompute_frozen": "the baseline runs every block in every pass",
     "compile": "the baseline runs PyTorch as it is",
 }
 

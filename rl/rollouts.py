@@ -40,6 +40,7 @@ class Rollout:
     rewards: Array = field(default=None)  # (B, R) the same, plus the score on the last token
     advantages: Array = field(default=None)  # (B, R)
     returns: Array = field(default=None)  # (B, R)
+    kept: Any = field(default=None)  # states of frozen blocks (training/rollout_stages.py)
 
     def __post_init__(self):
         if self.masks is None:
@@ -101,6 +102,14 @@ def use_sampled(rollout: Rollout, as_array: Callable[[np.ndarray], Array]) -> bo
 def token_lists(rows: Sequence) -> list[list[int]]:
     """Rows of token ids, be they lists or arrays, as lists of int."""
     return [row.tolist() if hasattr(row, "tolist") else list(row) for row in rows]
+
+
+def passes_over(config: Any, compared: bool) -> int:
+    """How often a step sends a row through the policy's model once it is written.
+
+    `compared`: the same model, its adapter off, is the reference.
+    """
+    return config.ppo_epochs + (not config.rollout_logprobs) + compared
 
 
 # ---- random numbers ----------------------------------------------------------------------------

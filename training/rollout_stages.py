@@ -7,6 +7,7 @@ Legend: B responses, b of them in one pass, R longest response, N response token
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from models.actor_critic import picked_logits, reference_logprobs
 from models.decoding import Generation, Sampling
 from models.decoding import generate as decode
 from models.packing import Packed, pack
+from models.trunk import entering_states
 from models.tuning import Tuning
 from rl.kl import full_kl
 from rl.rollouts import Rollout, check_token_ids, token_lists
@@ -114,6 +116,43 @@ def gathered(part: Generation, places: Sequence[int], count: int) -> Generation:
     return Generation(responses, cut(1), values, (ends[:, 1] > 0).tolist())
 
 
+# ------------------------------------------------------------------------------ frozen blocks
+
+
+class KeptStates:
+    """What enters the first trained block, `first` of `model`, once for each of `count` rows.
+
+    Reference, policy and every epoch pass the same frozen blocks with the same tokens. A row that
+    is asked for a second time has its hidden states in memory. Rows stand in other batches then,
+    padded to other lengths, so that numbers are those of a whole pass up to rounding.
+    """
+
+    def __init__(self, model: nn.Module, first: int, count: int):
+        self.model, self.first = model, first
+        self._rows: list[mx.array | None] = [None] * count  # (l, D)
+
+    def below(self, rows: Sequence[int], tokens: mx.array) -> tuple[int, mx.array]:
+        """(first, states (b, L, D)) of these rows, whose tokens are (b, L), D width."""
+        new = [place for place, row in enumerate(rows) if self._rows[row] is None]
+        if new:
+            found = entering_states(self.model, self.first, tokens[mx.array(new)])
+            mx.eval(found)
+            for place, states in zip(new, found, strict=True):
+                self._rows[rows[place]] = states
+            if len(new) == len(rows):
+                return self.first, found
+        states = mx.stack([_fit(self._rows[row], tokens.shape[1]) for row in rows])
+        mx.eval(states)
+        return self.first, states
+
+
+def _fit(states: mx.array, length: int) -> mx.array:
+    """(l, D) cut to (L, D), or padded with the last one: causal blocks heed no padding, but NaN."""
+    if len(states) >= length:
+        return states[:length]
+    return mx.pad(states, [(0, length - len(states)), (0, 0)], mode="edge")
+
+
 # ------------------------------------------------------------------------------ score
 
 
@@ -123,9 +162,10 @@ def pack_rows(
     prefix: Sequence[int] = (),
     pad_to_multiple: int = 1,
     width: int = 1,
+    kept: KeptStates | None = None,
 ) -> Packed:
     """Some rows of a rollout laid out for one forward pass, R at least `width`."""
-    return pack(
+    packed = pack(
         [rollout.queries[i] for i in rows],
         [rollout.responses[i] for i in rows],
         masks=[rollout.masks[i] for i in rows],
@@ -133,6 +173,9 @@ def pack_rows(
         pad_to_multiple=pad_to_multiple,
         width=width,
     )
+    if kept is not None:
+        packed.below = kept.below(rows, packed.tokens)
+    return packed
 
 
 def scored(
@@ -141,17 +184,18 @@ def scored(
     size: int,
     prefix: Sequence[int] = (),
     pad_to_multiple: int = 1,
+    kept: KeptStates | None = None,
 ) -> list[mx.array]:
     """`score(packed)` gives (b, r) arrays; the same as (B, R) for all rows, `size` at a time.
 
-    Several workers share the rows, and have all.
+    `kept`: what frozen blocks give comes from there. Several workers share the rows, and have all.
     """
     parts, workers = [], here()
     every = workers.share(range(len(rollout)))
     size = max(1, size // workers.size)
     for start in range(0, len(every), size):
         rows = every[start : start + size]
-        found = score(pack_rows(rollout, rows, prefix, pad_to_multiple))
+        found = score(pack_rows(rollout, rows, prefix, pad_to_multiple, kept=kept))
         mx.eval(found)
         parts.append(found)
     width = rollout.mask.shape[1]
@@ -197,14 +241,19 @@ def score_reference(
     size: int,
     temperature: float = 1.0,
     pad_to_multiple: int = 1,
+    kept: KeptStates | None = None,
 ) -> None:
-    """Fill in ref_logprobs (B, R), under `reference` or `model` with its adapter off."""
+    """Fill in ref_logprobs (B, R), under `reference` or `model` with its adapter off.
+
+    `kept` is of `model`, whose frozen blocks another reference does not share.
+    """
     with reference_of(model, tuning, reference) as other:
         (rollout.ref_logprobs,) = scored(
             rollout,
             lambda packed: (reference_logprobs(other, packed, temperature),),
             size,
             pad_to_multiple=pad_to_multiple,
+            kept=kept if other is model else None,
         )
 
 
@@ -217,6 +266,7 @@ def whole_kl(
     size: int,
     temperature: float = 1.0,
     pad_to_multiple: int = 1,
+    kept: KeptStates | None = None,
 ) -> mx.array:
     """KL over the whole vocabulary (B, R); logits of `size` rows are held at a time."""
     prefix = tuning.prefix
@@ -226,8 +276,10 @@ def whole_kl(
         mx.eval(logits)
         with reference_of(model, tuning, reference) as other:
             plain = packed.without_prefix(len(prefix))
+            if other is not model:
+                plain = replace(plain, below=None)
             ref_logits = picked_logits(other, plain, temperature)  # (N, V)
             return (packed.spread(full_kl(logits, ref_logits)),)
 
-    (kls,) = scored(rollout, score, size, prefix, pad_to_multiple)
+    (kls,) = scored(rollout, score, size, prefix, pad_to_multiple, kept)
     return kls

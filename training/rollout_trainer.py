@@ -6,6 +6,7 @@ a step is made of and what its loss is.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -15,18 +16,19 @@ import numpy as np
 
 from errors import UserError
 from models.decoding import Sampling
-from models.trunk import vocabulary_size
+from models.trunk import frozen_below, vocabulary_size
 from rl.rollouts import (
     REFERENCE,
     SAMPLING,
     Rollout,
     minibatch_update,
+    passes_over,
     set_mask,
     stream,
     use_sampled,
 )
 from training.pass_share import PassShare
-from training.rollout_stages import pack_rows, reference_of, sample, scored
+from training.rollout_stages import KeptStates, pack_rows, reference_of, sample, scored
 from training.rollout_steps import RolloutSteps
 from training.update import (
     added,
@@ -44,7 +46,8 @@ class RolloutTrainer(RolloutSteps):
     `_loss(packed arrays, columns, ...) -> (loss, metrics)`. The reference is the model with its
     adapter off, or `ref_model`. `optimizer` defaults to bias-corrected Adam
     (training/optimizers.py) at `config.learning_rate`. `eos_ids` end a response; by default they
-    are the tokenizer's.
+    are the tokenizer's. `recompute_frozen`: frozen blocks below the trained ones are run in every
+    pass, where otherwise what they give is kept for as long as a rollout is trained on.
     """
 
     scored_as = ("logprobs",)  # where the first columns that the model gives stand in a rollout
@@ -58,6 +61,7 @@ class RolloutTrainer(RolloutSteps):
         optimizer: optim.Optimizer | None,
         eos_ids: set[int] | None,
         grad_checkpoint: bool,
+        recompute_frozen: bool = False,
     ):
         if eos_ids is None and tokenizer is None:
             raise UserError(f"{type(self).__name__} needs a tokenizer, or eos_ids")
@@ -73,6 +77,7 @@ class RolloutTrainer(RolloutSteps):
         self.pad_to_multiple = config.pad_to_multiple or (16 if on_gpu or self.compiled else 1)
         self._loss_and_grad = loss_and_gradient(self.model, self._loss, self.compiled)
         model.eval()  # no dropout, in rollouts and in updates
+        self.recompute_frozen = recompute_frozen
 
     # ------------------------------------------------------------------ sample
 
@@ -117,6 +122,22 @@ class RolloutTrainer(RolloutSteps):
             **options,
         )
 
+    # ------------------------------------------------------------------ frozen blocks
+
+    compared = True  # with a reference
+
+    @cached_property
+    def frozen(self) -> int:
+        """Blocks below the trained ones that are run once a rollout; 0: none, or in vain."""
+        again = passes_over(self.config, self.compared and self.reference is None) > 1
+        return frozen_below(self.model.model) if again and not self.recompute_frozen else 0
+
+    def _kept(self, rollout: Rollout) -> KeptStates | None:
+        """What they give for the rows of the rollout; None: they are run in every pass."""
+        if self.frozen and rollout.kept is None:
+            rollout.kept = KeptStates(self.model.model, self.frozen, len(rollout))
+        return rollout.kept
+
     # ------------------------------------------------------------------ score the policy
 
     @property
@@ -141,11 +162,18 @@ class RolloutTrainer(RolloutSteps):
             self.config.mini_batch_size,
             self.model.tuning.prefix,
             self.pad_to_multiple,
+            self._kept(rollout),
         )
         for name, column in zip(self.scored_as, found, strict=False):
             setattr(rollout, name, column)
 
     # ------------------------------------------------------------------ optimise
+
+    def optimise(self, rollout: Rollout) -> list[dict[str, float]]:
+        """Epochs of updates; returns the metrics of each minibatch."""
+        metrics = super().optimise(rollout)
+        rollout.kept = None  # the memory is for the next rollout
+        return metrics
 
     def _update(self, rollout: Rollout, rows: np.ndarray) -> list[dict[str, float]]:
         """One optimizer update, from the minibatches that `rows` fall into; their metrics."""
@@ -180,7 +208,9 @@ class RolloutTrainer(RolloutSteps):
         That is at least `width`.
         """
         prefix = self.model.tuning.prefix
-        packed = pack_rows(rollout, rows.tolist(), prefix, self.pad_to_multiple, width)
+        packed = pack_rows(
+            rollout, rows.tolist(), prefix, self.pad_to_multiple, width, self._kept(rollout)
+        )
         return packed, mx.array(rows), packed.mask.shape[1]
 
     def _pass(

@@ -46,7 +46,8 @@ def begin(args: Namespace, base: str | None, rows: Sequence, trained: Callable[[
 
 def compared_options(args: Namespace) -> dict[str, Any]:
     """Options that decide what is computed."""
-    return {k: v for k, v in vars(args).items() if k not in HARMLESS | OF_ONE_START}
+    own = {"recompute_frozen"}  # of each machine's memory; the numbers are the same up to rounding
+    return {k: v for k, v in vars(args).items() if k not in HARMLESS | OF_ONE_START | own}
 
 
 def refuse_differences(facts: Sequence[Mapping[str, Any]]) -> None:

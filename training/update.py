@@ -14,6 +14,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
+from models.trunk import patched_blocks
+
 # ------------------------------------------------------------------------------ gradients
 
 
@@ -39,15 +41,10 @@ def loss_and_gradient(model: nn.Module, loss: Callable, compiled: bool = False) 
 
 @contextmanager
 def checkpointed_blocks(model: nn.Module, enabled: bool = True) -> Iterator[None]:
-    """Within this context, blocks of `model` that run are checkpointed.
-
-    Calls go through the class of a block, so the class is patched while the graph is being built
-    and restored on the way out; another model of that class is never left with it.
-    """
+    """Within this context, blocks of `model` that run are checkpointed."""
     if not enabled:
         yield
         return
-    kinds = {type(block): type(block).__call__ for block in model.layers}
 
     def checkpointed(call):
         def run(block, *args, **kwargs):
@@ -59,13 +56,8 @@ def checkpointed_blocks(model: nn.Module, enabled: bool = True) -> Iterator[None
 
         return run
 
-    for kind, call in kinds.items():
-        kind.__call__ = checkpointed(call)
-    try:
+    with patched_blocks(model, checkpointed):
         yield
-    finally:
-        for kind, call in kinds.items():
-            kind.__call__ = call
 
 
 # ------------------------------------------------------------------------------ the update

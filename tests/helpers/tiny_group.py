@@ -18,7 +18,13 @@ SMALL = {
 
 
 def make_trainer(
-    kind: str = "lora", model=None, optimizer=None, reference: bool = True, **config
+    kind: str = "lora",
+    model=None,
+    optimizer=None,
+    reference: bool = True,
+    blocks: int = -1,
+    recompute_frozen: bool = False,
+    **config,
 ) -> GroupTrainer:
     """A trainer of `kind` (lora, dora, prompt, full) with plain SGD at 0.1 unless told otherwise.
 
@@ -29,10 +35,11 @@ def make_trainer(
     other = tiny_model() if kind == "full" and reference else None
     return GroupTrainer(
         GroupConfig(**{**SMALL, **config}),
-        Policy(model, tuned(model, kind)),
+        Policy(model, tuned(model, kind, blocks)),
         other,
         optimizer=optimizer or optim.SGD(0.1),
         eos_ids=EOS,
+        recompute_frozen=recompute_frozen,
     )
 
 

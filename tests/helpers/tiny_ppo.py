@@ -23,12 +23,13 @@ SMALL = {
 EOS = {1, 21, 30, 34, 50, 61}  # about one token in ten
 
 
-def tuned(model, kind: str) -> Tuning:
+def tuned(model, kind: str, blocks: int = -1) -> Tuning:
     if kind == "full":
         return FullTuning(model)
     if kind == "prompt":
         return SoftPrompt(model, 3)
-    return add_lora(model, LoraConfig(rank=2, scale=2.0, dropout=0.5, use_dora=kind == "dora"))
+    settings = {"rank": 2, "scale": 2.0, "dropout": 0.5, "use_dora": kind == "dora"}
+    return add_lora(model, LoraConfig(num_layers=blocks, **settings))
 
 
 def make_trainer(
@@ -37,16 +38,20 @@ def make_trainer(
     optimizer=None,
     head_std: float = 0.0,
     grad_checkpoint: bool = False,
+    blocks: int = -1,
+    recompute_frozen: bool = False,
     **config,
 ) -> PPOTrainer:
     """A trainer of `kind` (lora, dora, prompt, full) with plain SGD at 0.1 unless told otherwise.
+
+    `blocks`: the last ones, that an adapter is in.
 
     SGD moves the weights by the gradient itself; Adam would turn a gradient of 1e-9 into a whole
     learning rate.
     """
     model = tiny_model() if model is None else model
     reference = tiny_model() if kind == "full" else None
-    policy = ActorCritic(model, ValueHead(hidden_size(model), head_std), tuned(model, kind))
+    policy = ActorCritic(model, ValueHead(hidden_size(model), head_std), tuned(model, kind, blocks))
     return PPOTrainer(
         PPOConfig(**{**SMALL, **config}),
         policy,
@@ -54,6 +59,7 @@ def make_trainer(
         optimizer=optimizer or optim.SGD(0.1),
         eos_ids=EOS,
         grad_checkpoint=grad_checkpoint,
+        recompute_frozen=recompute_frozen,
     )
 
 

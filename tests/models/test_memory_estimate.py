@@ -1,9 +1,11 @@
 """Memory expected before the first step against MLX's own peak, and minibatches chosen from it."""
 
+import gc
 import json
 import sys
 from argparse import Namespace
 
+import mlx.core as mx
 import pytest
 from files import ROOT
 from tiny import ARCHITECTURES, OTHERS, tiny_model, tiny_model_folder
@@ -17,9 +19,11 @@ import preference_training  # noqa: E402
 import sft  # noqa: E402
 from command_line import memory_fit  # noqa: E402
 from command_line.memory_fit import largest_that_fits  # noqa: E402
+from mlx_ppo_trainer import PPOConfig, PPOTrainer  # noqa: E402
+from models.actor_critic import ActorCritic, ValueHead  # noqa: E402
 from models.load import load_model, weight_bytes  # noqa: E402
 from models.lora import LoraConfig, add_lora  # noqa: E402
-from models.memory_estimate import Memory, shape_of, trained_of  # noqa: E402
+from models.memory_estimate import Memory, kept_bytes, shape_of, trained_of  # noqa: E402
 
 # D, I, blocks, heads, key heads, V
 WIDE, DEEP = (256, 512, 4, 8, 2, 8192), (128, 512, 8, 2, 2, 512)
@@ -59,6 +63,36 @@ def test_other_ways_to_train(options):
     assert expected.total == pytest.approx(peak, rel=memory_estimate.ALLOWED)
     plain, _ = memory_estimate.measure("SFT", DEEP, case)
     assert expected.total != pytest.approx(plain.total, rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_kept_states_are_counted():
+    case = {"batch": 8, "rows": 8, "prompt": 40, "response": 24}
+    expected, peak = memory_estimate.measure("PPO", WIDE, case, blocks=1)
+    assert expected.total == pytest.approx(peak, rel=memory_estimate.ALLOWED)
+    assert expected.terms["frozen states"] == 2 * 8 * 63 * 256 * 4  # the minibatch is a copy
+
+
+def test_kept_states_take_what_is_said():
+    """Bytes that are held on to after the reference, against rows x length x width."""
+    model, config = memory_estimate.llama(DEEP)
+    tuning = add_lora(model, LoraConfig(rank=2, keys=["v_proj"], num_layers=1))
+    policy = ActorCritic(model, ValueHead(128), tuning)
+    trainer = PPOTrainer(PPOConfig(batch_size=8, mini_batch_size=4), policy, eos_ids={0})
+    rollout = trainer.as_rollout(
+        [[1 + n] * 90 for n in range(8)], [[2] * (3 + n) for n in range(8)]
+    )
+    trainer.prepare(rollout, [0.0] * 8)
+    mx.eval(policy.parameters())
+    gc.collect()
+    before = mx.get_active_memory()
+    trainer.score_policy(rollout)
+    trainer.score_reference(rollout)
+    mx.eval(rollout.ref_logprobs, rollout.kls)
+    gc.collect()
+    held = mx.get_active_memory() - before
+    expected = kept_bytes(shape_of(model, config, tuning), 8, 90 + 10 - 1)
+    assert held == pytest.approx(expected, rel=memory_estimate.ALLOWED)
 
 
 @pytest.mark.parametrize("bits", [None, 8])
@@ -160,6 +194,23 @@ def test_a_minibatch_is_chosen_and_said(rows, capsys, script):
     out = capsys.readouterr().out
     assert "in a gradient of 16 rows" in out and "warning: memory expected" in out
     assert "taken by --mini-batch-size 4 --gradient-accumulation-steps 4" in out
+
+
+def test_frozen_states_are_kept_where_they_fit(rows, capsys):
+    words = [*(rows + ROLLOUTS).split(), "--lora-layers", "1", "--ppo-epochs", "2"]
+    ppo_training.main(words)
+    out = capsys.readouterr().out
+    assert "kept for the epochs: what 1 frozen blocks give, " in out
+    ppo_training.main([*words, "--recompute-frozen"])
+    assert "kept" not in capsys.readouterr().out
+    ppo_training.main([*words, "--memory-limit", "0.0001"])
+    out = capsys.readouterr().out
+    assert "to fit the memory: --recompute-frozen" in out and "kept" not in out
+    words = [*(rows + ROLLOUTS).split(), "--lora-layers", "1"]
+    group_training.main([*words, "--beta", "0"])  # one pass over each row
+    assert "kept" not in capsys.readouterr().out
+    group_training.main([*words, "--beta", "0.1"])
+    assert "kept" in capsys.readouterr().out
 
 
 def test_rows_of_fine_tuning_are_chosen_and_said(rows, capsys):

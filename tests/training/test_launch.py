@@ -59,7 +59,7 @@ def third_script(words, steps=3, stop_at=None, finished=None):
         run.finish({"steps": loop.step})
 
     said = "{0.steps} steps".format
-    run_training(args, "sft", make_loop, said, finish, blas=fast_blas.NAME)
+    run_training(args, "sft", make_loop, said, finish)
     return loops[0]
 
 

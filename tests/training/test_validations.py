@@ -9,7 +9,7 @@ from files import ROOT
 
 import sft
 from mlx_sft_trainer import SupervisedTrainer
-from training import launch
+from training import results
 
 TINY = "--train --max-rows 12 --batch-size 4 --learning-rate 1e-3 --save-every 0"
 
@@ -89,13 +89,13 @@ def test_a_line_shows_the_mean_since_the_last(train):
 
 
 def test_a_reward_model_is_judged_on_the_batches_of_a_validation(train, monkeypatch):
-    seen, inner = [], launch.agreement
+    seen, inner = [], results.agreement
 
     def agreement(model, rows, plots=None):
         seen.append(len(rows))
         return inner(model, rows, plots)
 
-    monkeypatch.setattr(launch, "agreement", agreement)
+    monkeypatch.setattr(results, "agreement", agreement)
     reward = "--reward-model --data-base reward_function_increasing_mult_2_ --iters 1"
     train(f"{reward} --steps-per-eval 0 --val-batches 2")
     train(f"{reward} --steps-per-eval 0 --val-batches -1")
