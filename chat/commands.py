@@ -56,7 +56,7 @@ def show_help(session: Session, _: str) -> None:
 
 def reset(session: Session, _: str) -> None:
     said = session.conversation
-    session.start_over(Conversation(said.system, extras=said.extras))
+    session.start_over(Conversation(said.system, extras=said.extras, system_keys=said.system_keys))
     session.screen.note("the conversation is empty")
 
 

@@ -36,15 +36,20 @@ class Exchange:
 
 @dataclass
 class Conversation:
-    """The exchanges so far, oldest first; `extras` are tools and documents for the template."""
+    """The exchanges so far, oldest first; `extras` are tools and documents for the template.
+
+    `system_keys`: further keys of the system's message, for the template as well.
+    """
 
     system: str | None = None
     exchanges: list[Exchange] = field(default_factory=list)
     extras: dict = field(default_factory=dict)
+    system_keys: dict = field(default_factory=dict)
 
     def messages(self, prompt: str | None = None) -> list[dict]:
         """All of it as role and content, `prompt` as the last."""
-        said = [{"role": "system", "content": self.system}] if self.system else []
+        system = {"role": "system", "content": self.system, **self.system_keys}
+        said = [system] if self.system else []
         for exchange in self.exchanges:
             said += exchange.messages
         return said + ([{"role": "user", "content": prompt}] if prompt is not None else [])
@@ -84,7 +89,9 @@ class Conversation:
 
     @classmethod
     def _of(cls, messages: list[dict], extras: dict) -> "Conversation":
-        system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
+        first = messages.pop(0) if messages[0]["role"] == "system" else {}
+        system = first.get("content")
+        keys = {key: value for key, value in first.items() if key not in ("role", "content")}
         asks = [i for i, message in enumerate(messages) if message["role"] == "user"]
         exchanges = []
         for start, end in itertools.pairwise([*asks, len(messages)]):
@@ -96,7 +103,7 @@ class Conversation:
             exchanges.append(Exchange(turns[0]["content"], turns[-1]["content"], kept))
         if sum(len(exchange.messages) for exchange in exchanges) != len(messages):
             raise BadRow("user and assistant must take turns, and the assistant have the last")
-        return cls(system, exchanges, extras)
+        return cls(system, exchanges, extras, keys)
 
 
 # ------------------------------------------------------------------------------ to tokens

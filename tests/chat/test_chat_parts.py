@@ -223,6 +223,27 @@ def test_a_conversation_comes_back_from_its_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "place, keys",
+    [
+        (0, {"name": "house rules"}),
+        (1, {"loss": False, "name": "Ann"}),
+        (2, {"train": False}),
+        (2, {"weight": 0, "reasoning_content": "hm"}),
+    ],
+)
+def test_marks_and_further_keys_of_messages_come_back_and_reach_the_template(tmp_path, place, keys):
+    said = [("system", "be kind"), ("user", "hi"), ("assistant", "hello")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    messages[place] |= keys
+    path = tmp_path / "said.json"
+    path.write_text(json.dumps({"messages": messages}))
+    conversation = Conversation.load(path)
+    assert conversation.messages("and now?") == [*messages, *user("and now?")]
+    conversation.save(path)
+    assert json.loads(path.read_text()) == {"messages": messages}
+
+
+@pytest.mark.parametrize(
     "text, message",
     [
         ("{", "not one conversation as JSON"),

@@ -141,12 +141,13 @@ def test_only_the_digits_model_is_sent_to_the_digits_score(tmp_path, capsys):
         False,
         True,
     ]
-    base = tiny_model_folder(tmp_path / "other")
-    fuse.main(["--model", str(base), "--dtype", "float32", "--save-path", "fused two"])
-    lines = commands(capsys.readouterr().out)
-    assert not any("--ground-truth-reward" in line for line in lines)
-    assert all(line[line.index("--model") + 1] == "fused two" for line in lines)
-    assert "--reward-function" in lines[1]
+    for name in ("other", "digits of mine"):  # by what it is, not by what it is called
+        base = tiny_model_folder(tmp_path / name)
+        fuse.main(["--model", str(base), "--dtype", "float32", "--save-path", f"fused {name}"])
+        lines = commands(capsys.readouterr().out)
+        assert not any("--ground-truth-reward" in line for line in lines)
+        assert all(line[line.index("--model") + 1] == f"fused {name}" for line in lines)
+        assert "--reward-function" in lines[1]
 
 
 def test_a_command_is_quoted_and_leaves_out_what_is_not_given():
