@@ -23,6 +23,7 @@ from errors import UserError
 from mlx_ppo_trainer import PPOConfig, PPOTrainer
 from models.actor_critic import ActorCritic, ValueHead
 from models.tuning import FullTuning
+from rl.rollouts import Rollout
 from training.optimizers import build_optimizer, optimizer_arrays, restore_optimizer
 
 
@@ -146,7 +147,7 @@ def test_early_stopping_is_at_one_and_a_half_times_the_target():
     trainer = make_trainer(ppo_epochs=4, early_stopping=True, target_kl=0.1)
     found = iter([0.2, 0.14, 0.2, 0.151])  # of each minibatch; the last of an epoch counts
     trainer._update = lambda rollout, rows: [{"policy/policykl": next(found)}]
-    assert len(trainer.optimise(None)) == 4
+    assert len(trainer.optimise(Rollout([[1]], [[2]], [True]))) == 4
     assert next(found, None) is None
 
 
