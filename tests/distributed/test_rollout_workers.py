@@ -46,6 +46,12 @@ SAME = {
         f"{TRUE} {COMMON.replace('--lora-rank 2 --lora-layers 2', '')} --fine-tune-type full "
         "--optimizer sgd",
     ),
+    # Of two blocks the first is frozen, and what it gives is kept for reference and epochs.
+    "ppo frozen": ("ppo_training.py", PPO.replace("--lora-layers 2", "--lora-layers 1")),
+    "grpo frozen": (
+        "group_training.py",
+        f"{GROUP.replace('--lora-layers 2', '--lora-layers 1')} --beta 0.05",
+    ),
     "ppo inside": (
         "ppo_training.py",
         f"{PPO} --adlf-alpha 0.5 --use-fluency-reward --use-length-penalty",

@@ -101,6 +101,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bytes(server, tmp_path, name):
 KINDS = {
     "soft prompt": ["--prompt-tuning", "--num-prompt-tokens", "3", "--learning-rate", "0.05"],
     "full": ["--fine-tune-type", "full", "--learning-rate", "1e-3"],
+    "the last block": ["--lora-layers", "1"],  # what the frozen one gives is kept, for a step
 }
 SHORT = words("--data DATA --output-dir run --save-file out.npz --save-every 1 --batch-size 4")
 SHORT_RUNS = {
